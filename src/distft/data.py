@@ -1,0 +1,443 @@
+"""From rows to tokens: load, split, format, tokenise, mask, truncate; and the order in which samples are seen.
+
+A prepared sample is {"input_ids": [int], "labels": [int]}: labels are -100 where the loss does not look, and the last
+label of a sample that was not truncated is the end-of-sequence token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets.utils.logging import disable_progress_bar
+from filelock import FileLock
+from torch.utils.data import Sampler
+
+from distft.errors import DataError, Fault
+from distft.packaged import packaged
+from distft.recipe import Recipe
+from distft.sections import Data, Format
+from distft.tiny import cache_folder
+
+IGNORED = -100
+_VERSION = 1  # of the prepared form; part of the cache's key
+_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+
+
+@dataclass(frozen=True)
+class Known:
+    """A data set that distft knows by name."""
+
+    format: Format
+    hub: str | None = None
+    file: str | None = None
+    test_split: str | None = None
+
+
+KNOWN = {
+    "tiny": Known(Format(instruction="instruction", context="context", response="response"), file="assets/tiny_instructions.jsonl"),
+    "dolly": Known(Format(instruction="instruction", context="context", response="response"), hub="databricks/databricks-dolly-15k"),
+    "imdb": Known(Format(review="text", label="label"), hub="stanfordnlp/imdb", test_split="test"),
+}
+
+
+def faults(recipe: Recipe) -> list[Fault]:
+    """Faults of the data section that are seen without reading any data."""
+    data, found = recipe.data, []
+    if data.name not in KNOWN and data.format is None:
+        found.append(Fault(
+            recipe.source.of("data.name"), "data.format", f"is required for {data.name!r}, which is none of {', '.join(KNOWN)}",
+            "data.format.text=COLUMN, or data.format.prompt=COLUMN data.format.completion=COLUMN",
+        ))  # fmt: skip
+    form = _format(data)
+    if form is not None:
+        try:
+            kind = _kind(form)
+        except DataError as error:
+            return [*found, Fault(recipe.source.of("data.format"), "data.format", str(error))]
+        if kind == "text" and recipe.training.get("completion_only_loss"):
+            found.append(Fault(recipe.source.of("training.completion_only_loss"), "training.completion_only_loss",
+                               "whole texts have no completion", "set data.format.prompt and data.format.completion"))  # fmt: skip
+    if data.validation_fraction + data.test_fraction >= 1:
+        found.append(Fault(recipe.source.of("data"), "data", "validation_fraction and test_fraction leave nothing to train on"))
+    return found
+
+
+@dataclass(frozen=True)
+class Example:
+    """One formatted row. `trained_from`: first character that the loss looks at; `tail_from`: first character that
+    truncation keeps (it cuts before it), or None where truncation cuts at the end."""
+
+    text: str
+    trained_from: int = 0
+    tail_from: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What preparing the data did, in numbers of samples of the named split."""
+
+    rows: dict[str, int]
+    dropped_empty: int
+    dropped_untrained: dict[str, int]
+    truncated: dict[str, int]
+    tokens: dict[str, int]
+
+    def lines(self) -> list[str]:
+        sizes = ", ".join(f"{name} {count:,}" for name, count in self.rows.items())
+        found = [f"data: {sizes} samples; {self.tokens['train']:,} training tokens"]
+        if self.dropped_empty:
+            found.append(f"data: {self.dropped_empty:,} rows with an empty response were dropped")
+        if sum(self.dropped_untrained.values()):
+            found.append(f"data: {sum(self.dropped_untrained.values()):,} samples were dropped: nothing to learn from is left of them "
+                         "within training.max_length")  # fmt: skip
+        if sum(self.truncated.values()):
+            found.append(f"data: {sum(self.truncated.values()):,} samples were truncated to training.max_length")
+        return found
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Prepared samples; `validation` and `test` are None where the recipe asks for none."""
+
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset | None
+    report: Report
+
+
+# ---- formatting ------------------------------------------------------------------------------------------------------
+
+
+def format_dolly(instruction: str, context: str | None, response: str, *, completion_only: bool) -> Example:
+    """Dolly's template; the context block is left out where the context is empty or blank."""
+    prompt = f"### Instruction:\n{instruction}\n\n"
+    if context and context.strip():
+        prompt += f"### Context:\n{context}\n\n"
+    prompt += "### Response:\n"
+    return Example(prompt + response, len(prompt) if completion_only else 0)
+
+
+def format_review(review: str, word: str, *, completion_only: bool) -> Example:
+    """A review without its HTML line breaks, then its label as a word; truncation cuts the review, never the label."""
+    head = f"### Review:\n{re.sub(r'(?:<br */?> *)+', chr(10), review).strip()}"
+    prompt = f"{head}\n\n### Sentiment:\n"
+    return Example(prompt + word, len(prompt) if completion_only else 0, len(head))
+
+
+def _kind(form: Format) -> str:
+    given = {name for name in ("text", "prompt", "completion", "instruction", "context", "response", "review", "label") if getattr(form, name)}
+    for kind, needed in (("text", {"text"}), ("prompt", {"prompt", "completion"}), ("dolly", {"instruction", "response"}),
+                         ("review", {"review", "label"})):  # fmt: skip
+        if given - ({"context"} if kind == "dolly" else set()) == needed:
+            return kind
+    raise DataError("give text, or prompt and completion, or instruction and response (and context), or review and label; "
+                    f"got {', '.join(sorted(given)) or 'none'}")  # fmt: skip
+
+
+def _format(data: Data) -> Format | None:
+    return data.format or (KNOWN[data.name].format if data.name in KNOWN else None)
+
+
+def formatter(recipe: Recipe) -> Callable[[Mapping[str, Any]], Example | None]:
+    """A function from a row to its `Example`, or to None where the response is empty."""
+    form = _format(recipe.data)
+    assert form is not None
+    kind, wanted = _kind(form), recipe.training.get("completion_only_loss")
+
+    def text(row: Mapping[str, Any], column: str | None) -> str:
+        value = row.get(column) if column else None
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"column {column!r} holds {type(value).__name__} values; text was expected")
+        return value or ""
+
+    def apply(row: Mapping[str, Any]) -> Example | None:
+        if kind == "text":
+            whole = text(row, form.text)
+            return Example(whole) if whole.strip() else None
+        if kind == "prompt":
+            prompt, completion = text(row, form.prompt), text(row, form.completion)
+            return Example(prompt + completion, 0 if wanted is False else len(prompt)) if completion.strip() else None
+        if kind == "dolly":
+            response = text(row, form.response)
+            if not response.strip():
+                return None
+            return format_dolly(text(row, form.instruction), text(row, form.context), response, completion_only=bool(wanted))
+        label = row[form.label or "label"]
+        if not isinstance(label, int) or not 0 <= label < len(form.label_words):
+            raise DataError(f"column {form.label!r} holds {label!r}; expected 0 … {len(form.label_words) - 1} (data.format.label_words)")
+        return format_review(text(row, form.review), form.label_words[label], completion_only=wanted is not False)
+
+    return apply
+
+
+def tokenise(example: Example, tokenizer: Any, max_length: int | None) -> tuple[list[int], list[int], bool]:
+    """input_ids, labels (both of one length, at most `max_length`) and whether something was cut off.
+
+    The text is tokenised in one piece, as the model will meet it; a token that crosses into the trained part is trained.
+    The first label is always -100: nothing predicts the first token.
+    """
+    encoded = tokenizer(example.text, return_offsets_mapping=True, truncation=False)
+    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    if ids and ids[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:
+        ids, offsets = ids[:-1], offsets[:-1]
+    labels = [token if end > example.trained_from else IGNORED for token, (_, end) in zip(ids, offsets, strict=True)]
+    tail = 0 if example.tail_from is None else sum(end > example.tail_from for _, end in offsets)
+    ids, labels, tail = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id], tail + 1 if tail else 0
+    cut = max_length is not None and len(ids) > max_length
+    if cut:
+        assert max_length is not None
+        tail = min(tail, max_length)
+        ids = ids[: max_length - tail] + ids[len(ids) - tail :]
+        labels = labels[: max_length - tail] + labels[len(labels) - tail :]
+    return ids, [IGNORED, *labels[1:]], cut
+
+
+# ---- loading and splitting -------------------------------------------------------------------------------------------
+
+
+def prepare(recipe: Recipe, tokenizer: Any) -> Splits:
+    """The recipe's data, tokenised once and kept in the user's cache.
+
+    The first process that comes does the work; the others wait at a file lock, in no collective that could time out.
+
+    Raises:
+        DataError: missing, unreadable, empty, other columns than the format says, or no row left.
+    """
+    disable_progress_bar()
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError("the model's tokenizer has no fast version, and distft needs the places of tokens in the text; set model.tokenizer")
+    raw, test = _load(recipe.data)
+    max_length = recipe.training.get("max_length", 1024)
+    key = {
+        "version": _VERSION, "data": recipe.data.model_dump(), "sources": [raw._fingerprint, test._fingerprint if test else None],
+        "seed": recipe.run.seed, "max_length": max_length, "completion_only": recipe.training.get("completion_only_loss"),
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(), "eos": tokenizer.eos_token_id,
+    }  # fmt: skip
+    folder = cache_folder() / "data" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".data-"))
+                try:
+                    splits, report = _prepare(recipe, tokenizer, raw, test, max_length)
+                    splits.save_to_disk(aside)
+                    (aside / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+                    aside.rename(folder)
+                finally:
+                    shutil.rmtree(aside, ignore_errors=True)
+    splits = DatasetDict(load_from_disk(str(folder)))
+    report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    return Splits(splits["train"], splits.get("validation"), splits.get("test"), report)
+
+
+def _prepare(recipe: Recipe, tokenizer: Any, raw: Dataset, official: Dataset | None, max_length: int | None) -> tuple[DatasetDict, Report]:
+    apply = formatter(recipe)
+    data = recipe.data
+    _check_columns(raw, data)
+    kept = [example for row in raw if (example := apply(row)) is not None]
+    empty = len(raw) - len(kept)
+    parts = split(kept, data, recipe.run.seed, with_test=official is None)
+    if official is not None:
+        _check_columns(official, data)
+        parts["test"] = [example for row in official if (example := apply(row)) is not None]
+        empty += len(official) - len(parts["test"])
+    if not parts["train"]:
+        raise DataError(f"no row is left to train on: {empty} of {len(raw)} rows are empty, the rest went to the other splits")
+    counts: dict[str, dict[str, int]] = {"rows": {}, "dropped_untrained": {}, "truncated": {}, "tokens": {}}
+    splits: dict[str, Dataset] = {}
+    for name, examples in parts.items():
+        ids, labels, truncated = [], [], 0
+        for example in examples:
+            sample_ids, sample_labels, cut = tokenise(example, tokenizer, max_length)
+            if any(label != IGNORED for label in sample_labels):
+                ids.append(sample_ids)
+                labels.append(sample_labels)
+                truncated += cut
+        if examples and not ids:
+            raise DataError(f"all {len(examples)} samples of the {name} split were dropped: nothing to learn from is left of them within "
+                            f"training.max_length={max_length}")  # fmt: skip
+        counts["rows"][name], counts["truncated"][name] = len(ids), truncated
+        counts["dropped_untrained"][name] = len(examples) - len(ids)
+        counts["tokens"][name] = sum(map(len, ids))
+        if ids:
+            splits[name] = Dataset.from_dict({"input_ids": ids, "labels": labels})
+    return DatasetDict(splits), Report(dropped_empty=empty, **counts)
+
+
+def split(rows: Sequence[Any], data: Data, seed: int, *, with_test: bool) -> dict[str, list[Any]]:
+    """train, validation and test from one permutation by `seed`; of 15,011 rows 12,008, 1,501 and 1,502 at 80/10/10."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = order[: data.max_samples]
+    test_fraction = data.test_fraction if with_test else 0.0
+    train = int(len(order) * (1 - data.validation_fraction - test_fraction) + 1e-6)
+    validation = len(order) - train if not test_fraction else int(len(order) * data.validation_fraction + 1e-6)
+    bounds = {"train": (0, train), "validation": (train, train + validation), "test": (train + validation, len(order))}
+    return {name: [rows[i] for i in order[low:high]] for name, (low, high) in bounds.items()}
+
+
+def _load(data: Data) -> tuple[Dataset, Dataset | None]:
+    known = KNOWN.get(data.name)
+    path = data.path or (str(packaged(known.file)) if known and known.file else None)
+    if path is None and (data.name.startswith((".", "/", "~")) or Path(data.name).suffix in _READERS):
+        path = data.name
+    test = _load_local(Path(data.test_path).expanduser()) if data.test_path else None
+    if path is not None:
+        return _load_local(Path(path).expanduser()), test
+    hub = known.hub if known else data.name
+    if hub is None or (known is None and "/" not in data.name):
+        raise DataError(f"data.name={data.name} is none of {', '.join(KNOWN)}, no file and no hub id; set data.path to a file or folder")
+    test_split = data.test_split or (known.test_split if known else None)
+    train = _load_hub(hub, data.config, data.train_split)
+    return train, test if test is not None or test_split is None else _load_hub(hub, data.config, test_split)
+
+
+def _load_hub(name: str, config: str | None, split_name: str) -> Dataset:
+    try:
+        return load_dataset(name, config, split=split_name)
+    except Exception as error:  # datasets and the hub client raise many kinds here; all mean that it cannot be had
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{name} ({split_name} split) is not in the cache and cannot be had from the hub: {reason}\n"
+                        "  give a local copy: data.path=FILE.jsonl") from error  # fmt: skip
+
+
+def _load_local(path: Path) -> Dataset:
+    if not path.exists():
+        raise DataError(f"there is no data file or folder {path}")
+    if path.is_dir():
+        if (path / "state.json").exists():
+            return load_from_disk(str(path))
+        files = sorted(file for file in path.iterdir() if file.suffix in _READERS)
+        if not files:
+            raise DataError(f"{path} holds no file that ends in {', '.join(_READERS)}")
+        if len({file.suffix for file in files}) > 1:
+            raise DataError(f"{path} holds files of several formats ({', '.join(sorted({f.suffix for f in files}))}); name one file")
+    else:
+        files = [path]
+    reader = _READERS.get(files[0].suffix)
+    if reader is None:
+        raise DataError(f"{path} is none of {', '.join(_READERS)}")
+    if not any(file.stat().st_size for file in files):
+        raise DataError(f"{path} is empty")
+    try:
+        # A cache folder is named by the file's name, size and time, so that a changed file is read anew.
+        rows: Dataset = load_dataset(reader, data_files=[str(file) for file in files], split="train")
+    except Exception as error:  # the readers raise many kinds; the first line of the innermost names the fault
+        inner: BaseException = error
+        while inner.__cause__ is not None:
+            inner = inner.__cause__
+        raise DataError(f"{path} cannot be read as {reader}: {str(inner).strip().splitlines()[0]}") from error
+    if len(rows) == 0:
+        raise DataError(f"{path} is empty")
+    return rows
+
+
+def _check_columns(rows: Dataset, data: Data) -> None:
+    form = _format(data)
+    assert form is not None
+    fields = ("text", "prompt", "completion", "instruction", "context", "response", "review", "label")
+    wanted = {field: column for field in fields if (column := getattr(form, field))}
+    missing = {field: column for field, column in wanted.items() if column not in rows.column_names and field != "context"}
+    if missing:
+        raise DataError(
+            f"the data ({data.path or data.name}) has no column {', '.join(missing.values())}; it has {', '.join(rows.column_names)}\n"
+            "  name yours: " + " ".join(f"data.format.{field}=COLUMN" for field in missing)
+        )
+
+
+# ---- order -----------------------------------------------------------------------------------------------------------
+
+
+def with_empty_rows(samples: Dataset, count: int, token: int) -> Dataset:
+    """`samples` and `count` rows of one token that the loss does not look at: they fill a last batch and weigh nothing."""
+    if count == 0:
+        return samples
+    filling = Dataset.from_dict({"input_ids": [[token]] * count, "labels": [[IGNORED]] * count}, features=samples.features)
+    return concatenate_datasets([samples, filling])
+
+
+def evaluation_rows(samples: Dataset | None, limit: int | None, multiple: int, token: int) -> Dataset | None:
+    """At most `limit` samples, filled with empty rows to a multiple of what all ranks take at once."""
+    if samples is None:
+        return None
+    samples = samples.select(range(min(len(samples), limit or len(samples))))
+    return with_empty_rows(samples, -len(samples) % multiple, token)
+
+
+class GlobalBatchOrder(Sampler[int]):
+    """The order of an epoch: a permutation by seed and epoch, filled up to whole global batches with the row `size`.
+
+    Position i belongs to optimizer step i // global_batch_size whatever the world size and the micro-batch, because
+    accelerate deals out whole micro-batches in turn. The last step of an epoch has what is left of the samples; the rest of
+    it are empty rows (see `with_empty_rows`), so that all ranks take the same number of micro-batches.
+    """
+
+    def __init__(self, size: int, global_batch_size: int, seed: int) -> None:
+        self.size, self.global_batch_size, self.seed, self.epoch = size, global_batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = int(epoch)
+
+    def __len__(self) -> int:
+        return self.steps * self.global_batch_size
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return -(-self.size // self.global_batch_size)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        yield from torch.randperm(self.size, generator=generator).tolist()
+        yield from [self.size] * (len(self) - self.size)
+
+    def samples_after(self, step: int) -> int:
+        """Real samples seen in the first `step` optimizer steps."""
+        epochs, rest = divmod(step, self.steps)
+        return epochs * self.size + min(rest * self.global_batch_size, self.size)
+
+
+# ---- preview ---------------------------------------------------------------------------------------------------------
+
+
+def preview(recipe: Recipe, tokenizer: Any, *, samples: int, colour: bool) -> str:
+    """Samples with trained and masked tokens told apart, the histogram of lengths, and what was truncated or dropped."""
+    splits = prepare(recipe, tokenizer)
+    lines: list[str] = []
+    for number, row in enumerate(splits.train.select(range(min(samples, len(splits.train))))):
+        trained = sum(label != IGNORED for label in row["labels"])
+        lines += [f"── sample {number}: {len(row['input_ids'])} tokens, {trained} trained " + "─" * 40, _shown(row, tokenizer, colour)]
+    lengths = [len(ids) for ids in splits.train["input_ids"]]
+    lines += ["── lengths in tokens (train) " + "─" * 40, *_histogram(lengths), *splits.report.lines()]
+    lines.append("legend: " + ("\033[32mtrained\033[0m \033[2mmasked\033[0m" if colour else "⟦trained⟧ masked"))
+    return "\n".join(lines)
+
+
+def _shown(row: Mapping[str, Any], tokenizer: Any, colour: bool) -> str:
+    pieces, start = [], 0
+    trained = [label != IGNORED for label in row["labels"]]
+    for end in range(1, len(trained) + 1):
+        if end == len(trained) or trained[end] != trained[start]:
+            piece = tokenizer.decode(row["input_ids"][start:end], skip_special_tokens=False)
+            marks = ("\033[32m", "\033[0m") if trained[start] else ("\033[2m", "\033[0m")
+            pieces.append(marks[0] + piece + marks[1] if colour else f"⟦{piece}⟧" if trained[start] else piece)
+            start = end
+    return "".join(pieces)
+
+
+def _histogram(lengths: Sequence[int], bins: int = 10, width: int = 40) -> list[str]:
+    low, high = min(lengths), max(lengths) + 1
+    step = max(1, -(-(high - low) // bins))
+    counts = [sum(low + i * step <= n < low + (i + 1) * step for n in lengths) for i in range(-(-(high - low) // step))]
+    top = max(counts)
+    return [f"{low + i * step:>7,} – {low + (i + 1) * step - 1:<7,} {count:>7,} {'█' * round(width * count / top)}" for i, count in enumerate(counts)]

@@ -1,0 +1,87 @@
+"""Everything distft raises on purpose.
+
+    DistftError                 exit code 1: the run failed, and the message says why
+    ├── UserError               exit code 2: something to mend in the command, recipe, data or machine
+    │   ├── RecipeError         faults in a recipe or its overrides, all of them at once
+    │   ├── DataError           the data cannot be used as asked
+    │   ├── ModelError          the base model cannot be had, or does not fit the recipe
+    │   ├── LaunchError         the processes, devices or launcher flags do not fit the recipe
+    │   └── RunFolderError      the run folder is in use or unreadable
+    ├── InvariantError          an assertion about a distributed run did not hold
+    └── Interrupted             exit code 75: a signal ended the run
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class DistftError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+
+class UserError(DistftError):
+    """A mistake that the user can mend; shown as one short message without a traceback."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong in a recipe.
+
+    `where` is the file or `command line`, `key` the dotted key path, `problem` what is wrong and what was expected,
+    `hint` the nearest valid name or the remedy (may be empty).
+    """
+
+    where: str
+    key: str
+    problem: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.where}: {self.key}" if self.key else self.where
+        return f"{place}: {self.problem}" + (f" ({self.hint})" if self.hint else "")
+
+
+class RecipeError(UserError):
+    """All faults of a recipe, gathered before anything is loaded."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        head = "the recipe has a fault" if len(faults) == 1 else f"the recipe has {len(faults)} faults"
+        super().__init__(head + ":\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+class DataError(UserError):
+    """The data is missing, empty, has other columns than its format says, or lost all its rows."""
+
+
+class ModelError(UserError):
+    """The base model cannot be loaded here, or lacks what the recipe asks of it."""
+
+
+class LaunchError(UserError):
+    """The launcher, the number of processes or the devices do not fit the recipe."""
+
+
+class RunFolderError(UserError):
+    """The run folder exists already, or cannot be read."""
+
+
+class InvariantError(DistftError):
+    """Something that must hold in every correct distributed run did not; the message explains what and why."""
+
+
+class Interrupted(DistftError):
+    """A signal (SIGTERM, SIGINT, SIGUSR1) ended the run before it had finished."""
+
+    exit_code = 75
+
+    def __init__(self, signum: int) -> None:
+        self.signal = signal.Signals(signum).name
+        super().__init__(f"stopped by {self.signal}")

@@ -1,0 +1,157 @@
+"""Base model, tokenizer, quantisation, adapter: from a recipe to what SFTTrainer trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers.utils import is_flash_attn_2_available
+
+from distft.errors import ModelError
+from distft.recipe import Recipe
+from distft.strategy import Strategy, whole_numel
+from distft.tiny import tiny_model
+
+
+def model_path(recipe: Recipe) -> str:
+    """Hub id or folder of the base; the embedded `tiny` is built where it is not there yet."""
+    return str(tiny_model()) if recipe.model.name == "tiny" else str(Path(recipe.model.name).expanduser())
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """The model's tokenizer, with a pad token (the end-of-sequence token where it has none: labels, not the pad token,
+    say what is learned, so the end of a sequence is learned all the same).
+
+    Raises:
+        ModelError: it cannot be had, or has no end-of-sequence token.
+    """
+    tokenizer = _from_hub(
+        AutoTokenizer, recipe.model.tokenizer or model_path(recipe), "tokenizer",
+        revision=None if recipe.model.tokenizer else recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code,
+    )  # fmt: skip
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {recipe.model.name} has no end-of-sequence token, so no model could learn to stop; set model.tokenizer")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def attention(recipe: Recipe, strategy: Strategy) -> str:
+    """The attention implementation to use: the recipe's, or for `auto` flash-attn where it is installed and fits, else SDPA."""
+    asked = recipe.model.attn_implementation
+    if asked != "auto":
+        return asked
+    fits = strategy.on_gpu and recipe.model.dtype in ("bfloat16", "float16")
+    return "flash_attention_2" if fits and is_flash_attn_2_available() else "sdpa"
+
+
+def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
+    section = recipe.quantization
+    if section is None or section.bits == 16:
+        return None
+    return BitsAndBytesConfig(**section.model_dump(exclude_none=True))
+
+
+def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
+    """The base model with the recipe's adapter on it, if any; placed where the strategy wants it.
+
+    Raises:
+        ModelError: it cannot be had offline, is gated, does not fit in memory, or lacks the modules that lora names.
+    """
+    set_seed(recipe.run.seed)
+    base = load_base(recipe, device_map=strategy.device_map(recipe), attn_implementation=attention(recipe, strategy))
+    base.config.use_cache = False
+    if recipe.lora is None:
+        return base
+    set_seed(recipe.run.seed)  # loading may have drawn numbers on one rank and not on another
+    config = LoraConfig(task_type="CAUSAL_LM", **recipe.lora)
+    try:
+        model = get_peft_model(base, config, autocast_adapter_dtype=not strategy.keeps_adapter_in_base_dtype(recipe))
+    except ValueError as error:
+        if "target modules" not in str(error).lower():
+            raise
+        names = sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)})
+        raise ModelError(
+            f"{recipe.model.name} has no module that lora.target_modules={recipe.lora.get('target_modules')} names; it has {', '.join(names)}, "
+            "or take all-linear"
+        ) from error
+    return model
+
+
+def load_base(recipe: Recipe, *, device_map: dict[str, int] | None = None, attn_implementation: str | None = None) -> Any:
+    """The base alone, quantised as the recipe says.
+
+    Raises:
+        ModelError: it cannot be had.
+    """
+    return _from_hub(
+        AutoModelForCausalLM, model_path(recipe), "model", revision=recipe.model.revision,
+        trust_remote_code=recipe.model.trust_remote_code, dtype=getattr(torch, recipe.model.dtype),
+        quantization_config=quantization_config(recipe), device_map=device_map, use_safetensors=True,
+        **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+    )  # fmt: skip
+
+
+def settle_adapter_dtype(model: Any, recipe: Recipe) -> None:
+    """Cast a quantised model's adapter to fp32 where the recipe trains in fp16.
+
+    TRL casts it to bf16, whose gradients the fp16 loss scaler cannot handle; fp16 wants fp32 masters.
+    """
+    if recipe.training.get("fp16"):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.float32)
+
+
+def merge(recipe: Recipe, adapter: Path, target: Path, device_map: dict[str, int] | None = None) -> None:
+    """The model that was trained as plain transformers weights: the base (dequantised first), the adapter merged into it.
+
+    Raises:
+        ModelError: the base cannot be had.
+    """
+    base = load_base(recipe, device_map=device_map)
+    if recipe.bits < 16:
+        base = base.dequantize(dtype=getattr(torch, recipe.model.dtype))
+    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    merged.save_pretrained(str(target), safe_serialization=True)
+    load_tokenizer(recipe).save_pretrained(str(target))
+
+
+def _from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
+    """`cls.from_pretrained(name)`, with the remedy named where it fails."""
+    place = Path(name)
+    if name.startswith(("/", "./", "../")) and not place.is_dir():
+        raise ModelError(f"there is no folder {name} (model.name)")
+    try:
+        return cls.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        text = str(error)
+        if "gated" in text.lower() or "401" in text or "403" in text:
+            raise ModelError(f"{name} is gated: accept its licence on its page on the hub, then `hf auth login` (or set HF_TOKEN)") from error
+        if "trust_remote_code" in text:
+            raise ModelError(f"{name} comes with Python code of its own; read it, then set model.trust_remote_code=true") from error
+        if _is_missing(text):
+            raise ModelError(
+                f"the {what} of {name} is not in the local cache and the hub cannot be reached or does not have it\n"
+                f"  on a machine with a connection: hf download {name}\n  or give a folder: model.name=/path/to/model"
+            ) from error
+        raise
+
+
+def _is_missing(text: str) -> bool:
+    signs = ("couldn't connect", "can't load", "is not a local folder", "offline mode", "localentrynotfound", "does not appear to have", "repository not found",
+             "couldn't instantiate", "cannot find", "unrecognized model")  # fmt: skip
+    return any(sign in text.lower() for sign in signs)
+
+
+def non_embedding_parameters(model: Any) -> int:
+    """N of the model FLOPs: all parameters but the input embeddings (the adapter's among them), 4-bit ones counted unpacked."""
+    embedding = model.get_input_embeddings()
+    skipped = {id(parameter) for parameter in embedding.parameters()} if embedding is not None else set()
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    return sum(whole_numel(p) for p in model.parameters() if tied or id(p) not in skipped)
+
+

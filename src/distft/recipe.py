@@ -1,0 +1,389 @@
+"""Recipes: from a YAML file and overrides to one frozen `Recipe`, or to all the faults at once.
+
+    load_recipe(["recipe=ddp_qlora", "lora.r=8", "training.max_steps=50"])
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, PrivateAttr, ValidationError, WithJsonSchema
+
+from distft.errors import Fault, RecipeError
+from distft.packaged import packaged
+from distft.sections import (
+    OWNED, RENAMED, Batching, Data, Evaluation, Model, Quantization, Run, Section, StrategyName, Tracking, upstream_section,
+)  # fmt: skip
+
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+DERIVED = "derived"
+DEFAULT_RECIPE = "tiny"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a recipe came from: its name, its files (base first), and the origin of each dotted key."""
+
+    name: str = "recipe"
+    files: tuple[Path, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, key: str) -> str:
+        """Origin of a dotted key: a file, `command line`, `derived`, or `default` (distft's own); of a section, its last."""
+        below = [origin for name, origin in self.origins.items() if name.startswith(f"{key}.")]
+        if below:
+            return COMMAND_LINE if COMMAND_LINE in below else below[-1]
+        while key:
+            if key in self.origins:
+                return self.origins[key]
+            key = key.rpartition(".")[0]
+        return DEFAULT
+
+
+class Recipe(Section):
+    """One fine-tuning run. The one source of truth for what is learned; it says nothing of how many processes there are."""
+
+    run: Run = Run()
+    """Which run this is and where its folder goes."""
+    strategy: StrategyName
+    """How the work is spread: single, ddp, fsdp (FSDP2), zero2 or zero3 (DeepSpeed)."""
+    model: Model
+    """The base model and its tokenizer."""
+    quantization: Quantization | None = None
+    """bitsandbytes quantisation of the base; null for none."""
+    lora: Annotated[dict[str, Any] | None, WithJsonSchema({})] = None
+    """PEFT's LoraConfig; null for full fine-tuning."""
+    data: Data
+    """What to train on, and how it is split."""
+    batching: Batching
+    """How many samples make an optimizer step, and how many fit on a device at once."""
+    training: Annotated[dict[str, Any], WithJsonSchema({})] = Field(default_factory=dict)
+    """TRL's SFTConfig."""
+    evaluation: Evaluation = Evaluation()
+    """The held-out split before and after training."""
+    tracking: Tracking = Tracking()
+    """Where figures go besides metrics.jsonl."""
+
+    _source: Source = PrivateAttr(default_factory=Source)
+
+    @property
+    def source(self) -> Source:
+        return self._source
+
+    @property
+    def bits(self) -> int:
+        """Bits a weight of the frozen base: 4, 8 or 16 (not quantised)."""
+        return self.quantization.bits if self.quantization else 16
+
+    def accumulation(self, world_size: int) -> int:
+        """gradient_accumulation_steps on `world_size` processes: global batch / (micro-batch × processes).
+
+        Raises:
+            RecipeError: it does not divide; the message lists the micro-batches that do.
+        """
+        size, micro = self.batching.global_batch_size, self.batching.micro_batch
+        if size % (micro * world_size) == 0:
+            return size // (micro * world_size)
+        share = size // world_size
+        if size % world_size == 0:
+            hint = f"micro-batches that divide: {', '.join(map(str, divisors(share)))}"
+        else:
+            above = math.ceil(size / world_size) * world_size
+            near = [above] if share == 0 else [share * world_size, above]
+            hint = f"no micro-batch does; take another number of processes, or a global batch of {' or '.join(map(str, near))}"
+        raise RecipeError([Fault(
+            self.source.of("batching.micro_batch"), "batching.micro_batch",
+            f"a global batch of {size} samples does not divide into micro-batches of {micro} on {world_size} "
+            f"process{'es' if world_size > 1 else ''}", hint,
+        )])  # fmt: skip
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML that runs again as it is."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, with YAML 1.2's floats (`1e-4` is a number) and without duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def load_recipe(
+    arguments: Sequence[str], *, checks: Iterable[Callable[[Recipe], list[Fault]]] = (), folder: Path | None = None
+) -> Recipe:
+    """The recipe that `arguments` (`recipe=NAME key.path=value …`) ask for.
+
+    `recipe=` is a name (searched in `folder`/recipes, the working folder where it is None, then among the shipped ones)
+    or a path; without it the embedded `tiny`. A file may `extends:` one other. Values are read as YAML. `checks` find
+    faults in a whole recipe, impossible pairs say.
+
+    Raises:
+        RecipeError: all faults at once: unknown keys, wrong types, values out of range, impossible pairs.
+    """
+    faults: list[Fault] = []
+    overrides, wanted = _read_overrides(arguments, faults)
+    name, files, merged, origins = _read_files(wanted, folder or Path.cwd(), faults)
+    if not files:
+        raise RecipeError(faults)
+    for key, value in overrides:
+        _assign(merged, key.split("."), value)
+        origins = {k: v for k, v in origins.items() if not k.startswith(key + ".")} | {key: COMMAND_LINE}
+    run = merged.setdefault("run", {})
+    if isinstance(run, dict) and not run.get("name"):
+        run["name"], origins["run.name"] = name, DERIVED
+    source = Source(name, files, origins)
+    recipe = _validate(merged, source, faults)
+    if recipe is not None:
+        recipe._source = source
+        for check in (recipe_faults, *checks):
+            faults += check(recipe)
+    if faults or recipe is None:
+        raise RecipeError(faults)
+    return recipe
+
+
+def recipe_faults(recipe: Recipe) -> list[Fault]:
+    """Pairs of values that no strategy could make work."""
+    found: list[Fault] = []
+
+    def fault(key: str, problem: str, hint: str = "") -> None:
+        found.append(Fault(recipe.source.of(key), key, problem, hint))
+
+    quantization, training = recipe.quantization, recipe.training
+    if quantization and quantization.load_in_4bit and quantization.load_in_8bit:
+        fault("quantization", "load_in_4bit and load_in_8bit exclude each other")
+    if recipe.bits < 16 and recipe.lora is None:
+        fault("lora", f"{recipe.bits}-bit weights cannot be trained without an adapter", "add a lora section, or quantization=null")
+    if training.get("bf16") and training.get("fp16"):
+        fault("training.fp16", "bf16 and fp16 exclude each other")
+    if training.get("eval_strategy", "no") != "no" and recipe.data.validation_fraction == 0:
+        fault("training.eval_strategy", "there is no validation split to evaluate on", "set data.validation_fraction")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.run.name):
+        fault("run.name", f"{recipe.run.name!r} is not a plain folder name", "letters, digits, '.', '_' and '-'; folders go into run.dir")
+    return found
+
+
+def recipe_folders(folder: Path) -> list[Path]:
+    return [path for path in (folder / "recipes", packaged("recipes")) if path.is_dir()]
+
+
+def list_recipes(folder: Path) -> dict[str, Path]:
+    """Every recipe by name; one in `folder`/recipes hides a shipped one."""
+    found: dict[str, Path] = {}
+    for place in recipe_folders(folder):
+        for path in sorted(place.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file.
+
+    Raises:
+        RecipeError: unreadable, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError([Fault(str(path), "", f"cannot be read: {error}")]) from error
+    except yaml.YAMLError as error:
+        raise RecipeError([Fault(str(path), "", f"is not valid YAML: {' '.join(str(error).split())}")]) from error
+    if not isinstance(content, dict):
+        raise RecipeError([Fault(str(path), "", "expected a mapping of sections, got " + type(content).__name__)])
+    return content
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a recipe file, for an editor's YAML server; every field with its docstring."""
+    document = Recipe.model_json_schema()
+    document["title"] = "distft recipe"
+    document["required"] = []  # `extends` may supply any of them
+    document["properties"]["extends"] = {"type": "string", "description": "One other recipe, by name or path, that this one changes."}
+    for name in ("lora", "training"):
+        section = upstream_section(name).model_json_schema()
+        document["$defs"] |= section.pop("$defs", {})
+        help_text = document["properties"][name].get("description", "")
+        variants: list[dict[str, Any]] = [section] if name == "training" else [section, {"type": "null"}]
+        document["properties"][name] = {"description": help_text, "anyOf": variants}
+    for definition in document["$defs"].values():
+        definition.pop("required", None)
+    return document
+
+
+def _read_overrides(arguments: Sequence[str], faults: list[Fault]) -> tuple[list[tuple[str, Any]], str]:
+    overrides: list[tuple[str, Any]] = []
+    wanted = DEFAULT_RECIPE
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            faults.append(Fault(COMMAND_LINE, argument, "expected key.path=value", "recipe=ddp_qlora lora.r=8, say"))
+        elif key == "recipe":
+            wanted = text
+        else:
+            try:
+                overrides.append((key, yaml.load(text, _Loader)))  # noqa: S506 - _Loader is a SafeLoader
+            except yaml.YAMLError as error:
+                faults.append(Fault(COMMAND_LINE, key, f"{text!r} is not valid YAML: {' '.join(str(error).split())}"))
+    return overrides, wanted
+
+
+def _read_files(
+    wanted: str, folder: Path, faults: list[Fault]
+) -> tuple[str, tuple[Path, ...], dict[str, Any], dict[str, str]]:
+    """The recipe `wanted` merged over what it extends, and the file that each leaf key came from."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    path = _find(wanted, folder, folder, faults)
+    while path is not None:
+        if len(chain) == 2:
+            faults.append(Fault(str(chain[-1][0]), "extends", "a recipe extends one other, and that one none"))
+            break
+        content = read_yaml(path)
+        chain.append((path, content))
+        base = content.pop("extends", None)
+        if base is None:
+            break
+        path = _find(str(base), folder, path.parent, faults, where=str(path))
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for path, content in reversed(chain):
+        merged = _merge(merged, content)
+        for key in _leaves(content):
+            origins = {k: v for k, v in origins.items() if not k.startswith(key + ".")} | {key: str(path)}
+    name = chain[0][0].stem if chain else wanted
+    return name, tuple(path for path, _ in reversed(chain)), merged, origins
+
+
+def _find(wanted: str, folder: Path, beside: Path, faults: list[Fault], where: str = COMMAND_LINE) -> Path | None:
+    """Path of the recipe that `wanted` names; None and a fault where there is none."""
+    key = "recipe" if where == COMMAND_LINE else "extends"
+    if "/" in wanted or wanted.endswith((".yaml", ".yml")):
+        path = beside / wanted
+        if path.is_file():
+            return path
+        faults.append(Fault(where, key, f"there is no file {wanted}"))
+        return None
+    known = list_recipes(folder)
+    if wanted in known:
+        return known[wanted]
+    faults.append(Fault(where, key, f"there is no recipe {wanted!r}", _nearest(wanted, known) or f"there are: {', '.join(known)}"))
+    return None
+
+
+def _merge(base: Any, change: Any) -> Any:
+    if isinstance(base, dict) and isinstance(change, dict):
+        return {key: _merge(base.get(key), change[key]) if key in change else base[key] for key in {**base, **change}}
+    return change
+
+
+def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[path[-1]] = value
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _validate(merged: dict[str, Any], source: Source, faults: list[Fault]) -> Recipe | None:
+    """The recipe without its faulty keys, so that the pairs among the others can be checked as well; or None."""
+    tree = _merge({}, merged)
+    for name in ("lora", "training"):
+        if isinstance(tree.get(name), dict):
+            try:
+                upstream_section(name).model_validate(tree[name])
+            except ValidationError as error:
+                for item in error.errors():
+                    faults.append(_fault((name, *item["loc"][:1]), item, source))
+                    tree[name].pop(str(item["loc"][0]), None)
+    for attempt in range(2):
+        try:
+            return Recipe.model_validate(tree)
+        except ValidationError as error:
+            for item in error.errors():
+                if attempt == 0:  # the second time, what is missing is what was dropped
+                    faults.append(_fault(item["loc"], item, source))
+                _drop(tree, item["loc"])
+    return None
+
+
+def _drop(tree: Any, location: Sequence[Any]) -> None:
+    for key in location[:-1]:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    if isinstance(tree, dict) and location:
+        tree.pop(location[-1], None)
+
+
+def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) -> Fault:
+    """A pydantic error in our words."""
+    key = ".".join(map(str, location))
+    where, leaf = source.of(key), str(location[-1])
+    if error["type"] == "missing":
+        files = str(source.files[-1]) if source.files else COMMAND_LINE
+        return Fault(files, key, "is required and not set")
+    if error["type"] == "extra_forbidden":
+        section = str(location[0]) if len(location) > 1 else ""
+        if leaf in OWNED.get(section, {}):
+            return Fault(where, key, "is not set here", OWNED[section][leaf])
+        return Fault(where, key, "unknown key", _suggestion(leaf, section))
+    expected = error["msg"].removeprefix("Input should be ")
+    value = error["input"]
+    got = "null" if value is None else f"{value!r} ({type(value).__name__})"
+    return Fault(where, key, f"expected {expected}, got {got}")
+
+
+def _suggestion(leaf: str, section: str) -> str:
+    names = field_names()
+    if leaf in RENAMED:
+        return f"it is {RENAMED[leaf]}"
+    near = _nearest(leaf, names[section] if section in names else names[""])
+    if near:
+        return near
+    elsewhere = [f"{other}.{leaf}" for other, fields in names.items() if other and leaf in fields]
+    return f"did you mean {elsewhere[0]}?" if elsewhere else ""
+
+
+def field_names() -> dict[str, list[str]]:
+    """The fields of each section, and under `""` the sections."""
+    names: dict[str, list[str]] = {"": [*Recipe.model_fields, "extends"]}
+    for name, cls in (("run", Run), ("model", Model), ("quantization", Quantization), ("data", Data), ("batching", Batching),
+                      ("evaluation", Evaluation), ("tracking", Tracking)):  # fmt: skip
+        names[name] = list(cls.model_fields)
+    for upstream in ("lora", "training"):
+        names[upstream] = list(upstream_section(upstream).model_fields)  # type: ignore[arg-type]
+    return names
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else ""

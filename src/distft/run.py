@@ -1,0 +1,165 @@
+"""The run folder: the name of every file in it, and the records written there.
+
+    runs/<name>/
+      recipe.yaml         resolved; `distft train recipe=runs/<name>/recipe.yaml` runs it again
+      environment.json    versions, hardware, command
+      metrics.jsonl       one record a log step
+      checkpoints/        what the trainer saves on its way
+      adapter/  model/    the result: a PEFT adapter, or the whole model where there is no adapter
+      summary.json        status, cause and the figures of the run
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distft.errors import RunFolderError
+
+SUMMARY_KEYS = (
+    "status", "cause", "recipe", "strategy", "requested_strategy", "world_size", "global_batch_size", "micro_batch",
+    "gradient_accumulation_steps", "steps", "samples", "tokens", "trainable_parameters", "parameters",
+    "attn_implementation", "train_loss", "eval_before", "eval_after", "train_time_s", "samples_per_second",
+    "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib", "peak_reserved_gib", "host_rss_gib",
+    "energy_j", "restarts", "adapter", "changed_for_you",
+)  # fmt: skip
+"""Every key of `summary.json`, in order; null where unknown."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` aside and move it into place, so that a reader sees the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """Strict JSON: NaN and infinities become null, for readers in other languages; unknown types their `str`."""
+    return json.dumps(_finite(record), indent=2, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run, one folder. Constructing it touches no disk."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "merged"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @classmethod
+    def claim(cls, parent: Path, name: str, *, exact: bool) -> RunFolder:
+        """Create `parent/name`, or `name-2`, `name-3`, … where it exists: a run never writes over another.
+
+        `mkdir` decides, so that two runs that start at once get two folders.
+
+        Raises:
+            RunFolderError: the folder exists and `exact` asks for this very name, or cannot be created.
+        """
+        for number in range(1, 10_000):
+            path = parent / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir(parents=True)
+                return cls(path)
+            except FileExistsError:
+                if exact:
+                    free = next(n for n in range(2, 10_000) if not (parent / f"{name}-{n}").exists())
+                    raise RunFolderError(
+                        f"run folder {path} is in use, and distft never writes over a run; "
+                        f"take another name, run.name={name}-{free} say"
+                    ) from None
+            except OSError as error:
+                raise RunFolderError(f"cannot create the run folder {path}: {error.strerror}; set run.dir") from error
+        raise RunFolderError(f"too many runs named {name} in {parent}")
+
+    def read_summary(self) -> dict[str, Any]:
+        """The summary as a dict.
+
+        Raises:
+            RunFolderError: this is no run folder, or its summary is not readable.
+        """
+        try:
+            record = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{self.path} holds no readable {self.summary.name}: {error}") from error
+        if not isinstance(record, dict):
+            raise RunFolderError(f"{self.summary} is not a JSON object")
+        return record
+
+    def write_summary(self, record: Mapping[str, Any]) -> None:
+        """Write `summary.json` with every key of `SUMMARY_KEYS`, null where `record` has none."""
+        unknown = set(record) - set(SUMMARY_KEYS)
+        if unknown:
+            raise KeyError(f"not keys of a summary: {sorted(unknown)}")
+        write_atomically(self.summary, to_json({key: record.get(key) for key in SUMMARY_KEYS}) + "\n")
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Append one record to `metrics.jsonl` as one line, in a single write, so that a kill tears at most the last line."""
+        line = json.dumps(_finite(record), allow_nan=False, default=str) + "\n"
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All complete records of `metrics.jsonl`; a last line torn by a kill is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]

@@ -1,0 +1,251 @@
+"""What a recipe can say: one class a section; the docstring under each field is its help everywhere.
+
+`lora` and `training` have no class here. They are PEFT's `LoraConfig` and TRL's `SFTConfig` under their own field
+names, checked against the installed versions by `upstream_section`, less the fields that distft owns itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, create_model
+
+DType = Literal["bfloat16", "float16", "float32"]
+StrategyName = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
+
+STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+_BY_BATCHING = "set batching.micro_batch or batching.global_batch_size; accumulation is derived"
+_BY_RUN = "set run.dir, run.name or run.seed"
+_BY_STRATEGY = "set strategy; how it shards stands in accelerate_configs/"
+_BY_TRACKING = "set tracking.report_to and tracking.project"
+_BY_DATA = "distft prepares the data itself: see data.format, training.max_length, training.completion_only_loss"
+_BY_MODEL = "set it in the model section"
+_BY_ORDER = "the order of the samples is a function of run.seed alone, so that every world size sees the same"
+_NO_PACKING = "packing is not available in this version; samples are padded to the longest of their micro-batch"
+
+OWNED: dict[str, dict[str, str]] = {
+    "training": {
+        **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"), _BY_BATCHING),
+        **dict.fromkeys(("output_dir", "seed", "data_seed", "run_name", "resume_from_checkpoint"), _BY_RUN),
+        **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "accelerator_config", "local_rank"), _BY_STRATEGY),
+        **dict.fromkeys(("report_to", "project", "disable_tqdm"), _BY_TRACKING),
+        **dict.fromkeys(
+            ("dataset_text_field", "dataset_kwargs", "chat_template_path", "assistant_only_loss", "truncation_mode",
+             "eos_token", "pad_token", "remove_unused_columns", "label_names"),
+            _BY_DATA,
+        ),
+        **dict.fromkeys(("train_sampling_strategy", "length_column_name", "shuffle_dataset", "dataloader_drop_last"), _BY_ORDER),
+        **dict.fromkeys(("packing", "packing_strategy", "eval_packing", "padding_free"), _NO_PACKING),
+        **dict.fromkeys(("model_init_kwargs", "trust_remote_code", "use_cache"), _BY_MODEL),
+        "average_tokens_across_devices": "the loss is always normalised over all trained tokens of the global batch",
+        "do_train": "distft.train trains", "do_eval": "set training.eval_strategy", "do_predict": "set evaluation",
+        "load_best_model_at_end": "not available in this version: the adapter of the last step is saved",
+        **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
+                         "hub_revision"), "distft writes to the run folder; push runs/<name>/adapter with `hf upload`"),
+    },
+    "lora": {
+        **dict.fromkeys(("task_type", "peft_type", "inference_mode", "base_model_name_or_path", "peft_version",
+                         "auto_mapping", "runtime_config"), "distft sets it"),
+        "revision": "set model.revision",
+    },
+}  # fmt: skip
+"""Upstream fields that a recipe does not set, each with what to set instead."""
+
+RENAMED: dict[str, str] = {
+    "evaluation_strategy": "training.eval_strategy",
+    "warmup_ratio": "training.warmup_steps, where a number below 1 is a ratio",
+    "no_cuda": "training.use_cpu",
+    "max_seq_length": "training.max_length",
+    "torch_dtype": "model.dtype",
+    "model_name_or_path": "model.name",
+    "dataset_name": "data.name",
+    "per_device_train_batch_size": "batching.micro_batch",
+    "alpha": "lora.lora_alpha",
+    "lr": "training.learning_rate",
+    "epochs": "training.num_train_epochs",
+    "rank": "lora.r",
+    "dropout": "lora.lora_dropout",
+    "load_in_4bit": "quantization.load_in_4bit",
+}
+"""Names that people bring from older versions and other tools, and what they are called here."""
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict about types, closed to unknown keys."""
+
+    model_config = STRICT
+
+
+class Run(Section):
+    """Which run this is and where its folder goes."""
+
+    name: str = ""
+    """Name of the run folder; the recipe's name where it is empty. A name in use gets a number: `name-2`."""
+    dir: str = "runs"
+    """Folder that holds the run folders."""
+    seed: int = Field(42, ge=0)
+    """Seed of the adapter's initial weights, dropout, the data splits and the order of the samples."""
+
+
+class Model(Section):
+    """The base model and its tokenizer."""
+
+    name: str
+    """Hub id or local folder of a causal language model, or `tiny`, the embedded one."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer where it is not the model's own."""
+    dtype: DType = "bfloat16"
+    """Type of the base weights as loaded (of those that are not quantised)."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention kernel as transformers names it; `auto` takes flash-attn where it is installed and fits, else SDPA."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Leave it off unless you have read that code."""
+
+
+class Quantization(Section):
+    """bitsandbytes quantisation of the base, under the field names of `transformers.BitsAndBytesConfig`."""
+
+    load_in_4bit: bool = False
+    """4-bit weights (QLoRA)."""
+    load_in_8bit: bool = False
+    """8-bit weights (LLM.int8())."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit data type."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the quantisation constants as well."""
+    bnb_4bit_compute_dtype: DType = "bfloat16"
+    """Type of the products with dequantised weights."""
+    bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
+    """Type that the packed 4-bit weights are stored in; FSDP shards them only where it is the compute dtype."""
+    llm_int8_threshold: float = 6.0
+    """Outlier threshold of LLM.int8()."""
+    llm_int8_skip_modules: list[str] | None = None
+    """Modules to leave unquantised (the output head always is)."""
+
+    @property
+    def bits(self) -> int:
+        """Bits a weight: 4, 8 or 16 (not quantised)."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else 16
+
+
+class Format(Section):
+    """Which columns hold what. Give `text`, or `prompt` and `completion`, or `instruction` and `response`, or `review` and `label`."""
+
+    text: str | None = None
+    """Column of whole texts; the loss is on all of it."""
+    prompt: str | None = None
+    """Column of prompts, used as they are."""
+    completion: str | None = None
+    """Column of what should follow the prompt."""
+    instruction: str | None = None
+    """Column of instructions (Dolly's template)."""
+    context: str | None = None
+    """Column of contexts, may be empty in a row (Dolly's template)."""
+    response: str | None = None
+    """Column of responses (Dolly's template)."""
+    review: str | None = None
+    """Column of texts to classify (IMDB's template)."""
+    label: str | None = None
+    """Column of class numbers, 0 … n-1 (IMDB's template)."""
+    label_words: list[str] = ["negative", "positive"]
+    """The word that stands for each class number."""
+
+
+class Data(Section):
+    """What to train on, and how it is split."""
+
+    name: str
+    """`tiny`, `dolly`, `imdb`, a hub id, or a local .jsonl/.json/.csv/.parquet/.arrow file or folder (which needs `format`)."""
+    path: str | None = None
+    """Local file or folder to read instead of the hub, in the columns of `name`."""
+    config: str | None = None
+    """Configuration (subset) of a hub data set."""
+    train_split: str = "train"
+    """Split to train on."""
+    test_split: str | None = None
+    """Official split to hold out; without one a `test_fraction` of the train split is."""
+    test_path: str | None = None
+    """Local file or folder of the held-out split."""
+    validation_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the train split for the evaluation curve during training; 0 for none."""
+    test_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the train split held out for the evaluation before and after; not used with an official test split."""
+    max_samples: int | None = Field(None, ge=1)
+    """Use this many rows of the train split only, taken after shuffling by run.seed."""
+    format: Format | None = None
+    """Columns; not needed for `tiny`, `dolly` and `imdb`, which know theirs."""
+
+
+class Batching(Section):
+    """How many samples make an optimizer step, and how many fit on a device at once."""
+
+    global_batch_size: int = Field(ge=1)
+    """Samples of one optimizer step over all processes: part of the optimisation, the same on any number of processes."""
+    micro_batch: int = Field(1, ge=1)
+    """Samples a device takes at once: memory and speed only. gradient_accumulation_steps follows from both."""
+
+
+class Evaluation(Section):
+    """The held-out split before and after training."""
+
+    before_and_after: bool = True
+    """Measure loss and perplexity on the held-out split before and after training."""
+    max_samples: int | None = Field(None, ge=1)
+    """Use at most this many samples of the validation and of the held-out split."""
+
+
+class Tracking(Section):
+    """Where figures go besides metrics.jsonl."""
+
+    report_to: list[str] = ["wandb"]
+    """Trackers by transformers' names (wandb, tensorboard, trackio, mlflow, …); [] for none."""
+    project: str = "distft"
+    """Project name in W&B."""
+    entity: str | None = None
+    """User or team in W&B."""
+    group: str | None = None
+    """Group of runs in W&B."""
+    tags: list[str] = []
+    """Tags in W&B."""
+    throughput_warmup_steps: int = Field(3, ge=0)
+    """First steps that the run's samples/s and tokens/s leave out (allocator, kernel and cache warm-up)."""
+
+
+@functools.cache
+def upstream_section(name: Literal["lora", "training"]) -> type[BaseModel]:
+    """The section `name` as a strict model of the fields that the installed PEFT or TRL takes, less those of `OWNED`.
+
+    Imports TRL or PEFT at the first call. All fields are optional: what a recipe does not set stays upstream's default.
+    """
+    config: type
+    if name == "training":
+        from trl import SFTConfig as config
+    else:
+        from peft import LoraConfig as config
+    hints = typing.get_type_hints(config)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        if field.init and field.name not in OWNED[name]:
+            help_text = " ".join(str(field.metadata.get("help", "")).split())
+            fields[field.name] = (_describable(hints[field.name]), Field(None, description=help_text or None))
+    return create_model(
+        config.__name__,
+        __config__=ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, protected_namespaces=()),
+        __doc__=f"{config.__module__.split('.')[0]}.{config.__name__}: fields that are not set keep its defaults.",
+        **fields,
+    )
+
+
+def _describable(hint: Any) -> Any:
+    """`hint`, or Any where pydantic cannot describe it (a class of upstream's own)."""
+    try:
+        TypeAdapter(hint).json_schema()
+    except (PydanticUserError, ValueError):
+        return Any
+    return hint

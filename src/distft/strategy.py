@@ -1,0 +1,375 @@
+"""Everything in which single, DDP, FSDP2 and DeepSpeed differ. Nothing outside this module branches on them.
+
+How a strategy shards stands in `accelerate_configs/<strategy>.yaml`. `Strategy.configure` puts the process into the
+state that `accelerate launch --config_file` would have put it into, so that no such flag is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+import yaml
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from distft.errors import Fault, InvariantError, LaunchError
+from distft.packaged import packaged
+from distft.recipe import Recipe, read_yaml
+from distft.sections import StrategyName
+from distft.world import NPROC, World
+
+_TYPES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp"}
+_BITSANDBYTES_OPTIMIZERS = ("paged_", "adamw_bnb", "lion_8bit", "lion_32bit", "adamw_8bit", "rmsprop_bnb", "ademamix")
+
+
+def faults(recipe: Recipe) -> list[Fault]:
+    """Pairs that the recipe's strategy refuses, because they fail or shard nothing."""
+    found: list[Fault] = []
+
+    def fault(key: str, problem: str, hint: str) -> None:
+        found.append(Fault(recipe.source.of(key), key, problem, hint))
+
+    quantization, optimizer = recipe.quantization, str(recipe.training.get("optim", ""))
+    if recipe.strategy == "fsdp":
+        if recipe.bits == 8:
+            fault("quantization.load_in_8bit", "8-bit weights cannot be sharded by FSDP2", "strategy=ddp, or 4-bit")
+        if recipe.bits == 4 and quantization and quantization.bnb_4bit_quant_storage != recipe.model.dtype:
+            fault(
+                "quantization.bnb_4bit_quant_storage",
+                f"4-bit weights stored as {quantization.bnb_4bit_quant_storage} in a {recipe.model.dtype} model are not sharded by FSDP2",
+                f"set it to {recipe.model.dtype}",
+            )
+        if optimizer.startswith(_BITSANDBYTES_OPTIMIZERS):
+            fault("training.optim", f"{optimizer} does not take parameters that FSDP2 has sharded", "adamw_torch_fused")
+    if recipe.strategy == "zero3" and recipe.bits < 16:
+        fault("quantization", f"ZeRO-3 does not partition {recipe.bits}-bit weights", "strategy=fsdp with 4-bit, or zero2")
+    if recipe.strategy in ("zero2", "zero3") and optimizer.startswith(_BITSANDBYTES_OPTIMIZERS):
+        fault("training.optim", f"{optimizer} does not take DeepSpeed's partitions", "adamw_torch")
+    return found
+
+
+def visible_devices() -> int:
+    """Number of CUDA devices that this process could use, found without touching CUDA."""
+    return torch.cuda.device_count()
+
+
+def accelerate_environment(config: Mapping[str, Any]) -> dict[str, str]:
+    """The variables that accelerate's launcher sets for a config file with these contents."""
+    environment: dict[str, str] = {}
+    if config["distributed_type"] == "FSDP":
+        environment["ACCELERATE_USE_FSDP"] = "true"
+        renamed = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
+        for key, value in config["fsdp_config"].items():
+            environment[renamed.get(key, key.upper())] = _text(value)
+    if config["distributed_type"] == "DEEPSPEED":
+        environment["ACCELERATE_USE_DEEPSPEED"] = "true"
+        renamed = {"deepspeed_config_file": "CONFIG_FILE", "zero3_init_flag": "ZERO3_INIT", "zero3_save_16bit_model": "ZERO3_SAVE_16BIT_MODEL"}
+        for key, value in config["deepspeed_config"].items():
+            environment[f"ACCELERATE_DEEPSPEED_{renamed.get(key, key.upper())}"] = _text(value)
+    return environment
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What the program that started this process was told: its `--config_file` and `--num_processes`."""
+
+    config_file: Path | None = None
+    processes: int | None = None
+
+    @classmethod
+    def of_parent(cls) -> Launcher:
+        """Read from the parent's command line; empty where the parent is no launcher."""
+        try:
+            words = psutil.Process(os.getppid()).cmdline()
+        except psutil.Error:
+            return cls()
+        if not any(Path(word).name in ("accelerate", "accelerate-launch", "torchrun") or "accelerate.commands" in word for word in words[:4]):
+            return cls()
+        options: dict[str, str] = {}
+        for index, word in enumerate(words):
+            name, equals, value = word.partition("=")
+            options.setdefault(name.lstrip("-").replace("-", "_"), value if equals else (words[index + 1 :] or [""])[0])
+        processes = options.get("num_processes", "")
+        file = options.get("config_file")
+        return cls(Path(file) if file else None, int(processes) if processes.isdigit() else None)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How this run spreads its work. `requested` is the recipe's, `name` what is done (they differ in the fallback)."""
+
+    name: StrategyName
+    requested: StrategyName
+    world: World
+    on_gpu: bool
+
+    @classmethod
+    def choose(cls, recipe: Recipe, world: World, environment: Mapping[str, str], launcher: Launcher) -> Strategy:
+        """The strategy to use in this process.
+
+        Raises:
+            LaunchError: the launcher, the processes and the devices do not fit the recipe; with the command that does.
+        """
+        devices = visible_devices()
+        command = f"accelerate launch -m distft.train recipe={recipe.source.name}"
+        _check_size(world, environment, launcher, recipe)
+        _check_launcher(recipe, world, environment, launcher, command)
+        if world.world_size == 1 and devices > 1 and recipe.strategy != "single":
+            raise LaunchError(
+                f"one process sees {devices} GPUs and would use one of them; use them all:\n  {command}\n"
+                f"or one on purpose:\n  python -m distft.train recipe={recipe.source.name} strategy=single"
+            )
+        if devices and world.local_world_size > devices:
+            raise LaunchError(f"{world.local_world_size} processes on this machine, but it has {devices} visible GPU"
+                              f"{'s' if devices > 1 else ''}; start at most {devices} (--num_processes {devices})")  # fmt: skip
+        if recipe.strategy == "single" and world.world_size > 1:
+            raise LaunchError(
+                f"the recipe asks for strategy single, but {world.world_size} processes were started; start one:\n"
+                f"  python -m distft.train recipe={recipe.source.name}\nor spread the work: strategy=ddp"
+            )
+        name: StrategyName = "single" if world.world_size == 1 else recipe.strategy
+        if name in ("zero2", "zero3") and not devices and not (shutil.which("c++") or shutil.which("g++")):
+            raise LaunchError("DeepSpeed compiles a part of itself at first use and finds no C++ compiler; install g++ (build-essential)")
+        return cls(name, recipe.strategy, world, devices > 0)
+
+    @property
+    def notes(self) -> list[str]:
+        """What differs from what the recipe asked for, in words."""
+        if self.name != self.requested:
+            place = "one GPU" if self.on_gpu else "the CPU"
+            return [f"one process: falling back from {self.requested} to single on {place}; same global batch, same optimisation"]
+        if self.name == "fsdp" and not self.on_gpu:
+            return ["FSDP2 on CPU: accelerate would run DDP here in silence; its state is corrected so that parameters are sharded"]
+        return []
+
+    def configure(self, environment: MutableMapping[str, str]) -> None:
+        """Bring accelerate to this strategy. Before TrainingArguments or an Accelerator exists."""
+        self.world.export(environment)
+        if self.name == "single":
+            if self.on_gpu and visible_devices() > 1:  # never nn.DataParallel
+                environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+            for key in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+                environment.pop(key, None)
+        for key, value in accelerate_environment(read_yaml(packaged(f"accelerate_configs/{self.name}.yaml"))).items():
+            environment.setdefault(key, value)  # a --config_file of the user's own for this strategy goes first
+        if self.name == "fsdp" and not self.on_gpu:
+            _make_fsdp_real_on_cpu()
+        if self.name in ("zero2", "zero3") and not self.on_gpu:
+            environment.setdefault("DS_ACCELERATOR", "cpu")
+
+    def training_arguments(self) -> dict[str, Any]:
+        """What this strategy adds to SFTConfig."""
+        arguments: dict[str, Any] = {"use_cpu": not self.on_gpu and self.name not in ("zero2", "zero3")}
+        if self.name == "ddp":
+            arguments["ddp_find_unused_parameters"] = False
+        return arguments
+
+    def device_map(self, recipe: Recipe) -> dict[str, int] | None:
+        """Where `from_pretrained` puts the weights; never "auto"."""
+        if not self.on_gpu or self.name == "zero3" or (self.name == "fsdp" and recipe.bits == 16):
+            return None
+        return {"": self.world.local_rank if self.name != "single" else 0}
+
+    def keeps_adapter_in_base_dtype(self, recipe: Recipe) -> bool:
+        """ZeRO-3 gathers parameters of one type only, so an adapter cannot be fp32 beside a bf16 base."""
+        return self.name == "zero3" and recipe.bits == 16
+
+    def check_prepared(self, model: nn.Module, recipe: Recipe, trainable: int) -> None:
+        """Before step 1: the model is what the recipe asked for. All ranks enter.
+
+        Raises:
+            InvariantError: on every rank, with what was found on the first that failed.
+        """
+        self._all_agree(self._fault_of(model, recipe, trainable))
+
+    def _fault_of(self, model: nn.Module, recipe: Recipe, trainable: int) -> str | None:
+        found = 0
+        for name, parameter in model.named_parameters():
+            found += whole_numel(parameter) if parameter.requires_grad else 0
+            partitioned = hasattr(parameter, "ds_id")
+            if parameter.is_meta:
+                return f"parameter {name} is on the meta device: its weights were never loaded"
+            if self.name == "fsdp" and not isinstance(parameter, DTensor):
+                return f"FSDP was asked for, but parameter {name} is not sharded (a {type(parameter).__name__}, no DTensor)"
+            if self.on_gpu and parameter.device.type == "cpu" and not partitioned and not self._offloads():
+                return f"parameter {name} is on the CPU, and this run trains on a GPU"
+            if not parameter.requires_grad and parameter.is_floating_point() and type(_local(parameter)).__name__ != "Params4bit":
+                allowed = {getattr(torch, recipe.model.dtype)} | _mixed_precision(recipe)
+                if parameter.dtype not in allowed:
+                    return f"parameter {name} is {parameter.dtype}; the recipe's model.dtype is {recipe.model.dtype}"
+        if found != trainable:
+            return f"{found:,} parameters are trainable; the adapter (or model) has {trainable:,}"
+        return None
+
+    def _offloads(self) -> bool:
+        return os.environ.get("FSDP_OFFLOAD_PARAMS") == "true" or os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") != "none"
+
+    def fingerprint(self, model: nn.Module) -> dict[str, int]:
+        """A checksum of the bits of every trainable tensor, whole (gathered where sharded). All ranks enter."""
+        return {name: _checksum(tensor) for name, tensor in self._whole(model)}
+
+    def check_updated(self, model: nn.Module, before: Mapping[str, int], learning_rate: float) -> None:
+        """After the first update with a non-zero learning rate: the adapter has moved, alike on all ranks. All ranks enter.
+
+        Raises:
+            InvariantError: on every rank.
+        """
+        after = self.fingerprint(model)
+        watched = [name for name in after if "lora_B" in name] or list(after)
+        still = [name for name in watched if before[name] == after[name]]
+        fault = None
+        if len(still) == len(watched):
+            fault = f"no trainable tensor moved in an update with learning rate {learning_rate:g}: no gradient reaches {watched[0]}"
+        self._all_agree(fault)
+        if self.world.world_size > 1:
+            everywhere: list[dict[str, int] | None] = [None] * self.world.world_size
+            dist.all_gather_object(everywhere, after)
+            for rank, other in enumerate(everywhere):
+                differing = [name for name in after if other is None or other[name] != after[name]]
+                if differing:
+                    fault = f"{differing[0]} differs between rank {self.world.rank} and rank {rank} after one update"
+            self._all_agree(fault)
+
+    def _all_agree(self, fault: str | None) -> None:
+        """Raise on every rank where any has a fault, so that none waits for one that has left."""
+        found: list[str | None] = [fault]
+        if self.world.world_size > 1:
+            found = [None] * self.world.world_size
+            dist.all_gather_object(found, fault)
+        for rank, text in enumerate(found):
+            if text:
+                raise InvariantError(f"{text} (rank {rank}, strategy {self.name}); the run was stopped before it could waste time")
+
+    def gather(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Every trainable tensor, whole, on the CPU of rank 0; an empty dict elsewhere. All ranks enter.
+
+        One tensor at a time, so that no more than one is whole on a device at once.
+        """
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._whole(model) if self.world.is_main}
+
+    def _whole(self, model: nn.Module) -> Any:
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            name = name.removeprefix("module.")
+            if hasattr(parameter, "ds_id"):
+                import deepspeed
+
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    yield name, parameter.data
+            elif isinstance(parameter, DTensor):
+                yield name, parameter.full_tensor()
+            else:
+                yield name, parameter.data
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def whole_numel(parameter: torch.Tensor) -> int:
+    """Number of elements of the whole tensor, where it is a shard, partitioned, or packed in 4 bits."""
+    count = int(getattr(parameter, "ds_numel", parameter.numel()))
+    if type(_local(parameter)).__name__ == "Params4bit":
+        count *= 2 * parameter.element_size()
+    return count
+
+
+def _mixed_precision(recipe: Recipe) -> set[torch.dtype]:
+    """Types that DeepSpeed casts a whole model to under the recipe's mixed precision."""
+    if recipe.strategy not in ("zero2", "zero3"):
+        return set()
+    return {torch.bfloat16} if recipe.training.get("bf16") else {torch.float16} if recipe.training.get("fp16") else set()
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """A sum over the tensor's bits, each element weighted by its place modulo a prime: equal bits, equal sum."""
+    bits = tensor.detach().contiguous().flatten().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    weights = torch.arange(bits.numel(), device=bits.device).remainder_(1_000_003).add_(1)
+    return int((bits.to(torch.int64) * weights).sum())
+
+
+def _check_size(world: World, environment: Mapping[str, str], launcher: Launcher, recipe: Recipe) -> None:
+    asked = int(environment.get(NPROC, "0")) or launcher.processes
+    if asked and asked != world.world_size:
+        raise LaunchError(
+            f"{asked} processes were asked for, but this run has {world.world_size}: accelerate starts one process where it is "
+            "told --cpu or finds no GPU\n  start them by: "
+            f"distft train recipe={recipe.source.name} --nproc {asked}\n  or: accelerate launch --multi_gpu --num_processes {asked} "
+            f"-m distft.train recipe={recipe.source.name}"
+        )
+
+
+def _check_launcher(recipe: Recipe, world: World, environment: Mapping[str, str], launcher: Launcher, command: str) -> None:
+    """The recipe is the one source of truth: a launcher that was told something else stops the run."""
+    told: str | None = None
+    said = "the launcher"
+    if environment.get("ACCELERATE_USE_FSDP") == "true":
+        told = "fsdp" if environment.get("FSDP_VERSION") == "2" else "FSDP version 1"
+    elif environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        told = f"zero{environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '?')}"
+    if launcher.config_file is not None:
+        said = f"--config_file {launcher.config_file}"
+        if told is None:
+            try:
+                content = yaml.safe_load(launcher.config_file.read_text(encoding="utf-8")) or {}
+            except (OSError, yaml.YAMLError):
+                content = {}
+            told = _TYPES.get(str(content.get("distributed_type", "NO")))
+    if told is not None and told != recipe.strategy and not (world.world_size == 1 and told == "single"):
+        raise LaunchError(
+            f"{said} says {told}, the recipe {recipe.source.name} says {recipe.strategy}; the recipe decides, so leave the config "
+            f"file out:\n  {command}\nor change the recipe: {command} strategy=…"
+        )
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    ours = next((name for name in ("bf16", "fp16") if recipe.training.get(name)), "no")
+    if precision not in ("no", ours):
+        raise LaunchError(
+            f"{said} says mixed precision {precision}, the recipe {recipe.source.name} says {ours}; the recipe decides:\n  "
+            f"{command} training.{precision}=true\nor leave --mixed_precision out"
+        )
+
+
+def _make_fsdp_real_on_cpu() -> None:
+    """Let accelerate shard on CPU, where it would run DDP though FSDP is asked for (seen in 1.15).
+
+    Its state knows the FSDP plugin for CUDA devices alone; on CPU the type stays MULTI_CPU and nothing is sharded.
+
+    Raises:
+        LaunchError: accelerate's state has changed and this correction does not fit any more.
+    """
+    import inspect
+
+    from accelerate import __version__, state
+    from accelerate.utils import DistributedType
+
+    original = state.AcceleratorState.__init__
+    if getattr(original, "corrected", False):
+        return
+    if "fsdp_plugin" not in inspect.signature(original).parameters or not hasattr(DistributedType, "MULTI_CPU"):
+        raise LaunchError(f"FSDP2 on CPU is not possible with accelerate {__version__}; use 1.15, or strategy=ddp")
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = plugin
+            self.distributed_type = DistributedType.FSDP
+            state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    init.corrected = True  # type: ignore[attr-defined]
+    state.AcceleratorState.__init__ = init

@@ -1,0 +1,279 @@
+"""What a run says about itself while it trains: loss, samples/s, tokens/s, MFU, memory, energy.
+
+All ranks measure and reduce; rank 0 alone writes metrics.jsonl, the console and the trackers.
+"""
+
+from __future__ import annotations
+
+import math
+import netrc
+import os
+import time
+import urllib.parse
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
+
+from distft.machine import GIB, EnergyMeter, device_flops
+from distft.recipe import Recipe
+from distft.run import RunFolder
+from distft.world import World, say
+
+def model_flops_per_token(parameters: int, *, frozen_base: bool) -> float:
+    """4·N for a frozen base with an adapter (forward 2·N, backward through the activations 2·N), 6·N for full training.
+
+    N leaves out the input embeddings. Kaplan et al. 2020 (arXiv:2001.08361), section 2.1; recomputation does not count.
+    """
+    return (4 if frozen_base else 6) * float(parameters)
+
+
+@dataclass
+class Window:
+    """A stretch of training: the wall-clock that it trained (evaluation and saving left out), samples and tokens."""
+
+    seconds: float = 0.0
+    samples: int = 0
+    tokens: int = 0
+
+    def rates(self, world_size: int, flops_per_token: float, flops: float | None) -> dict[str, float | None]:
+        """samples/s and tokens/s over all processes, tokens/s of one, and MFU where the device is known."""
+        if self.seconds <= 0:
+            return dict.fromkeys(("samples_per_second", "tokens_per_second", "tokens_per_second_per_gpu", "mfu"))
+        tokens = self.tokens / self.seconds
+        return {
+            "samples_per_second": self.samples / self.seconds,
+            "tokens_per_second": tokens,
+            "tokens_per_second_per_gpu": tokens / world_size,
+            "mfu": tokens * flops_per_token / (world_size * flops) if flops else None,
+        }
+
+
+@dataclass
+class Telemetry(TrainerCallback):  # type: ignore[misc]
+    """The trainer's callback that measures; it stands before the trackers, so that they log what it adds."""
+
+    folder: RunFolder
+    recipe: Recipe
+    world: World
+    samples_after: Any
+    """Real samples seen after a number of optimizer steps."""
+    flops_per_token: float
+    steps_total: int = 0
+    whole: Window = field(default_factory=Window)
+    _window: Window = field(default_factory=Window)
+    _clock: float = 0.0
+    _step_logged: int = 0
+    _tokens_logged: int = 0
+    _bar: Any = None
+    _energy: EnergyMeter | None = None
+    _started: float = 0.0
+    train_time_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self._flops = device_flops()
+
+    # Trainer's events -------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._energy = EnergyMeter()
+        self.steps_total = state.max_steps
+        self._step_logged = state.global_step
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if self.world.is_main:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, mininterval=0.5)
+        self._started = self._clock = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._warmup:
+            control.should_log = True  # a window ends here, so that the run's rates can leave it out
+        if control.should_log or control.should_evaluate or control.should_save:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self._tick()
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        self._clock = time.perf_counter()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._clock = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs is None or "train_runtime" in logs:
+            return
+        if "loss" in logs:
+            self._add_rates(state.global_step, logs)
+        for key in [key for key in logs if key.endswith("_loss")]:
+            logs[key.removesuffix("loss") + "perplexity"] = perplexity(logs[key])
+        if self.world.is_main:
+            self.folder.append_metrics({"step": state.global_step, **logs})
+            self._show(logs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.train_time_s = time.perf_counter() - self._started
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _warmup(self) -> int:
+        """First steps that the run's rates leave out; at least one step is always measured."""
+        return min(self.recipe.tracking.throughput_warmup_steps, max(self.steps_total - 1, 0))
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self._window.seconds += now - self._clock
+        self._clock = now
+
+    def _add_rates(self, step: int, logs: dict[str, Any]) -> None:
+        """Rates of the steps since the last log, and of the run without its first steps; collective: memory's maximum."""
+        tokens = int(logs.pop("num_tokens", 0))
+        window, self._window = self._window, Window()
+        window.samples = self.samples_after(step) - self.samples_after(self._step_logged)
+        window.tokens = tokens - self._tokens_logged
+        if self._step_logged >= self._warmup:
+            self.whole = Window(self.whole.seconds + window.seconds, self.whole.samples + window.samples, self.whole.tokens + window.tokens)
+        self._step_logged, self._tokens_logged = step, tokens
+        logs |= {"samples": self.samples_after(step), "tokens": tokens, "time_s": time.perf_counter() - self._started}
+        logs |= window.rates(self.world.world_size, self.flops_per_token, self._flops) | self.memory()
+
+    def memory(self) -> dict[str, float | None]:
+        """Peak allocated and reserved GPU memory and host RSS of the worst rank, in GiB. All ranks enter."""
+        on_gpu = torch.cuda.is_available()
+        numbers = [
+            torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0,
+            torch.cuda.max_memory_reserved() / GIB if on_gpu else 0.0,
+            psutil.Process(os.getpid()).memory_info().rss / GIB,
+        ]
+        worst = reduce(numbers, "max", self.world)
+        return {
+            "peak_memory_gib": worst[0] if on_gpu else None, "peak_reserved_gib": worst[1] if on_gpu else None, "host_rss_gib": worst[2],
+        }  # fmt: skip
+
+    def figures(self) -> dict[str, Any]:
+        """The run's figures for its summary. All ranks enter."""
+        joules = self._energy.joules() if self._energy else None
+        total = reduce([joules or 0.0], "sum", self.world)[0]
+        return {
+            "train_time_s": self.train_time_s, "samples": self.samples_after(self._step_logged), "tokens": self._tokens_logged,
+            "energy_j": total if joules is not None else None,
+            **self.whole.rates(self.world.world_size, self.flops_per_token, self._flops), **self.memory(),
+        }  # fmt: skip
+
+    def _show(self, logs: dict[str, Any]) -> None:
+        if self._bar is None:
+            return
+        if "loss" in logs:
+            shown = {"loss": f"{logs['loss']:.4f}"}
+            for key, unit in (("samples_per_second", "samples/s"), ("tokens_per_second", "tokens/s")):
+                if logs.get(key):
+                    shown[unit] = f"{logs[key]:,.1f}" if logs[key] < 100 else f"{logs[key]:,.0f}"
+            memory = logs.get("peak_memory_gib") or logs.get("host_rss_gib")
+            shown["GiB"] = f"{memory:.1f}"
+            self._bar.set_postfix(shown, refresh=True)
+        for key in logs:
+            if key.endswith("_loss"):
+                self._bar.write(f"step {self._bar.n}: {key} {logs[key]:.4f}, perplexity {perplexity(logs[key]):.3f}")
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean negative log-likelihood in nats; infinity where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def reduce(numbers: list[float], how: str, world: World) -> list[float]:
+    """Element-wise maximum or sum over all ranks, on all ranks. All ranks enter."""
+    if world.world_size == 1 or not dist.is_initialized():
+        return numbers
+    everywhere: list[list[float]] = [[]] * world.world_size
+    dist.all_gather_object(everywhere, numbers)
+    return [max(column) if how == "max" else sum(column) for column in zip(*everywhere, strict=True)]
+
+
+class Guarded(TrainerCallback):  # type: ignore[misc]
+    """A tracker's callback whose failures cost one warning and the tracker, never the run."""
+
+    def __init__(self, name: str, inner: TrainerCallback) -> None:
+        self._name = name
+        self._inner: TrainerCallback | None = inner
+
+    def __getattribute__(self, event: str) -> Any:
+        if not event.startswith("on_"):
+            return super().__getattribute__(event)
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            if self._inner is None:
+                return
+            try:
+                getattr(self._inner, event)(*args, **kwargs)
+            except Exception as error:  # whatever a tracker raises, the run goes on
+                self._inner = None
+                say(f"warning: {self._name} failed and is left out from here on; metrics.jsonl goes on ({type(error).__name__}: {error})")
+
+        return call
+
+
+def trackers(recipe: Recipe, folder: RunFolder, world: World) -> list[TrainerCallback]:
+    """The trackers that the recipe reports to, on rank 0 alone, each guarded. Starts the W&B run."""
+    if not world.is_main:
+        return []
+    found: list[TrainerCallback] = []
+    for name in recipe.tracking.report_to:
+        try:
+            if name == "wandb":
+                _start_wandb(recipe, folder)
+            if name == "tensorboard":
+                os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
+            (cls,) = get_reporting_integration_callbacks([name])
+            found.append(Guarded(name, cls()))
+        except Exception as error:  # whatever a tracker raises, the run goes on
+            say(f"warning: {name} cannot be used and is left out; metrics.jsonl has every figure ({type(error).__name__}: {error})")
+    return found
+
+
+def _start_wandb(recipe: Recipe, folder: RunFolder) -> None:
+    """One W&B run with the resolved recipe as its config: online where there is a key, else offline."""
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    mode = os.environ.get("WANDB_MODE")
+    if mode is None:
+        mode = "online" if _has_wandb_key() else "offline"
+    section = recipe.tracking
+    run = wandb.init(
+        project=section.project, entity=section.entity, group=section.group, tags=section.tags or None, name=folder.name,
+        dir=str(folder.path), config=recipe.model_dump(), mode=mode,
+    )  # fmt: skip
+    if mode == "offline":
+        say(f"wandb: no key, so offline; sync later with: wandb sync {os.path.relpath(run.settings.sync_dir)}")
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def finish_trackers(*, failed: bool) -> None:
+    """Close the W&B run, if there is one, with the run's outcome."""
+    try:
+        import wandb
+
+        if wandb.run is not None:
+            wandb.finish(exit_code=1 if failed else 0)
+    except Exception as error:  # whatever a tracker raises, the run goes on
+        say(f"warning: wandb did not close cleanly ({type(error).__name__}: {error})")

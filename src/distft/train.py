@@ -1,0 +1,82 @@
+"""accelerate launch -m distft.train recipe=ddp_qlora: from a recipe to a finished run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distft import data, strategy
+from distft.checkpoint import save_result
+from distft.model import attention, load_model, load_tokenizer, non_embedding_parameters, settle_adapter_dtype
+from distft.outcome import debug_flag, guarded
+from distft.record import Record
+from distft.recipe import load_recipe
+from distft.strategy import Launcher, Strategy, whole_numel
+from distft.telemetry import Telemetry, finish_trackers, model_flops_per_token, perplexity, trackers
+from distft.trainer import HeldOut, Invariants, Trainer, sft_config
+from distft.world import World, say, together
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Train what `arguments` (`recipe=NAME key.path=value …`) ask for, as one of the processes that were started.
+
+    Raises:
+        DistftError: the run failed or was stopped; its message says why, and the run folder's summary as well.
+    """
+    recipe = load_recipe(arguments, checks=(strategy.faults, data.faults))
+    world = World.from_environment(os.environ)
+    how = Strategy.choose(recipe, world, os.environ, Launcher.of_parent())
+    accumulation = recipe.accumulation(world.world_size)
+    how.configure(os.environ)
+
+    tokenizer = together(world, lambda: load_tokenizer(recipe))
+    splits = together(world, lambda: data.prepare(recipe, tokenizer))
+    order = data.GlobalBatchOrder(len(splits.train), recipe.batching.global_batch_size, recipe.run.seed)
+    with Record.open(recipe, how, Path.cwd()) as record:
+        config = sft_config(recipe, how, record.folder)
+        model = together(world, lambda: load_model(recipe, how))
+        trainable = sum(whole_numel(p) for p in model.parameters() if p.requires_grad)
+        flops = model_flops_per_token(non_embedding_parameters(model), frozen_base=recipe.lora is not None)
+        record.note(
+            global_batch_size=recipe.batching.global_batch_size, micro_batch=recipe.batching.micro_batch,
+            gradient_accumulation_steps=accumulation, trainable_parameters=trainable,
+            parameters=sum(map(whole_numel, model.parameters())), attn_implementation=attention(recipe, how),
+        )  # fmt: skip
+        if world.is_main:
+            for line in [*splits.report.lines(), *record.lines()]:
+                say(line)
+
+        telemetry = Telemetry(record.folder, recipe, world, order.samples_after, flops)
+        limit, share = recipe.evaluation.max_samples, world.world_size * config.per_device_eval_batch_size
+        held_out = HeldOut(data.evaluation_rows(splits.test, limit, share, tokenizer.eos_token_id))
+        trainer = Trainer(
+            model=model, args=config, processing_class=tokenizer, order=order,
+            train_dataset=data.with_empty_rows(splits.train, 1, tokenizer.eos_token_id),
+            eval_dataset=data.evaluation_rows(splits.validation, limit, share, tokenizer.eos_token_id),
+            callbacks=[
+                Invariants(how, recipe, trainable), telemetry, *trackers(recipe, record.folder, world),
+                *([held_out] if recipe.evaluation.before_and_after and splits.test is not None else []),
+            ],
+        )  # fmt: skip
+        held_out.trainer = trainer
+        settle_adapter_dtype(model, recipe)
+        output = trainer.train()
+        if held_out.before is not None:
+            before, after = held_out.before, held_out.measure()
+            record.note(eval_before={"loss": before, "perplexity": perplexity(before)},
+                        eval_after={"loss": after, "perplexity": perplexity(after)})  # fmt: skip
+        saved = save_result(trainer.model, recipe, how, record.folder)
+        record.note(train_loss=output.training_loss, steps=trainer.state.global_step, adapter=str(saved), **telemetry.figures())
+        finish_trackers(failed=False)
+
+
+def main() -> int:
+    """Entry of `python -m distft.train` and of every process that a launcher starts."""
+    arguments = debug_flag(sys.argv[1:])
+    return guarded(lambda: train(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

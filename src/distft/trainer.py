@@ -1,0 +1,109 @@
+"""TRL's SFTTrainer with what no callback can reach: the order of the samples and a token-weighted evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig, SFTTrainer
+
+from distft.recipe import Recipe
+from distft.run import RunFolder
+from distft.strategy import Strategy
+
+IGNORED = -100
+
+
+def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder) -> SFTConfig:
+    """The recipe's training section as SFTConfig, with what the other sections own filled in."""
+    micro = recipe.batching.micro_batch
+    given = dict(recipe.training)
+    # TRL trains in bf16 where nothing is said; here the model's own type decides.
+    given.setdefault("bf16", recipe.model.dtype == "bfloat16" and not given.get("fp16"))
+    given.setdefault("per_device_eval_batch_size", micro)
+    given.setdefault("logging_nan_inf_filter", False)  # it hides bad numbers and waits for the device in every micro-batch
+    return SFTConfig(
+        output_dir=str(folder.checkpoints),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=recipe.accumulation(strategy.world.world_size),
+        seed=recipe.run.seed,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        report_to="none",  # the trackers are ours to start: on rank 0, guarded, behind the telemetry
+        disable_tqdm=True,
+        **(strategy.training_arguments() | given),
+    )
+
+
+class Trainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer over prepared samples in a given order."""
+
+    def __init__(self, *args: Any, order: Sampler[int], **kwargs: Any) -> None:
+        self._order = order
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self._order
+
+    def evaluation_loop(
+        self, dataloader: DataLoader[Any], description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:  # fmt: skip
+        """Mean negative log-likelihood over all trained tokens of the split (nats): the same on any number of processes.
+
+        Trainer's own loop averages the means of batches, which depends on how the samples fall into batches.
+        """
+        self.model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(self.model, inputs)
+            total += torch.stack([loss.detach().double() * tokens, tokens.double()])
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        likelihood, tokens = self.accelerator.reduce(total, reduction="sum").tolist()
+        self._metrics["eval"].clear()
+        metrics = {f"{metric_key_prefix}_loss": likelihood / max(tokens, 1)}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader))
+
+
+class Invariants(TrainerCallback):  # type: ignore[misc]
+    """Before step 1 the model is what the recipe asked for; after the first real update the adapter has moved, alike
+    everywhere. All ranks check and all stop where one finds a fault."""
+
+    def __init__(self, strategy: Strategy, recipe: Recipe, trainable: int) -> None:
+        self._strategy, self._recipe, self._trainable = strategy, recipe, trainable
+        self._before: dict[str, int] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self._strategy.check_prepared(model, self._recipe, self._trainable)
+        self._before = self._strategy.fingerprint(model)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
+        self._learning_rate = max(lr_scheduler.get_last_lr()) if lr_scheduler is not None else 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self._before is not None and self._learning_rate > 0:
+            self._strategy.check_updated(model, self._before, self._learning_rate)
+            self._before = None
+
+
+class HeldOut(TrainerCallback):  # type: ignore[misc]
+    """Loss on the held-out split before the first step; the trainer is given after it is built."""
+
+    def __init__(self, samples: Any) -> None:
+        self._samples = samples
+        self.trainer: Trainer | None = None
+        self.before: float | None = None
+
+    def measure(self) -> float:
+        """Mean negative log-likelihood of the held-out split in nats a token. All ranks enter."""
+        assert self.trainer is not None
+        return float(self.trainer.evaluate(self._samples, metric_key_prefix="test")["test_loss"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.before = self.measure()

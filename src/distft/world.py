@@ -1,0 +1,117 @@
+"""Who am I among the processes: rank and sizes, from torchrun, accelerate's launcher or SLURM."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from distft.errors import DistftError
+
+T = TypeVar("T")
+
+NPROC = "DISTFT_NPROC"
+"""Environment variable in which `distft train` passes on the number of processes that was asked for."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place. `rank` counts over all nodes, `local_rank` within this one; sizes are numbers of processes."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    node: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> World:
+        """torchrun's and accelerate's variables first; then those of an srun step (a batch script's shell has some of
+        them without being one of several processes, so `SLURM_STEP_NUM_TASKS` decides); else one process alone."""
+        if "RANK" in environment and "WORLD_SIZE" in environment:
+            size = int(environment["WORLD_SIZE"])
+            local_size = int(environment.get("LOCAL_WORLD_SIZE", size))
+            rank = int(environment["RANK"])
+            node = int(environment.get("GROUP_RANK", rank // max(local_size, 1)))
+            return cls(rank, int(environment.get("LOCAL_RANK", rank)), size, local_size, node)
+        if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            per_node = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+            return cls(
+                int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"]),
+                int(environment["SLURM_STEP_NUM_TASKS"]), int(per_node.group()) if per_node else 1,
+                int(environment.get("SLURM_NODEID", "0")),
+            )  # fmt: skip
+        return cls()
+
+    def export(self, environment: MutableMapping[str, str]) -> None:
+        """Set the variables that torch reads where srun started the processes without a launcher."""
+        if self.world_size == 1 or "RANK" in environment:
+            return
+        environment |= {
+            "RANK": str(self.rank), "LOCAL_RANK": str(self.local_rank), "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+        }  # fmt: skip
+        environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+        environment.setdefault("MASTER_PORT", str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 10_000))
+
+
+def together(world: World, work: Callable[[], T]) -> T:
+    """`work()` on every rank; where it raises on any rank, every rank raises, so that none waits for one that has left.
+
+    Starts the process group where there is none yet, after `work`, so that slow work meets no timeout.
+
+    Raises:
+        DistftError: this rank's own, or that of the first rank that had one.
+    """
+    error: BaseException | None = None
+    result: T | None = None
+    try:
+        result = work()
+    except DistftError as caught:
+        error = caught
+    if world.world_size > 1:
+        from accelerate import PartialState
+        from torch import distributed
+
+        PartialState(cpu=not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true")
+        everywhere: list[BaseException | None] = [None] * world.world_size
+        distributed.all_gather_object(everywhere, error)
+        error = error or next((other for other in everywhere if other is not None), None)
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def say(message: str) -> None:
+    """One line of distft's own on stderr."""
+    print(f"distft: {message}", file=sys.stderr, flush=True)
+
+
+def say_once(message: str, world: World, environment: Mapping[str, str]) -> None:
+    """The same message from several processes of one node stands on stderr once.
+
+    The processes of one launch on a node share their parent; the first to make the file speaks. Where the
+    world is one process it always speaks.
+    """
+    if world.world_size == 1:
+        say(message)
+        return
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    launcher = psutil.Process(os.getppid())
+    key = f"distft-{os.getuid()}-{launcher.pid}-{launcher.create_time():.2f}-{attempt}.said"
+    try:
+        os.close(os.open(Path(tempfile.gettempdir()) / key, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        return
+    say(message)
