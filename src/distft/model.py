@@ -87,12 +87,18 @@ def load_base(recipe: Recipe, *, device_map: dict[str, int] | None = None, attn_
     Raises:
         ModelError: it cannot be had.
     """
-    return _from_hub(
+    base = _from_hub(
         AutoModelForCausalLM, model_path(recipe), "model", revision=recipe.model.revision,
         trust_remote_code=recipe.model.trust_remote_code, dtype=getattr(torch, recipe.model.dtype),
         quantization_config=quantization_config(recipe), device_map=device_map, use_safetensors=True,
         **({"attn_implementation": attn_implementation} if attn_implementation else {}),
     )  # fmt: skip
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On such CPUs bitsandbytes repacks 4-bit weights for good at the first evaluation, for a kernel without a
+            # gradient: every training step after it would be wrong in silence.
+            module.support_avx512bf16_for_cpu = False
+    return base
 
 
 def settle_adapter_dtype(model: Any, recipe: Recipe) -> None:

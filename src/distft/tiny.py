@@ -19,7 +19,7 @@ from distft.world import say
 
 VOCABULARY = 2_048
 CONTEXT = 128
-STEPS = 400
+STEPS = 250
 BATCH = 16
 
 
@@ -74,17 +74,27 @@ def _build(corpus: str, folder: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(corpus.split("\n\n"), trainer)
+    tokenizer.train_from_iterator(_documents(corpus), trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1], eos_token=special[2])
-    tokens = [token for text in corpus.split("\n\n") for token in (1, *tokenizer.encode(text).ids, 2)]
+    tokens = [token for text in _documents(corpus) for token in (1, *tokenizer.encode(text).ids, 2)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)  # the other processes of the launch wait for this one
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = LlamaConfig(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2, **_SHAPE)
         model = LlamaForCausalLM(config)
         loss = _pretrain(model, torch.tensor(tokens))
+    torch.set_num_threads(threads)
     say(f"tiny model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} tokens of text, loss {loss:.2f}")
     model.save_pretrained(folder)
     wrapped.save_pretrained(folder)
+
+
+def _documents(corpus: str) -> list[str]:
+    """The paragraphs, and every third once more as the answer to an instruction: an adapter cannot teach a base tokens
+    that its frozen output layer has never seen, and the instruction marks are such tokens."""
+    paragraphs = corpus.split("\n\n")
+    return paragraphs + [f"### Instruction:\nTell me something.\n\n### Response:\n{text}" for text in paragraphs[::3]]
 
 
 def _pretrain(model: torch.nn.Module, tokens: torch.Tensor) -> float:

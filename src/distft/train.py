@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import PrinterCallback
+
 from distft import data, strategy
 from distft.checkpoint import save_result
 from distft.model import attention, load_model, load_tokenizer, non_embedding_parameters, settle_adapter_dtype
@@ -60,6 +62,7 @@ def train(arguments: Sequence[str]) -> None:
                 *([held_out] if recipe.evaluation.before_and_after and splits.test is not None else []),
             ],
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
         held_out.trainer = trainer
         settle_adapter_dtype(model, recipe)
         output = trainer.train()

@@ -81,6 +81,7 @@ def together(world: World, work: Callable[[], T]) -> T:
     except DistftError as caught:
         error = caught
     if world.world_size > 1:
+        import torch
         from accelerate import PartialState
         from torch import distributed
 

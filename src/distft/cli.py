@@ -1,0 +1,171 @@
+"""`distft …`: train, recipes, data, merge."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distft import __version__
+from distft.errors import LaunchError, RunFolderError, UserError
+from distft.outcome import debug_flag, guarded
+from distft.recipe import Recipe
+
+OVERRIDES = "recipe=NAME and key.path=value …"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the command `distft`; the exit code is 0, or 2 for the user's mistake, 75 interrupted, 1 the rest."""
+    words = debug_flag(list(sys.argv[1:] if arguments is None else arguments))
+    parser = _parser()
+    options, rest = parser.parse_known_args(words)  # argparse takes no key=value behind an option by itself
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognised: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    code = 0
+
+    def work() -> None:
+        nonlocal code
+        code = options.run(options) or 0
+
+    return guarded(work) or code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="distft", description=__doc__, epilog="--debug anywhere shows tracebacks.")
+    parser.add_argument("--version", action="version", version=f"distft {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="start accelerate's launcher with the right flags for this machine")
+    train.add_argument("overrides", nargs="*", help=OVERRIDES)
+    train.add_argument("--nproc", type=int, help="number of processes; as many as there are GPUs where it is not given")
+    train.set_defaults(run=_train)
+
+    recipes = commands.add_parser("recipes", help="list, show, validate, schema").add_subparsers(required=True, metavar="ACTION")
+    recipes.add_parser("list", help="every recipe, with its first comment").set_defaults(run=_list)
+    show = recipes.add_parser("show", help="the resolved recipe, with where each value came from")
+    show.add_argument("name")
+    show.add_argument("overrides", nargs="*", help="key.path=value …")
+    show.add_argument("--nproc", type=int, default=1, help="derive the accumulation for this number of processes")
+    show.set_defaults(run=_show)
+    validate = recipes.add_parser("validate", help="all faults at once")
+    validate.add_argument("names", nargs="*", help="names or paths; every recipe where none is given")
+    validate.set_defaults(run=_validate)
+    recipes.add_parser("schema", help="JSON Schema for editors").set_defaults(run=_schema)
+
+    data = commands.add_parser("data", help="preview").add_subparsers(required=True, metavar="ACTION")
+    preview = data.add_parser("preview", help="samples with trained and masked tokens, lengths, what was dropped")
+    preview.add_argument("overrides", nargs="*", help=OVERRIDES)
+    preview.add_argument("--samples", type=int, default=3)
+    preview.set_defaults(run=_preview)
+
+    merge = commands.add_parser("merge", help="the adapter of a run merged into its (dequantised) base, for plain transformers")
+    merge.add_argument("folder", type=Path, help="run folder")
+    merge.add_argument("--output", type=Path, help="folder to write; RUN/merged where it is not given")
+    merge.set_defaults(run=_merge)
+    return parser
+
+
+def _load(arguments: Sequence[str]) -> Recipe:
+    from distft import data, strategy
+    from distft.recipe import load_recipe
+
+    return load_recipe(arguments, checks=(strategy.faults, data.faults))
+
+
+def _train(options: argparse.Namespace) -> int:
+    from distft.launch import run
+    from distft.strategy import visible_devices
+
+    recipe = _load(options.overrides)  # the user's mistakes are found here, before any process is started
+    devices = visible_devices()
+    processes = options.nproc or (1 if recipe.strategy == "single" else max(devices, 1))
+    if processes < 1:
+        raise LaunchError(f"--nproc {processes} starts nothing")
+    if devices and processes > devices:
+        raise LaunchError(f"--nproc {processes} asks for more processes than there are GPUs here ({devices}); ask for {devices} at most")
+    recipe.accumulation(processes)
+    return run(options.overrides, processes)
+
+
+def _list(options: argparse.Namespace) -> None:
+    from distft.recipe import list_recipes
+
+    for name, path in list_recipes(Path.cwd()).items():
+        comments = [line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+        print(f"{name:<16} {next((c for c in comments if 'yaml-language-server' not in c), '')}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    recipe = _load([f"recipe={options.name}", *options.overrides])
+    print(f"# {recipe.source.name}: " + " ← ".join(str(path) for path in reversed(recipe.source.files)))
+    _print_section(recipe.model_dump(), recipe, "")
+    steps = recipe.accumulation(options.nproc)
+    print(f"# gradient_accumulation_steps: {steps}  (derived: {recipe.batching.global_batch_size} / ({recipe.batching.micro_batch} × "
+          f"{options.nproc} process{'es' if options.nproc > 1 else ''}))")  # fmt: skip
+
+
+def _print_section(values: dict[str, object], recipe: Recipe, prefix: str) -> None:
+    import yaml
+
+    depth = "  " * prefix.count(".")
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            print(f"{depth}{key}:")
+            _print_section(value, recipe, f"{prefix}{key}.")
+        else:
+            text = yaml.safe_dump({key: value}, default_flow_style=None, width=1000, allow_unicode=True).strip().removeprefix("{").removesuffix("}")
+            print(f"{depth}{text:<{58 - len(depth)}}  # {recipe.source.of(prefix + key)}")
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from distft.errors import RecipeError
+    from distft.recipe import list_recipes
+
+    failed = 0
+    for name in options.names or list_recipes(Path.cwd()):
+        try:
+            _load([f"recipe={name}"])
+            print(f"{name}: valid")
+        except RecipeError as error:
+            failed += 1
+            print(f"{name}: {error}", file=sys.stderr)
+    return UserError.exit_code if failed else 0
+
+
+def _schema(options: argparse.Namespace) -> None:
+    from distft.recipe import schema
+
+    print(json.dumps(schema(), indent=2))
+
+
+def _preview(options: argparse.Namespace) -> None:
+    from distft.data import preview
+    from distft.model import load_tokenizer
+
+    recipe = _load(options.overrides)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(preview(recipe, load_tokenizer(recipe), samples=options.samples, colour=colour))
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from distft.model import merge
+    from distft.run import RunFolder
+    from distft.strategy import visible_devices
+
+    folder = RunFolder(options.folder)
+    if not folder.adapter.is_dir():
+        raise RunFolderError(f"{folder.path} holds no adapter to merge ({folder.adapter} is missing)")
+    target = options.output or folder.merged
+    if target.exists():
+        raise RunFolderError(f"{target} exists, and distft never writes over anything; give another --output")
+    merge(_load([f"recipe={folder.recipe}"]), folder.adapter, target, {"": 0} if visible_devices() else None)
+    print(f"merged model: {target}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
