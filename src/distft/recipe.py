@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
@@ -115,7 +116,12 @@ def divisors(number: int) -> list[int]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, with YAML 1.2's floats (`1e-4` is a number) and without duplicate keys."""
+    """YAML's safe loader with YAML 1.2's scalars (`1e-4` is a number, `no` and `on` are words) and without duplicate keys."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -125,6 +131,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
@@ -323,16 +330,16 @@ def _validate(merged: dict[str, Any], source: Source, faults: list[Fault]) -> Re
             try:
                 upstream_section(name).model_validate(tree[name])
             except ValidationError as error:
+                faults += _faults(error, source, name)
                 for item in error.errors():
-                    faults.append(_fault((name, *item["loc"][:1]), item, source))
                     tree[name].pop(str(item["loc"][0]), None)
     for attempt in range(2):
         try:
             return Recipe.model_validate(tree)
         except ValidationError as error:
+            if attempt == 0:  # the second time, what is missing is what was dropped
+                faults += _faults(error, source)
             for item in error.errors():
-                if attempt == 0:  # the second time, what is missing is what was dropped
-                    faults.append(_fault(item["loc"], item, source))
                 _drop(tree, item["loc"])
     return None
 
@@ -342,6 +349,22 @@ def _drop(tree: Any, location: Sequence[Any]) -> None:
         tree = tree.get(key) if isinstance(tree, dict) else None
     if isinstance(tree, dict) and location:
         tree.pop(location[-1], None)
+
+
+def _faults(error: ValidationError, source: Source, section: str = "") -> list[Fault]:
+    """One fault a key: the alternatives of a union are errors of their own to pydantic."""
+    found: dict[str, Fault] = {}
+    for item in error.errors():
+        location = (section, item["loc"][0]) if section else item["loc"]
+        fault = _fault(location, item, source)
+        first = found.get(fault.key)
+        if first is None:
+            found[fault.key] = fault
+        elif first.problem.startswith("expected ") and fault.problem.startswith("expected "):
+            alternative = fault.problem.removeprefix("expected ").split(", got ")[0]
+            head, got = first.problem.split(", got ", 1)
+            found[fault.key] = dataclasses.replace(first, problem=f"{head} or {alternative}, got {got}")
+    return list(found.values())
 
 
 def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) -> Fault:

@@ -7,6 +7,7 @@ names, checked against the installed versions by `upstream_section`, less the fi
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import typing
 from typing import Any, Literal
@@ -243,7 +244,10 @@ def upstream_section(name: Literal["lora", "training"]) -> type[BaseModel]:
 
 
 def _describable(hint: Any) -> Any:
-    """`hint`, or Any where pydantic cannot describe it (a class of upstream's own)."""
+    """`hint` as pydantic can check and describe it; Any for a class of upstream's own."""
+    choices = [option for option in typing.get_args(hint) if isinstance(option, type) and issubclass(option, enum.Enum)]
+    if choices:  # `SchedulerType | str`: only the names of the enumeration are understood
+        return Literal[tuple(str(member.value) for member in choices[0])]  # type: ignore[misc]
     try:
         TypeAdapter(hint).json_schema()
     except (PydanticUserError, ValueError):

@@ -154,7 +154,7 @@ class Strategy:
             return ["FSDP2 on CPU: accelerate would run DDP here in silence; its state is corrected so that parameters are sharded"]
         return []
 
-    def configure(self, environment: MutableMapping[str, str]) -> None:
+    def configure(self, environment: MutableMapping[str, str], accumulation: int) -> None:
         """Bring accelerate to this strategy. Before TrainingArguments or an Accelerator exists."""
         self.world.export(environment)
         if self.name == "single":
@@ -166,12 +166,15 @@ class Strategy:
             environment.setdefault(key, value)  # a --config_file of the user's own for this strategy goes first
         if self.name == "fsdp" and not self.on_gpu:
             _make_fsdp_real_on_cpu()
-        if self.name in ("zero2", "zero3") and not self.on_gpu:
-            environment.setdefault("DS_ACCELERATOR", "cpu")
+        if self.name in ("zero2", "zero3"):
+            # DeepSpeed's configuration repeats it, and accelerate would fill in 1 before the trainer comes.
+            environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(accumulation)
+            if not self.on_gpu:
+                environment.setdefault("DS_ACCELERATOR", "cpu")
 
     def training_arguments(self) -> dict[str, Any]:
         """What this strategy adds to SFTConfig."""
-        arguments: dict[str, Any] = {"use_cpu": not self.on_gpu and self.name not in ("zero2", "zero3")}
+        arguments: dict[str, Any] = {"use_cpu": not self.on_gpu}
         if self.name == "ddp":
             arguments["ddp_find_unused_parameters"] = False
         return arguments

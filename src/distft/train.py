@@ -31,7 +31,7 @@ def train(arguments: Sequence[str]) -> None:
     world = World.from_environment(os.environ)
     how = Strategy.choose(recipe, world, os.environ, Launcher.of_parent())
     accumulation = recipe.accumulation(world.world_size)
-    how.configure(os.environ)
+    how.configure(os.environ, accumulation)
 
     tokenizer = together(world, lambda: load_tokenizer(recipe))
     splits = together(world, lambda: data.prepare(recipe, tokenizer))

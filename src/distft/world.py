@@ -85,7 +85,7 @@ def together(world: World, work: Callable[[], T]) -> T:
         from accelerate import PartialState
         from torch import distributed
 
-        PartialState(cpu=not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true")
+        PartialState(cpu=not torch.cuda.is_available())
         everywhere: list[BaseException | None] = [None] * world.world_size
         distributed.all_gather_object(everywhere, error)
         error = error or next((other for other in everywhere if other is not None), None)
