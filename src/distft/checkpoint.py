@@ -60,5 +60,3 @@ def compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tens
         other = found[name]
         if tensor.dtype != other.dtype or tensor.shape != other.shape or not torch.equal(tensor.cpu(), other):
             raise InvariantError(f"the saved {name} is not the one that was trained")
-
-

@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--nproc", type=int, help="number of processes; as many as there are GPUs where it is not given")
     train.set_defaults(run=_train)
 
-    recipes = commands.add_parser("recipes", help="list, show, validate, schema").add_subparsers(required=True, metavar="ACTION")
+    recipes = commands.add_parser("recipes", help="list, show, validate, schema").add_subparsers(
+        required=True, metavar="ACTION"
+    )
     recipes.add_parser("list", help="every recipe, with its first comment").set_defaults(run=_list)
     show = recipes.add_parser("show", help="the resolved recipe, with where each value came from")
     show.add_argument("name")
@@ -63,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--samples", type=int, default=3)
     preview.set_defaults(run=_preview)
 
-    merge = commands.add_parser("merge", help="the adapter of a run merged into its (dequantised) base, for plain transformers")
+    merge = commands.add_parser(
+        "merge", help="the adapter of a run merged into its (dequantised) base, for plain transformers"
+    )
     merge.add_argument("folder", type=Path, help="run folder")
     merge.add_argument("--output", type=Path, help="folder to write; RUN/merged where it is not given")
     merge.set_defaults(run=_merge)
@@ -87,7 +91,9 @@ def _train(options: argparse.Namespace) -> int:
     if processes < 1:
         raise LaunchError(f"--nproc {processes} starts nothing")
     if devices and processes > devices:
-        raise LaunchError(f"--nproc {processes} asks for more processes than there are GPUs here ({devices}); ask for {devices} at most")
+        raise LaunchError(
+            f"--nproc {processes} asks for more processes than there are GPUs here ({devices}); ask for {devices} at most"
+        )
     recipe.accumulation(processes)
     return run(options.overrides, processes)
 
@@ -118,7 +124,12 @@ def _print_section(values: dict[str, object], recipe: Recipe, prefix: str) -> No
             print(f"{depth}{key}:")
             _print_section(value, recipe, f"{prefix}{key}.")
         else:
-            text = yaml.safe_dump({key: value}, default_flow_style=None, width=1000, allow_unicode=True).strip().removeprefix("{").removesuffix("}")
+            text = (
+                yaml.safe_dump({key: value}, default_flow_style=None, width=1000, allow_unicode=True)
+                .strip()
+                .removeprefix("{")
+                .removesuffix("}")
+            )
             print(f"{depth}{text:<{58 - len(depth)}}  # {recipe.source.of(prefix + key)}")
 
 

@@ -44,8 +44,12 @@ class Known:
 
 
 KNOWN = {
-    "tiny": Known(Format(instruction="instruction", context="context", response="response"), file="assets/tiny_instructions.jsonl"),
-    "dolly": Known(Format(instruction="instruction", context="context", response="response"), hub="databricks/databricks-dolly-15k"),
+    "tiny": Known(
+        Format(instruction="instruction", context="context", response="response"), file="assets/tiny_instructions.jsonl"
+    ),
+    "dolly": Known(
+        Format(instruction="instruction", context="context", response="response"), hub="databricks/databricks-dolly-15k"
+    ),
     "imdb": Known(Format(review="text", label="label"), hub="stanfordnlp/imdb", test_split="test"),
 }
 
@@ -68,7 +72,9 @@ def faults(recipe: Recipe) -> list[Fault]:
             found.append(Fault(recipe.source.of("training.completion_only_loss"), "training.completion_only_loss",
                                "whole texts have no completion", "set data.format.prompt and data.format.completion"))  # fmt: skip
     if data.validation_fraction + data.test_fraction >= 1:
-        found.append(Fault(recipe.source.of("data"), "data", "validation_fraction and test_fraction leave nothing to train on"))
+        found.append(
+            Fault(recipe.source.of("data"), "data", "validation_fraction and test_fraction leave nothing to train on")
+        )
     return found
 
 
@@ -135,7 +141,11 @@ def format_review(review: str, word: str, *, completion_only: bool) -> Example:
 
 
 def _kind(form: Format) -> str:
-    given = {name for name in ("text", "prompt", "completion", "instruction", "context", "response", "review", "label") if getattr(form, name)}
+    given = {
+        name
+        for name in ("text", "prompt", "completion", "instruction", "context", "response", "review", "label")
+        if getattr(form, name)
+    }
     for kind, needed in (("text", {"text"}), ("prompt", {"prompt", "completion"}), ("dolly", {"instruction", "response"}),
                          ("review", {"review", "label"})):  # fmt: skip
         if given - ({"context"} if kind == "dolly" else set()) == needed:
@@ -171,10 +181,14 @@ def formatter(recipe: Recipe) -> Callable[[Mapping[str, Any]], Example | None]:
             response = text(row, form.response)
             if not response.strip():
                 return None
-            return format_dolly(text(row, form.instruction), text(row, form.context), response, completion_only=bool(wanted))
+            return format_dolly(
+                text(row, form.instruction), text(row, form.context), response, completion_only=bool(wanted)
+            )
         label = row[form.label or "label"]
         if not isinstance(label, int) or not 0 <= label < len(form.label_words):
-            raise DataError(f"column {form.label!r} holds {label!r}; expected 0 … {len(form.label_words) - 1} (data.format.label_words)")
+            raise DataError(
+                f"column {form.label!r} holds {label!r}; expected 0 … {len(form.label_words) - 1} (data.format.label_words)"
+            )
         return format_review(text(row, form.review), form.label_words[label], completion_only=wanted is not False)
 
     return apply
@@ -215,7 +229,9 @@ def prepare(recipe: Recipe, tokenizer: Any) -> Splits:
     """
     disable_progress_bar()
     if not getattr(tokenizer, "is_fast", False):
-        raise DataError("the model's tokenizer has no fast version, and distft needs the places of tokens in the text; set model.tokenizer")
+        raise DataError(
+            "the model's tokenizer has no fast version, and distft needs the places of tokens in the text; set model.tokenizer"
+        )
     raw, test = _load(recipe.data)
     max_length = recipe.training.get("max_length", 1024)
     key = {
@@ -241,7 +257,9 @@ def prepare(recipe: Recipe, tokenizer: Any) -> Splits:
     return Splits(splits["train"], splits.get("validation"), splits.get("test"), report)
 
 
-def _prepare(recipe: Recipe, tokenizer: Any, raw: Dataset, official: Dataset | None, max_length: int | None) -> tuple[DatasetDict, Report]:
+def _prepare(
+    recipe: Recipe, tokenizer: Any, raw: Dataset, official: Dataset | None, max_length: int | None
+) -> tuple[DatasetDict, Report]:
     apply = formatter(recipe)
     data = recipe.data
     _check_columns(raw, data)
@@ -253,7 +271,9 @@ def _prepare(recipe: Recipe, tokenizer: Any, raw: Dataset, official: Dataset | N
         parts["test"] = [example for row in official if (example := apply(row)) is not None]
         empty += len(official) - len(parts["test"])
     if not parts["train"]:
-        raise DataError(f"no row is left to train on: {empty} of {len(raw)} rows are empty, the rest went to the other splits")
+        raise DataError(
+            f"no row is left to train on: {empty} of {len(raw)} rows are empty, the rest went to the other splits"
+        )
     counts: dict[str, dict[str, int]] = {"rows": {}, "dropped_untrained": {}, "truncated": {}, "tokens": {}}
     splits: dict[str, Dataset] = {}
     for name, examples in parts.items():
@@ -296,7 +316,9 @@ def _load(data: Data) -> tuple[Dataset, Dataset | None]:
         return _load_local(Path(path).expanduser()), test
     hub = known.hub if known else data.name
     if hub is None or (known is None and "/" not in data.name):
-        raise DataError(f"data.name={data.name} is none of {', '.join(KNOWN)}, no file and no hub id; set data.path to a file or folder")
+        raise DataError(
+            f"data.name={data.name} is none of {', '.join(KNOWN)}, no file and no hub id; set data.path to a file or folder"
+        )
     test_split = data.test_split or (known.test_split if known else None)
     train = _load_hub(hub, data.config, data.train_split)
     return train, test if test is not None or test_split is None else _load_hub(hub, data.config, test_split)
@@ -321,7 +343,9 @@ def _load_local(path: Path) -> Dataset:
         if not files:
             raise DataError(f"{path} holds no file that ends in {', '.join(_READERS)}")
         if len({file.suffix for file in files}) > 1:
-            raise DataError(f"{path} holds files of several formats ({', '.join(sorted({f.suffix for f in files}))}); name one file")
+            raise DataError(
+                f"{path} holds files of several formats ({', '.join(sorted({f.suffix for f in files}))}); name one file"
+            )
     else:
         files = [path]
     reader = _READERS.get(files[0].suffix)
@@ -347,7 +371,9 @@ def _check_columns(rows: Dataset, data: Data) -> None:
     assert form is not None
     fields = ("text", "prompt", "completion", "instruction", "context", "response", "review", "label")
     wanted = {field: column for field in fields if (column := getattr(form, field))}
-    missing = {field: column for field, column in wanted.items() if column not in rows.column_names and field != "context"}
+    missing = {
+        field: column for field, column in wanted.items() if column not in rows.column_names and field != "context"
+    }
     if missing:
         raise DataError(
             f"the data ({data.path or data.name}) has no column {', '.join(missing.values())}; it has {', '.join(rows.column_names)}\n"
@@ -362,7 +388,9 @@ def with_empty_rows(samples: Dataset, count: int, token: int) -> Dataset:
     """`samples` and `count` rows of one token that the loss does not look at: they fill a last batch and weigh nothing."""
     if count == 0:
         return samples
-    filling = Dataset.from_dict({"input_ids": [[token]] * count, "labels": [[IGNORED]] * count}, features=samples.features)
+    filling = Dataset.from_dict(
+        {"input_ids": [[token]] * count, "labels": [[IGNORED]] * count}, features=samples.features
+    )
     return concatenate_datasets([samples, filling])
 
 
@@ -416,7 +444,10 @@ def preview(recipe: Recipe, tokenizer: Any, *, samples: int, colour: bool) -> st
     lines: list[str] = []
     for number, row in enumerate(splits.train.select(range(min(samples, len(splits.train))))):
         trained = sum(label != IGNORED for label in row["labels"])
-        lines += [f"── sample {number}: {len(row['input_ids'])} tokens, {trained} trained " + "─" * 40, _shown(row, tokenizer, colour)]
+        lines += [
+            f"── sample {number}: {len(row['input_ids'])} tokens, {trained} trained " + "─" * 40,
+            _shown(row, tokenizer, colour),
+        ]
     lengths = [len(ids) for ids in splits.train["input_ids"]]
     lines += ["── lengths in tokens (train) " + "─" * 40, *_histogram(lengths), *splits.report.lines()]
     lines.append("legend: " + ("\033[32mtrained\033[0m \033[2mmasked\033[0m" if colour else "⟦trained⟧ masked"))
@@ -440,4 +471,7 @@ def _histogram(lengths: Sequence[int], bins: int = 10, width: int = 40) -> list[
     step = max(1, -(-(high - low) // bins))
     counts = [sum(low + i * step <= n < low + (i + 1) * step for n in lengths) for i in range(-(-(high - low) // step))]
     top = max(counts)
-    return [f"{low + i * step:>7,} – {low + (i + 1) * step - 1:<7,} {count:>7,} {'█' * round(width * count / top)}" for i, count in enumerate(counts)]
+    return [
+        f"{low + i * step:>7,} – {low + (i + 1) * step - 1:<7,} {count:>7,} {'█' * round(width * count / top)}"
+        for i, count in enumerate(counts)
+    ]

@@ -1,14 +1,14 @@
 """Everything distft raises on purpose.
 
-    DistftError                 exit code 1: the run failed, and the message says why
-    ├── UserError               exit code 2: something to mend in the command, recipe, data or machine
-    │   ├── RecipeError         faults in a recipe or its overrides, all of them at once
-    │   ├── DataError           the data cannot be used as asked
-    │   ├── ModelError          the base model cannot be had, or does not fit the recipe
-    │   ├── LaunchError         the processes, devices or launcher flags do not fit the recipe
-    │   └── RunFolderError      the run folder is in use or unreadable
-    ├── InvariantError          an assertion about a distributed run did not hold
-    └── Interrupted             exit code 75: a signal ended the run
+DistftError                 exit code 1: the run failed, and the message says why
+├── UserError               exit code 2: something to mend in the command, recipe, data or machine
+│   ├── RecipeError         faults in a recipe or its overrides, all of them at once
+│   ├── DataError           the data cannot be used as asked
+│   ├── ModelError          the base model cannot be had, or does not fit the recipe
+│   ├── LaunchError         the processes, devices or launcher flags do not fit the recipe
+│   └── RunFolderError      the run folder is in use or unreadable
+├── InvariantError          an assertion about a distributed run did not hold
+└── Interrupted             exit code 75: a signal ended the run
 """
 
 from __future__ import annotations

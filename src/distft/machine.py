@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -46,7 +47,9 @@ class EnergyMeter:
 
             try:
                 pynvml.nvmlInit()
-                self._device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}")
+                self._device = pynvml.nvmlDeviceGetHandleByUUID(
+                    f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+                )
                 pynvml.nvmlDeviceGetTotalEnergyConsumption(self._device)
             except pynvml.NVMLError:
                 self._device = None
@@ -65,7 +68,18 @@ class EnergyMeter:
         return None if now is None or self._start is None else now - self._start
 
 
-PACKAGES = ("distft", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "deepspeed", "wandb")
+PACKAGES = (
+    "distft",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "deepspeed",
+    "wandb",
+)
 
 
 def describe() -> dict[str, Any]:
@@ -73,7 +87,7 @@ def describe() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "command": sys.argv,
-        "working_folder": os.getcwd(),
+        "working_folder": str(Path.cwd()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, set_seed
 from transformers.utils import is_flash_attn_2_available
+from transformers.utils.logging import disable_progress_bar
 
 from distft.errors import ModelError
 from distft.recipe import Recipe
@@ -33,7 +34,9 @@ def load_tokenizer(recipe: Recipe) -> Any:
         revision=None if recipe.model.tokenizer else recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code,
     )  # fmt: skip
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {recipe.model.name} has no end-of-sequence token, so no model could learn to stop; set model.tokenizer")
+        raise ModelError(
+            f"the tokenizer of {recipe.model.name} has no end-of-sequence token, so no model could learn to stop; set model.tokenizer"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -62,6 +65,8 @@ def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
         ModelError: it cannot be had offline, is gated, does not fit in memory, or lacks the modules that lora names.
     """
     set_seed(recipe.run.seed)
+    if not strategy.world.is_main or recipe.model.name == "tiny":
+        disable_progress_bar()
     base = load_base(recipe, device_map=strategy.device_map(recipe), attn_implementation=attention(recipe, strategy))
     base.config.use_cache = False
     if recipe.lora is None:
@@ -73,7 +78,9 @@ def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
     except ValueError as error:
         if "target modules" not in str(error).lower():
             raise
-        names = sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)})
+        names = sorted(
+            {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+        )
         raise ModelError(
             f"{recipe.model.name} has no module that lora.target_modules={recipe.lora.get('target_modules')} names; it has {', '.join(names)}, "
             "or take all-linear"
@@ -81,7 +88,9 @@ def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
     return model
 
 
-def load_base(recipe: Recipe, *, device_map: dict[str, int] | None = None, attn_implementation: str | None = None) -> Any:
+def load_base(
+    recipe: Recipe, *, device_map: dict[str, int] | None = None, attn_implementation: str | None = None
+) -> Any:
     """The base alone, quantised as the recipe says.
 
     Raises:
@@ -136,9 +145,13 @@ def _from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         text = str(error)
         if "gated" in text.lower() or "401" in text or "403" in text:
-            raise ModelError(f"{name} is gated: accept its licence on its page on the hub, then `hf auth login` (or set HF_TOKEN)") from error
+            raise ModelError(
+                f"{name} is gated: accept its licence on its page on the hub, then `hf auth login` (or set HF_TOKEN)"
+            ) from error
         if "trust_remote_code" in text:
-            raise ModelError(f"{name} comes with Python code of its own; read it, then set model.trust_remote_code=true") from error
+            raise ModelError(
+                f"{name} comes with Python code of its own; read it, then set model.trust_remote_code=true"
+            ) from error
         if _is_missing(text):
             raise ModelError(
                 f"the {what} of {name} is not in the local cache and the hub cannot be reached or does not have it\n"
@@ -159,5 +172,3 @@ def non_embedding_parameters(model: Any) -> int:
     skipped = {id(parameter) for parameter in embedding.parameters()} if embedding is not None else set()
     tied = getattr(model.config, "tie_word_embeddings", False)
     return sum(whole_numel(p) for p in model.parameters() if tied or id(p) not in skipped)
-
-

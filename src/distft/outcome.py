@@ -70,5 +70,3 @@ def debug_flag(arguments: list[str]) -> list[str]:
     if "--debug" in arguments:
         os.environ[DEBUG] = "1"
     return [argument for argument in arguments if argument != "--debug"]
-
-

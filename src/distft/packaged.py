@@ -18,4 +18,6 @@ def packaged(name: str) -> Path:
     for root in (PACKAGE, PACKAGE.parent.parent):
         if (root / name).exists():
             return root / name
-    raise FileNotFoundError(f"distft's own file {name!r} is missing from this installation ({PACKAGE}); install it again")
+    raise FileNotFoundError(
+        f"distft's own file {name!r} is missing from this installation ({PACKAGE}); install it again"
+    )

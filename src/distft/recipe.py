@@ -1,6 +1,6 @@
 """Recipes: from a YAML file and overrides to one frozen `Recipe`, or to all the faults at once.
 
-    load_recipe(["recipe=ddp_qlora", "lora.r=8", "training.max_steps=50"])
+load_recipe(["recipe=ddp_qlora", "lora.r=8", "training.max_steps=50"])
 """
 
 from __future__ import annotations
@@ -20,7 +20,18 @@ from pydantic import Field, PrivateAttr, ValidationError, WithJsonSchema
 from distft.errors import Fault, RecipeError
 from distft.packaged import packaged
 from distft.sections import (
-    OWNED, RENAMED, Batching, Data, Evaluation, Model, Quantization, Run, Section, StrategyName, Tracking, upstream_section,
+    OWNED,
+    RENAMED,
+    Batching,
+    Data,
+    Evaluation,
+    Model,
+    Quantization,
+    Run,
+    Section,
+    StrategyName,
+    Tracking,
+    upstream_section,
 )  # fmt: skip
 
 COMMAND_LINE = "command line"
@@ -131,7 +142,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
@@ -184,13 +197,21 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
     if quantization and quantization.load_in_4bit and quantization.load_in_8bit:
         fault("quantization", "load_in_4bit and load_in_8bit exclude each other")
     if recipe.bits < 16 and recipe.lora is None:
-        fault("lora", f"{recipe.bits}-bit weights cannot be trained without an adapter", "add a lora section, or quantization=null")
+        fault(
+            "lora",
+            f"{recipe.bits}-bit weights cannot be trained without an adapter",
+            "add a lora section, or quantization=null",
+        )
     if training.get("bf16") and training.get("fp16"):
         fault("training.fp16", "bf16 and fp16 exclude each other")
     if training.get("eval_strategy", "no") != "no" and recipe.data.validation_fraction == 0:
         fault("training.eval_strategy", "there is no validation split to evaluate on", "set data.validation_fraction")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.run.name):
-        fault("run.name", f"{recipe.run.name!r} is not a plain folder name", "letters, digits, '.', '_' and '-'; folders go into run.dir")
+        fault(
+            "run.name",
+            f"{recipe.run.name!r} is not a plain folder name",
+            "letters, digits, '.', '_' and '-'; folders go into run.dir",
+        )
     return found
 
 
@@ -229,7 +250,10 @@ def schema() -> dict[str, Any]:
     document = Recipe.model_json_schema()
     document["title"] = "distft recipe"
     document["required"] = []  # `extends` may supply any of them
-    document["properties"]["extends"] = {"type": "string", "description": "One other recipe, by name or path, that this one changes."}
+    document["properties"]["extends"] = {
+        "type": "string",
+        "description": "One other recipe, by name or path, that this one changes.",
+    }
     for name in ("lora", "training"):
         section = upstream_section(name).model_json_schema()
         document["$defs"] |= section.pop("$defs", {})
@@ -296,7 +320,9 @@ def _find(wanted: str, folder: Path, beside: Path, faults: list[Fault], where: s
     known = list_recipes(folder)
     if wanted in known:
         return known[wanted]
-    faults.append(Fault(where, key, f"there is no recipe {wanted!r}", _nearest(wanted, known) or f"there are: {', '.join(known)}"))
+    faults.append(
+        Fault(where, key, f"there is no recipe {wanted!r}", _nearest(wanted, known) or f"there are: {', '.join(known)}")
+    )
     return None
 
 
@@ -403,7 +429,7 @@ def field_names() -> dict[str, list[str]]:
                       ("evaluation", Evaluation), ("tracking", Tracking)):  # fmt: skip
         names[name] = list(cls.model_fields)
     for upstream in ("lora", "training"):
-        names[upstream] = list(upstream_section(upstream).model_fields)  # type: ignore[arg-type]
+        names[upstream] = list(upstream_section(upstream).model_fields)
     return names
 
 

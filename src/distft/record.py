@@ -38,7 +38,9 @@ class Record:
         world = strategy.world
         parent = working_folder / Path(recipe.run.dir).expanduser()
         exact = recipe.source.of("run.name") == COMMAND_LINE
-        folder = together(world, lambda: RunFolder.claim(parent, recipe.run.name, exact=exact) if world.is_main else None)
+        folder = together(
+            world, lambda: RunFolder.claim(parent, recipe.run.name, exact=exact) if world.is_main else None
+        )
         if world.world_size > 1:
             from torch import distributed
 
@@ -72,7 +74,9 @@ class Record:
     def __enter__(self) -> Record:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         main = self._strategy.world.is_main
         if error is None:
             self.note(status="finished", cause=None)

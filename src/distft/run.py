@@ -1,12 +1,12 @@
 """The run folder: the name of every file in it, and the records written there.
 
-    runs/<name>/
-      recipe.yaml         resolved; `distft train recipe=runs/<name>/recipe.yaml` runs it again
-      environment.json    versions, hardware, command
-      metrics.jsonl       one record a log step
-      checkpoints/        what the trainer saves on its way
-      adapter/  model/    the result: a PEFT adapter, or the whole model where there is no adapter
-      summary.json        status, cause and the figures of the run
+runs/<name>/
+  recipe.yaml         resolved; `distft train recipe=runs/<name>/recipe.yaml` runs it again
+  environment.json    versions, hardware, command
+  metrics.jsonl       one record a log step
+  checkpoints/        what the trainer saves on its way
+  adapter/  model/    the result: a PEFT adapter, or the whole model where there is no adapter
+  summary.json        status, cause and the figures of the run
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
+        Path(aside).chmod(0o644)
+        Path(aside).replace(path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import importlib
 import typing
 from typing import Any, Literal
 
@@ -103,7 +104,9 @@ class Model(Section):
     """Hub id or folder of the tokenizer where it is not the model's own."""
     dtype: DType = "bfloat16"
     """Type of the base weights as loaded (of those that are not quantised)."""
-    attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = "auto"
+    attn_implementation: Literal[
+        "auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"
+    ] = "auto"
     """Attention kernel as transformers names it; `auto` takes flash-attn where it is installed and fits, else SDPA."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
@@ -224,11 +227,8 @@ def upstream_section(name: Literal["lora", "training"]) -> type[BaseModel]:
 
     Imports TRL or PEFT at the first call. All fields are optional: what a recipe does not set stays upstream's default.
     """
-    config: type
-    if name == "training":
-        from trl import SFTConfig as config
-    else:
-        from peft import LoraConfig as config
+    module, cls = {"training": ("trl", "SFTConfig"), "lora": ("peft", "LoraConfig")}[name]
+    config = getattr(importlib.import_module(module), cls)
     hints = typing.get_type_hints(config)
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(config):
@@ -247,7 +247,7 @@ def _describable(hint: Any) -> Any:
     """`hint` as pydantic can check and describe it; Any for a class of upstream's own."""
     choices = [option for option in typing.get_args(hint) if isinstance(option, type) and issubclass(option, enum.Enum)]
     if choices:  # `SchedulerType | str`: only the names of the enumeration are understood
-        return Literal[tuple(str(member.value) for member in choices[0])]  # type: ignore[misc]
+        return Literal[tuple(str(member.value) for member in choices[0])]
     try:
         TypeAdapter(hint).json_schema()
     except (PydanticUserError, ValueError):

@@ -50,7 +50,9 @@ def faults(recipe: Recipe) -> list[Fault]:
         if optimizer.startswith(_BITSANDBYTES_OPTIMIZERS):
             fault("training.optim", f"{optimizer} does not take parameters that FSDP2 has sharded", "adamw_torch_fused")
     if recipe.strategy == "zero3" and recipe.bits < 16:
-        fault("quantization", f"ZeRO-3 does not partition {recipe.bits}-bit weights", "strategy=fsdp with 4-bit, or zero2")
+        fault(
+            "quantization", f"ZeRO-3 does not partition {recipe.bits}-bit weights", "strategy=fsdp with 4-bit, or zero2"
+        )
     if recipe.strategy in ("zero2", "zero3") and optimizer.startswith(_BITSANDBYTES_OPTIMIZERS):
         fault("training.optim", f"{optimizer} does not take DeepSpeed's partitions", "adamw_torch")
     return found
@@ -71,7 +73,11 @@ def accelerate_environment(config: Mapping[str, Any]) -> dict[str, str]:
             environment[renamed.get(key, key.upper())] = _text(value)
     if config["distributed_type"] == "DEEPSPEED":
         environment["ACCELERATE_USE_DEEPSPEED"] = "true"
-        renamed = {"deepspeed_config_file": "CONFIG_FILE", "zero3_init_flag": "ZERO3_INIT", "zero3_save_16bit_model": "ZERO3_SAVE_16BIT_MODEL"}
+        renamed = {
+            "deepspeed_config_file": "CONFIG_FILE",
+            "zero3_init_flag": "ZERO3_INIT",
+            "zero3_save_16bit_model": "ZERO3_SAVE_16BIT_MODEL",
+        }
         for key, value in config["deepspeed_config"].items():
             environment[f"ACCELERATE_DEEPSPEED_{renamed.get(key, key.upper())}"] = _text(value)
     return environment
@@ -95,7 +101,10 @@ class Launcher:
             words = psutil.Process(os.getppid()).cmdline()
         except psutil.Error:
             return cls()
-        if not any(Path(word).name in ("accelerate", "accelerate-launch", "torchrun") or "accelerate.commands" in word for word in words[:4]):
+        if not any(
+            Path(word).name in ("accelerate", "accelerate-launch", "torchrun") or "accelerate.commands" in word
+            for word in words[:4]
+        ):
             return cls()
         options: dict[str, str] = {}
         for index, word in enumerate(words):
@@ -141,7 +150,9 @@ class Strategy:
             )
         name: StrategyName = "single" if world.world_size == 1 else recipe.strategy
         if name in ("zero2", "zero3") and not devices and not (shutil.which("c++") or shutil.which("g++")):
-            raise LaunchError("DeepSpeed compiles a part of itself at first use and finds no C++ compiler; install g++ (build-essential)")
+            raise LaunchError(
+                "DeepSpeed compiles a part of itself at first use and finds no C++ compiler; install g++ (build-essential)"
+            )
         return cls(name, recipe.strategy, world, devices > 0)
 
     @property
@@ -149,9 +160,13 @@ class Strategy:
         """What differs from what the recipe asked for, in words."""
         if self.name != self.requested:
             place = "one GPU" if self.on_gpu else "the CPU"
-            return [f"one process: falling back from {self.requested} to single on {place}; same global batch, same optimisation"]
+            return [
+                f"one process: falling back from {self.requested} to single on {place}; same global batch, same optimisation"
+            ]
         if self.name == "fsdp" and not self.on_gpu:
-            return ["FSDP2 on CPU: accelerate would run DDP here in silence; its state is corrected so that parameters are sharded"]
+            return [
+                "FSDP2 on CPU: accelerate would run DDP here in silence; its state is corrected so that parameters are sharded"
+            ]
         return []
 
     def configure(self, environment: MutableMapping[str, str], accumulation: int) -> None:
@@ -169,8 +184,8 @@ class Strategy:
         if self.name in ("zero2", "zero3"):
             # DeepSpeed's configuration repeats it, and accelerate would fill in 1 before the trainer comes.
             environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(accumulation)
-            if not self.on_gpu:
-                environment.setdefault("DS_ACCELERATOR", "cpu")
+        if not self.on_gpu:  # accelerate imports DeepSpeed wherever it is installed, and it warns where it has to guess
+            environment.setdefault("DS_ACCELERATOR", "cpu")
 
     def training_arguments(self) -> dict[str, Any]:
         """What this strategy adds to SFTConfig."""
@@ -208,7 +223,11 @@ class Strategy:
                 return f"FSDP was asked for, but parameter {name} is not sharded (a {type(parameter).__name__}, no DTensor)"
             if self.on_gpu and parameter.device.type == "cpu" and not partitioned and not self._offloads():
                 return f"parameter {name} is on the CPU, and this run trains on a GPU"
-            if not parameter.requires_grad and parameter.is_floating_point() and type(_local(parameter)).__name__ != "Params4bit":
+            if (
+                not parameter.requires_grad
+                and parameter.is_floating_point()
+                and type(_local(parameter)).__name__ != "Params4bit"
+            ):
                 allowed = {getattr(torch, recipe.model.dtype)} | _mixed_precision(recipe)
                 if parameter.dtype not in allowed:
                     return f"parameter {name} is {parameter.dtype}; the recipe's model.dtype is {recipe.model.dtype}"
@@ -217,7 +236,10 @@ class Strategy:
         return None
 
     def _offloads(self) -> bool:
-        return os.environ.get("FSDP_OFFLOAD_PARAMS") == "true" or os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") != "none"
+        return (
+            os.environ.get("FSDP_OFFLOAD_PARAMS") == "true"
+            or os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") != "none"
+        )
 
     def fingerprint(self, model: nn.Module) -> dict[str, int]:
         """A checksum of the bits of every trainable tensor, whole (gathered where sharded). All ranks enter."""
@@ -253,7 +275,9 @@ class Strategy:
             dist.all_gather_object(found, fault)
         for rank, text in enumerate(found):
             if text:
-                raise InvariantError(f"{text} (rank {rank}, strategy {self.name}); the run was stopped before it could waste time")
+                raise InvariantError(
+                    f"{text} (rank {rank}, strategy {self.name}); the run was stopped before it could waste time"
+                )
 
     def gather(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Every trainable tensor, whole, on the CPU of rank 0; an empty dict elsewhere. All ranks enter.
@@ -294,12 +318,19 @@ def _mixed_precision(recipe: Recipe) -> set[torch.dtype]:
     """Types that DeepSpeed casts a whole model to under the recipe's mixed precision."""
     if recipe.strategy not in ("zero2", "zero3"):
         return set()
-    return {torch.bfloat16} if recipe.training.get("bf16") else {torch.float16} if recipe.training.get("fp16") else set()
+    return (
+        {torch.bfloat16} if recipe.training.get("bf16") else {torch.float16} if recipe.training.get("fp16") else set()
+    )
 
 
 def _checksum(tensor: torch.Tensor) -> int:
     """A sum over the tensor's bits, each element weighted by its place modulo a prime: equal bits, equal sum."""
-    bits = tensor.detach().contiguous().flatten().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    bits = (
+        tensor.detach()
+        .contiguous()
+        .flatten()
+        .view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    )
     weights = torch.arange(bits.numel(), device=bits.device).remainder_(1_000_003).add_(1)
     return int((bits.to(torch.int64) * weights).sum())
 
@@ -315,7 +346,9 @@ def _check_size(world: World, environment: Mapping[str, str], launcher: Launcher
         )
 
 
-def _check_launcher(recipe: Recipe, world: World, environment: Mapping[str, str], launcher: Launcher, command: str) -> None:
+def _check_launcher(
+    recipe: Recipe, world: World, environment: Mapping[str, str], launcher: Launcher, command: str
+) -> None:
     """The recipe is the one source of truth: a launcher that was told something else stops the run."""
     told: str | None = None
     said = "the launcher"

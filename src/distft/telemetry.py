@@ -25,6 +25,7 @@ from distft.recipe import Recipe
 from distft.run import RunFolder
 from distft.world import World, say
 
+
 def model_flops_per_token(parameters: int, *, frozen_base: bool) -> float:
     """4·N for a frozen base with an adapter (forward 2·N, backward through the activations 2·N), 6·N for full training.
 
@@ -87,7 +88,9 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         if self.world.is_main:
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, mininterval=0.5)
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, mininterval=0.5
+            )
         self._started = self._clock = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -142,7 +145,11 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         window.samples = self.samples_after(step) - self.samples_after(self._step_logged)
         window.tokens = tokens - self._tokens_logged
         if self._step_logged >= self._warmup:
-            self.whole = Window(self.whole.seconds + window.seconds, self.whole.samples + window.samples, self.whole.tokens + window.tokens)
+            self.whole = Window(
+                self.whole.seconds + window.seconds,
+                self.whole.samples + window.samples,
+                self.whole.tokens + window.tokens,
+            )
         self._step_logged, self._tokens_logged = step, tokens
         logs |= {"samples": self.samples_after(step), "tokens": tokens, "time_s": time.perf_counter() - self._started}
         logs |= window.rates(self.world.world_size, self.flops_per_token, self._flops) | self.memory()
@@ -218,7 +225,9 @@ class Guarded(TrainerCallback):  # type: ignore[misc]
                 getattr(self._inner, event)(*args, **kwargs)
             except Exception as error:  # whatever a tracker raises, the run goes on
                 self._inner = None
-                say(f"warning: {self._name} failed and is left out from here on; metrics.jsonl goes on ({type(error).__name__}: {error})")
+                say(
+                    f"warning: {self._name} failed and is left out from here on; metrics.jsonl goes on ({type(error).__name__}: {error})"
+                )
 
         return call
 
@@ -237,7 +246,9 @@ def trackers(recipe: Recipe, folder: RunFolder, world: World) -> list[TrainerCal
             (cls,) = get_reporting_integration_callbacks([name])
             found.append(Guarded(name, cls()))
         except Exception as error:  # whatever a tracker raises, the run goes on
-            say(f"warning: {name} cannot be used and is left out; metrics.jsonl has every figure ({type(error).__name__}: {error})")
+            say(
+                f"warning: {name} cannot be used and is left out; metrics.jsonl has every figure ({type(error).__name__}: {error})"
+            )
     return found
 
 
@@ -246,15 +257,13 @@ def _start_wandb(recipe: Recipe, folder: RunFolder) -> None:
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    mode = os.environ.get("WANDB_MODE")
-    if mode is None:
-        mode = "online" if _has_wandb_key() else "offline"
+    os.environ.setdefault("WANDB_MODE", "online" if _has_wandb_key() else "offline")
     section = recipe.tracking
     run = wandb.init(
         project=section.project, entity=section.entity, group=section.group, tags=section.tags or None, name=folder.name,
-        dir=str(folder.path), config=recipe.model_dump(), mode=mode,
+        dir=str(folder.path), config=recipe.model_dump(),
     )  # fmt: skip
-    if mode == "offline":
+    if run.settings.mode == "offline":
         say(f"wandb: no key, so offline; sync later with: wandb sync {os.path.relpath(run.settings.sync_dir)}")
 
 

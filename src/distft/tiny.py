@@ -65,17 +65,24 @@ def _config_text() -> str:
 def _build(corpus: str, folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     say("building the tiny model (once; a minute or less on two cores)")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(_documents(corpus), trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1], eos_token=special[2])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1], eos_token=special[2]
+    )
     tokens = [token for text in _documents(corpus) for token in (1, *tokenizer.encode(text).ids, 2)]
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)  # the other processes of the launch wait for this one
@@ -85,7 +92,9 @@ def _build(corpus: str, folder: Path) -> None:
         model = LlamaForCausalLM(config)
         loss = _pretrain(model, torch.tensor(tokens))
     torch.set_num_threads(threads)
-    say(f"tiny model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} tokens of text, loss {loss:.2f}")
+    say(
+        f"tiny model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} tokens of text, loss {loss:.2f}"
+    )
     model.save_pretrained(folder)
     wrapped.save_pretrained(folder)
 

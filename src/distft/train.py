@@ -13,8 +13,8 @@ from distft import data, strategy
 from distft.checkpoint import save_result
 from distft.model import attention, load_model, load_tokenizer, non_embedding_parameters, settle_adapter_dtype
 from distft.outcome import debug_flag, guarded
-from distft.record import Record
 from distft.recipe import load_recipe
+from distft.record import Record
 from distft.strategy import Launcher, Strategy, whole_numel
 from distft.telemetry import Telemetry, finish_trackers, model_flops_per_token, perplexity, trackers
 from distft.trainer import HeldOut, Invariants, Trainer, sft_config
@@ -71,7 +71,9 @@ def train(arguments: Sequence[str]) -> None:
             record.note(eval_before={"loss": before, "perplexity": perplexity(before)},
                         eval_after={"loss": after, "perplexity": perplexity(after)})  # fmt: skip
         saved = save_result(trainer.model, recipe, how, record.folder)
-        record.note(train_loss=output.training_loss, steps=trainer.state.global_step, adapter=str(saved), **telemetry.figures())
+        record.note(
+            train_loss=output.training_loss, steps=trainer.state.global_step, adapter=str(saved), **telemetry.figures()
+        )
         finish_trackers(failed=False)
 
 

@@ -24,7 +24,9 @@ def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder) -> SFTConf
     # TRL trains in bf16 where nothing is said; here the model's own type decides.
     given.setdefault("bf16", recipe.model.dtype == "bfloat16" and not given.get("fp16"))
     given.setdefault("per_device_eval_batch_size", micro)
-    given.setdefault("logging_nan_inf_filter", False)  # it hides bad numbers and waits for the device in every micro-batch
+    given.setdefault(
+        "logging_nan_inf_filter", False
+    )  # it hides bad numbers and waits for the device in every micro-batch
     return SFTConfig(
         output_dir=str(folder.checkpoints),
         per_device_train_batch_size=micro,
@@ -64,11 +66,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(self.model, inputs)
             total += torch.stack([loss.detach().double() * tokens, tokens.double()])
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         likelihood, tokens = self.accelerator.reduce(total, reduction="sum").tolist()
         self._metrics["eval"].clear()
         metrics = {f"{metric_key_prefix}_loss": likelihood / max(tokens, 1)}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader))
+        return EvalLoopOutput(
+            predictions=None, label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader)
+        )
 
 
 class Invariants(TrainerCallback):  # type: ignore[misc]

@@ -58,10 +58,9 @@ class World:
         """Set the variables that torch reads where srun started the processes without a launcher."""
         if self.world_size == 1 or "RANK" in environment:
             return
-        environment |= {
-            "RANK": str(self.rank), "LOCAL_RANK": str(self.local_rank), "WORLD_SIZE": str(self.world_size),
-            "LOCAL_WORLD_SIZE": str(self.local_world_size),
-        }  # fmt: skip
+        environment["RANK"], environment["LOCAL_RANK"] = str(self.rank), str(self.local_rank)
+        environment["WORLD_SIZE"] = str(self.world_size)
+        environment["LOCAL_WORLD_SIZE"] = str(self.local_world_size)
         environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
         environment.setdefault("MASTER_PORT", str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 10_000))
 
