@@ -140,7 +140,8 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
 
     def _add_rates(self, step: int, logs: dict[str, Any]) -> None:
         """Rates of the steps since the last log, and of the run without its first steps; collective: memory's maximum."""
-        tokens = int(logs.pop("num_tokens", 0))
+        empty_rows = step * self.recipe.batching.global_batch_size - self.samples_after(step)
+        tokens = int(logs.pop("num_tokens", 0)) - empty_rows  # each fills a last batch with one token that is none
         window, self._window = self._window, Window()
         window.samples = self.samples_after(step) - self.samples_after(self._step_logged)
         window.tokens = tokens - self._tokens_logged

@@ -1,0 +1,60 @@
+"""Fixtures that every test may use: the real data samples, the tiny model, and the rule for tests that need GPUs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Caches for the whole session, set before `datasets` is imported and passed on to the processes that tests start."""
+    # The tiny model takes a minute to build, so its folder outlives the session.
+    os.environ.setdefault("DISTFT_CACHE", str(config.rootpath / ".pytest_cache" / "distft"))
+    if "HF_DATASETS_CACHE" not in os.environ:
+        # Every test writes files under a new path, and each would stay in the user's own cache for ever.
+        folder = tempfile.mkdtemp(prefix="distft-tests-")
+        os.environ["HF_DATASETS_CACHE"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """`@pytest.mark.gpu` needs one CUDA device, `@pytest.mark.gpu(2)` two."""
+    marker = item.get_closest_marker("gpu")
+    if marker is None:
+        return
+    import torch
+
+    wanted = marker.args[0] if marker.args else marker.kwargs.get("count", 1)
+    found = torch.cuda.device_count()
+    if found < wanted:
+        pytest.skip(f"needs {wanted} CUDA device{'s' if wanted > 1 else ''}, found {found}")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data samples beside the checkout."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the data samples are not here: there is no folder {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """Folder of the tiny model and its tokenizer, built where the cache has none."""
+    from distft.tiny import tiny_model
+
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny: Path) -> Any:
+    """The tiny model's tokenizer. Tests do not change it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny)
