@@ -49,7 +49,8 @@ def build(folder: Path, rows: Path, layers: int) -> None:
 
 def run(recipe: str, arguments: list[str], work: Path, limit_s: int) -> dict[str, Any]:
     """One recipe from start to end: its command, exit code, wall-clock in s and summary."""
-    command = ["accelerate", "launch", "-m", "distft.train", f"recipe={recipe}", *arguments]
+    arguments = ["-m", "distft.train", f"recipe={recipe}", *arguments]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
     runs = work / "runs" / f"{recipe}-{time.time_ns()}"
     log = runs.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def run(recipe: str, arguments: list[str], work: Path, limit_s: int) -> dict[str
             code = -1
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-    result: dict[str, Any] = {"recipe": recipe, "command": " ".join(command), "exit_code": code, "wall_s": time.perf_counter() - start}
+    result: dict[str, Any] = {"recipe": recipe, "command": " ".join(["accelerate launch", *arguments]), "exit_code": code, "wall_s": time.perf_counter() - start}
     folders = sorted(runs.iterdir()) if runs.is_dir() else []
     if folders:
         result["summary"] = RunFolder(folders[0]).read_summary()
