@@ -40,10 +40,14 @@ def build(folder: Path, rows: Path, layers: int) -> None:
     trainer = trainers.BpeTrainer(vocab_size=16_000, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
     tokenizer.train_from_iterator(rows.read_text(encoding="utf-8").splitlines(), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM._from_config(LlamaConfig(**{**LLAMA_2_7B, "num_hidden_layers": layers}), dtype=torch.bfloat16)
+        model = LlamaForCausalLM._from_config(
+            LlamaConfig(**{**LLAMA_2_7B, "num_hidden_layers": layers}), dtype=torch.bfloat16
+        )
     model.save_pretrained(folder)
 
 
@@ -56,20 +60,27 @@ def run(recipe: str, arguments: list[str], work: Path, limit_s: int) -> dict[str
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with log.open("w", encoding="utf-8") as output:
-        child = subprocess.Popen([*command, f"run.dir={runs}"], stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        child = subprocess.Popen(
+            [*command, f"run.dir={runs}"], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             code = child.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
             code = -1
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-    result: dict[str, Any] = {"recipe": recipe, "command": " ".join(["accelerate launch", *arguments]), "exit_code": code, "wall_s": time.perf_counter() - start}
+    result: dict[str, Any] = {
+        "recipe": recipe,
+        "command": " ".join(["accelerate launch", *arguments]),
+        "exit_code": code,
+        "wall_s": time.perf_counter() - start,
+    }
     folders = sorted(runs.iterdir()) if runs.is_dir() else []
     if folders:
         result["summary"] = RunFolder(folders[0]).read_summary()
         result["metrics"] = RunFolder(folders[0]).read_metrics()
     if code != 0:
-        result["log_end"] = log.read_text(encoding="utf-8", errors="replace")[-6000:]
+        result["log_end"] = log.read_text(encoding="utf-8", errors="replace")[-2500:]
     return result
 
 
@@ -88,20 +99,45 @@ def main() -> int:
 
     shape = options.work / f"llama-2-7b-shape-{options.layers}"
     if not shape.exists():
-        build(shape, options.rows, options.layers)
+        aside = shape.with_suffix(".building")
+        build(aside, options.rows, options.layers)
+        aside.rename(shape)
     arguments = [
         f"model.name={shape}", f"data.path={options.rows.resolve()}", f"training.max_steps={options.steps}", "training.logging_steps=1",
         "training.save_strategy=no", "training.eval_strategy=no", "tracking.report_to=[]", *options.set,
     ]  # fmt: skip
-    commit = options.commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    record: dict[str, Any] = {"program": "benchmarks/main_job.py", "commit": commit, "environment": describe(), "runs": []}
+    commit = (
+        options.commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    )
+    record: dict[str, Any] = {
+        "program": "benchmarks/main_job.py",
+        "commit": commit,
+        "environment": describe(),
+        "runs": [],
+    }
     for recipe in options.recipes:
         result = run(recipe, arguments, options.work, options.limit)
         record["runs"].append(result)
         write_atomically(options.output, to_json(record) + "\n")
         summary = result.get("summary", {})
-        keys = ("status", "strategy", "world_size", "train_loss", "samples_per_second", "tokens_per_second", "mfu", "peak_memory_gib", "energy_j")
-        print(recipe, result["exit_code"], f"{result['wall_s']:.0f} s", json.dumps({key: summary.get(key) for key in keys}), flush=True)
+        keys = (
+            "status",
+            "strategy",
+            "world_size",
+            "train_loss",
+            "samples_per_second",
+            "tokens_per_second",
+            "mfu",
+            "peak_memory_gib",
+            "energy_j",
+        )
+        print(
+            recipe,
+            result["exit_code"],
+            f"{result['wall_s']:.0f} s",
+            json.dumps({key: summary.get(key) for key in keys}),
+            flush=True,
+        )
         if result["exit_code"] != 0:
             print(result["log_end"], flush=True)
     return 0 if all(result["exit_code"] == 0 for result in record["runs"]) else 1

@@ -43,7 +43,11 @@ def imported(source: str) -> Iterator[str]:
             # `from . import x` and `from .x import y` are `from distft import x` and `from distft.x import y`.
             base = ".".join(part for part in ("distft" if node.level else "", node.module or "") if part)
             # What the package itself offers (`__version__`) is no module.
-            names = [f"{base}.{alias.name}" for alias in node.names if not alias.name.startswith("__")] if base == "distft" else [base]
+            names = (
+                [f"{base}.{alias.name}" for alias in node.names if not alias.name.startswith("__")]
+                if base == "distft"
+                else [base]
+            )
         else:
             continue
         yield from (name.split(".")[1] for name in names if name.startswith("distft."))
@@ -60,7 +64,9 @@ def branches(source: str) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(source)):
         deciding = isinstance(node, ast.Compare | ast.match_case) or (
-            isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("startswith", "endswith")
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("startswith", "endswith")
         )
         if not deciding:
             continue

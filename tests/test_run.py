@@ -37,7 +37,9 @@ def test_a_used_folder_keeps_its_files(tmp_path: Path) -> None:
 
 def test_claims_at_the_same_time_get_different_folders(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        claimed = [folder.path for folder in pool.map(lambda _: RunFolder.claim(tmp_path, "tiny", exact=False), range(40))]
+        claimed = [
+            folder.path for folder in pool.map(lambda _: RunFolder.claim(tmp_path, "tiny", exact=False), range(40))
+        ]
     assert len(set(claimed)) == 40
 
 
@@ -93,7 +95,10 @@ def test_a_summary_has_every_key_in_order_and_null_where_nothing_is_known(tmp_pa
     folder.write_summary({"train_loss": 1.5, "status": "finished"})
     record = folder.read_summary()
     assert tuple(record) == SUMMARY_KEYS
-    assert {key: value for key, value in record.items() if value is not None} == {"status": "finished", "train_loss": 1.5}
+    assert {key: value for key, value in record.items() if value is not None} == {
+        "status": "finished",
+        "train_loss": 1.5,
+    }
 
 
 @pytest.mark.parametrize(

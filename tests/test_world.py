@@ -41,12 +41,22 @@ def test_torchrun_s_variables_are_read() -> None:
 
 def test_torchrun_goes_before_the_slurm_step_that_started_it() -> None:
     # One srun task a node starts torchrun there, so the step counts nodes and torchrun counts processes.
-    step = STEP | {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    step = STEP | {
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    }
     assert World.from_environment(step | TORCHRUN) == World(9, 1, 16, 8, 1)
 
 
 def test_accelerate_s_variables_for_one_process_are_one_process() -> None:
-    assert World.from_environment({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "OMP_NUM_THREADS": "1"}) == World()
+    assert (
+        World.from_environment(
+            {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "OMP_NUM_THREADS": "1"}
+        )
+        == World()
+    )
 
 
 def test_accelerate_s_forked_workers_have_no_local_size_and_are_on_one_node() -> None:
@@ -77,7 +87,11 @@ def test_a_slurm_step_of_one_task_is_one_process() -> None:
 def test_the_local_size_is_this_node_s_own_where_nodes_differ(tasks: str, sizes: list[int]) -> None:
     found = []
     for node, size in enumerate(sizes):
-        place = {"SLURM_NODEID": str(node), "SLURM_PROCID": str(sum(sizes[:node]) + size - 1), "SLURM_LOCALID": str(size - 1)}
+        place = {
+            "SLURM_NODEID": str(node),
+            "SLURM_PROCID": str(sum(sizes[:node]) + size - 1),
+            "SLURM_LOCALID": str(size - 1),
+        }
         environment = STEP | place | {"SLURM_STEP_NUM_TASKS": str(sum(sizes)), "SLURM_STEP_TASKS_PER_NODE": tasks}
         found.append(World.from_environment(environment).local_world_size)
     assert found == sizes
@@ -110,35 +124,36 @@ def test_what_a_launcher_has_set_is_left_alone(environment: dict[str, str]) -> N
     assert exported == environment
 
 
-# One launch: as many processes as there are pairs of rank and attempt, one after the other, all with this process as parent.
+# One launch of two workers that share this process as their parent, started again for each further attempt.
 LAUNCHER = """
 import os, subprocess, sys
 worker = "import os; from distft.world import World, say_once; say_once('no data', World.from_environment(os.environ), os.environ)"
-for pair in sys.argv[1:]:
-    rank, attempt = pair.split(":")
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": attempt}
-    subprocess.run([sys.executable, "-c", worker], env={**os.environ, **place}, check=True)
+for attempt in range(int(sys.argv[1])):
+    places = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": str(attempt)} for rank in "01"]
+    workers = [subprocess.Popen([sys.executable, "-c", worker], env={**os.environ, **place}) for place in places]
+    assert [worker.wait() for worker in workers] == [0, 0]
 """
 
 
-def launch(tmp_path: Path, *pairs: str) -> list[str]:
+def launch(folder: Path, attempts: int = 1) -> list[str]:
     """The lines on stderr of a launch. TMPDIR is the test's own, so that nothing stays behind."""
+    environment = {**os.environ, "TMPDIR": str(folder)}
     done = subprocess.run(
-        [sys.executable, "-c", LAUNCHER, *pairs], env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", LAUNCHER, str(attempts)], env=environment, capture_output=True, text=True, check=True
     )
     return done.stderr.splitlines()
 
 
 def test_two_processes_of_one_launch_speak_once(tmp_path: Path) -> None:
-    assert launch(tmp_path, "0:0", "1:0") == ["distft: no data"]
+    assert launch(tmp_path) == ["distft: no data"]
 
 
 def test_a_second_launch_speaks_again(tmp_path: Path) -> None:
-    assert launch(tmp_path, "1:0") + launch(tmp_path, "0:0") == ["distft: no data"] * 2
+    assert launch(tmp_path) + launch(tmp_path) == ["distft: no data"] * 2
 
 
 def test_a_restarted_attempt_of_one_launch_speaks_again(tmp_path: Path) -> None:
-    assert launch(tmp_path, "0:0", "1:0", "0:1", "1:1") == ["distft: no data"] * 2
+    assert launch(tmp_path, attempts=3) == ["distft: no data"] * 3
 
 
 def test_one_process_alone_always_speaks(capsys: pytest.CaptureFixture[str]) -> None:

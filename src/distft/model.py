@@ -138,19 +138,22 @@ def merge(recipe: Recipe, adapter: Path, target: Path, device_map: dict[str, int
 def _from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
     """`cls.from_pretrained(name)`, with the remedy named where it fails."""
     place = Path(name)
-    if name.startswith(("/", "./", "../")) and not place.is_dir():
+    local = place.is_dir()
+    if name.startswith(("/", "./", "../", "~")) and not local:
         raise ModelError(f"there is no folder {name} (model.name)")
     try:
         return cls.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         text = str(error)
-        if "gated" in text.lower() or "401" in text or "403" in text:
-            raise ModelError(
-                f"{name} is gated: accept its licence on its page on the hub, then `hf auth login` (or set HF_TOKEN)"
-            ) from error
         if "trust_remote_code" in text:
             raise ModelError(
                 f"{name} comes with Python code of its own; read it, then set model.trust_remote_code=true"
+            ) from error
+        if local and _is_missing(text):
+            raise ModelError(f"the folder {name} holds no {what} that can be loaded: {text.splitlines()[0]}") from error
+        if "gated" in text.lower() or "401" in text or "403" in text:
+            raise ModelError(
+                f"{name} is gated: accept its licence on its page on the hub, then `hf auth login` (or set HF_TOKEN)"
             ) from error
         if _is_missing(text):
             raise ModelError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -27,6 +28,7 @@ def guarded(work: Callable[[], None]) -> int:
     _raise_on_signals()
     try:
         work()
+        _leave_group()
         return 0
     except DistftError as error:
         code, message = error.exit_code, str(error)
@@ -39,6 +41,13 @@ def guarded(work: Callable[[], None]) -> int:
         traceback.print_exc()
     say_once(message, world, os.environ)
     return _leave(code)
+
+
+def _leave_group() -> None:
+    """Close the process group, which NCCL wants; only after success, since others may be gone after a failure."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _leave(code: int) -> int:

@@ -71,6 +71,17 @@ class Record:
             f"run folder: {self.folder.path}",
         ]
 
+    def closing_lines(self) -> list[str]:
+        """What a user wants to read after the last step."""
+        facts = self._facts
+        lines = []
+        if facts.get("eval_before"):
+            before, after = facts["eval_before"]["perplexity"], facts["eval_after"]["perplexity"]
+            lines.append(f"held-out perplexity: {before:,.2f} before, {after:,.2f} after")
+        if facts.get("samples_per_second"):
+            lines.append(f"{facts['samples_per_second']:,.1f} samples/s, {facts['tokens_per_second']:,.0f} tokens/s")
+        return [*lines, f"saved and read back: {facts['adapter']}"]
+
     def __enter__(self) -> Record:
         return self
 

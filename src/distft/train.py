@@ -75,6 +75,9 @@ def train(arguments: Sequence[str]) -> None:
             train_loss=output.training_loss, steps=trainer.state.global_step, adapter=str(saved), **telemetry.figures()
         )
         finish_trackers(failed=False)
+        if world.is_main:
+            for line in record.closing_lines():
+                say(line)
 
 
 def main() -> int:

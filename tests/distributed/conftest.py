@@ -62,7 +62,16 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
 
     def run(*overrides: str, nproc: int = 1, trackers: str = "[]", **changes: str) -> Ended:
         where = tmp_path_factory.mktemp("train")
-        command = [sys.executable, "-m", "distft.cli", "train", *overrides, f"tracking.report_to={trackers}", "--nproc", str(nproc)]
+        command = [
+            sys.executable,
+            "-m",
+            "distft.cli",
+            "train",
+            *overrides,
+            f"tracking.report_to={trackers}",
+            "--nproc",
+            str(nproc),
+        ]
         if nproc == 1 and torch.cuda.device_count() > 1:
             changes.setdefault("CUDA_VISIBLE_DEVICES", "0")
         return finish(start(command, where, **changes), where)

@@ -64,7 +64,10 @@ def reference(request: pytest.FixtureRequest, train: Train) -> tuple[tuple[str, 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_takes_the_same_steps(
-    strategy: str, reference: tuple[tuple[str, ...], float, Trajectory], initial: Mapping[str, torch.Tensor], train: Train
+    strategy: str,
+    reference: tuple[tuple[str, ...], float, Trajectory],
+    initial: Mapping[str, torch.Tensor],
+    train: Train,
 ) -> None:
     needs_compiler(strategy)
     optimizer, tolerance, single = reference
@@ -88,7 +91,8 @@ def test_the_last_step_of_an_epoch_has_what_is_left(train: Train) -> None:
     """317 samples in global batches of 100: the fourth step has 17, on one process and on two."""
     shape = ("batching.global_batch_size=100", "training.max_steps=-1", "training.num_train_epochs=1", *SGD)
     runs = [
-        train(*RECIPE, *shape, f"batching.micro_batch={micro}", nproc=processes) for processes, micro in ((1, 50), (2, 25))
+        train(*RECIPE, *shape, f"batching.micro_batch={micro}", nproc=processes)
+        for processes, micro in ((1, 50), (2, 25))
     ]
     records = [[record for record in run.folder.read_metrics() if "loss" in record] for run in runs]
     assert [record["samples"] for record in records[0]] == [100, 200, 300, 317]
