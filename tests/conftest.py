@@ -12,7 +12,7 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Caches for the whole session, set before `datasets` is imported and passed on to the processes that tests start."""
+    """Caches for the whole session, set before `datasets` is imported and passed on to what the tests start."""
     # The tiny model takes a minute to build, so its folder outlives the session.
     os.environ.setdefault("DISTFT_CACHE", str(config.rootpath / ".pytest_cache" / "distft"))
     if "HF_DATASETS_CACHE" not in os.environ:

@@ -17,19 +17,18 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from distft import data
-from distft.data import (
+from distft.data import Splits, preview, split
+from distft.errors import DataError
+from distft.recipe import Recipe, load_recipe
+from distft.samples import (
     IGNORED,
     Example,
     GlobalBatchOrder,
-    Splits,
     evaluation_rows,
+    format_dolly,
     format_review,
-    preview,
-    split,
     tokenise,
 )
-from distft.errors import DataError
-from distft.recipe import Recipe, load_recipe
 
 ALL = (
     "data.validation_fraction=0.0",
@@ -99,8 +98,8 @@ SURF = (
 )
 THERIAULT = (
     "### Instruction:\nIn which century was Denis Thériault born?\n\n### Context:\n"
-    "Denis Thériault (born August 24, 1959) is a Canadian author, playwright and screenwriter of French-Canadian descent..\n\n"
-    "### Response:\nThe 20th century###eos_token###</s>"
+    "Denis Thériault (born August 24, 1959) is a Canadian author, playwright and screenwriter of French-Canadian "
+    "descent..\n\n### Response:\nThe 20th century###eos_token###</s>"
 )
 
 
@@ -173,7 +172,7 @@ def test_what_the_loss_looks_at_is_the_end_of_every_sample(prepare: Prepare, dol
         assert row["labels"] == [IGNORED] * first + row["input_ids"][first:]
 
 
-# ---- truncation at the end, and the end of sequence -------------------------------------------------------------------
+# ---- truncation at the end, and the end of sequence ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", ["false", "true"], ids=["whole text", "response only"])
@@ -253,8 +252,8 @@ def test_a_token_that_crosses_into_the_trained_part_is_trained(tokenizer: Any) -
 # ---- IMDB ------------------------------------------------------------------------------------------------------------
 
 LAUGHTER = (
-    "### Review:\nIf you like original gut wrenching laughter you will like this movie. If you are young or old then you will love "
-    "this movie, hell even my mom liked it.\nGreat Camp!!!\n\n### Sentiment:\npositive</s>"
+    "### Review:\nIf you like original gut wrenching laughter you will like this movie. If you are young or old then "
+    "you will love this movie, hell even my mom liked it.\nGreat Camp!!!\n\n### Sentiment:\npositive</s>"
 )
 RATING = (
     '### Review:\nA rating of "1" does not begin to express how dull, depressing and relentlessly bad this movie is.'
@@ -290,22 +289,22 @@ def test_line_break_tags_become_one_line_break(tag: str) -> None:
 
 @pytest.mark.parametrize("length", ["64", "512", "null"])
 def test_a_review_keeps_its_label_at_any_length_and_the_loss_looks_at_it_alone(
-    prepare: Prepare, imdb: tuple[str, str], shared_data: Path, tokenizer: Any, length: str
+    prepare: Prepare, shared_data: Path, tmp_path: Path, tokenizer: Any, length: str
 ) -> None:
-    label_words = ("negative", "positive")
-    expected = {row["text"][:20]: label_words[row["label"]] for row in read_rows(shared_data / "imdb_sample.jsonl")}
-    splits = prepare(*imdb, *ALL, f"training.max_length={length}", "data.max_samples=150")
-    seen = set()
+    rows = read_rows(shared_data / "imdb_sample.jsonl")[:150]
+    # Numbered, so that a sample is known again after the shuffling.
+    file = write_rows(tmp_path / "rows.jsonl", [{**row, "text": f"{n}: {row['text']}"} for n, row in enumerate(rows)])
+    splits = prepare("data.name=imdb", f"data.path={file}", *ALL, f"training.max_length={length}")
+    words = []
     for row in splits.train:
         text = whole(row, tokenizer)
-        word = expected[text.removeprefix("### Review:\n")[:20]]
-        assert text.endswith(f"\n\n### Sentiment:\n{word}</s>")
-        assert trained(row, tokenizer) == f"{word}</s>"
+        number = int(text.removeprefix("### Review:\n").split(":")[0])
+        words.append("positive" if rows[number]["label"] == 1 else "negative")
+        assert text.endswith(f"\n\n### Sentiment:\n{words[-1]}</s>")
+        assert trained(row, tokenizer) == f"{words[-1]}</s>"
         assert row["labels"][-1] == tokenizer.eos_token_id
         assert len(row["input_ids"]) <= float(length.replace("null", "inf"))
-        seen.add(word)
-    assert seen == set(label_words)
-    assert len(splits.train) == 150
+    assert len(words) == 150 and set(words) == {"negative", "positive"}
     # Hardly any review has fewer than 64 tokens, and some have more than 512.
     truncated = splits.report.truncated["train"]
     assert {"64": 100 < truncated <= 150, "512": 0 < truncated < 100, "null": truncated == 0}[length]
@@ -335,7 +334,7 @@ def test_label_words_can_be_others(prepare: Prepare, tmp_path: Path, tokenizer: 
     assert whole(row, tokenizer) == "### Review:\nIt rains.\n\n### Sentiment:\nweather</s>"
 
 
-# ---- other formats and files -------------------------------------------------------------------------------------------
+# ---- other formats and files -----------------------------------------------------------------------------------------
 
 
 def test_prompt_and_completion_are_used_as_they_are(prepare: Prepare, tmp_path: Path, tokenizer: Any) -> None:
@@ -425,7 +424,7 @@ def test_a_local_file_is_named_in_data_name_or_in_data_path(prepare: Prepare, tm
     assert by_name.train.to_list() == by_path.train.to_list()
 
 
-# ---- splits ------------------------------------------------------------------------------------------------------------
+# ---- splits ----------------------------------------------------------------------------------------------------------
 
 
 def sizes(rows: int, *overrides: str, with_test: bool = True) -> tuple[int, int, int]:
@@ -502,7 +501,7 @@ def test_a_test_file_is_the_held_out_split(prepare: Prepare, dolly: str, tmp_pat
     assert splits.report.dropped_empty == 1
 
 
-# ---- errors ------------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 QA = "data.format={prompt: q, completion: a}"
 
@@ -624,7 +623,7 @@ def test_a_failed_preparation_leaves_nothing_in_the_cache(prepare: Prepare, doll
     assert [path for path in (tmp_path / "cache" / "data").iterdir() if path.suffix != ".lock"] == []
 
 
-# ---- the cache ---------------------------------------------------------------------------------------------------------
+# ---- the cache -------------------------------------------------------------------------------------------------------
 
 
 def prepared_folders(tmp_path: Path) -> dict[str, int]:
@@ -677,7 +676,7 @@ def test_another_tokenizer_is_prepared_for_itself(prepare: Prepare, dolly: str, 
     assert any(len(tokenizer) in ids for ids in splits.train["input_ids"])
 
 
-# ---- evaluation rows and the order ---------------------------------------------------------------------------------------
+# ---- evaluation rows and the order -----------------------------------------------------------------------------------
 
 
 def samples(count: int) -> Dataset:
@@ -750,7 +749,7 @@ def test_samples_after_a_step_are_the_real_ones_of_the_order(size: int, batch: i
     assert order.samples_after(steps) == sum(index != size for index in seen[: steps * batch])
 
 
-# ---- preview -------------------------------------------------------------------------------------------------------------
+# ---- preview ---------------------------------------------------------------------------------------------------------
 
 
 def previewed(tokenizer: Any, tmp_path: Path, *overrides: str, colour: bool = False) -> str:
@@ -775,7 +774,7 @@ def test_a_preview_on_a_terminal_tells_them_apart_by_colour(tokenizer: Any, tmp_
 
 @pytest.mark.usefixtures("prepare")
 def test_a_preview_counts_tokens_and_shows_lengths_and_what_was_dropped(tokenizer: Any, tmp_path: Path) -> None:
-    ids, labels, _ = tokenise(data.format_dolly("Say it.", "", "It.", completion_only=True), tokenizer, None)
+    ids, labels, _ = tokenise(format_dolly("Say it.", "", "It.", completion_only=True), tokenizer, None)
     text = previewed(tokenizer, tmp_path)
     assert f"sample 0: {len(ids)} tokens, {sum(label != IGNORED for label in labels)} trained" in text
     assert f"data: train 1, validation 0, test 0 samples; {len(ids)} training tokens" in text

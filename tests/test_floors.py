@@ -14,9 +14,9 @@ import pytest
 import distft
 
 FLOORS = (
-    ("errors", "packaged"),
+    ("errors", "packaged", "yaml12"),
     ("sections", "run", "world"),
-    ("recipe", "machine"),
+    ("recipe", "machine", "samples"),
     ("outcome", "strategy", "tiny"),
     ("model", "data", "telemetry", "trainer", "checkpoint", "record", "launch"),
     ("train",),
@@ -59,8 +59,8 @@ def climbs(module: str, source: str) -> list[str]:
 
 
 def branches(source: str) -> list[str]:
-    """Places where a strategy's name decides: a string constant inside a comparison (`==`, `!=`, `in`), a `case`, or the
-    argument of startswith or endswith. Names in types, tables, defaults and messages decide nothing."""
+    """Places where a strategy's name decides: a string constant inside a comparison (`==`, `!=`, `in`), in a `case`, or
+    as the argument of startswith or endswith. Names in types, tables, defaults and messages decide nothing."""
     found = []
     for node in ast.walk(ast.parse(source)):
         deciding = isinstance(node, ast.Compare | ast.match_case) or (

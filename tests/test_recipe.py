@@ -52,9 +52,9 @@ NF4 = {
 }  # fmt: skip
 BF16 = {"model.dtype": "bfloat16", "training.bf16": True}
 DOLLY = {
-    "model.name": "meta-llama/Llama-2-7b-hf", "data.name": "dolly", "training.num_train_epochs": 3, "training.learning_rate": 1e-4,
-    "training.lr_scheduler_type": "cosine", "training.warmup_steps": 0.03, "training.max_length": 1024,
-    "lora.target_modules": "all-linear",
+    "model.name": "meta-llama/Llama-2-7b-hf", "data.name": "dolly", "training.num_train_epochs": 3,
+    "training.learning_rate": 1e-4, "training.lr_scheduler_type": "cosine", "training.warmup_steps": 0.03,
+    "training.max_length": 1024, "lora.target_modules": "all-linear",
 }  # fmt: skip
 WIDE = {"lora.r": 32, "lora.lora_alpha": 64, "lora.lora_dropout": 0.05, "batching.global_batch_size": 64}
 IMDB = {
@@ -73,9 +73,11 @@ PROMISED: dict[str, dict[str, Any]] = {
     "imdb_llama2": {**IMDB, "model.name": "meta-llama/Llama-2-7b-hf"},
     "imdb_deepseek": {**IMDB, "model.name": "deepseek-ai/deepseek-llm-7b-base"},
     "climate_llama3b": {
-        **NF4, "model.name": "meta-llama/Llama-3.2-3B", "lora.r": 8, "lora.lora_alpha": 32, "lora.target_modules": ["q_proj", "v_proj"],
-        "model.dtype": "float16", "training.fp16": True, "quantization.bnb_4bit_compute_dtype": "float16", "batching.micro_batch": 7,
-        "batching.global_batch_size": 14336, "training.pad_to_multiple_of": 16, "data.test_fraction": 0.1, "data.test_split": None,
+        **NF4, "model.name": "meta-llama/Llama-3.2-3B", "lora.r": 8, "lora.lora_alpha": 32,
+        "lora.target_modules": ["q_proj", "v_proj"], "model.dtype": "float16", "training.fp16": True,
+        "quantization.bnb_4bit_compute_dtype": "float16", "batching.micro_batch": 7,
+        "batching.global_batch_size": 14336, "training.pad_to_multiple_of": 16, "data.test_fraction": 0.1,
+        "data.test_split": None, "data.test_path": None,
     },
     "r1_qwen_16k": {
         "model.name": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "training.max_length": 16384, "lora.r": 8,
@@ -133,7 +135,8 @@ def test_the_fp16_override_in_the_comment_of_imdb_llama2_loads() -> None:
     line = next(line for line in lines if line.startswith("# training.bf16=false"))
     recipe = load("recipe=imdb_llama2", *line.removeprefix("# ").split())
     expected = {
-        "training.bf16": False, "training.fp16": True, "model.dtype": "float16", "quantization.bnb_4bit_compute_dtype": "float16",
+        "training.bf16": False, "training.fp16": True, "model.dtype": "float16",
+        "quantization.bnb_4bit_compute_dtype": "float16",
     }  # fmt: skip
     assert {key: value(recipe, key) for key in expected} == expected
 
@@ -281,14 +284,13 @@ def test_each_value_tells_where_it_came_from(tmp_path: Path) -> None:
     source = load("recipe=mine", "training.max_steps=5", "lora.lora_alpha=8", folder=tmp_path).source
     base = RECIPES / "ddp_qlora.yaml"
     assert source.files == (base, mine)
-    assert {key: source.of(key) for key in (
-        "lora.r", "lora.lora_alpha", "lora.lora_dropout", "training.max_steps", "training.learning_rate", "quantization",
-        "quantization.load_in_4bit", "run.name", "run.seed", "tracking.project",
-    )} == {
-        "lora.r": str(mine), "lora.lora_alpha": "command line", "lora.lora_dropout": str(base), "training.max_steps": "command line",
-        "training.learning_rate": str(base), "quantization": str(mine), "quantization.load_in_4bit": str(mine), "run.name": "derived",
-        "run.seed": "default", "tracking.project": "default",
+    expected = {
+        "lora.r": str(mine), "lora.lora_alpha": "command line", "lora.lora_dropout": str(base),
+        "training.max_steps": "command line", "training.learning_rate": str(base), "quantization": str(mine),
+        "quantization.load_in_4bit": str(mine), "run.name": "derived", "run.seed": "default",
+        "tracking.project": "default",
     }  # fmt: skip
+    assert {key: source.of(key) for key in expected} == expected
 
 
 def test_a_section_s_origin_is_that_of_its_last_change(tmp_path: Path) -> None:
@@ -365,15 +367,16 @@ def test_a_file_that_is_not_there_is_a_fault(tmp_path: Path) -> None:
 def test_all_faults_come_at_once(tmp_path: Path) -> None:
     mine = write(
         tmp_path / "recipes/mine.yaml",
-        "extends: ddp_qlora\nlora: {rank: 4}\ntraining: {warmup_ratio: 0.1, learning_rat: 1e-4, fp16: true}\nmodle: {name: tiny}\n",
+        "extends: ddp_qlora\nlora: {rank: 4}\nmodle: {name: tiny}\n"
+        "training: {warmup_ratio: 0.1, learning_rat: 1e-4, fp16: true}\n",
     )
     found = faults(
         "recipe=mine", "batching.micro_batch=0", "model.dtype=bf16", "nonsense", "run.name=a/b", folder=tmp_path
     )
     assert {key: fault.where for key, fault in found.items()} == {
-        "lora.rank": str(mine), "training.warmup_ratio": str(mine), "training.learning_rat": str(mine), "modle": str(mine),
-        "batching.micro_batch": "command line", "model.dtype": "command line", "nonsense": "command line",
-        "training.fp16": str(mine), "run.name": "command line",
+        "lora.rank": str(mine), "training.warmup_ratio": str(mine), "training.learning_rat": str(mine),
+        "training.fp16": str(mine), "modle": str(mine), "batching.micro_batch": "command line",
+        "model.dtype": "command line", "nonsense": "command line", "run.name": "command line",
     }  # fmt: skip
 
 
@@ -432,7 +435,6 @@ def test_a_key_that_distft_owns_names_what_to_set_instead(key: str, instead: str
         ("lora.r=eight", "expected a valid integer, got 'eight' (str)"),
         ("lora.r=8.5", "expected a valid integer, got 8.5 (float)"),
         ("training.bf16=yes", "expected a valid boolean, got 'yes' (str)"),
-        ("training.learning_rate=null", "expected a valid number, got null"),
         ("strategy=dpp", "expected 'single', 'ddp', 'fsdp', 'zero2' or 'zero3', got 'dpp' (str)"),
         ("batching.global_batch_size=0", "expected greater than or equal to 1, got 0 (int)"),
         ("data.test_fraction=1.0", "expected less than 1, got 1.0 (float)"),
@@ -455,31 +457,39 @@ def test_what_is_required_and_not_set_is_a_fault_of_the_file(tmp_path: Path) -> 
     )
 
 
-IMPOSSIBLE = [
-    ("training.fp16", "exclude each other", ["recipe=ddp_qlora", "training.fp16=true"]),
-    ("quantization", "exclude each other", ["recipe=ddp_qlora", "quantization.load_in_8bit=true"]),
-    ("lora", "4-bit weights cannot be trained without an adapter", ["recipe=ddp_qlora", "lora=null"]),
-    ("lora", "8-bit weights cannot be trained without an adapter",
-     ["recipe=ddp_qlora", "lora=null", "quantization.load_in_4bit=false", "quantization.load_in_8bit=true"]),
-    ("quantization.load_in_8bit", "cannot be sharded by FSDP2",
-     ["recipe=fsdp_qlora", "quantization.load_in_4bit=false", "quantization.load_in_8bit=true"]),
-    ("quantization.bnb_4bit_quant_storage", "not sharded by FSDP2", ["recipe=fsdp_qlora", "quantization.bnb_4bit_quant_storage=uint8"]),
-    ("training.optim", "does not take parameters that FSDP2 has sharded", ["recipe=fsdp_bf16", "training.optim=paged_adamw_32bit"]),
-    ("quantization", "ZeRO-3 does not partition 4-bit weights", ["recipe=zero3_bf16", "quantization={load_in_4bit: true}"]),
-    ("training.optim", "DeepSpeed's partitions", ["recipe=zero2_bf16", "training.optim=adamw_bnb_8bit"]),
-    ("training.eval_strategy", "no validation split", ["data.validation_fraction=0.0", "training.eval_strategy=steps"]),
-    ("data", "leave nothing to train on", ["recipe=tiny", "data.validation_fraction=0.5", "data.test_fraction=0.5"]),
-    ("data.format", "is required for 'corpus.jsonl'", ["recipe=tiny", "data.name=corpus.jsonl"]),
-    ("data.format", "got label, text", ["recipe=tiny", "data.format={text: a, label: b}"]),
-    ("training.completion_only_loss", "no completion", ["recipe=climate_llama3b", "training.completion_only_loss=true"]),
-]  # fmt: skip
-
-
 @pytest.mark.parametrize(
-    ("key", "problem", "arguments"), IMPOSSIBLE, ids=lambda value: value if isinstance(value, str) else ""
+    ("arguments", "key", "problem"),
+    [
+        ("recipe=ddp_qlora training.fp16=true", "training.fp16", "bf16 and fp16 exclude each other"),
+        ("recipe=ddp_qlora quantization.load_in_8bit=true", "quantization", "exclude each other"),
+        ("recipe=ddp_qlora lora=null", "lora", "4-bit weights cannot be trained without an adapter"),
+        (
+            "recipe=ddp_qlora lora=null quantization.load_in_4bit=false quantization.load_in_8bit=true",
+            "lora",
+            "8-bit weights cannot be trained without an adapter",
+        ),
+        ("recipe=fsdp_bf16 quantization.load_in_8bit=true", "quantization.load_in_8bit", "cannot be sharded by FSDP2"),
+        (
+            "recipe=fsdp_qlora quantization.bnb_4bit_quant_storage=uint8",
+            "quantization.bnb_4bit_quant_storage",
+            "4-bit weights stored as uint8 in a bfloat16 model are not sharded by FSDP2",
+        ),
+        ("recipe=fsdp_bf16 training.optim=paged_adamw_32bit", "training.optim", "that FSDP2 has sharded"),
+        ("recipe=zero3_bf16 quantization.load_in_4bit=true", "quantization", "ZeRO-3 does not partition 4-bit weights"),
+        ("recipe=zero2_bf16 training.optim=adamw_bnb_8bit", "training.optim", "does not take DeepSpeed's partitions"),
+        ("data.validation_fraction=0 training.eval_strategy=steps", "training.eval_strategy", "no validation split"),
+        ("data.validation_fraction=0.5 data.test_fraction=0.5", "data", "leave nothing to train on"),
+        ("data.name=corpus.jsonl", "data.format", "is required for 'corpus.jsonl'"),
+        ("data.format.text=a data.format.label=b", "data.format", "got label, text"),
+        (
+            "recipe=climate_llama3b training.completion_only_loss=true",
+            "training.completion_only_loss",
+            "whole texts have no completion",
+        ),
+    ],
 )
-def test_an_impossible_pair_is_refused(key: str, problem: str, arguments: list[str]) -> None:
-    fault = faults(*arguments)[key]
+def test_an_impossible_pair_is_refused(arguments: str, key: str, problem: str) -> None:
+    fault = faults(*arguments.split())[key]
     assert problem in fault.problem
     assert fault.where == "command line"
 
@@ -570,3 +580,9 @@ def test_a_recipe_is_frozen() -> None:
     recipe = load()
     with pytest.raises(ValueError, match="frozen"):
         recipe.strategy = "single"
+
+
+def test_null_takes_back_what_a_base_recipe_set() -> None:
+    recipe = load_recipe(["recipe=ddp_qlora", "training.learning_rate=null", "lora.lora_dropout=null"])
+    assert "learning_rate" not in recipe.training
+    assert recipe.lora is not None and "lora_dropout" not in recipe.lora

@@ -13,17 +13,17 @@ from distft.world import World, say_once
 
 # What Slurm 23 sets in the batch script of `sbatch --nodes=2 --ntasks-per-node=8` …
 BATCH = {
-    "SLURM_JOB_ID": "4242", "SLURM_NTASKS": "16", "SLURM_NPROCS": "16", "SLURM_JOB_NUM_NODES": "2", "SLURM_TASKS_PER_NODE": "8(x2)",
-    "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+    "SLURM_JOB_ID": "4242", "SLURM_NTASKS": "16", "SLURM_NPROCS": "16", "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
 }  # fmt: skip
 # … and in the tenth task of an `srun` in it.
 STEP = BATCH | {
-    "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2",
-    "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+    "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
 }  # fmt: skip
 TORCHRUN = {
-    "RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "1", "MASTER_ADDR": "10.0.0.7",
-    "MASTER_PORT": "29500",
+    "RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "1",
+    "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500",
 }  # fmt: skip
 
 
@@ -127,10 +127,12 @@ def test_what_a_launcher_has_set_is_left_alone(environment: dict[str, str]) -> N
 # One launch of two workers that share this process as their parent, started again for each further attempt.
 LAUNCHER = """
 import os, subprocess, sys
-worker = "import os; from distft.world import World, say_once; say_once('no data', World.from_environment(os.environ), os.environ)"
+worker = "from os import environ; from distft.world import World, say_once; "
+worker += "say_once('no data', World.from_environment(environ), environ)"
 for attempt in range(int(sys.argv[1])):
-    places = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": str(attempt)} for rank in "01"]
-    workers = [subprocess.Popen([sys.executable, "-c", worker], env={**os.environ, **place}) for place in places]
+    environment = {**os.environ, "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
+    places = [{**environment, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    workers = [subprocess.Popen([sys.executable, "-c", worker], env=place) for place in places]
     assert [worker.wait() for worker in workers] == [0, 0]
 """
 

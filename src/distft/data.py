@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.utils.logging import disable_progress_bar
 from filelock import FileLock
-from torch.utils.data import Sampler
 
 from distft.errors import DataError, Fault
 from distft.packaged import packaged
 from distft.recipe import Recipe
+from distft.samples import IGNORED, Example, format_dolly, format_review, tokenise
 from distft.sections import Data, Format
 from distft.tiny import cache_folder
 
-IGNORED = -100
 _VERSION = 1  # of the prepared form; part of the cache's key
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
@@ -79,16 +77,6 @@ def faults(recipe: Recipe) -> list[Fault]:
 
 
 @dataclass(frozen=True)
-class Example:
-    """One formatted row. `trained_from`: first character that the loss looks at; `tail_from`: first character that
-    truncation keeps (it cuts before it), or None where truncation cuts at the end."""
-
-    text: str
-    trained_from: int = 0
-    tail_from: int | None = None
-
-
-@dataclass(frozen=True)
 class Report:
     """What preparing the data did, in numbers of samples of the named split."""
 
@@ -121,25 +109,6 @@ class Splits:
     report: Report
 
 
-# ---- formatting ------------------------------------------------------------------------------------------------------
-
-
-def format_dolly(instruction: str, context: str | None, response: str, *, completion_only: bool) -> Example:
-    """Dolly's template; the context block is left out where the context is empty or blank."""
-    prompt = f"### Instruction:\n{instruction}\n\n"
-    if context and context.strip():
-        prompt += f"### Context:\n{context}\n\n"
-    prompt += "### Response:\n"
-    return Example(prompt + response, len(prompt) if completion_only else 0)
-
-
-def format_review(review: str, word: str, *, completion_only: bool) -> Example:
-    """A review without its HTML line breaks, then its label as a word; truncation cuts the review, never the label."""
-    head = f"### Review:\n{re.sub(r'(?:<br */?> *)+', chr(10), review).strip()}"
-    prompt = f"{head}\n\n### Sentiment:\n"
-    return Example(prompt + word, len(prompt) if completion_only else 0, len(head))
-
-
 def _kind(form: Format) -> str:
     given = {
         name
@@ -155,7 +124,13 @@ def _kind(form: Format) -> str:
 
 
 def _format(data: Data) -> Format | None:
-    return data.format or (KNOWN[data.name].format if data.name in KNOWN else None)
+    """The columns: the recipe's, over those that are known of the data set where they are of the same kind."""
+    if data.name not in KNOWN:
+        return data.format
+    known = KNOWN[data.name].format
+    given = data.format.model_dump(exclude_none=True, exclude_defaults=True) if data.format else {}
+    of_known = known.model_dump(exclude_none=True)
+    return known.model_copy(update=given) if set(given) <= set(of_known) else data.format
 
 
 def formatter(recipe: Recipe) -> Callable[[Mapping[str, Any]], Example | None]:
@@ -192,28 +167,6 @@ def formatter(recipe: Recipe) -> Callable[[Mapping[str, Any]], Example | None]:
         return format_review(text(row, form.review), form.label_words[label], completion_only=wanted is not False)
 
     return apply
-
-
-def tokenise(example: Example, tokenizer: Any, max_length: int | None) -> tuple[list[int], list[int], bool]:
-    """input_ids, labels (both of one length, at most `max_length`) and whether something was cut off.
-
-    The text is tokenised in one piece, as the model will meet it; a token that crosses into the trained part is trained.
-    The first label is always -100: nothing predicts the first token.
-    """
-    encoded = tokenizer(example.text, return_offsets_mapping=True, truncation=False)
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    if ids and ids[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:
-        ids, offsets = ids[:-1], offsets[:-1]
-    labels = [token if end > example.trained_from else IGNORED for token, (_, end) in zip(ids, offsets, strict=True)]
-    tail = 0 if example.tail_from is None else sum(end > example.tail_from for _, end in offsets)
-    ids, labels, tail = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id], tail + 1 if tail else 0
-    cut = max_length is not None and len(ids) > max_length
-    if cut:
-        assert max_length is not None
-        tail = min(tail, max_length)
-        ids = ids[: max_length - tail] + ids[len(ids) - tail :]
-        labels = labels[: max_length - tail] + labels[len(labels) - tail :]
-    return ids, [IGNORED, *labels[1:]], cut
 
 
 # ---- loading and splitting -------------------------------------------------------------------------------------------
@@ -262,12 +215,12 @@ def _prepare(
 ) -> tuple[DatasetDict, Report]:
     apply = formatter(recipe)
     data = recipe.data
-    _check_columns(raw, data)
+    _check_columns(raw, data, data.path or data.name)
     kept = [example for row in raw if (example := apply(row)) is not None]
     empty = len(raw) - len(kept)
     parts = split(kept, data, recipe.run.seed, with_test=official is None)
     if official is not None:
-        _check_columns(official, data)
+        _check_columns(official, data, data.test_path or f"{data.name}, test split")
         parts["test"] = [example for row in official if (example := apply(row)) is not None]
         empty += len(official) - len(parts["test"])
     if not parts["train"]:
@@ -353,20 +306,22 @@ def _load_local(path: Path) -> Dataset:
         raise DataError(f"{path} is none of {', '.join(_READERS)}")
     if not any(file.stat().st_size for file in files):
         raise DataError(f"{path} is empty")
+    options = {"keep_default_na": False} if reader == "csv" else {}  # "None" and "NA" are words a response may be
     try:
-        # A cache folder is named by the file's name, size and time, so that a changed file is read anew.
-        rows: Dataset = load_dataset(reader, data_files=[str(file) for file in files], split="train")
+        rows: Dataset = load_dataset(reader, data_files=[str(file) for file in files], split="train", **options)
     except Exception as error:  # the readers raise many kinds; the first line of the innermost names the fault
         inner: BaseException = error
         while inner.__cause__ is not None:
             inner = inner.__cause__
+        if "corresponds to no data" in str(inner):
+            raise DataError(f"{path} is empty") from error
         raise DataError(f"{path} cannot be read as {reader}: {str(inner).strip().splitlines()[0]}") from error
     if len(rows) == 0:
         raise DataError(f"{path} is empty")
     return rows
 
 
-def _check_columns(rows: Dataset, data: Data) -> None:
+def _check_columns(rows: Dataset, data: Data, where: str) -> None:
     form = _format(data)
     assert form is not None
     fields = ("text", "prompt", "completion", "instruction", "context", "response", "review", "label")
@@ -376,63 +331,9 @@ def _check_columns(rows: Dataset, data: Data) -> None:
     }
     if missing:
         raise DataError(
-            f"the data ({data.path or data.name}) has no column {', '.join(missing.values())}; it has {', '.join(rows.column_names)}\n"
+            f"the data ({where}) has no column {', '.join(missing.values())}; it has {', '.join(rows.column_names)}\n"
             "  name yours: " + " ".join(f"data.format.{field}=COLUMN" for field in missing)
         )
-
-
-# ---- order -----------------------------------------------------------------------------------------------------------
-
-
-def with_empty_rows(samples: Dataset, count: int, token: int) -> Dataset:
-    """`samples` and `count` rows of one token that the loss does not look at: they fill a last batch and weigh nothing."""
-    if count == 0:
-        return samples
-    filling = Dataset.from_dict(
-        {"input_ids": [[token]] * count, "labels": [[IGNORED]] * count}, features=samples.features
-    )
-    return concatenate_datasets([samples, filling])
-
-
-def evaluation_rows(samples: Dataset | None, limit: int | None, multiple: int, token: int) -> Dataset | None:
-    """At most `limit` samples, filled with empty rows to a multiple of what all ranks take at once."""
-    if samples is None:
-        return None
-    samples = samples.select(range(min(len(samples), limit or len(samples))))
-    return with_empty_rows(samples, -len(samples) % multiple, token)
-
-
-class GlobalBatchOrder(Sampler[int]):
-    """The order of an epoch: a permutation by seed and epoch, filled up to whole global batches with the row `size`.
-
-    Position i belongs to optimizer step i // global_batch_size whatever the world size and the micro-batch, because
-    accelerate deals out whole micro-batches in turn. The last step of an epoch has what is left of the samples; the rest of
-    it are empty rows (see `with_empty_rows`), so that all ranks take the same number of micro-batches.
-    """
-
-    def __init__(self, size: int, global_batch_size: int, seed: int) -> None:
-        self.size, self.global_batch_size, self.seed, self.epoch = size, global_batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = int(epoch)
-
-    def __len__(self) -> int:
-        return self.steps * self.global_batch_size
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of an epoch."""
-        return -(-self.size // self.global_batch_size)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.size, generator=generator).tolist()
-        yield from [self.size] * (len(self) - self.size)
-
-    def samples_after(self, step: int) -> int:
-        """Real samples seen in the first `step` optimizer steps."""
-        epochs, rest = divmod(step, self.steps)
-        return epochs * self.size + min(rest * self.global_batch_size, self.size)
 
 
 # ---- preview ---------------------------------------------------------------------------------------------------------

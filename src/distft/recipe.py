@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, PrivateAttr, ValidationError, WithJsonSchema
 
 from distft.errors import Fault, RecipeError
@@ -33,6 +32,7 @@ from distft.sections import (
     Tracking,
     upstream_section,
 )  # fmt: skip
+from distft.yaml12 import dump_yaml, parse_yaml
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -119,37 +119,11 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML that runs again as it is."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+        return dump_yaml(self.model_dump())
 
 
 def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader with YAML 1.2's scalars (`1e-4` is a number, `no` and `on` are words) and without duplicate keys."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands there twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
 
 
 def load_recipe(
@@ -171,7 +145,7 @@ def load_recipe(
         raise RecipeError(faults)
     for key, value in overrides:
         _assign(merged, key.split("."), value)
-        origins = {k: v for k, v in origins.items() if not k.startswith(key + ".")} | {key: COMMAND_LINE}
+        origins = {k: v for k, v in origins.items() if not _related(k, key)} | {key: COMMAND_LINE}
     run = merged.setdefault("run", {})
     if isinstance(run, dict) and not run.get("name"):
         run["name"], origins["run.name"] = name, DERIVED
@@ -179,11 +153,16 @@ def load_recipe(
     recipe = _validate(merged, source, faults)
     if recipe is not None:
         recipe._source = source
-        for check in (recipe_faults, *checks):
-            faults += check(recipe)
+        known = [fault.key for fault in faults]  # what stands in place of a faulty value is no fault of the user's
+        found = [fault for check in (recipe_faults, *checks) for fault in check(recipe)]
+        faults += [fault for fault in found if not any(_related(fault.key, key) for key in known)]
     if faults or recipe is None:
         raise RecipeError(faults)
     return recipe
+
+
+def _related(key: str, other: str) -> bool:
+    return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
 
 
 def recipe_faults(recipe: Recipe) -> list[Fault]:
@@ -235,11 +214,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         RecipeError: unreadable, not YAML, or not a mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - _Loader is a SafeLoader
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError([Fault(str(path), "", f"cannot be read: {error}")]) from error
-    except yaml.YAMLError as error:
-        raise RecipeError([Fault(str(path), "", f"is not valid YAML: {' '.join(str(error).split())}")]) from error
+    except ValueError as error:
+        raise RecipeError([Fault(str(path), "", f"is not valid YAML: {error}")]) from error
     if not isinstance(content, dict):
         raise RecipeError([Fault(str(path), "", "expected a mapping of sections, got " + type(content).__name__)])
     return content
@@ -276,9 +255,9 @@ def _read_overrides(arguments: Sequence[str], faults: list[Fault]) -> tuple[list
             wanted = text
         else:
             try:
-                overrides.append((key, yaml.load(text, _Loader)))  # noqa: S506 - _Loader is a SafeLoader
-            except yaml.YAMLError as error:
-                faults.append(Fault(COMMAND_LINE, key, f"{text!r} is not valid YAML: {' '.join(str(error).split())}"))
+                overrides.append((key, parse_yaml(text)))
+            except ValueError as error:
+                faults.append(Fault(COMMAND_LINE, key, f"{text!r} is not valid YAML: {error}"))
     return overrides, wanted
 
 
@@ -303,7 +282,7 @@ def _read_files(
     for path, content in reversed(chain):
         merged = _merge(merged, content)
         for key in _leaves(content):
-            origins = {k: v for k, v in origins.items() if not k.startswith(key + ".")} | {key: str(path)}
+            origins = {k: v for k, v in origins.items() if not _related(k, key)} | {key: str(path)}
     name = chain[0][0].stem if chain else wanted
     return name, tuple(path for path, _ in reversed(chain)), merged, origins
 
@@ -312,12 +291,14 @@ def _find(wanted: str, folder: Path, beside: Path, faults: list[Fault], where: s
     """Path of the recipe that `wanted` names; None and a fault where there is none."""
     key = "recipe" if where == COMMAND_LINE else "extends"
     if "/" in wanted or wanted.endswith((".yaml", ".yml")):
-        path = beside / wanted
+        path = beside / Path(wanted).expanduser()
         if path.is_file():
             return path
         faults.append(Fault(where, key, f"there is no file {wanted}"))
         return None
     known = list_recipes(folder)
+    if key == "extends" and known.get(wanted) == Path(where):  # of two recipes of one name, the shipped one
+        known = list_recipes(packaged("recipes").parent)
     if wanted in known:
         return known[wanted]
     faults.append(
@@ -356,7 +337,8 @@ def _validate(merged: dict[str, Any], source: Source, faults: list[Fault]) -> Re
             try:
                 upstream_section(name).model_validate(tree[name])
             except ValidationError as error:
-                faults += _faults(error, source, name)
+                # null takes back a key that upstream does not let be null
+                faults += [fault for fault in _faults(error, source, name) if not fault.problem.endswith(", got null")]
                 for item in error.errors():
                     tree[name].pop(str(item["loc"][0]), None)
     for attempt in range(2):
@@ -413,6 +395,8 @@ def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) ->
 
 def _suggestion(leaf: str, section: str) -> str:
     names = field_names()
+    if leaf == "extends":
+        return "it stands in a recipe file; on the command line, recipe=NAME takes a recipe"
     if leaf in RENAMED:
         return f"it is {RENAMED[leaf]}"
     near = _nearest(leaf, names[section] if section in names else names[""])

@@ -89,7 +89,7 @@ class Run(Section):
     """Name of the run folder; the recipe's name where it is empty. A name in use gets a number: `name-2`."""
     dir: str = "runs"
     """Folder that holds the run folders."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the adapter's initial weights, dropout, the data splits and the order of the samples."""
 
 

@@ -15,6 +15,7 @@ from distft.model import attention, load_model, load_tokenizer, non_embedding_pa
 from distft.outcome import debug_flag, guarded
 from distft.recipe import load_recipe
 from distft.record import Record
+from distft.samples import GlobalBatchOrder, evaluation_rows, with_empty_rows
 from distft.strategy import Launcher, Strategy, whole_numel
 from distft.telemetry import Telemetry, finish_trackers, model_flops_per_token, perplexity, trackers
 from distft.trainer import HeldOut, Invariants, Trainer, sft_config
@@ -35,7 +36,7 @@ def train(arguments: Sequence[str]) -> None:
 
     tokenizer = together(world, lambda: load_tokenizer(recipe))
     splits = together(world, lambda: data.prepare(recipe, tokenizer))
-    order = data.GlobalBatchOrder(len(splits.train), recipe.batching.global_batch_size, recipe.run.seed)
+    order = GlobalBatchOrder(len(splits.train), recipe.batching.global_batch_size, recipe.run.seed)
     with Record.open(recipe, how, Path.cwd()) as record:
         config = sft_config(recipe, how, record.folder)
         model = together(world, lambda: load_model(recipe, how))
@@ -52,11 +53,11 @@ def train(arguments: Sequence[str]) -> None:
 
         telemetry = Telemetry(record.folder, recipe, world, order.samples_after, flops)
         limit, share = recipe.evaluation.max_samples, world.world_size * config.per_device_eval_batch_size
-        held_out = HeldOut(data.evaluation_rows(splits.test, limit, share, tokenizer.eos_token_id))
+        held_out = HeldOut(evaluation_rows(splits.test, limit, share, tokenizer.eos_token_id))
         trainer = Trainer(
             model=model, args=config, processing_class=tokenizer, order=order,
-            train_dataset=data.with_empty_rows(splits.train, 1, tokenizer.eos_token_id),
-            eval_dataset=data.evaluation_rows(splits.validation, limit, share, tokenizer.eos_token_id),
+            train_dataset=with_empty_rows(splits.train, 1, tokenizer.eos_token_id),
+            eval_dataset=evaluation_rows(splits.validation, limit, share, tokenizer.eos_token_id),
             callbacks=[
                 Invariants(how, recipe, trainable), telemetry, *trackers(recipe, record.folder, world),
                 *([held_out] if recipe.evaluation.before_and_after and splits.test is not None else []),

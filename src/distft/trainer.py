@@ -12,9 +12,8 @@ from trl import SFTConfig, SFTTrainer
 
 from distft.recipe import Recipe
 from distft.run import RunFolder
+from distft.samples import IGNORED
 from distft.strategy import Strategy
-
-IGNORED = -100
 
 
 def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder) -> SFTConfig:

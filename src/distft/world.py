@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, MutableMapping
@@ -46,11 +48,11 @@ class World:
             node = int(environment.get("GROUP_RANK", rank // max(local_size, 1)))
             return cls(rank, int(environment.get("LOCAL_RANK", rank)), size, local_size, node)
         if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            per_node = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+            node = int(environment.get("SLURM_NODEID", "0"))
             return cls(
                 int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"]),
-                int(environment["SLURM_STEP_NUM_TASKS"]), int(per_node.group()) if per_node else 1,
-                int(environment.get("SLURM_NODEID", "0")),
+                int(environment["SLURM_STEP_NUM_TASKS"]),
+                _tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))[node], node,
             )  # fmt: skip
         return cls()
 
@@ -61,8 +63,24 @@ class World:
         environment["RANK"], environment["LOCAL_RANK"] = str(self.rank), str(self.local_rank)
         environment["WORLD_SIZE"] = str(self.world_size)
         environment["LOCAL_WORLD_SIZE"] = str(self.local_world_size)
-        environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+        if "MASTER_ADDR" not in environment:  # the step's first node, where rank 0 is; srun itself may run on another
+            nodes = environment.get("SLURM_STEP_NODELIST")
+            if nodes:
+                named = subprocess.run(
+                    ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+                )
+                environment["MASTER_ADDR"] = named.stdout.split()[0]
+            else:
+                environment["MASTER_ADDR"] = environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
         environment.setdefault("MASTER_PORT", str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 10_000))
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """SLURM's `4(x2),2` as [4, 4, 2]."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(times or 1)
+    return counts
 
 
 def together(world: World, work: Callable[[], T]) -> T:
@@ -108,8 +126,9 @@ def say_once(message: str, world: World, environment: Mapping[str, str]) -> None
         say(message)
         return
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    digest = hashlib.sha256(message.encode()).hexdigest()[:8]
     launcher = psutil.Process(os.getppid())
-    key = f"distft-{os.getuid()}-{launcher.pid}-{launcher.create_time():.2f}-{attempt}.said"
+    key = f"distft-{os.getuid()}-{launcher.pid}-{launcher.create_time():.2f}-{attempt}-{digest}.said"
     try:
         os.close(os.open(Path(tempfile.gettempdir()) / key, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:

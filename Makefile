@@ -1,0 +1,43 @@
+# make demo   sets up .venv and runs the main job: no GPU, no download of weights or data
+# make test   sets up .venv and runs the tests
+# make lint   sets up .venv and runs ruff and mypy
+# make clean  removes what these and builds leave behind (not runs/)
+
+.PHONY: demo test lint setup clean
+
+# The process count of the demo: 2, or 1 where there is exactly one GPU.
+demo: setup
+	WANDB_MODE=offline HF_HUB_OFFLINE=1 .venv/bin/distft train recipe=tiny \
+	  --nproc $$(.venv/bin/python -c 'import torch; print(min(2, torch.cuda.device_count() or 2))')
+
+test: setup
+	@.venv/bin/python -m pytest
+
+lint: setup
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+setup: .venv/installed
+
+# Runs again only where one of the two files has changed since.
+.venv/installed: pyproject.toml constraints.txt
+	@if [ ! -x .venv/bin/python ]; then \
+	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; python=; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "make: distft needs Python 3.11 or newer, and none of python3, python3.13, python3.12, python3.11 is;" \
+	      "install one, or name it: make $(or $(firstword $(MAKECMDGOALS)),demo) PYTHON=/path/to/python3.11" >&2; exit 2; \
+	  fi; \
+	  if ! $$python -c 'import venv, ensurepip' 2>/dev/null; then \
+	    echo "make: $$python has no venv module; on Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 2; \
+	  fi; \
+	  $$python -m venv .venv || exit; \
+	fi
+	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

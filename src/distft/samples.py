@@ -1,0 +1,114 @@
+"""What a sample is, from text to token ids and labels, and the order in which samples are seen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch.utils.data import Sampler
+
+IGNORED = -100
+"""Label of a token that the loss does not look at."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One formatted row. `trained_from`: first character that the loss looks at; `tail_from`: first character that
+    truncation keeps (it cuts before it), or None where truncation cuts at the end."""
+
+    text: str
+    trained_from: int = 0
+    tail_from: int | None = None
+
+
+def format_dolly(instruction: str, context: str | None, response: str, *, completion_only: bool) -> Example:
+    """Dolly's template; the context block is left out where the context is empty or blank."""
+    prompt = f"### Instruction:\n{instruction}\n\n"
+    if context and context.strip():
+        prompt += f"### Context:\n{context}\n\n"
+    prompt += "### Response:\n"
+    return Example(prompt + response, len(prompt) if completion_only else 0)
+
+
+def format_review(review: str, word: str, *, completion_only: bool) -> Example:
+    """A review without its HTML line breaks, then its label as a word; truncation cuts the review, never the label."""
+    head = f"### Review:\n{re.sub(r'(?:<br */?> *)+', chr(10), review).strip()}"
+    prompt = f"{head}\n\n### Sentiment:\n"
+    return Example(prompt + word, len(prompt) if completion_only else 0, len(head))
+
+
+def tokenise(example: Example, tokenizer: Any, max_length: int | None) -> tuple[list[int], list[int], bool]:
+    """input_ids, labels (both of one length, at most `max_length`) and whether something was cut off.
+
+    The text is tokenised in one piece, as the model will meet it; a token that crosses into the trained part is trained.
+    The first label is always -100: nothing predicts the first token.
+    """
+    encoded = tokenizer(example.text, return_offsets_mapping=True, truncation=False)
+    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    if ids and ids[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:
+        ids, offsets = ids[:-1], offsets[:-1]
+    labels = [token if end > example.trained_from else IGNORED for token, (_, end) in zip(ids, offsets, strict=True)]
+    tail = 0 if example.tail_from is None else sum(end > example.tail_from for _, end in offsets)
+    ids, labels, tail = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id], tail + 1 if tail else 0
+    cut = max_length is not None and len(ids) > max_length
+    if cut:
+        assert max_length is not None
+        tail = min(tail, max_length)
+        ids = ids[: max_length - tail] + ids[len(ids) - tail :]
+        labels = labels[: max_length - tail] + labels[len(labels) - tail :]
+    return ids, [IGNORED, *labels[1:]], cut
+
+
+def with_empty_rows(samples: Dataset, count: int, token: int) -> Dataset:
+    """`samples` and `count` rows of one token that the loss does not look at: they fill a last batch and weigh nothing."""
+    if count == 0:
+        return samples
+    filling = Dataset.from_dict(
+        {"input_ids": [[token]] * count, "labels": [[IGNORED]] * count}, features=samples.features
+    )
+    return concatenate_datasets([samples, filling])
+
+
+def evaluation_rows(samples: Dataset | None, limit: int | None, multiple: int, token: int) -> Dataset | None:
+    """At most `limit` samples, filled with empty rows to a multiple of what all ranks take at once."""
+    if samples is None:
+        return None
+    samples = samples.select(range(min(len(samples), limit or len(samples))))
+    return with_empty_rows(samples, -len(samples) % multiple, token)
+
+
+class GlobalBatchOrder(Sampler[int]):
+    """The order of an epoch: a permutation by seed and epoch, filled up to whole global batches with the row `size`.
+
+    Position i belongs to optimizer step i // global_batch_size whatever the world size and the micro-batch, because
+    accelerate deals out whole micro-batches in turn. The last step of an epoch has what is left of the samples; the rest of
+    it are empty rows (see `with_empty_rows`), so that all ranks take the same number of micro-batches.
+    """
+
+    def __init__(self, size: int, global_batch_size: int, seed: int) -> None:
+        self.size, self.global_batch_size, self.seed, self.epoch = size, global_batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = int(epoch)
+
+    def __len__(self) -> int:
+        return self.steps * self.global_batch_size
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return -(-self.size // self.global_batch_size)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        yield from torch.randperm(self.size, generator=generator).tolist()
+        yield from [self.size] * (len(self) - self.size)
+
+    def samples_after(self, step: int) -> int:
+        """Real samples seen in the first `step` optimizer steps."""
+        epochs, rest = divmod(step, self.steps)
+        return epochs * self.size + rest * self.global_batch_size

@@ -1,0 +1,174 @@
+"""What a finished run leaves behind, read by others: plain peft, plain transformers, W&B's own reader."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from wandb.proto import wandb_internal_pb2
+
+from distft.checkpoint import compare, read_tensors
+from distft.errors import InvariantError
+from distft.recipe import load_recipe
+from distft.run import SUMMARY_KEYS
+
+from .conftest import Ended, Train
+
+
+def test_the_summary_has_every_figure(finished: Ended) -> None:
+    summary = finished.folder.read_summary()
+    assert tuple(summary) == SUMMARY_KEYS
+    assert (summary["status"], summary["cause"], summary["world_size"], summary["steps"]) == ("finished", None, 2, 12)
+    assert summary["samples"] == 12 * 16
+    for key in ("train_loss", "train_time_s", "samples_per_second", "tokens_per_second", "host_rss_gib"):
+        assert summary[key] > 0, key
+    before, after = summary["eval_before"], summary["eval_after"]
+    assert after["perplexity"] < before["perplexity"]
+    assert after["perplexity"] == pytest.approx(math.exp(after["loss"]))
+
+
+def test_the_message_before_and_after(finished: Ended) -> None:
+    summary = finished.folder.read_summary()
+    before, after = summary["eval_before"]["perplexity"], summary["eval_after"]["perplexity"]
+    assert f"held-out perplexity: {before:,.2f} before, {after:,.2f} after" in finished.stderr
+    assert finished.stderr.count("run folder: ") == 1, "rank 0 alone speaks"
+
+
+def test_metrics_have_a_record_for_every_step(finished: Ended) -> None:
+    records = [record for record in finished.folder.read_metrics() if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, 13))
+    for record in records:
+        for key in ("learning_rate", "grad_norm", "samples_per_second", "tokens_per_second", "tokens_per_second_per_gpu",
+                    "mfu", "peak_memory_gib", "peak_reserved_gib", "host_rss_gib"):  # fmt: skip
+            assert key in record
+        assert record["tokens_per_second_per_gpu"] == pytest.approx(record["tokens_per_second"] / 2)
+    assert any("eval_perplexity" in record for record in finished.folder.read_metrics())
+
+
+def test_the_resolved_recipe_runs_again(finished: Ended) -> None:
+    again = load_recipe([f"recipe={finished.folder.recipe}"])
+    assert again.training["max_steps"] == 12
+    assert again.run.name == "tiny"
+
+
+def test_the_adapter_loads_with_plain_peft(finished: Ended) -> None:
+    base_folder = json.loads((finished.folder.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    tokens = torch.arange(3, 40)[None]
+    plain = base(input_ids=tokens).logits.detach().clone()
+    adapted = PeftModel.from_pretrained(base, str(finished.folder.adapter))(input_ids=tokens).logits
+    assert (adapted - plain).abs().max() > 0.1, "the adapter changes what the model says"
+
+
+def test_the_saved_tensors_are_safetensors_with_every_lora_pair(finished: Ended) -> None:
+    with safe_open(finished.folder.adapter / "adapter_model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert len(names) == 2 * 7 * 4  # A and B of seven linears in four layers
+    assert not list(finished.folder.adapter.glob("*.bin"))
+
+
+def test_what_is_read_back_must_be_what_was_trained(finished: Ended) -> None:
+    saved = read_tensors(finished.folder.adapter)
+    compare(saved, saved)
+    name = next(iter(saved))
+    with pytest.raises(InvariantError, match="not in the saved file"):
+        compare(saved, {key: tensor for key, tensor in saved.items() if key != name})
+    with pytest.raises(InvariantError, match="is not the one that was trained"):
+        compare(saved, saved | {name: saved[name] + 1e-3})
+
+
+def test_merge_gives_the_trained_model_to_plain_transformers(finished: Ended, tmp_path: Path) -> None:
+    target = tmp_path / "merged"
+    command = [sys.executable, "-m", "distft.cli", "merge", str(finished.folder.path), "--output", str(target)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert ended.returncode == 0, ended.stderr
+    base_folder = json.loads((finished.folder.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = AutoModelForCausalLM.from_pretrained(base_folder, quantization_config=quantised, dtype=torch.float32)
+    trained = PeftModel.from_pretrained(
+        base, str(finished.folder.adapter)
+    ).train()  # eval would repack the weights on some CPUs
+    for module in trained.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    merged = AutoModelForCausalLM.from_pretrained(target)
+    assert AutoTokenizer.from_pretrained(target).eos_token == "</s>"
+    tokens = torch.arange(3, 40)[None]
+    expected, found = trained(input_ids=tokens).logits, merged(input_ids=tokens).logits
+    assert torch.allclose(found, expected, atol=1e-3), (found - expected).abs().max()
+
+
+def wandb_records(folder: Path) -> list[wandb_internal_pb2.Record]:
+    """Records of an offline run's file: a 7-byte header, then LevelDB log blocks of 32 KiB.
+
+    A chunk is crc32c (4 bytes), length (2), type (1: 1 whole, 2 first, 3 middle, 4 last), payload; a block's rest of under
+    7 bytes is padding.
+    """
+    (file,) = folder.glob("offline-run-*/run-*.wandb")
+    content, place = file.read_bytes(), 7
+    records, pending = [], b""
+    while place + 7 <= len(content):
+        left = 32_768 - place % 32_768
+        if left < 7:
+            place += left
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        pending += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(pending)
+            records.append(record)
+            pending = b""
+    return records
+
+
+def test_wandb_offline_has_loss_and_speed_at_every_step_and_the_recipe(finished: Ended) -> None:
+    records = wandb_records(finished.folder.path / "wandb")
+    history = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    steps = {row["train/global_step"]: row for row in history if "train/loss" in row}
+    assert sorted(steps) == list(range(1, 13))
+    ours = {record["step"]: record for record in finished.folder.read_metrics() if "loss" in record}
+    for step, row in steps.items():
+        assert row["train/loss"] == pytest.approx(ours[step]["loss"])
+        assert row["train/samples_per_second"] == pytest.approx(ours[step]["samples_per_second"])
+    runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    config = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
+    assert config["lora"]["r"] == 16 and config["strategy"] == "ddp"
+    assert "sync later with: wandb sync" in finished.stderr
+    assert len(list((finished.folder.path / "wandb").glob("offline-run-*"))) == 1, "no second run from another rank"
+
+
+def test_a_tracker_that_fails_costs_a_warning(train: Train) -> None:
+    """trackio is not installed, and W&B cannot write where a file stands in its way."""
+    ended = train("recipe=tiny", "training.max_steps=2", "evaluation.before_and_after=false", trackers="[trackio,wandb]",
+                  WANDB_MODE="online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_INIT_TIMEOUT="5")  # fmt: skip
+    assert ended.code == 0, ended.stderr[-3000:]
+    assert "warning: trackio cannot be used" in ended.stderr
+    assert "warning: wandb" in ended.stderr
+    assert ended.folder.read_summary()["status"] == "finished"
+    assert "0000000000" not in ended.stderr + ended.folder.environment.read_text(), "no secret is written"
+
+
+def test_tensorboard_files_stand_in_the_run_folder(train: Train) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    ended = train("recipe=tiny", "training.max_steps=2", "evaluation.before_and_after=false", trackers="[tensorboard]")
+    assert ended.code == 0, ended.stderr[-3000:]
+    assert list(ended.folder.path.rglob("events.out.tfevents.*"))
