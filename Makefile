@@ -6,9 +6,10 @@
 .PHONY: demo test lint setup clean
 
 # The process count of the demo: 2, or 1 where there is exactly one GPU.
+demo: export WANDB_MODE = offline
+demo: export HF_HUB_OFFLINE = 1
 demo: setup
-	WANDB_MODE=offline HF_HUB_OFFLINE=1 .venv/bin/distft train recipe=tiny \
-	  --nproc $$(.venv/bin/python -c 'import torch; print(min(2, torch.cuda.device_count() or 2))')
+	.venv/bin/distft train recipe=tiny --nproc $$(.venv/bin/python -c 'import torch; print(min(2, torch.cuda.device_count() or 2))')
 
 test: setup
 	@.venv/bin/python -m pytest

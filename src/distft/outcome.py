@@ -32,13 +32,11 @@ def guarded(work: Callable[[], None]) -> int:
         return 0
     except DistftError as error:
         code, message = error.exit_code, str(error)
-    except KeyboardInterrupt:
-        code, message = Interrupted.exit_code, "stopped by SIGINT"
+        if os.environ.get(DEBUG):
+            traceback.print_exc()
     except Exception as error:  # not foreseen: the traceback is what helps
         traceback.print_exc()
         code, message = 1, f"rank {world.rank} failed: {type(error).__name__}: {error}"
-    if os.environ.get(DEBUG) and code != 1:
-        traceback.print_exc()
     say_once(message, world, os.environ)
     return _leave(code)
 

@@ -38,23 +38,19 @@ def faults(recipe: Recipe) -> list[Fault]:
         found.append(Fault(recipe.source.of(key), key, problem, hint))
 
     quantization, optimizer = recipe.quantization, str(recipe.training.get("optim", ""))
-    if recipe.strategy == "fsdp":
-        if recipe.bits == 8:
-            fault("quantization.load_in_8bit", "8-bit weights cannot be sharded by FSDP2", "strategy=ddp, or 4-bit")
-        if recipe.bits == 4 and quantization and quantization.bnb_4bit_quant_storage != recipe.model.dtype:
-            fault(
-                "quantization.bnb_4bit_quant_storage",
-                f"4-bit weights stored as {quantization.bnb_4bit_quant_storage} in a {recipe.model.dtype} model are not sharded by FSDP2",
-                f"set it to {recipe.model.dtype}",
-            )
-        if optimizer.startswith(_BITSANDBYTES_OPTIMIZERS):
-            fault("training.optim", f"{optimizer} does not take parameters that FSDP2 has sharded", "adamw_torch_fused")
-    if recipe.strategy == "zero3" and recipe.bits < 16:
+    sharder = {"fsdp": "FSDP2", "zero3": "ZeRO-3"}.get(recipe.strategy)
+    if sharder and recipe.bits == 8:
+        fault("quantization.load_in_8bit", f"8-bit weights cannot be sharded by {sharder}", "strategy=ddp, or 4-bit")
+    if sharder and recipe.bits == 4 and quantization and quantization.bnb_4bit_quant_storage != recipe.model.dtype:
         fault(
-            "quantization", f"ZeRO-3 does not partition {recipe.bits}-bit weights", "strategy=fsdp with 4-bit, or zero2"
+            "quantization.bnb_4bit_quant_storage",
+            f"4-bit weights stored as {quantization.bnb_4bit_quant_storage} in a {recipe.model.dtype} model are not sharded by {sharder}",
+            f"set it to {recipe.model.dtype}",
         )
-    if recipe.strategy in ("zero2", "zero3") and optimizer.startswith(_BITSANDBYTES_OPTIMIZERS):
-        fault("training.optim", f"{optimizer} does not take DeepSpeed's partitions", "adamw_torch")
+    if recipe.strategy == "fsdp" and optimizer.startswith(_BITSANDBYTES_OPTIMIZERS):
+        fault(
+            "training.optim", f"{optimizer} has no way to update parameters that FSDP2 has sharded", "adamw_torch_fused"
+        )
     return found
 
 

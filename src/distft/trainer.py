@@ -26,6 +26,9 @@ def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder) -> SFTConf
     given.setdefault(
         "logging_nan_inf_filter", False
     )  # it hides bad numbers and waits for the device in every micro-batch
+    if recipe.bits == 8:
+        # Non-reentrant checkpointing keeps LLM.int8()'s intermediates: 30 GiB instead of 5.5 at 16k tokens of a 1.5B model.
+        given.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": True})
     return SFTConfig(
         output_dir=str(folder.checkpoints),
         per_device_train_batch_size=micro,
