@@ -30,6 +30,12 @@ from distft.samples import (
     tokenise,
 )
 
+
+def tokenise_one(example: Example, tokenizer: Any, max_length: int | None) -> tuple[list[int], list[int], bool]:
+    (sample,) = tokenise([example], tokenizer, max_length)
+    return sample
+
+
 ALL = (
     "data.validation_fraction=0.0",
     "data.test_fraction=0.0",
@@ -201,9 +207,9 @@ def test_a_sample_ends_in_eos_unless_it_was_cut_and_is_never_too_long(
 
 def test_a_sample_that_fits_exactly_is_not_cut(tokenizer: Any) -> None:
     example = Example("One of the rows.")
-    ids, _, _ = tokenise(example, tokenizer, None)
-    assert tokenise(example, tokenizer, len(ids)) == (ids, [IGNORED, *ids[1:]], False)
-    assert tokenise(example, tokenizer, len(ids) - 1) == (ids[:-1], [IGNORED, *ids[1:-1]], True)
+    ids, _, _ = tokenise_one(example, tokenizer, None)
+    assert tokenise_one(example, tokenizer, len(ids)) == (ids, [IGNORED, *ids[1:]], False)
+    assert tokenise_one(example, tokenizer, len(ids) - 1) == (ids[:-1], [IGNORED, *ids[1:-1]], True)
 
 
 def test_samples_of_which_no_trained_token_is_left_are_dropped_and_counted(
@@ -235,16 +241,16 @@ def test_a_tokenizer_that_adds_bos_and_eos_gives_one_of_each(tokenizer: Any) -> 
     adding.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    ids, labels, _ = tokenise(Example("Yes, it is.", trained_from=5), adding, None)
+    ids, labels, _ = tokenise_one(Example("Yes, it is.", trained_from=5), adding, None)
     assert adding.decode(ids) == "<s>Yes, it is.</s>"
     assert adding.decode([label for label in labels if label != IGNORED]) == " it is.</s>"
     # Whole text: the beginning of a sequence is nothing to learn.
-    assert tokenise(Example("Yes, it is."), adding, None)[1] == [IGNORED, *ids[1:]]
+    assert tokenise_one(Example("Yes, it is."), adding, None)[1] == [IGNORED, *ids[1:]]
 
 
 def test_a_token_that_crosses_into_the_trained_part_is_trained(tokenizer: Any) -> None:
     (the,) = tokenizer(" the")["input_ids"]  # one token, and the boundary is in the middle of it
-    ids, labels, _ = tokenise(Example("So the", trained_from=4), tokenizer, None)
+    ids, labels, _ = tokenise_one(Example("So the", trained_from=4), tokenizer, None)
     assert ids[-2:] == [the, tokenizer.eos_token_id]
     assert labels == [IGNORED] * (len(ids) - 2) + ids[-2:]
 
@@ -312,8 +318,8 @@ def test_a_review_keeps_its_label_at_any_length_and_the_loss_looks_at_it_alone(
 
 def test_a_review_that_is_cut_loses_its_end_and_nothing_else(tokenizer: Any) -> None:
     example = format_review("One two three four five six seven eight nine ten.", "negative", completion_only=True)
-    ids, _, _ = tokenise(example, tokenizer, None)
-    shorter, labels, cut = tokenise(example, tokenizer, len(ids) - 3)
+    ids, _, _ = tokenise_one(example, tokenizer, None)
+    shorter, labels, cut = tokenise_one(example, tokenizer, len(ids) - 3)
     head, tail = tokenizer.decode(ids).split("\n\n### Sentiment:\n")
     assert cut and len(shorter) == len(labels) == len(ids) - 3
     kept, label = tokenizer.decode(shorter).split("\n\n### Sentiment:\n")
@@ -774,7 +780,7 @@ def test_a_preview_on_a_terminal_tells_them_apart_by_colour(tokenizer: Any, tmp_
 
 @pytest.mark.usefixtures("prepare")
 def test_a_preview_counts_tokens_and_shows_lengths_and_what_was_dropped(tokenizer: Any, tmp_path: Path) -> None:
-    ids, labels, _ = tokenise(format_dolly("Say it.", "", "It.", completion_only=True), tokenizer, None)
+    ids, labels, _ = tokenise_one(format_dolly("Say it.", "", "It.", completion_only=True), tokenizer, None)
     text = previewed(tokenizer, tmp_path)
     assert f"sample 0: {len(ids)} tokens, {sum(label != IGNORED for label in labels)} trained" in text
     assert f"data: train 1, validation 0, test 0 samples; {len(ids)} training tokens" in text

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
 from datasets.utils.logging import disable_progress_bar
 from filelock import FileLock
 
@@ -27,7 +28,8 @@ from distft.samples import IGNORED, Example, format_dolly, format_review, tokeni
 from distft.sections import Data, Format
 from distft.tiny import cache_folder
 
-_VERSION = 1  # of the prepared form; part of the cache's key
+_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+_VERSION = 2  # of the prepared form; part of the cache's key
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -231,11 +233,10 @@ def _prepare(
     splits: dict[str, Dataset] = {}
     for name, examples in parts.items():
         ids, labels, truncated = [], [], 0
-        for example in examples:
-            sample_ids, sample_labels, cut = tokenise(example, tokenizer, max_length)
+        for sample_ids, sample_labels, cut in tokenise(examples, tokenizer, max_length):
             if any(label != IGNORED for label in sample_labels):
-                ids.append(sample_ids)
-                labels.append(sample_labels)
+                ids.append(np.asarray(sample_ids, dtype=np.int32))
+                labels.append(np.asarray(sample_labels, dtype=np.int32))
                 truncated += cut
         if examples and not ids:
             raise DataError(f"all {len(examples)} samples of the {name} split were dropped: nothing to learn from is left of them within "
@@ -244,7 +245,7 @@ def _prepare(
         counts["dropped_untrained"][name] = len(examples) - len(ids)
         counts["tokens"][name] = sum(map(len, ids))
         if ids:
-            splits[name] = Dataset.from_dict({"input_ids": ids, "labels": labels})
+            splits[name] = Dataset.from_dict({"input_ids": ids, "labels": labels}, features=_FEATURES)
     return DatasetDict(splits), Report(dropped_empty=empty, **counts)
 
 

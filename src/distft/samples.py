@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 
 IGNORED = -100
 """Label of a token that the loss does not look at."""
+_CHUNK = 1_000  # texts that the tokenizer takes at once, on all cores
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,32 @@ def format_review(review: str, word: str, *, completion_only: bool) -> Example:
     return Example(prompt + word, len(prompt) if completion_only else 0, len(head))
 
 
-def tokenise(example: Example, tokenizer: Any, max_length: int | None) -> tuple[list[int], list[int], bool]:
-    """input_ids, labels (both of one length, at most `max_length`) and whether something was cut off.
+def tokenise(
+    examples: Sequence[Example], tokenizer: Any, max_length: int | None
+) -> Iterator[tuple[list[int], list[int], bool]]:
+    """Of each example its input_ids, labels (of one length, at most `max_length`) and whether something was cut off.
 
     The text is tokenised in one piece, as the model will meet it; a token that crosses into the trained part is trained.
     The first label is always -100: nothing predicts the first token.
     """
-    encoded = tokenizer(example.text, return_offsets_mapping=True, truncation=False)
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    if ids and ids[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:
+    eos = tokenizer.eos_token_id
+    for start in range(0, len(examples), _CHUNK):
+        chunk = examples[start : start + _CHUNK]
+        encoded = tokenizer([example.text for example in chunk], return_offsets_mapping=True, truncation=False)
+        for example, ids, offsets in zip(chunk, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            yield _label(example, list(ids), offsets, eos, max_length)
+
+
+def _label(
+    example: Example, ids: list[int], offsets: Sequence[tuple[int, int]], eos: int, max_length: int | None
+) -> tuple[list[int], list[int], bool]:
+    if ids and ids[-1] == eos and offsets[-1][0] == offsets[-1][1]:  # the tokenizer's own, which ours replaces
         ids, offsets = ids[:-1], offsets[:-1]
     labels = [token if end > example.trained_from else IGNORED for token, (_, end) in zip(ids, offsets, strict=True)]
     tail = 0 if example.tail_from is None else sum(end > example.tail_from for _, end in offsets)
-    ids, labels, tail = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id], tail + 1 if tail else 0
+    ids, labels, tail = [*ids, eos], [*labels, eos], tail + 1 if tail else 0
     cut = max_length is not None and len(ids) > max_length
-    if cut:
-        assert max_length is not None
+    if max_length is not None and cut:
         tail = min(tail, max_length)
         ids = ids[: max_length - tail] + ids[len(ids) - tail :]
         labels = labels[: max_length - tail] + labels[len(labels) - tail :]

@@ -1,0 +1,144 @@
+"""What the README says is so: its commands run, its recipes load, its messages and figures are the real ones.
+
+Blocks marked `sh` are commands. One that ends in `# needs a GPU`, `the hub` or `SLURM` is not run; its recipe and
+overrides are loaded. Blocks marked `console` are commands with their output, `python` and `yaml` are what they say.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distft import data, strategy
+from distft.recipe import list_recipes, load_recipe
+from distft.sections import StrategyName
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LIMIT_S = 150
+
+
+def blocks(*languages: str) -> list[tuple[str, str]]:
+    """Language and text of every block in one of `languages`, in the order of the page."""
+    return re.findall(rf"^```({'|'.join(languages)})\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """The commands of an `sh` block, one a line, with their comments."""
+    return [line for line in text.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
+
+
+ALL = [command for _, text in blocks("sh") for command in commands(text)]
+ELSEWHERE = [command for command in ALL if re.search(r"# needs (a GPU|the hub|SLURM)", command)]
+MAKE = [command for command in ALL if command.startswith("make ")]
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Path:
+    """A folder as a reader has it: rows of their own, and the page's own recipes."""
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["question", "answer"])
+        rows.writerows([f"What is {n} and {n}?", f"It is {2 * n}."] for n in range(40))
+    for _, text in blocks("yaml"):
+        path = tmp_path / text.splitlines()[0].removeprefix("# ")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def bash(command: str, where: Path) -> subprocess.CompletedProcess[str]:
+    """`command` as typed with the environment of this Python active."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WANDB_"))}
+    environment |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", command], cwd=where, env=environment, capture_output=True, text=True, timeout=LIMIT_S
+    )
+
+
+def test_the_page_has_every_kind_of_command() -> None:
+    assert {"make demo", "make test"} <= {" ".join(shlex.split(command, comments=True)) for command in MAKE}
+    assert any("accelerate launch" in command for command in ELSEWHERE)
+    assert any("sbatch" in command for command in ELSEWHERE)
+    assert len(ALL) - len(ELSEWHERE) - len(MAKE) >= 6
+
+
+def test_commands_and_programs_run_in_the_order_of_the_page(reader: Path) -> None:
+    for language, text in blocks("sh", "python"):
+        for command in commands(text) if language == "sh" else [f"python - <<'END'\n{text}END"]:
+            if command not in ELSEWHERE + MAKE:
+                ended = bash(command, reader)
+                assert ended.returncode == 0, f"{command}\n{ended.stdout[-1000:]}\n{ended.stderr[-3000:]}"
+    assert (reader / "runs" / "tiny" / "merged" / "model.safetensors").is_file()
+    assert json.loads((reader / "recipe.schema.json").read_text(encoding="utf-8"))["title"] == "distft recipe"
+
+
+@pytest.mark.parametrize("command", ELSEWHERE)
+def test_recipes_of_commands_for_other_machines_load(
+    command: str, reader: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(reader)
+    words = shlex.split(command, comments=True)
+    recipe = load_recipe([word for word in words if re.match(r"[\w.]+=", word)], checks=(strategy.faults, data.faults))
+    assert f"recipe={recipe.source.name}" in words
+
+
+@pytest.mark.parametrize("command", ELSEWHERE)
+def test_starters_are_there_and_are_bash(command: str) -> None:
+    for word in shlex.split(command, comments=True):
+        if word.startswith(("launch/", "slurm/")):
+            text = (ROOT / word).read_text(encoding="utf-8")
+            assert text.startswith("#!/usr/bin/env bash\n")
+            assert subprocess.run(["bash", "-n", str(ROOT / word)]).returncode == 0
+            assert os.access(ROOT / word, os.X_OK) or word.endswith(".sbatch")
+
+
+@pytest.mark.parametrize("command", MAKE)
+def test_make_knows_the_targets(command: str) -> None:
+    ended = bash(command.replace("make ", "make --dry-run ", 1), ROOT)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_messages_are_the_real_ones(reader: Path) -> None:
+    (block,) = [text for _, text in blocks("console")]
+    for part in block.split("$ ")[1:]:
+        command, _, shown = part.partition("\n")
+        ended = bash(command, reader)
+        assert ended.returncode == 2
+        assert ended.stderr == shown
+
+
+def rows_of(heading: str) -> list[list[str]]:
+    """The cells of the table under `## heading`, without its head."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    return cells[2:]
+
+
+def test_tables_name_every_shipped_recipe_and_every_strategy(tmp_path: Path) -> None:
+    assert {row[0].strip("`") for row in rows_of("Recipes")} == set(list_recipes(tmp_path))
+    assert [row[0].strip("`") for row in rows_of("Strategies")] == list(StrategyName.__args__)
+
+
+def test_measured_figures_are_those_of_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "main_job_2xh200.json").read_text(encoding="utf-8"))
+    runs = {run["recipe"]: run["summary"] for run in record["runs"]}
+    for name, *cells in rows_of("Measured"):
+        run = runs[name.strip("`")]
+        assert run["steps"] == 20
+        assert cells == [f"{run['samples_per_second']:.1f}", f"{run['tokens_per_second']:,.0f}", f"{run['mfu']:.3f}",
+                         f"{run['peak_memory_gib']:.1f}"]  # fmt: skip
+
+
+def test_links_and_pictures_are_there() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
