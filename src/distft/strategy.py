@@ -169,8 +169,6 @@ class Strategy:
         """Bring accelerate to this strategy. Before TrainingArguments or an Accelerator exists."""
         self.world.export(environment)
         if self.name == "single":
-            if self.on_gpu and visible_devices() > 1:  # never nn.DataParallel
-                environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
             for key in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
                 environment.pop(key, None)
         for key, value in accelerate_environment(read_yaml(packaged(f"accelerate_configs/{self.name}.yaml"))).items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import netrc
 import os
+import sys
 import time
 import urllib.parse
 from dataclasses import dataclass, field
@@ -280,10 +281,10 @@ def _has_wandb_key() -> bool:
 
 def finish_trackers(*, failed: bool) -> None:
     """Close the W&B run, if there is one, with the run's outcome."""
+    wandb = sys.modules.get("wandb")
+    if wandb is None or wandb.run is None:
+        return
     try:
-        import wandb
-
-        if wandb.run is not None:
-            wandb.finish(exit_code=1 if failed else 0)
+        wandb.finish(exit_code=1 if failed else 0)
     except Exception as error:  # whatever a tracker raises, the run goes on
         say(f"warning: wandb did not close cleanly ({type(error).__name__}: {error})")

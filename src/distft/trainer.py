@@ -29,7 +29,7 @@ def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder) -> SFTConf
     if recipe.bits == 8:
         # Non-reentrant checkpointing keeps LLM.int8()'s intermediates: 30 GiB instead of 5.5 at 16k tokens of a 1.5B model.
         given.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": True})
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=str(folder.checkpoints),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=recipe.accumulation(strategy.world.world_size),
@@ -39,6 +39,9 @@ def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder) -> SFTConf
         disable_tqdm=True,
         **(strategy.training_arguments() | given),
     )
+    if config.n_gpu > 1:  # reading it settles the devices; one process uses one of them, never nn.DataParallel
+        config._n_gpu = 1
+    return config
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
