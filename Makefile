@@ -5,11 +5,12 @@
 
 .PHONY: demo test lint setup clean
 
-# The process count of the demo: 2, or 1 where there is exactly one GPU.
+# Two processes; one where there is exactly one GPU. Offline: a W&B key in the environment is not used.
 demo: export WANDB_MODE = offline
 demo: export HF_HUB_OFFLINE = 1
 demo: setup
-	.venv/bin/distft train recipe=tiny --nproc $$(.venv/bin/python -c 'import torch; print(min(2, torch.cuda.device_count() or 2))')
+	@n=$$(.venv/bin/python -c 'import torch; print(min(2, torch.cuda.device_count() or 2))'); set -x; \
+	  .venv/bin/distft train recipe=tiny --nproc $$n
 
 test: setup
 	@.venv/bin/python -m pytest

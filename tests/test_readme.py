@@ -72,9 +72,13 @@ def test_the_page_has_every_kind_of_command() -> None:
     assert len(ALL) - len(ELSEWHERE) - len(MAKE) >= 6
 
 
-def test_commands_and_programs_run_in_the_order_of_the_page(reader: Path) -> None:
+def test_commands_and_programs_run_in_the_order_of_the_page(reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(reader)
     for language, text in blocks("sh", "python"):
-        for command in commands(text) if language == "sh" else [f"python - <<'END'\n{text}END"]:
+        if language == "python":
+            exec(compile(text, "README.md", "exec"), {})
+            continue
+        for command in commands(text):
             if command not in ELSEWHERE + MAKE:
                 ended = bash(command, reader)
                 assert ended.returncode == 0, f"{command}\n{ended.stdout[-1000:]}\n{ended.stderr[-3000:]}"
