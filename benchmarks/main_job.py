@@ -112,7 +112,7 @@ def main() -> int:
     record: dict[str, Any] = {
         "program": "benchmarks/main_job.py",
         "commit": commit,
-        "environment": describe(),
+        "environment": {key: value for key, value in describe().items() if key not in ("command", "working_folder")},
         "runs": [],
     }
     for recipe in options.recipes:

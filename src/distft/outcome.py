@@ -30,6 +30,9 @@ def guarded(work: Callable[[], None]) -> int:
         work()
         _leave_group()
         return 0
+    except BrokenPipeError:  # `distft recipes show … | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except DistftError as error:
         code, message = error.exit_code, str(error)
         if os.environ.get(DEBUG):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -241,7 +242,20 @@ def schema() -> dict[str, Any]:
         document["properties"][name] = {"description": help_text, "anyOf": variants}
     for definition in document["$defs"].values():
         definition.pop("required", None)
+    _sort_alternatives(document)
     return document
+
+
+def _sort_alternatives(node: Any) -> None:
+    """Put every `anyOf` in one order: typing keeps one of two equal unions, and which one depends on what was imported."""
+    if isinstance(node, dict):
+        for value in node.values():
+            _sort_alternatives(value)
+        if "anyOf" in node:
+            node["anyOf"].sort(key=lambda option: json.dumps(option, sort_keys=True))
+    elif isinstance(node, list):
+        for value in node:
+            _sort_alternatives(value)
 
 
 def _read_overrides(arguments: Sequence[str], faults: list[Fault]) -> tuple[list[tuple[str, Any]], str]:

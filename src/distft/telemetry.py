@@ -66,6 +66,8 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
     samples_after: Any
     """Real samples seen after a number of optimizer steps."""
     flops_per_token: float
+    trainer: Any = None
+    """Given after it is built; its `tokens_seen` are those that this rank has trained on."""
     steps_total: int = 0
     whole: Window = field(default_factory=Window)
     _window: Window = field(default_factory=Window)
@@ -140,9 +142,11 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         self._clock = now
 
     def _add_rates(self, step: int, logs: dict[str, Any]) -> None:
-        """Rates of the steps since the last log, and of the run without its first steps; collective: memory's maximum."""
+        """Rates of the steps since the last log, and of the run without its first steps. All ranks enter."""
         empty_rows = step * self.recipe.batching.global_batch_size - self.samples_after(step)
-        tokens = int(logs.pop("num_tokens", 0)) - empty_rows  # each fills a last batch with one token that is none
+        # Each empty row fills a last batch with one token that is none.
+        tokens = int(reduce([float(self.trainer.tokens_seen)], "sum", self.world)[0]) - empty_rows
+        logs.pop("num_tokens", None)
         window, self._window = self._window, Window()
         window.samples = self.samples_after(step) - self.samples_after(self._step_logged)
         window.tokens = tokens - self._tokens_logged
@@ -266,7 +270,8 @@ def _start_wandb(recipe: Recipe, folder: RunFolder) -> None:
         dir=str(folder.path), config=recipe.model_dump(),
     )  # fmt: skip
     if run.settings.mode == "offline":
-        say(f"wandb: no key, so offline; sync later with: wandb sync {os.path.relpath(run.settings.sync_dir)}")
+        why = "offline" if _has_wandb_key() else "no key, so offline"
+        say(f"wandb: {why}; sync later with: wandb sync {os.path.relpath(run.settings.sync_dir)}")
 
 
 def _has_wandb_key() -> bool:

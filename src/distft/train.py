@@ -64,7 +64,7 @@ def train(arguments: Sequence[str]) -> None:
             ],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
-        held_out.trainer = trainer
+        held_out.trainer = telemetry.trainer = trainer
         settle_adapter_dtype(model, recipe)
         output = trainer.train()
         if held_out.before is not None:
