@@ -714,7 +714,7 @@ EPOCHS = st.integers(0, 50)
 
 
 def order_of(size: int, batch: int, seed: int, epoch: int) -> list[int]:
-    order = GlobalBatchOrder(size, batch, seed)
+    order = GlobalBatchOrder([1] * size, batch, seed)
     order.set_epoch(epoch)
     return list(order)
 
@@ -725,7 +725,7 @@ def test_an_epoch_has_each_sample_once_and_empty_rows_in_its_last_step_alone(
     size: int, batch: int, seed: int, epoch: int
 ) -> None:
     order = order_of(size, batch, seed, epoch)
-    assert len(order) == len(GlobalBatchOrder(size, batch, seed)) == math.ceil(size / batch) * batch
+    assert len(order) == len(GlobalBatchOrder([1] * size, batch, seed)) == math.ceil(size / batch) * batch
     assert sorted(order[:size]) == list(range(size))
     assert order[size:] == [size] * (len(order) - size)
     assert len(order) - size < batch
@@ -749,10 +749,12 @@ def test_another_epoch_and_another_seed_have_another_order(size: int, batch: int
 
 @settings(deadline=None)
 @given(size=SIZES, batch=BATCHES, steps=st.integers(0, 60))
-def test_samples_after_a_step_are_the_real_ones_of_the_order(size: int, batch: int, steps: int) -> None:
-    order = GlobalBatchOrder(size, batch, 42)
+def test_samples_and_tokens_after_a_step_are_the_real_ones_of_the_order(size: int, batch: int, steps: int) -> None:
+    order = GlobalBatchOrder(range(1, size + 1), batch, 42)
     seen = [index for epoch in range(steps // order.steps + 1) for index in order_of(size, batch, 42, epoch)]
-    assert order.samples_after(steps) == sum(index != size for index in seen[: steps * batch])
+    real = [index for index in seen[: steps * batch] if index != size]
+    assert order.samples_after(steps) == len(real)
+    assert order.tokens_after(steps) == sum(index + 1 for index in real)
 
 
 # ---- preview ---------------------------------------------------------------------------------------------------------

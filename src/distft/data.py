@@ -24,7 +24,7 @@ from filelock import FileLock
 from distft.errors import DataError, Fault
 from distft.packaged import packaged
 from distft.recipe import Recipe
-from distft.samples import IGNORED, Example, format_dolly, format_review, tokenise
+from distft.samples import IGNORED, Example, format_dolly, format_review, lengths_of, tokenise
 from distft.sections import Data, Format
 from distft.tiny import cache_folder
 
@@ -350,7 +350,7 @@ def preview(recipe: Recipe, tokenizer: Any, *, samples: int, colour: bool) -> st
             f"── sample {number}: {len(row['input_ids'])} tokens, {trained} trained " + "─" * 40,
             _shown(row, tokenizer, colour),
         ]
-    lengths = [len(ids) for ids in splits.train["input_ids"]]
+    lengths = lengths_of(splits.train).tolist()
     lines += ["── lengths in tokens (train) " + "─" * 40, *_histogram(lengths), *splits.report.lines()]
     lines.append("legend: " + ("\033[32mtrained\033[0m \033[2mmasked\033[0m" if colour else "⟦trained⟧ masked"))
     return "\n".join(lines)

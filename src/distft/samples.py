@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
 
 IGNORED = -100
 """Label of a token that the loss does not look at."""
+Lengths = np.ndarray[Any, np.dtype[np.int64]]
 _CHUNK = 1_000  # texts that the tokenizer takes at once, on all cores
 
 
@@ -74,6 +76,12 @@ def _label(
     return ids, [IGNORED, *labels[1:]], cut
 
 
+def lengths_of(samples: Dataset) -> Lengths:
+    """Number of tokens of each sample, without making Python objects of them."""
+    column = samples.with_format("arrow")[:].column("input_ids")
+    return np.asarray(column.combine_chunks().value_lengths(), dtype=np.int64)
+
+
 def with_empty_rows(samples: Dataset, count: int, token: int) -> Dataset:
     """`samples` and `count` rows of one token that the loss does not look at: they fill a last batch and weigh nothing."""
     if count == 0:
@@ -100,8 +108,9 @@ class GlobalBatchOrder(Sampler[int]):
     it are empty rows (see `with_empty_rows`), so that all ranks take the same number of micro-batches.
     """
 
-    def __init__(self, size: int, global_batch_size: int, seed: int) -> None:
-        self.size, self.global_batch_size, self.seed, self.epoch = size, global_batch_size, seed, 0
+    def __init__(self, lengths: Sequence[int] | Lengths, global_batch_size: int, seed: int) -> None:
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.size, self.global_batch_size, self.seed, self.epoch = len(lengths), global_batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = int(epoch)
@@ -115,11 +124,21 @@ class GlobalBatchOrder(Sampler[int]):
         return -(-self.size // self.global_batch_size)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.size, generator=generator).tolist()
+        yield from self._permutation(self.epoch)
         yield from [self.size] * (len(self) - self.size)
+
+    def _permutation(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order: list[int] = torch.randperm(self.size, generator=generator).tolist()
+        return order
 
     def samples_after(self, step: int) -> int:
         """Real samples seen in the first `step` optimizer steps."""
         epochs, rest = divmod(step, self.steps)
         return epochs * self.size + rest * self.global_batch_size
+
+    def tokens_after(self, step: int) -> int:
+        """Tokens of those samples, trained or not."""
+        epochs, rest = divmod(step, self.steps)
+        begun = self._permutation(epochs)[: rest * self.global_batch_size]
+        return int(epochs * self.lengths.sum() + self.lengths[begun].sum())

@@ -15,7 +15,7 @@ from distft.model import attention, load_model, load_tokenizer, non_embedding_pa
 from distft.outcome import debug_flag, guarded
 from distft.recipe import load_recipe
 from distft.record import Record
-from distft.samples import GlobalBatchOrder, evaluation_rows, with_empty_rows
+from distft.samples import GlobalBatchOrder, evaluation_rows, lengths_of, with_empty_rows
 from distft.strategy import Launcher, Strategy, whole_numel
 from distft.telemetry import Telemetry, finish_trackers, model_flops_per_token, perplexity, trackers
 from distft.trainer import HeldOut, Invariants, Trainer, sft_config
@@ -36,7 +36,7 @@ def train(arguments: Sequence[str]) -> None:
 
     tokenizer = together(world, lambda: load_tokenizer(recipe))
     splits = together(world, lambda: data.prepare(recipe, tokenizer))
-    order = GlobalBatchOrder(len(splits.train), recipe.batching.global_batch_size, recipe.run.seed)
+    order = GlobalBatchOrder(lengths_of(splits.train), recipe.batching.global_batch_size, recipe.run.seed)
     with Record.open(recipe, how, Path.cwd()) as record:
         config = sft_config(recipe, how, record.folder)
         model = together(world, lambda: load_model(recipe, how))
@@ -51,7 +51,7 @@ def train(arguments: Sequence[str]) -> None:
             for line in [*splits.report.lines(), *record.lines()]:
                 say(line)
 
-        telemetry = Telemetry(record.folder, recipe, world, order.samples_after, flops)
+        telemetry = Telemetry(record.folder, recipe, world, order, flops)
         limit, share = recipe.evaluation.max_samples, world.world_size * config.per_device_eval_batch_size
         held_out = HeldOut(evaluation_rows(splits.test, limit, share, tokenizer.eos_token_id))
         trainer = Trainer(
@@ -64,7 +64,7 @@ def train(arguments: Sequence[str]) -> None:
             ],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
-        held_out.trainer = telemetry.trainer = trainer
+        held_out.trainer = trainer
         settle_adapter_dtype(model, recipe)
         output = trainer.train()
         if held_out.before is not None:

@@ -49,22 +49,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, order: Sampler[int], **kwargs: Any) -> None:
         self._order = order
-        self._tokens: torch.Tensor | int = 0
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss. Tokens are counted here, on the device: TRL's own count loses ranks in the last batch of an epoch."""
-        if self.model.training:
-            self._tokens = self._tokens + inputs["attention_mask"].sum()
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    @property
-    def tokens_seen(self) -> int:
-        """Tokens that this rank has trained on, the single ones of empty rows among them. Waits for the device."""
-        return int(self._tokens)
 
     def evaluation_loop(
         self, dataloader: DataLoader[Any], description: str, prediction_loss_only: bool | None = None,
