@@ -14,10 +14,10 @@ import pytest
 import distft
 
 FLOORS = (
-    ("errors", "packaged", "yaml12"),
-    ("sections", "run", "world"),
-    ("recipe", "machine", "samples"),
-    ("outcome", "strategy", "tiny"),
+    ("errors", "packaged", "yaml12", "kernels"),
+    ("sections", "run", "world", "fused"),
+    ("recipe", "machine", "samples", "plan"),
+    ("outcome", "strategy", "tiny", "attention", "loader"),
     ("model", "data", "telemetry", "trainer", "checkpoint", "record", "launch"),
     ("train",),
     ("cli",),

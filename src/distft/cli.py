@@ -94,7 +94,7 @@ def _train(options: argparse.Namespace) -> int:
         raise LaunchError(
             f"--nproc {processes} asks for more processes than there are GPUs here ({devices}); ask for {devices} at most"
         )
-    recipe.accumulation(processes)
+    recipe.check_division(processes)
     return run(options.overrides, processes)
 
 
@@ -110,9 +110,13 @@ def _show(options: argparse.Namespace) -> None:
     recipe = _load([f"recipe={options.name}", *options.overrides])
     print(f"# {recipe.source.name}: " + " ← ".join(str(path) for path in reversed(recipe.source.files)))
     _print_section(recipe.model_dump(), recipe, "")
-    steps = recipe.accumulation(options.nproc)
-    print(f"# gradient_accumulation_steps: {steps}  (derived: {recipe.batching.global_batch_size} / ({recipe.batching.micro_batch} × "
-          f"{options.nproc} process{'es' if options.nproc > 1 else ''}))")  # fmt: skip
+    recipe.check_division(options.nproc)
+    size, micro = recipe.batching.global_batch_size, recipe.batching.micro_batch
+    if size is None or recipe.batching.micro_batch_tokens is not None:
+        print("# gradient_accumulation_steps: the fewest with which the data's longest step fits")
+    else:
+        print(f"# gradient_accumulation_steps: {size // (micro * options.nproc)}  (derived: {size} / ({micro} × "
+              f"{options.nproc} process{'es' if options.nproc > 1 else ''}))")  # fmt: skip
 
 
 def _print_section(values: dict[str, object], recipe: Recipe, prefix: str) -> None:

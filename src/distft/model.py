@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, set_seed
-from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
+from distft import attention
 from distft.errors import ModelError
+from distft.fused import fuse
 from distft.recipe import Recipe
 from distft.strategy import Strategy, whole_numel
 from distft.tiny import tiny_model
@@ -42,15 +43,6 @@ def load_tokenizer(recipe: Recipe) -> Any:
     return tokenizer
 
 
-def attention(recipe: Recipe, strategy: Strategy) -> str:
-    """The attention implementation to use: the recipe's, or for `auto` flash-attn where it is installed and fits, else SDPA."""
-    asked = recipe.model.attn_implementation
-    if asked != "auto":
-        return asked
-    fits = strategy.on_gpu and recipe.model.dtype in ("bfloat16", "float16")
-    return "flash_attention_2" if fits and is_flash_attn_2_available() else "sdpa"
-
-
 def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     section = recipe.quantization
     if section is None or section.bits == 16:
@@ -67,8 +59,12 @@ def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
     set_seed(recipe.run.seed)
     if not strategy.world.is_main or recipe.model.name == "tiny":
         disable_progress_bar()
-    base = load_base(recipe, device_map=strategy.device_map(recipe), attn_implementation=attention(recipe, strategy))
+    attention.register()
+    kernel = attention.choose(recipe, on_gpu=strategy.on_gpu)
+    base = load_base(recipe, device_map=strategy.device_map(recipe), attn_implementation=kernel)
     base.config.use_cache = False
+    if recipe.model.kernels == "auto" and strategy.on_gpu:
+        _use_liger(base)
     if recipe.lora is None:
         return base
     set_seed(recipe.run.seed)  # loading may have drawn numbers on one rank and not on another
@@ -85,7 +81,20 @@ def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
             f"{recipe.model.name} has no module that lora.target_modules={recipe.lora.get('target_modules')} names; it has {', '.join(names)}, "
             "or take all-linear"
         ) from error
+    if recipe.model.kernels == "auto" and not strategy.gathers_in_submodules:
+        fuse(model)
     return model
+
+
+def _use_liger(base: Any) -> None:
+    """liger's RMSNorm and rotary embedding, where it is installed and knows the architecture."""
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError:
+        return
+    _apply_liger_kernel_to_instance(
+        model=base, cross_entropy=False, fused_linear_cross_entropy=False, swiglu=False, geglu=False
+    )
 
 
 def load_base(
@@ -110,15 +119,18 @@ def load_base(
     return base
 
 
-def settle_adapter_dtype(model: Any, recipe: Recipe) -> None:
-    """Cast a quantised model's adapter to fp32 where the recipe trains in fp16.
+def settle_adapter_dtype(model: Any, recipe: Recipe, strategy: Strategy) -> None:
+    """Cast the adapter to fp32, its master weights, where TRL has cast it to bf16 because the base is quantised.
 
-    TRL casts it to bf16, whose gradients the fp16 loss scaler cannot handle; fp16 wants fp32 masters.
+    In bf16 an update of less than 1/256 of a weight is rounded away, and fp16's loss scaler cannot handle bf16 gradients at
+    all. The products are in the base's type all the same (`fused`, or autocast), so fp32 masters cost no time, but 12 bytes
+    more a parameter of the adapter with AdamW.
     """
-    if recipe.training.get("fp16"):
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.float32)
+    if recipe.lora is None or strategy.keeps_adapter_in_base_dtype(recipe):
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
 
 
 def merge(recipe: Recipe, adapter: Path, target: Path, device_map: dict[str, int] | None = None) -> None:

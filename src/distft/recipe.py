@@ -96,15 +96,21 @@ class Recipe(Section):
         """Bits a weight of the frozen base: 4, 8 or 16 (not quantised)."""
         return self.quantization.bits if self.quantization else 16
 
-    def accumulation(self, world_size: int) -> int:
-        """gradient_accumulation_steps on `world_size` processes: global batch / (micro-batch × processes).
+    def epochs(self, steps: int) -> int:
+        """Epochs, the last perhaps cut short, that training takes where an epoch has `steps` steps."""
+        limit: int = self.training.get("max_steps", -1)
+        epochs: float = self.training.get("num_train_epochs", 3.0)
+        return math.ceil(limit / steps if limit > 0 else epochs)
+
+    def check_division(self, world_size: int) -> None:
+        """A global batch of padded samples is the same work for every process.
 
         Raises:
             RecipeError: it does not divide; the message lists the micro-batches that do.
         """
         size, micro = self.batching.global_batch_size, self.batching.micro_batch
-        if size % (micro * world_size) == 0:
-            return size // (micro * world_size)
+        if size is None or self.batching.micro_batch_tokens is not None or size % (micro * world_size) == 0:
+            return
         share = size // world_size
         if size % world_size == 0:
             hint = f"micro-batches that divide: {', '.join(map(str, divisors(share)))}"
@@ -186,6 +192,10 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
         fault("training.fp16", "bf16 and fp16 exclude each other")
     if training.get("eval_strategy", "no") != "no" and recipe.data.validation_fraction == 0:
         fault("training.eval_strategy", "there is no validation split to evaluate on", "set data.validation_fraction")
+    sizes = recipe.batching.global_batch_size, recipe.batching.global_batch_tokens
+    if (sizes[0] is None) == (sizes[1] is None):
+        fault("batching.global_batch_size", "give global_batch_size or global_batch_tokens, " + ("not both" if sizes[0] else "one of them"),
+              "set the other to null" if sizes[0] else "")  # fmt: skip
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.run.name):
         fault(
             "run.name",

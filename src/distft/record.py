@@ -65,11 +65,18 @@ class Record:
         processes = f"{facts['world_size']} process{'es' if facts['world_size'] > 1 else ''}"
         return [
             *facts["changed_for_you"],
-            f"{facts['strategy']} on {processes}: global batch {facts['global_batch_size']} = micro-batch {facts['micro_batch']} × "
-            f"{facts['world_size']} × {facts['gradient_accumulation_steps']} accumulation; {facts['trainable_parameters']:,} of "
+            f"{facts['strategy']} on {processes}: global batch {self._batch()} × {facts['world_size']} × "
+            f"{facts['gradient_accumulation_steps']} accumulation; {facts['trainable_parameters']:,} of "
             f"{facts['parameters']:,} parameters train; attention {facts['attn_implementation']}",
             f"run folder: {self.folder.path}",
         ]
+
+    def _batch(self) -> str:
+        facts = self._facts
+        whole = facts["global_batch_size"] or f"{facts['global_batch_tokens']:,} tokens"
+        if facts["micro_batch_tokens"] is not None:
+            return f"{whole} in packs of at most {facts['micro_batch_tokens']:,} tokens"
+        return f"{whole} = micro-batch {facts['micro_batch']}"
 
     def closing_lines(self) -> list[str]:
         """What a user wants to read after the last step."""

@@ -1,4 +1,4 @@
-"""What a sample is, from text to token ids and labels, and the order in which samples are seen."""
+"""What a sample is: from text to token ids and labels."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from datasets import Dataset, concatenate_datasets
-from torch.utils.data import Sampler
+from datasets import Dataset
 
 IGNORED = -100
 """Label of a token that the loss does not look at."""
-Lengths = np.ndarray[Any, np.dtype[np.int64]]
 _CHUNK = 1_000  # texts that the tokenizer takes at once, on all cores
 
 
@@ -76,69 +73,12 @@ def _label(
     return ids, [IGNORED, *labels[1:]], cut
 
 
-def lengths_of(samples: Dataset) -> Lengths:
+def lengths_of(samples: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Number of tokens of each sample, without making Python objects of them."""
     column = samples.with_format("arrow")[:].column("input_ids")
     return np.asarray(column.combine_chunks().value_lengths(), dtype=np.int64)
 
 
-def with_empty_rows(samples: Dataset, count: int, token: int) -> Dataset:
-    """`samples` and `count` rows of one token that the loss does not look at: they fill a last batch and weigh nothing."""
-    if count == 0:
-        return samples
-    filling = Dataset.from_dict(
-        {"input_ids": [[token]] * count, "labels": [[IGNORED]] * count}, features=samples.features
-    )
-    return concatenate_datasets([samples, filling])
-
-
-def evaluation_rows(samples: Dataset | None, limit: int | None, multiple: int, token: int) -> Dataset | None:
-    """At most `limit` samples, filled with empty rows to a multiple of what all ranks take at once."""
-    if samples is None:
-        return None
-    samples = samples.select(range(min(len(samples), limit or len(samples))))
-    return with_empty_rows(samples, -len(samples) % multiple, token)
-
-
-class GlobalBatchOrder(Sampler[int]):
-    """The order of an epoch: a permutation by seed and epoch, filled up to whole global batches with the row `size`.
-
-    Position i belongs to optimizer step i // global_batch_size whatever the world size and the micro-batch, because
-    accelerate deals out whole micro-batches in turn. The last step of an epoch has what is left of the samples; the rest of
-    it are empty rows (see `with_empty_rows`), so that all ranks take the same number of micro-batches.
-    """
-
-    def __init__(self, lengths: Sequence[int] | Lengths, global_batch_size: int, seed: int) -> None:
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.size, self.global_batch_size, self.seed, self.epoch = len(lengths), global_batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = int(epoch)
-
-    def __len__(self) -> int:
-        return self.steps * self.global_batch_size
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of an epoch."""
-        return -(-self.size // self.global_batch_size)
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self._permutation(self.epoch)
-        yield from [self.size] * (len(self) - self.size)
-
-    def _permutation(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order: list[int] = torch.randperm(self.size, generator=generator).tolist()
-        return order
-
-    def samples_after(self, step: int) -> int:
-        """Real samples seen in the first `step` optimizer steps."""
-        epochs, rest = divmod(step, self.steps)
-        return epochs * self.size + rest * self.global_batch_size
-
-    def tokens_after(self, step: int) -> int:
-        """Tokens of those samples, trained or not."""
-        epochs, rest = divmod(step, self.steps)
-        begun = self._permutation(epochs)[: rest * self.global_batch_size]
-        return int(epochs * self.lengths.sum() + self.lengths[begun].sum())
+def at_most(samples: Dataset | None, limit: int | None) -> Dataset | None:
+    """The first `limit` samples, or all."""
+    return samples if samples is None or limit is None else samples.select(range(min(len(samples), limit)))

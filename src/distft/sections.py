@@ -21,13 +21,13 @@ StrategyName = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
 STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 _BY_BATCHING = "set batching.micro_batch or batching.global_batch_size; accumulation is derived"
+_BY_PACKING = "set batching.micro_batch_tokens: whole samples are packed up to so many tokens"
 _BY_RUN = "set run.dir, run.name or run.seed"
 _BY_STRATEGY = "set strategy; how it shards stands in accelerate_configs/"
 _BY_TRACKING = "set tracking.report_to and tracking.project"
 _BY_DATA = "distft prepares the data itself: see data.format, training.max_length, training.completion_only_loss"
 _BY_MODEL = "set it in the model section"
 _BY_ORDER = "the order of the samples is a function of run.seed alone, so that every world size sees the same"
-_NO_PACKING = "packing is not available in this version; samples are padded to the longest of their micro-batch"
 
 OWNED: dict[str, dict[str, str]] = {
     "training": {
@@ -41,7 +41,7 @@ OWNED: dict[str, dict[str, str]] = {
             _BY_DATA,
         ),
         **dict.fromkeys(("train_sampling_strategy", "length_column_name", "shuffle_dataset", "dataloader_drop_last"), _BY_ORDER),
-        **dict.fromkeys(("packing", "packing_strategy", "eval_packing", "padding_free"), _NO_PACKING),
+        **dict.fromkeys(("packing", "packing_strategy", "eval_packing", "padding_free"), _BY_PACKING),
         **dict.fromkeys(("model_init_kwargs", "trust_remote_code", "use_cache"), _BY_MODEL),
         "average_tokens_across_devices": "the loss is always normalised over all trained tokens of the global batch",
         "do_train": "distft.train trains", "do_eval": "set training.eval_strategy", "do_predict": "set evaluation",
@@ -105,9 +105,12 @@ class Model(Section):
     dtype: DType = "bfloat16"
     """Type of the base weights as loaded (of those that are not quantised)."""
     attn_implementation: Literal[
-        "auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"
+        "auto", "eager", "sdpa", "flex_attention", "varlen", "flash_attention_2", "flash_attention_3"
     ] = "auto"
-    """Attention kernel as transformers names it; `auto` takes flash-attn where it is installed and fits, else SDPA."""
+    """Attention kernel as transformers names it, or `varlen`, PyTorch's own for packs; `auto` takes the fastest that fits."""
+    kernels: Literal["auto", "plain"] = "auto"
+    """`auto` fuses LoRA linears into the autograd nodes of distft.fused and takes liger's norms and rotary embedding on a GPU
+    where liger-kernel is installed; `plain` leaves PEFT's and transformers' modules as they are."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
 
@@ -189,10 +192,14 @@ class Data(Section):
 class Batching(Section):
     """How many samples make an optimizer step, and how many fit on a device at once."""
 
-    global_batch_size: int = Field(ge=1)
+    global_batch_size: int | None = Field(None, ge=1)
     """Samples of one optimizer step over all processes: part of the optimisation, the same on any number of processes."""
+    global_batch_tokens: int | None = Field(None, ge=1)
+    """Tokens of one optimizer step over all processes, in place of global_batch_size (null); whole samples, so about as many."""
     micro_batch: int = Field(1, ge=1)
-    """Samples a device takes at once: memory and speed only. gradient_accumulation_steps follows from both."""
+    """Samples a device takes at once, padded: memory and speed only. gradient_accumulation_steps follows."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Tokens a device takes at once, in place of micro_batch: whole samples packed without padding, none of which sees another."""
 
 
 class Evaluation(Section):

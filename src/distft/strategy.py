@@ -165,7 +165,7 @@ class Strategy:
             ]
         return []
 
-    def configure(self, environment: MutableMapping[str, str], accumulation: int) -> None:
+    def configure(self, environment: MutableMapping[str, str]) -> None:
         """Bring accelerate to this strategy. Before TrainingArguments or an Accelerator exists."""
         self.world.export(environment)
         if self.name == "single":
@@ -175,11 +175,13 @@ class Strategy:
             environment.setdefault(key, value)  # a --config_file of the user's own for this strategy goes first
         if self.name == "fsdp" and not self.on_gpu:
             _make_fsdp_real_on_cpu()
-        if self.name in ("zero2", "zero3"):
-            # DeepSpeed's configuration repeats it, and accelerate would fill in 1 before the trainer comes.
-            environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(accumulation)
         if not self.on_gpu:  # accelerate imports DeepSpeed wherever it is installed, and it warns where it has to guess
             environment.setdefault("DS_ACCELERATOR", "cpu")
+
+    def configure_accumulation(self, environment: MutableMapping[str, str], accumulation: int) -> None:
+        """Tell accelerate the gradient_accumulation_steps where it has to know them before the trainer does."""
+        if self.name in ("zero2", "zero3"):  # DeepSpeed's configuration repeats them, and accelerate would fill in 1
+            environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(accumulation)
 
     def training_arguments(self) -> dict[str, Any]:
         """What this strategy adds to SFTConfig."""
@@ -193,6 +195,11 @@ class Strategy:
         if not self.on_gpu or self.name == "zero3" or (self.name == "fsdp" and recipe.bits == 16):
             return None
         return {"": self.world.local_rank if self.name != "single" else 0}
+
+    @property
+    def gathers_in_submodules(self) -> bool:
+        """ZeRO-3 gathers a parameter in the hook of the module that holds it, so each has to be called by itself."""
+        return self.name == "zero3"
 
     def keeps_adapter_in_base_dtype(self, recipe: Recipe) -> bool:
         """ZeRO-3 gathers parameters of one type only, so an adapter cannot be fp32 beside a bf16 base."""

@@ -22,9 +22,9 @@ from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from distft.machine import GIB, EnergyMeter, device_flops
+from distft.plan import Plan
 from distft.recipe import Recipe
 from distft.run import RunFolder
-from distft.samples import GlobalBatchOrder
 from distft.world import World, say
 
 
@@ -64,7 +64,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
     folder: RunFolder
     recipe: Recipe
     world: World
-    order: GlobalBatchOrder
+    plan: Plan
     """Says how many samples and tokens a number of optimizer steps has seen: TRL's count loses ranks in an epoch's last batch."""
     flops_per_token: float
     steps_total: int = 0
@@ -87,7 +87,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         self._energy = EnergyMeter()
         self.steps_total = state.max_steps
         self._step_logged = state.global_step
-        self._tokens_logged = self.order.tokens_after(state.global_step)
+        self._tokens_logged = self.plan.tokens_after(state.global_step)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         if self.world.is_main:
@@ -143,10 +143,10 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
 
     def _add_rates(self, step: int, logs: dict[str, Any]) -> None:
         """Rates of the steps since the last log, and of the run without its first steps. All ranks enter."""
-        samples, tokens = self.order.samples_after(step), self.order.tokens_after(step)
+        samples, tokens = self.plan.samples_after(step), self.plan.tokens_after(step)
         logs.pop("num_tokens", None)
         window, self._window = self._window, Window()
-        window.samples = samples - self.order.samples_after(self._step_logged)
+        window.samples = samples - self.plan.samples_after(self._step_logged)
         window.tokens = tokens - self._tokens_logged
         if self._step_logged >= self._warmup:
             self.whole = Window(
@@ -176,7 +176,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         joules = self._energy.joules() if self._energy else None
         total = reduce([joules or 0.0], "sum", self.world)[0]
         return {
-            "train_time_s": self.train_time_s, "samples": self.order.samples_after(self._step_logged), "tokens": self._tokens_logged,
+            "train_time_s": self.train_time_s, "samples": self.plan.samples_after(self._step_logged), "tokens": self._tokens_logged,
             "energy_j": total if joules is not None else None,
             **self.whole.rates(self.world.world_size, self.flops_per_token, self._flops), **self.memory(),
         }  # fmt: skip

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from transformers import PrinterCallback
 
-from distft import data, strategy
+from distft import attention, data, strategy
 from distft.checkpoint import save_result
-from distft.model import attention, load_model, load_tokenizer, non_embedding_parameters, settle_adapter_dtype
+from distft.model import load_model, load_tokenizer, non_embedding_parameters, settle_adapter_dtype
 from distft.outcome import debug_flag, guarded
+from distft.plan import Plan
 from distft.recipe import load_recipe
 from distft.record import Record
-from distft.samples import GlobalBatchOrder, evaluation_rows, lengths_of, with_empty_rows
+from distft.samples import at_most, lengths_of
 from distft.strategy import Launcher, Strategy, whole_numel
 from distft.telemetry import Telemetry, finish_trackers, model_flops_per_token, perplexity, trackers
 from distft.trainer import HeldOut, Invariants, Trainer, sft_config
@@ -31,33 +32,32 @@ def train(arguments: Sequence[str]) -> None:
     recipe = load_recipe(arguments, checks=(strategy.faults, data.faults))
     world = World.from_environment(os.environ)
     how = Strategy.choose(recipe, world, os.environ, Launcher.of_parent())
-    accumulation = recipe.accumulation(world.world_size)
-    how.configure(os.environ, accumulation)
+    recipe.check_division(world.world_size)
+    how.configure(os.environ)
 
     tokenizer = together(world, lambda: load_tokenizer(recipe))
     splits = together(world, lambda: data.prepare(recipe, tokenizer))
-    order = GlobalBatchOrder(lengths_of(splits.train), recipe.batching.global_batch_size, recipe.run.seed)
+    plan = Plan(lengths_of(splits.train), recipe.batching, recipe.run.seed)
+    accumulation = together(world, lambda: plan.accumulation(world.world_size, recipe.epochs(plan.steps)))
+    how.configure_accumulation(os.environ, accumulation)
     with Record.open(recipe, how, Path.cwd()) as record:
-        config = sft_config(recipe, how, record.folder)
+        config = sft_config(recipe, how, record.folder, accumulation)
         model = together(world, lambda: load_model(recipe, how))
         trainable = sum(whole_numel(p) for p in model.parameters() if p.requires_grad)
         flops = model_flops_per_token(non_embedding_parameters(model), frozen_base=recipe.lora is not None)
         record.note(
-            global_batch_size=recipe.batching.global_batch_size, micro_batch=recipe.batching.micro_batch,
-            gradient_accumulation_steps=accumulation, trainable_parameters=trainable,
-            parameters=sum(map(whole_numel, model.parameters())), attn_implementation=attention(recipe, how),
+            **recipe.batching.model_dump(), gradient_accumulation_steps=accumulation, trainable_parameters=trainable,
+            parameters=sum(map(whole_numel, model.parameters())), attn_implementation=attention.choose(recipe, on_gpu=how.on_gpu),
         )  # fmt: skip
         if world.is_main:
             for line in [*splits.report.lines(), *record.lines()]:
                 say(line)
 
-        telemetry = Telemetry(record.folder, recipe, world, order, flops)
-        limit, share = recipe.evaluation.max_samples, world.world_size * config.per_device_eval_batch_size
-        held_out = HeldOut(evaluation_rows(splits.test, limit, share, tokenizer.eos_token_id))
+        telemetry = Telemetry(record.folder, recipe, world, plan, flops)
+        held_out = HeldOut(at_most(splits.test, recipe.evaluation.max_samples))
         trainer = Trainer(
-            model=model, args=config, processing_class=tokenizer, order=order,
-            train_dataset=with_empty_rows(splits.train, 1, tokenizer.eos_token_id),
-            eval_dataset=evaluation_rows(splits.validation, limit, share, tokenizer.eos_token_id),
+            model=model, args=config, processing_class=tokenizer, plan=plan, train_dataset=splits.train,
+            eval_dataset=at_most(splits.validation, recipe.evaluation.max_samples),
             callbacks=[
                 Invariants(how, recipe, trainable), telemetry, *trackers(recipe, record.folder, world),
                 *([held_out] if recipe.evaluation.before_and_after and splits.test is not None else []),
@@ -65,7 +65,7 @@ def train(arguments: Sequence[str]) -> None:
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         held_out.trainer = trainer
-        settle_adapter_dtype(model, recipe)
+        settle_adapter_dtype(model, recipe, how)
         output = trainer.train()
         if held_out.before is not None:
             before, after = held_out.before, held_out.measure()

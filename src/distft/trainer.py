@@ -1,38 +1,40 @@
-"""TRL's SFTTrainer with what no callback can reach: the order of the samples and a token-weighted evaluation."""
+"""TRL's SFTTrainer with what no callback can reach: the plan of the samples, a loss that never waits, a token-weighted evaluation."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
+from distft.loader import Collator, loader
+from distft.plan import Plan
 from distft.recipe import Recipe
 from distft.run import RunFolder
-from distft.samples import IGNORED
+from distft.samples import IGNORED, lengths_of
 from distft.strategy import Strategy
 
 
-def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder) -> SFTConfig:
+def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder, accumulation: int) -> SFTConfig:
     """The recipe's training section as SFTConfig, with what the other sections own filled in."""
-    micro = recipe.batching.micro_batch
+    micro = recipe.batching.micro_batch if recipe.batching.micro_batch_tokens is None else 1
     given = dict(recipe.training)
     # TRL trains in bf16 where nothing is said; here the model's own type decides.
     given.setdefault("bf16", recipe.model.dtype == "bfloat16" and not given.get("fp16"))
     given.setdefault("per_device_eval_batch_size", micro)
-    given.setdefault(
-        "logging_nan_inf_filter", False
-    )  # it hides bad numbers and waits for the device in every micro-batch
+    # It hides bad numbers, and waits for the device in every micro-batch.
+    given.setdefault("logging_nan_inf_filter", False)
+    given.setdefault("dataloader_num_workers", 1 if strategy.on_gpu else 0)
     if recipe.bits == 8:
         # Non-reentrant checkpointing keeps LLM.int8()'s intermediates: 30 GiB instead of 5.5 at 16k tokens of a 1.5B model.
         given.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": True})
     config = SFTConfig(
         output_dir=str(folder.checkpoints),
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=recipe.accumulation(strategy.world.world_size),
+        gradient_accumulation_steps=accumulation,
         seed=recipe.run.seed,
         dataset_kwargs={"skip_prepare_dataset": True},
         report_to="none",  # the trackers are ours to start: on rank 0, guarded, behind the telemetry
@@ -45,14 +47,65 @@ def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder) -> SFTConf
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer over prepared samples in a given order."""
+    """SFTTrainer over prepared samples in the micro-batches of a plan."""
 
-    def __init__(self, *args: Any, order: Sampler[int], **kwargs: Any) -> None:
-        self._order = order
+    def __init__(self, *args: Any, plan: Plan, **kwargs: Any) -> None:
+        self._plan = plan
         super().__init__(*args, **kwargs)
+        self._collate = Collator(
+            self.processing_class.pad_token_id, packed=plan.batching.micro_batch_tokens is not None
+        )
+        self._sums = torch.zeros(
+            3, device=self.args.device
+        )  # entropy, right predictions, trained tokens since the last log
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return self._order
+    def get_train_dataloader(self) -> Any:
+        return self._loader(self.train_dataset, self._plan, self.args.gradient_accumulation_steps)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        samples = self.eval_dataset if eval_dataset is None else eval_dataset
+        plan = self._plan.evaluation(lengths_of(samples), self.args.per_device_eval_batch_size)
+        return self._loader(samples, plan, plan.accumulation(self.args.world_size, 1))
+
+    def _loader(self, samples: Any, plan: Plan, accumulation: int) -> Any:
+        return loader(
+            samples, plan, self._collate, self.args.process_index, self.args.world_size, accumulation, self.args.device,
+            self.args.dataloader_num_workers,
+        )  # fmt: skip
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss, without waiting for the device: TRL gathers its metrics over all ranks in every micro-batch.
+
+        The negative log-likelihood (nats) summed over the trained tokens, divided by those of the whole global batch.
+        """
+        if self.aux_loss_enabled or self.label_smoother is not None or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        loss = -outputs.log_probs  # zero where the label is ignored
+        if self.args.loss_type == "dft":  # Wu et al. 2025 (arXiv:2508.05629)
+            loss = loss * outputs.log_probs.detach().exp()
+        trained = outputs.label_mask.sum()
+        if self.model.training:
+            self._sums += torch.stack([outputs.entropy.detach().sum(), outputs.is_top1.sum(), trained])
+        if num_items_in_batch is None:
+            return loss.sum() / trained.clamp(min=1)
+        # Ranks average their gradients, and the number of trained tokens is that of all of them.
+        return loss.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log with the metrics since the last one, reduced over all ranks. All ranks enter."""
+        if "loss" in logs:
+            entropy, right, trained = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+            self._sums.zero_()
+            if trained:
+                logs |= {"entropy": entropy / trained, "mean_token_accuracy": right / trained}
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted here, in every micro-batch over all parameters: the telemetry knows the FLOPs of a token."""
+        return 0
 
     def evaluation_loop(
         self, dataloader: DataLoader[Any], description: str, prediction_loss_only: bool | None = None,

@@ -1,0 +1,90 @@
+"""Attention over packs of samples with what PyTorch ships: FlashAttention's variable-length kernel, nothing to compile."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.utils import is_flash_attn_2_available
+
+from distft.recipe import Recipe
+
+VARLEN = "varlen"
+"""Name under which the kernel is registered with transformers."""
+
+
+def choose(recipe: Recipe, *, on_gpu: bool) -> str:
+    """The attention implementation to load the model with: the recipe's own, or for `auto` the fastest that fits.
+
+    Packs on a GPU take flash-attn where it is installed, else PyTorch's variable-length kernel. Everything else takes SDPA:
+    transformers gives it a block-diagonal mask for packs, which is correct and needs memory in the square of the pack.
+    """
+    asked = recipe.model.attn_implementation
+    if asked != "auto":
+        return asked
+    if not on_gpu or recipe.model.dtype == "float32":
+        return "sdpa"
+    if is_flash_attn_2_available():
+        return "flash_attention_2"
+    return VARLEN if recipe.batching.micro_batch_tokens is not None and kernel() is not None else "sdpa"
+
+
+@functools.cache
+def kernel() -> Any:
+    """PyTorch's `varlen_attn`, or None where this PyTorch has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+@functools.cache
+def _options() -> frozenset[str]:
+    return frozenset(inspect.signature(kernel()).parameters)
+
+
+def register() -> None:
+    """Make `attn_implementation="varlen"` known to transformers."""
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, flash_attention_mask)
+
+
+def varlen_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+    *, scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Causal attention within each sample of one packed row.
+
+    `query` is [1, heads, tokens, head size], `key` and `value` [1, key heads, tokens, head size]; `cu_seq_lens_q` [samples + 1]
+    holds the bounds of the samples (int32), `max_length_q` the longest. Without bounds the row is one sample.
+    Returns [1, tokens, heads, head size].
+
+    Raises:
+        NotImplementedError: padded rows, attention dropout, soft-capping, or a sliding window that this PyTorch cannot do.
+    """
+    if query.shape[0] != 1 or attention_mask is not None:
+        raise NotImplementedError("varlen attention takes one packed row; use sdpa for padded batches")
+    if dropout or softcap:
+        raise NotImplementedError("varlen attention has no dropout and no soft-capping; use sdpa")
+    tokens = query.shape[2]
+    if cu_seq_lens_q is None:
+        cu_seq_lens_q, max_length_q = torch.tensor([0, tokens], dtype=torch.int32, device=query.device), tokens
+    options: dict[str, Any] = {"scale": scaling}
+    window = -1 if sliding_window is None or sliding_window >= (max_length_q or tokens) else sliding_window - 1
+    if "window_size" in _options():
+        options["window_size"] = (window, 0)
+    elif window == -1:
+        options["is_causal"] = True
+    else:
+        raise NotImplementedError(f"varlen attention of PyTorch {torch.__version__} has no sliding window; use sdpa")
+    if "enable_gqa" in _options():
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    out = kernel()(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options)
+    return out[None], None

@@ -1,0 +1,243 @@
+"""LoRA linears as one autograd node each group: the queries, keys and values of a layer, its MLP, and every linear alone.
+
+PEFT computes y = W x + s B A x as separate operations, each of which reads and writes the whole activation. Here B A x is
+written first and the large product is added to it in its own epilogue; what shares an input shares the small products; the
+gradients of the input are summed in place; and an MLP keeps no activation that its backward can make again. The gradients are
+those of PEFT's module (the tests check them in float64).
+
+With LoRA dropout the linears of a group drop the same places of their shared input; PEFT draws for each of them.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from distft.kernels import dequantize, dropout, swiglu, swiglu_backward
+
+_SIBLINGS = ("q_proj", "k_proj", "v_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a node needs of a linear beside its tensors: LoRA's scaling, and the state of 4-bit weights."""
+
+    scaling: float
+    quant_state: Any
+    dtype: torch.dtype
+
+    def dense(self, weight: torch.Tensor) -> torch.Tensor:
+        """The frozen weight [out, in]."""
+        return weight.to(self.dtype) if self.quant_state is None else dequantize(weight, self.quant_state, self.dtype)
+
+
+@dataclass
+class Group:
+    """Linears with one input. `tensors` holds weight, bias, A [r, in] and B [out, r] of each, one after the other."""
+
+    specs: tuple[Spec, ...]
+    tensors: Sequence[Any]
+    p: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        dtype = self.specs[0].dtype
+        self.weights, self.biases = self.tensors[0::4], self.tensors[1::4]
+        self.a = torch.cat([a.to(dtype) for a in self.tensors[2::4]])
+        self.b = [(b * spec.scaling).to(dtype) for spec, b in zip(self.specs, self.tensors[3::4], strict=True)]
+        self.ranks = [b.shape[1] for b in self.b]
+
+    def forward(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Of x [tokens, in] the outputs [tokens, out] of each linear, and A x [tokens, sum of the ranks]."""
+        low = dropout(x, self.p, self.seed) @ self.a.t()
+        outputs = []
+        for spec, weight, bias, b, part in zip(self.specs, self.weights, self.biases, self.b, torch.split(low, self.ranks, 1), strict=True):  # fmt: skip
+            out = part @ b.t() if bias is None else torch.addmm(bias.to(spec.dtype), part, b.t())
+            outputs.append(out.addmm_(x, spec.dense(weight).t()))
+        return outputs, low
+
+    def grad_input(self, grads: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of x and of A x from those of the outputs."""
+        grad_low = torch.cat([grad @ b for grad, b in zip(grads, self.b, strict=True)], 1)
+        grad_x = dropout(grad_low @ self.a, self.p, self.seed)
+        for spec, weight, grad in zip(self.specs, self.weights, grads, strict=True):
+            grad_x.addmm_(grad, spec.dense(weight))
+        return grad_x, grad_low
+
+    def grad_adapters(
+        self, x: torch.Tensor, low: torch.Tensor, grads: Sequence[torch.Tensor], grad_low: torch.Tensor
+    ) -> list[torch.Tensor | None]:
+        """Gradients in the order of `tensors`: none for weights and biases, which are frozen."""
+        grad_a = torch.split(grad_low.t() @ dropout(x, self.p, self.seed), self.ranks)
+        found: list[torch.Tensor | None] = []
+        for number, part in enumerate(torch.split(low, self.ranks, 1)):
+            a, b = self.tensors[4 * number + 2], self.tensors[4 * number + 3]
+            grad_b = (grads[number].t() @ part).to(b.dtype) * self.specs[number].scaling
+            found += [None, None, grad_a[number].to(a.dtype), grad_b]
+        return found
+
+
+class LoraLinears(torch.autograd.Function):
+    """x [..., in] -> [..., out] of each linear of a group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, specs: tuple[Spec, ...], p: float, seed: int, *tensors: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1])
+            outputs, low = Group(specs, tensors, p, seed).forward(rows)
+        ctx.specs, ctx.p, ctx.seed, ctx.shape = specs, p, seed, x.shape
+        ctx.save_for_backward(rows, low, *tensors)
+        return tuple(out.view(*x.shape[:-1], -1) for out in outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        rows, low, *tensors = ctx.saved_tensors
+        group = Group(ctx.specs, tensors, ctx.p, ctx.seed)
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_x, grad_low = group.grad_input(flat)
+        return grad_x.view(ctx.shape), None, None, None, *group.grad_adapters(rows, low, flat, grad_low)
+
+
+class LoraMlp(torch.autograd.Function):
+    """down(silu(gate(x)) · up(x)) of x [..., in]; silu(gate) · up is made again in the backward and not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, specs: tuple[Spec, ...], p: tuple[float, float], seeds: tuple[int, int], *tensors: Any) -> Any:  # fmt: skip
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1])
+            (gate, up), low = Group(specs[:2], tensors[:8], p[0], seeds[0]).forward(rows)
+            (out,), low_down = Group(specs[2:], tensors[8:], p[1], seeds[1]).forward(swiglu(gate, up))
+        ctx.specs, ctx.p, ctx.seeds, ctx.shape = specs, p, seeds, x.shape
+        ctx.save_for_backward(rows, low, gate, up, low_down, *tensors)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        rows, low, gate, up, low_down, *tensors = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        down = Group(ctx.specs[2:], tensors[8:], ctx.p[1], ctx.seeds[1])
+        grad_hidden, grad_low_down = down.grad_input([grad])
+        grad_gate, grad_up, hidden = swiglu_backward(grad_hidden, gate, up)
+        of_down = down.grad_adapters(hidden, low_down, [grad], grad_low_down)
+        del hidden, grad_hidden
+        pair = Group(ctx.specs[:2], tensors[:8], ctx.p[0], ctx.seeds[0])
+        grad_x, grad_low = pair.grad_input([grad_gate, grad_up])
+        of_pair = pair.grad_adapters(rows, low, [grad_gate, grad_up], grad_low)
+        return grad_x.view(ctx.shape), None, None, None, *of_pair, *of_down
+
+
+def fuse(model: nn.Module) -> dict[str, int]:
+    """Give the LoRA linears of `model` the nodes above, where they are of a kind that these know. Returns how many modules of
+    each kind there are: `attention` (queries, keys and values together), `mlp`, `linear` (alone)."""
+    found = {"attention": 0, "mlp": 0, "linear": 0}
+    for module in list(model.modules()):
+        children = dict(module.named_children())
+        if all(_fits(children.get(name)) for name in _SIBLINGS):
+            group = Siblings([children.pop(name) for name in _SIBLINGS])
+            found["attention"] += 1
+            for number, member in enumerate(group.members):
+                member.forward = types.MethodType(group.forward_of(number), member)
+        if all(_fits(children.get(name)) for name in _MLP) and isinstance(children.get("act_fn"), nn.SiLU):
+            for name in _MLP:
+                children.pop(name)
+            module.forward = types.MethodType(_mlp, module)
+            found["mlp"] += 1
+        for child in children.values():
+            if _fits(child):
+                child.forward = types.MethodType(Siblings([child]).forward_of(0), child)
+                found["linear"] += 1
+    return found
+
+
+def _fits(module: Any) -> bool:
+    """A LoRA linear of one adapter over a frozen dense or 4-bit linear, and nothing that only PEFT's own forward does."""
+    from peft.tuners.lora import Linear
+
+    kinds: tuple[type, ...] = (Linear,)
+    try:
+        from peft.tuners.lora.bnb import Linear4bit
+    except ImportError:
+        pass
+    else:
+        kinds = (Linear, Linear4bit)
+    if type(module) not in kinds:
+        return False
+    adapters = list(module.lora_A)
+    return (
+        module.active_adapters == adapters and len(adapters) == 1 and not module.lora_variant and not module.fan_in_fan_out
+        and type(module.base_layer).__name__ in ("Linear", "Linear4bit") and isinstance(module.lora_A[adapters[0]], nn.Linear)
+        and module.lora_B[adapters[0]].bias is None and not module.base_layer.weight.requires_grad
+    )  # fmt: skip
+
+
+class Siblings:
+    """Linears with one input: the first that is called computes all, the others find theirs ready."""
+
+    def __init__(self, members: list[Any]) -> None:
+        self.members = members
+        self._input: Any = None
+        self._ready: dict[int, torch.Tensor] = {}
+
+    def forward_of(self, number: int) -> Any:
+        def forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if args or kwargs or module.disable_adapters or module.merged:
+                out: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
+                return out
+            if self._input is not x or number not in self._ready:
+                self._input, self._ready = x, dict(enumerate(_linears(self.members, x)))
+            out = self._ready.pop(number)
+            if not self._ready:
+                self._input = None
+            return out
+
+        return forward
+
+
+def _linears(members: list[Any], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    specs, tensors, p = _parts(members)
+    y: tuple[torch.Tensor, ...] = LoraLinears.apply(  # type: ignore[no-untyped-call]
+        x.to(specs[0].dtype), specs, p, _seed(p), *tensors
+    )
+    return tuple(out.to(x.dtype) for out in y)
+
+
+def _mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
+    members = [getattr(module, name) for name in _MLP]
+    if any(member.disable_adapters or member.merged for member in members):
+        out: torch.Tensor = type(module).forward(module, x)
+        return out
+    specs, tensors, p = _parts(members[:2])
+    more_specs, more_tensors, p_down = _parts(members[2:])
+    out = LoraMlp.apply(  # type: ignore[no-untyped-call]
+        x.to(specs[0].dtype), specs + more_specs, (p, p_down), (_seed(p), _seed(p_down)), *tensors, *more_tensors
+    )
+    return out.to(x.dtype)
+
+
+def _parts(members: list[Any]) -> tuple[tuple[Spec, ...], list[Any], float]:
+    """Of PEFT's modules as they are now (FSDP2 puts the whole parameters in place for the time of a layer's forward)."""
+    specs, tensors, p = [], [], 0.0
+    for member in members:
+        (adapter,) = member.lora_A
+        base = member.base_layer
+        state = getattr(base, "quant_state", None) or getattr(base.weight, "quant_state", None)
+        dtype = base.weight.dtype if state is None else getattr(base, "compute_dtype", None) or state.dtype
+        specs.append(Spec(member.scaling[adapter], state, dtype))
+        tensors += [base.weight, base.bias, member.lora_A[adapter].weight, member.lora_B[adapter].weight]
+        drop = member.lora_dropout[adapter]
+        p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+    return tuple(specs), tensors, p
+
+
+def _seed(p: float) -> int:
+    """From the CPU's generator, whose state a checkpoint keeps and activation checkpointing restores; no wait for a device."""
+    return int(torch.randint(2**31 - 1, ())) if p else 0

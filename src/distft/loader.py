@@ -1,0 +1,36 @@
+"""From a plan to the batches of one rank, on its device before they are asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderShard
+from datasets import Dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from distft.plan import Plan, RankBatches
+from distft.samples import IGNORED
+
+
+class Collator:
+    """Rows to one micro-batch: packed into one row with the bounds of the samples, or padded. No rows give one token that the
+    loss does not look at, so that a rank with nothing to do enters every collective."""
+
+    def __init__(self, pad_token: int, *, packed: bool) -> None:
+        self._collate = DataCollatorForLanguageModeling(pad_token, padding_free=packed)
+        self._empty = [{"input_ids": [pad_token], "labels": [IGNORED]}]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self._collate(rows or self._empty)
+        return batch
+
+
+def loader(
+    samples: Dataset, plan: Plan, collator: Collator, rank: int, world_size: int, accumulation: int, device: torch.device, workers: int
+) -> DataLoaderShard:  # fmt: skip
+    """The micro-batches that `plan` gives to `rank`, each moved to `device` while the one before it is worked on."""
+    return DataLoaderShard(
+        samples, device=device, _non_blocking=True, batch_sampler=RankBatches(plan, rank, world_size, accumulation),
+        collate_fn=collator, num_workers=workers, pin_memory=device.type == "cuda",
+    )  # fmt: skip

@@ -1,0 +1,161 @@
+"""The plan of training: which samples make which optimizer step, and which rank takes which of them at once.
+
+A step's samples are a function of the seed, the epoch, the lengths and the global batch alone; the world size and the
+micro-batch only say how a step is cut into micro-batches. So every strategy does the same optimisation.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from distft.errors import DataError
+from distft.sections import Batching
+
+Lengths = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Plan:
+    """Steps of an epoch over samples of `lengths` (tokens), as `batching` counts them.
+
+    With `global_batch_size` a step has that many samples and an epoch's last step what is left. With `global_batch_tokens`
+    an epoch has as many steps as its tokens fill, and each takes the samples whose middles fall into its share of the tokens.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int] | Lengths, batching: Batching, seed: int = 0, *, shuffle: bool = True
+    ) -> None:
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.batching, self._seed, self._shuffle = batching, seed, shuffle
+
+    def evaluation(self, lengths: Lengths, micro_batch: int) -> Plan:
+        """The plan of a pass over other samples, in their order, as one step; a sample beyond the token budget is a pack."""
+        budget = self.batching.micro_batch_tokens
+        size = {"global_batch_size": len(lengths), "global_batch_tokens": None, "micro_batch": micro_batch}
+        size["micro_batch_tokens"] = None if budget is None else max(budget, int(lengths.max()))
+        return Plan(lengths, self.batching.model_copy(update=size), shuffle=False)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch, the same in every epoch."""
+        if self.batching.global_batch_size is not None:
+            return -(-len(self.lengths) // self.batching.global_batch_size)
+        assert self.batching.global_batch_tokens is not None
+        # Rounded down, so that a share is never smaller than asked for; every share then holds a sample's middle.
+        return max(1, int(self.lengths.sum()) // max(self.batching.global_batch_tokens, int(self.lengths.max())))
+
+    def samples(self, step: int) -> Lengths:
+        """Indices of the samples of the optimizer step `step`, counted from the start of the run, in the order of the seed."""
+        epoch, step = divmod(step, self.steps)
+        order, starts = self._epoch(epoch)
+        return order[starts[step] : starts[step + 1]]
+
+    def samples_after(self, step: int) -> int:
+        """Samples that the first `step` steps see."""
+        epochs, rest = divmod(step, self.steps)
+        return epochs * len(self.lengths) + int(self._epoch(epochs)[1][rest])
+
+    def tokens_after(self, step: int) -> int:
+        """Tokens, trained or not, of those samples."""
+        epochs, rest = divmod(step, self.steps)
+        order, starts = self._epoch(epochs)
+        return int(epochs * self.lengths.sum() + self.lengths[order[: starts[rest]]].sum())
+
+    def accumulation(self, world_size: int, epochs: int) -> int:
+        """gradient_accumulation_steps: the fewest with which every step of the first `epochs` epochs can be cut into
+        micro-batches of the size that `batching` allows.
+
+        Raises:
+            DataError: a sample is longer than the token budget of a micro-batch.
+        """
+        budget = self.batching.micro_batch_tokens
+        if budget is None:
+            size = self.batching.global_batch_size or max(
+                len(self.samples(step)) for step in range(self.steps * epochs)
+            )
+            return math.ceil(size / (self.batching.micro_batch * world_size))
+        longest = int(self.lengths.max())
+        if longest > budget:
+            raise DataError(
+                f"the longest sample has {longest:,} tokens, and batching.micro_batch_tokens={budget} is less; "
+                f"raise it, or set training.max_length={budget} (which truncates)"
+            )
+        steps = [self.samples(step) for step in range(self.steps * epochs)]
+        found = max(math.ceil(int(self.lengths[step].sum()) / (budget * world_size)) for step in steps)
+        for step in steps:
+            while max(load for load, _ in _balanced(step, self.lengths, found * world_size)) > budget:
+                found += 1
+        return found
+
+    def micro_batches(self, step: int, world_size: int, accumulation: int) -> list[list[list[int]]]:
+        """[accumulation][world_size] lists of indices that together are `samples(step)`; a spare one is empty.
+
+        Packs are balanced by tokens. Padded micro-batches hold samples of like length, and so little padding. What the ranks
+        do at the same time is of like size.
+        """
+        samples = self.samples(step)
+        if self.batching.micro_batch_tokens is not None:
+            packs = [
+                pack for _, pack in sorted(_balanced(samples, self.lengths, accumulation * world_size), reverse=True)
+            ]
+        else:
+            by_length = samples[np.argsort(-self.lengths[samples], kind="stable")].tolist()
+            size = self.batching.micro_batch
+            packs = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+        packs += [[]] * (accumulation * world_size - len(packs))
+        return [packs[start : start + world_size] for start in range(0, len(packs), world_size)]
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - a run has one plan for training and one for each split
+    def _epoch(self, epoch: int) -> tuple[Lengths, Lengths]:
+        """The order of an epoch, and where in it each step starts (the end of the last included)."""
+        count = len(self.lengths)
+        order: Lengths = np.arange(count)
+        if self._shuffle:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            order = torch.randperm(count, generator=generator).numpy()
+        if self.batching.global_batch_size is not None:
+            return order, np.minimum(np.arange(self.steps + 1) * self.batching.global_batch_size, count)
+        ends = np.cumsum(self.lengths[order])
+        shares = np.arange(1, self.steps) * (ends[-1] / self.steps)
+        inner = np.searchsorted(ends - self.lengths[order] / 2, shares)
+        return order, np.concatenate([[0], inner, [count]])
+
+
+def _balanced(samples: Lengths, lengths: Lengths, packs: int) -> list[tuple[int, list[int]]]:
+    """`samples` in at most `packs` packs of like length, each with its tokens: the longest first, each into the shortest pack
+    (Graham's LPT rule, SIAM J. Appl. Math. 17, 1969: at most 4/3 of the best)."""
+    heap: list[tuple[int, int]] = [(0, number) for number in range(min(packs, len(samples)))]
+    content: list[list[int]] = [[] for _ in heap]
+    sizes = lengths[samples]
+    for position in np.argsort(-sizes, kind="stable").tolist():
+        load, number = heap[0]
+        content[number].append(int(samples[position]))
+        heapq.heapreplace(heap, (load + int(sizes[position]), number))
+    return [(load, content[number]) for load, number in heap]
+
+
+class RankBatches(Sampler[list[int]]):
+    """The micro-batches of one rank, epoch by epoch: the batch sampler of its data loader."""
+
+    def __init__(self, plan: Plan, rank: int, world_size: int, accumulation: int) -> None:
+        self._plan, self._rank, self._world_size, self._accumulation = plan, rank, world_size, accumulation
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = int(epoch)
+
+    def __len__(self) -> int:
+        return self._plan.steps * self._accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.epoch * self._plan.steps
+        for step in range(first, first + self._plan.steps):
+            for ranks in self._plan.micro_batches(step, self._world_size, self._accumulation):
+                yield ranks[self._rank]
