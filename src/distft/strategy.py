@@ -175,6 +175,8 @@ class Strategy:
             environment.setdefault(key, value)  # a --config_file of the user's own for this strategy goes first
         if self.name == "fsdp" and not self.on_gpu:
             _make_fsdp_real_on_cpu()
+        if self.on_gpu:  # packs differ in length; fixed segments would fragment
+            environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         if not self.on_gpu:  # accelerate imports DeepSpeed wherever it is installed, and it warns where it has to guess
             environment.setdefault("DS_ACCELERATOR", "cpu")
 
