@@ -85,6 +85,6 @@ def varlen_attention(
         raise NotImplementedError(f"varlen attention of PyTorch {torch.__version__} has no sliding window; use sdpa")
     if "enable_gqa" in _options():
         options["enable_gqa"] = query.shape[1] != key.shape[1]
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     out = kernel()(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options)
-    return out[None], None
+    return out.unsqueeze(0), None

@@ -1,9 +1,9 @@
 """LoRA linears as one autograd node each group: the queries, keys and values of a layer, its MLP, and every linear alone.
 
-PEFT computes y = W x + s B A x as separate operations, each of which reads and writes the whole activation. Here B A x is
-written first and the large product is added to it in its own epilogue; what shares an input shares the small products; the
-gradients of the input are summed in place; and an MLP keeps no activation that its backward can make again. The gradients are
-those of PEFT's module (the tests check them in float64).
+PEFT computes y = W x + s B A x as separate operations, each of which reads and writes the whole activation. Here the small
+product is added in place, as one operation; what shares an input shares A x; the gradients of the input are summed in place;
+and an MLP keeps no activation that its backward can make again. The gradients are those of PEFT's module (the tests check
+them in float64).
 
 With LoRA dropout the linears of a group drop the same places of their shared input; PEFT draws for each of them.
 """
@@ -59,17 +59,21 @@ class Group:
         low = dropout(x, self.p, self.seed) @ self.a.t()
         outputs = []
         for spec, weight, bias, b, part in zip(self.specs, self.weights, self.biases, self.b, torch.split(low, self.ranks, 1), strict=True):  # fmt: skip
-            out = part @ b.t() if bias is None else torch.addmm(bias.to(spec.dtype), part, b.t())
-            outputs.append(out.addmm_(x, spec.dense(weight).t()))
+            dense = spec.dense(weight).t()
+            out = x @ dense if bias is None else torch.addmm(bias.to(spec.dtype), x, dense)
+            outputs.append(out.addmm_(part, b.t()))
         return outputs, low
 
     def grad_input(self, grads: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of x and of A x from those of the outputs."""
         grad_low = torch.cat([grad @ b for grad, b in zip(grads, self.b, strict=True)], 1)
-        grad_x = dropout(grad_low @ self.a, self.p, self.seed)
-        for spec, weight, grad in zip(self.specs, self.weights, grads, strict=True):
-            grad_x.addmm_(grad, spec.dense(weight))
-        return grad_x, grad_low
+        grad_x = torch.zeros(())
+        for number, (spec, weight, grad) in enumerate(zip(self.specs, self.weights, grads, strict=True)):
+            dense = spec.dense(weight)
+            grad_x = grad @ dense if number == 0 else grad_x.addmm_(grad, dense)
+        if self.p:
+            return grad_x.add_(dropout(grad_low @ self.a, self.p, self.seed)), grad_low
+        return grad_x.addmm_(grad_low, self.a), grad_low
 
     def grad_adapters(
         self, x: torch.Tensor, low: torch.Tensor, grads: Sequence[torch.Tensor], grad_low: torch.Tensor
@@ -146,7 +150,10 @@ def fuse(model: nn.Module) -> dict[str, int]:
             found["attention"] += 1
             for number, member in enumerate(group.members):
                 member.forward = types.MethodType(group.forward_of(number), member)
-        if all(_fits(children.get(name)) for name in _MLP) and isinstance(children.get("act_fn"), nn.SiLU):
+        if all(_fits(children.get(name)) for name in _MLP) and type(children.get("act_fn")).__name__ in (
+            "SiLU",
+            "SiLUActivation",
+        ):
             for name in _MLP:
                 children.pop(name)
             module.forward = types.MethodType(_mlp, module)

@@ -87,30 +87,38 @@ class Plan:
                 f"the longest sample has {longest:,} tokens, and batching.micro_batch_tokens={budget} is less; "
                 f"raise it, or set training.max_length={budget} (which truncates)"
             )
-        steps = [self.samples(step) for step in range(self.steps * epochs)]
-        found = max(math.ceil(int(self.lengths[step].sum()) / (budget * world_size)) for step in steps)
-        for step in steps:
-            while max(load for load, _ in _balanced(step, self.lengths, found * world_size)) > budget:
-                found += 1
-        return found
+        return (
+            max(len(self._packs(self.samples(step), world_size)) for step in range(self.steps * epochs)) // world_size
+        )
 
-    def micro_batches(self, step: int, world_size: int, accumulation: int) -> list[list[list[int]]]:
-        """[accumulation][world_size] lists of indices that together are `samples(step)`; a spare one is empty.
+    def micro_batches(self, step: int, world_size: int) -> list[list[list[int]]]:
+        """[rounds][world_size] lists of indices that together are `samples(step)`, in as few rounds as can be; a rank that has
+        nothing to do in a round has an empty list.
 
         Packs are balanced by tokens. Padded micro-batches hold samples of like length, and so little padding. What the ranks
         do at the same time is of like size.
         """
         samples = self.samples(step)
         if self.batching.micro_batch_tokens is not None:
-            packs = [
-                pack for _, pack in sorted(_balanced(samples, self.lengths, accumulation * world_size), reverse=True)
-            ]
+            packs = self._packs(samples, world_size)
         else:
             by_length = samples[np.argsort(-self.lengths[samples], kind="stable")].tolist()
             size = self.batching.micro_batch
             packs = [by_length[start : start + size] for start in range(0, len(by_length), size)]
-        packs += [[]] * (accumulation * world_size - len(packs))
+        packs += [[]] * (-len(packs) % world_size)
         return [packs[start : start + world_size] for start in range(0, len(packs), world_size)]
+
+    def _packs(self, samples: Lengths, world_size: int) -> list[list[int]]:
+        """A multiple of `world_size` packs within the token budget, the longest first."""
+        budget = self.batching.micro_batch_tokens
+        assert budget is not None
+        rounds = math.ceil(int(self.lengths[samples].sum()) / (budget * world_size))
+        packs = _balanced(samples, self.lengths, rounds * world_size)
+        while max(packs)[0] > budget:
+            rounds += 1
+            packs = _balanced(samples, self.lengths, rounds * world_size)
+        packs.sort(key=lambda pack: pack[0], reverse=True)
+        return [pack for _, pack in packs] + [[]] * (rounds * world_size - len(packs))
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - a run has one plan for training and one for each split
     def _epoch(self, epoch: int) -> tuple[Lengths, Lengths]:
@@ -142,7 +150,10 @@ def _balanced(samples: Lengths, lengths: Lengths, packs: int) -> list[tuple[int,
 
 
 class RankBatches(Sampler[list[int]]):
-    """The micro-batches of one rank, epoch by epoch: the batch sampler of its data loader."""
+    """The micro-batches of one rank, epoch by epoch: the batch sampler of its data loader.
+
+    A step that takes fewer rounds than `accumulation` begins with empty ones.
+    """
 
     def __init__(self, plan: Plan, rank: int, world_size: int, accumulation: int) -> None:
         self._plan, self._rank, self._world_size, self._accumulation = plan, rank, world_size, accumulation
@@ -157,5 +168,7 @@ class RankBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         first = self.epoch * self._plan.steps
         for step in range(first, first + self._plan.steps):
-            for ranks in self._plan.micro_batches(step, self._world_size, self._accumulation):
+            rounds = self._plan.micro_batches(step, self._world_size)
+            yield from [[]] * (self._accumulation - len(rounds))
+            for ranks in rounds:
                 yield ranks[self._rank]

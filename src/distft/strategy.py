@@ -176,7 +176,7 @@ class Strategy:
         if self.name == "fsdp" and not self.on_gpu:
             _make_fsdp_real_on_cpu()
         if self.on_gpu:  # packs differ in length; fixed segments would fragment
-            environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
         if not self.on_gpu:  # accelerate imports DeepSpeed wherever it is installed, and it warns where it has to guess
             environment.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -197,6 +197,11 @@ class Strategy:
         if not self.on_gpu or self.name == "zero3" or (self.name == "fsdp" and recipe.bits == 16):
             return None
         return {"": self.world.local_rank if self.name != "single" else 0}
+
+    @property
+    def skips_spare_rounds(self) -> bool:
+        """Whether a round of accumulation without any sample may be left out: DeepSpeed counts them itself."""
+        return self.name not in ("zero2", "zero3")
 
     @property
     def gathers_in_submodules(self) -> bool:

@@ -56,8 +56,8 @@ def train(arguments: Sequence[str]) -> None:
         telemetry = Telemetry(record.folder, recipe, world, plan, flops)
         held_out = HeldOut(at_most(splits.test, recipe.evaluation.max_samples))
         trainer = Trainer(
-            model=model, args=config, processing_class=tokenizer, plan=plan, train_dataset=splits.train,
-            eval_dataset=at_most(splits.validation, recipe.evaluation.max_samples),
+            model=model, args=config, processing_class=tokenizer, plan=plan, skips_spare_rounds=how.skips_spare_rounds,
+            train_dataset=splits.train, eval_dataset=at_most(splits.validation, recipe.evaluation.max_samples),
             callbacks=[
                 Invariants(how, recipe, trainable), telemetry, *trackers(recipe, record.folder, world),
                 *([held_out] if recipe.evaluation.before_and_after and splits.test is not None else []),

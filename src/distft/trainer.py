@@ -49,12 +49,13 @@ def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder, accumulati
 class Trainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer over prepared samples in the micro-batches of a plan."""
 
-    def __init__(self, *args: Any, plan: Plan, **kwargs: Any) -> None:
-        self._plan = plan
+    def __init__(self, *args: Any, plan: Plan, skips_spare_rounds: bool, **kwargs: Any) -> None:
+        self._plan, self._skips_spare_rounds = plan, skips_spare_rounds
         super().__init__(*args, **kwargs)
         self._collate = Collator(
             self.processing_class.pad_token_id, packed=plan.batching.micro_batch_tokens is not None
         )
+        self._round = 0  # of the optimizer step at hand
         self._sums = torch.zeros(
             3, device=self.args.device
         )  # entropy, right predictions, trained tokens since the last log
@@ -72,6 +73,16 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             samples, plan, self._collate, self.args.process_index, self.args.world_size, accumulation, self.args.device,
             self.args.dataloader_num_workers,
         )  # fmt: skip
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """The trainer's step; a round in which no rank has anything to do costs nothing."""
+        rounds = len(self._plan.micro_batches(self.state.global_step, self.args.world_size))
+        spare = self._round < self.args.gradient_accumulation_steps - rounds
+        self._round = (self._round + 1) % self.args.gradient_accumulation_steps
+        if spare and self._skips_spare_rounds:
+            return torch.zeros((), device=self.args.device)
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
