@@ -77,9 +77,9 @@ class Plan:
         """
         budget = self.batching.micro_batch_tokens
         if budget is None:
-            size = self.batching.global_batch_size or max(
-                len(self.samples(step)) for step in range(self.steps * epochs)
-            )
+            # Counted in samples, no step is larger than the first.
+            steps = range(1 if self.batching.global_batch_size is not None else self.steps * epochs)
+            size = max(len(self.samples(step)) for step in steps)
             return math.ceil(size / (self.batching.micro_batch * world_size))
         longest = int(self.lengths.max())
         if longest > budget:
@@ -87,10 +87,10 @@ class Plan:
                 f"the longest sample has {longest:,} tokens, and batching.micro_batch_tokens={budget} is less; "
                 f"raise it, or set training.max_length={budget} (which truncates)"
             )
-        steps = [self.samples(step) for step in range(self.steps * epochs)]
-        found = max(math.ceil(int(self.lengths[step].sum()) / (budget * world_size)) for step in steps)
-        for step in steps:
-            while max(load for load, _ in _balanced(step, self.lengths, found * world_size)) > budget:
+        contents = [self.samples(step) for step in range(self.steps * epochs)]
+        found = max(math.ceil(int(self.lengths[samples].sum()) / (budget * world_size)) for samples in contents)
+        for samples in contents:
+            while max(load for load, _ in _balanced(samples, self.lengths, found * world_size)) > budget:
                 found += 1
         return found
 
