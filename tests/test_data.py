@@ -1,10 +1,9 @@
-"""From rows to tokens, against literal expectations on real rows; and the order in which samples are seen."""
+"""From rows to tokens, against literal expectations on real rows."""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from typing import Any
 import pandas
 import pytest
 from datasets import Dataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from distft import data
@@ -23,10 +20,10 @@ from distft.recipe import Recipe, load_recipe
 from distft.samples import (
     IGNORED,
     Example,
-    GlobalBatchOrder,
-    evaluation_rows,
+    at_most,
     format_dolly,
     format_review,
+    lengths_of,
     tokenise,
 )
 
@@ -682,79 +679,28 @@ def test_another_tokenizer_is_prepared_for_itself(prepare: Prepare, dolly: str, 
     assert any(len(tokenizer) in ids for ids in splits.train["input_ids"])
 
 
-# ---- evaluation rows and the order -----------------------------------------------------------------------------------
+# ---- lengths and limits ----------------------------------------------------------------------------------------------
 
 
 def samples(count: int) -> Dataset:
     return Dataset.from_dict(
-        {"input_ids": [[5, 6 + i, 2] for i in range(count)], "labels": [[IGNORED, 6 + i, 2] for i in range(count)]}
+        {"input_ids": [[5] * (i + 1) for i in range(count)], "labels": [[5] * (i + 1) for i in range(count)]}
     )
 
 
-@pytest.mark.parametrize(
-    ("limit", "multiple", "real", "rows"), [(None, 8, 13, 16), (None, 1, 13, 13), (5, 4, 5, 8), (99, 13, 13, 13)]
-)
-def test_evaluation_rows_are_filled_with_rows_that_weigh_nothing(
-    limit: int | None, multiple: int, real: int, rows: int
-) -> None:
-    found = evaluation_rows(samples(13), limit, multiple, token=2)
-    assert found is not None
-    assert found.to_list()[:real] == samples(13).to_list()[:real]
-    assert found.to_list()[real:] == [{"input_ids": [2], "labels": [IGNORED]}] * (rows - real)
+def test_lengths_are_the_numbers_of_tokens_of_a_selection_as_well() -> None:
+    assert lengths_of(samples(5)).tolist() == [1, 2, 3, 4, 5]
+    assert lengths_of(samples(5).select([3, 0])).tolist() == [4, 1]
 
 
-def test_no_split_has_no_evaluation_rows() -> None:
-    assert evaluation_rows(None, None, 8, token=2) is None
+@pytest.mark.parametrize(("limit", "kept"), [(None, 13), (5, 5), (99, 13)])
+def test_at_most_keeps_the_first_samples(limit: int | None, kept: int) -> None:
+    found = at_most(samples(13), limit)
+    assert found is not None and found.to_list() == samples(13).to_list()[:kept]
 
 
-SIZES = st.integers(1, 500)
-BATCHES = st.integers(1, 70)
-SEEDS = st.integers(0, 2**32 - 1)
-EPOCHS = st.integers(0, 50)
-
-
-def order_of(size: int, batch: int, seed: int, epoch: int) -> list[int]:
-    order = GlobalBatchOrder([1] * size, batch, seed)
-    order.set_epoch(epoch)
-    return list(order)
-
-
-@settings(deadline=None)
-@given(size=SIZES, batch=BATCHES, seed=SEEDS, epoch=EPOCHS)
-def test_an_epoch_has_each_sample_once_and_empty_rows_in_its_last_step_alone(
-    size: int, batch: int, seed: int, epoch: int
-) -> None:
-    order = order_of(size, batch, seed, epoch)
-    assert len(order) == len(GlobalBatchOrder([1] * size, batch, seed)) == math.ceil(size / batch) * batch
-    assert sorted(order[:size]) == list(range(size))
-    assert order[size:] == [size] * (len(order) - size)
-    assert len(order) - size < batch
-
-
-@settings(deadline=None)
-@given(size=SIZES, batch=BATCHES, seed=SEEDS, epoch=EPOCHS)
-def test_the_order_is_a_function_of_seed_and_epoch_and_not_of_the_batch(
-    size: int, batch: int, seed: int, epoch: int
-) -> None:
-    assert order_of(size, batch, seed, epoch)[:size] == order_of(size, 1, seed, epoch)
-
-
-@settings(deadline=None)
-@given(size=st.integers(20, 500), batch=BATCHES, seed=SEEDS, epoch=EPOCHS)
-def test_another_epoch_and_another_seed_have_another_order(size: int, batch: int, seed: int, epoch: int) -> None:
-    order = order_of(size, batch, seed, epoch)
-    assert order != order_of(size, batch, seed, epoch + 1)
-    assert order != order_of(size, batch, seed + 1, epoch)
-
-
-@settings(deadline=None)
-@given(size=SIZES, batch=BATCHES, steps=st.integers(0, 60))
-def test_samples_and_tokens_after_a_step_are_the_real_ones_of_the_order(size: int, batch: int, steps: int) -> None:
-    order = GlobalBatchOrder(range(1, size + 1), batch, 42)
-    seen = [index for epoch in range(steps // order.steps + 1) for index in order_of(size, batch, 42, epoch)]
-    real = [index for index in seen[: steps * batch] if index != size]
-    assert order.samples_after(steps) == len(real)
-    assert order.tokens_after(steps) == sum(index + 1 for index in real)
+def test_no_split_stays_none() -> None:
+    assert at_most(None, 5) is None
 
 
 # ---- preview ---------------------------------------------------------------------------------------------------------

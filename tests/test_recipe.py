@@ -113,10 +113,7 @@ def test_a_shipped_recipe_names_the_schema_in_its_first_line(name: str) -> None:
 def test_a_shipped_recipe_divides_for_one_process_and_for_two(name: str) -> None:
     recipe = load(f"recipe={name}")
     for processes in (1, 2):
-        assert (
-            recipe.accumulation(processes) * recipe.batching.micro_batch * processes
-            == recipe.batching.global_batch_size
-        )
+        recipe.check_division(processes)
 
 
 def test_fsdp_bf16_is_ddp_qlora_but_for_the_base_and_the_sharding() -> None:
@@ -419,7 +416,8 @@ def test_an_unknown_key_names_the_one_that_was_meant(key: str, hint: str) -> Non
         ("training.output_dir", "run.dir"),
         ("training.fsdp", "strategy"),
         ("training.report_to", "tracking.report_to"),
-        ("training.packing", "not available"),
+        ("training.packing", "batching.micro_batch_tokens"),
+        ("training.average_tokens_across_devices", "over all trained tokens of the global batch"),
         ("lora.task_type", "distft sets it"),
     ],
 )
@@ -515,14 +513,9 @@ def test_a_seed_that_the_generators_do_not_take_is_a_fault() -> None:
 # ---- the global batch ------------------------------------------------------------------------------------------------
 
 
-def test_accumulation_follows_from_global_batch_micro_batch_and_processes() -> None:
-    recipe = load("recipe=ddp_qlora", "batching.micro_batch=4")
-    assert [recipe.accumulation(processes) for processes in (1, 2, 4, 8, 16)] == [16, 8, 4, 2, 1]
-
-
 def test_a_micro_batch_that_does_not_divide_lists_those_that_do() -> None:
     with pytest.raises(RecipeError) as caught:
-        load("recipe=ddp_qlora", "batching.micro_batch=5").accumulation(2)
+        load("recipe=ddp_qlora", "batching.micro_batch=5").check_division(2)
     (fault,) = caught.value.faults
     assert (fault.where, fault.key) == ("command line", "batching.micro_batch")
     assert fault.problem == "a global batch of 64 samples does not divide into micro-batches of 5 on 2 processes"
@@ -532,7 +525,44 @@ def test_a_micro_batch_that_does_not_divide_lists_those_that_do() -> None:
 @pytest.mark.parametrize(("processes", "batches"), [(3, "63 or 66"), (128, "128")])
 def test_processes_that_do_not_divide_name_the_nearest_global_batches(processes: int, batches: str) -> None:
     with pytest.raises(RecipeError, match=f"a global batch of {batches}"):
-        load("recipe=ddp_qlora").accumulation(processes)
+        load("recipe=ddp_qlora").check_division(processes)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("batching.micro_batch_tokens=4096",),
+        ("batching.global_batch_size=null", "batching.global_batch_tokens=20000"),
+    ],
+    ids=["packs", "batch in tokens"],
+)
+def test_what_is_counted_in_tokens_divides_for_any_number_of_processes(overrides: tuple[str, ...]) -> None:
+    load("recipe=ddp_qlora", "batching.micro_batch=5", *overrides).check_division(3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (("batching.global_batch_tokens=20000",), "give global_batch_size or global_batch_tokens, not both"),
+        (("batching.global_batch_size=null",), "give global_batch_size or global_batch_tokens, one of them"),
+    ],
+    ids=["both", "neither"],
+)
+def test_the_global_batch_is_counted_in_one_way(overrides: tuple[str, ...], problem: str) -> None:
+    assert faults("recipe=ddp_qlora", *overrides)["batching.global_batch_size"].problem == problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps", "epochs"),
+    [
+        (("training.num_train_epochs=3",), 7, 3),
+        (("training.num_train_epochs=2.5",), 7, 3),
+        (("training.max_steps=7",), 7, 1),
+        (("training.max_steps=8",), 7, 2),
+    ],
+)
+def test_epochs_are_those_that_training_begins(overrides: tuple[str, ...], steps: int, epochs: int) -> None:
+    assert load("recipe=ddp_qlora", *overrides).epochs(steps) == epochs
 
 
 # ---- the resolved recipe ---------------------------------------------------------------------------------------------

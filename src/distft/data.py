@@ -1,4 +1,4 @@
-"""From rows to tokens: load, split, format, tokenise, mask, truncate; and the order in which samples are seen.
+"""From rows to tokens: load, split, format, tokenise, mask, truncate.
 
 A prepared sample is {"input_ids": [int], "labels": [int]}: labels are -100 where the loss does not look, and the last
 label of a sample that was not truncated is the end-of-sequence token.

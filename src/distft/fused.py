@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import ACT2FN
 
 from distft.kernels import dequantize, dropout, swiglu, swiglu_backward
 
 _SIBLINGS = ("q_proj", "k_proj", "v_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))  # transformers has a class of its own
 
 
 @dataclass(frozen=True)
@@ -146,21 +148,16 @@ def fuse(model: nn.Module) -> dict[str, int]:
     for module in list(model.modules()):
         children = dict(module.named_children())
         if all(_fits(children.get(name)) for name in _SIBLINGS):
-            group = Siblings([children.pop(name) for name in _SIBLINGS])
+            Siblings([children.pop(name) for name in _SIBLINGS])
             found["attention"] += 1
-            for number, member in enumerate(group.members):
-                member.forward = types.MethodType(group.forward_of(number), member)
-        if all(_fits(children.get(name)) for name in _MLP) and type(children.get("act_fn")).__name__ in (
-            "SiLU",
-            "SiLUActivation",
-        ):
+        if _gated(module) and all(_fits(children.get(name)) for name in _MLP):
             for name in _MLP:
                 children.pop(name)
             module.forward = types.MethodType(_mlp, module)
             found["mlp"] += 1
         for child in children.values():
             if _fits(child):
-                child.forward = types.MethodType(Siblings([child]).forward_of(0), child)
+                Siblings([child])
                 found["linear"] += 1
     return found
 
@@ -182,31 +179,44 @@ def _fits(module: Any) -> bool:
     return (
         module.active_adapters == adapters and len(adapters) == 1 and not module.lora_variant and not module.fan_in_fan_out
         and type(module.base_layer).__name__ in ("Linear", "Linear4bit") and isinstance(module.lora_A[adapters[0]], nn.Linear)
-        and module.lora_B[adapters[0]].bias is None and not module.base_layer.weight.requires_grad
+        and module.lora_B[adapters[0]].bias is None and not any(p.requires_grad for p in module.base_layer.parameters())
     )  # fmt: skip
+
+
+def _gated(module: nn.Module) -> bool:
+    """down(silu(gate(x)) · up(x)) and nothing beside it: a forward that names anything else (Falcon-H1's multipliers, say)
+    computes something else."""
+    code = getattr(type(module).forward, "__code__", None)
+    named = set(code.co_names) if code else set()
+    return named == {*_MLP, "act_fn"} and isinstance(getattr(module, "act_fn", None), _SILU)
 
 
 class Siblings:
     """Linears with one input: the first that is called computes all, the others find theirs ready."""
 
     def __init__(self, members: list[Any]) -> None:
-        self.members = members
+        self._members = members
         self._input: Any = None
-        self._ready: dict[int, torch.Tensor] = {}
+        self._ready: dict[Any, torch.Tensor] = {}
+        for member in members:  # each holds what its forward needs, so that a copy of the model has its own
+            member.siblings, member.forward = self, types.MethodType(_linear, member)
 
-    def forward_of(self, number: int) -> Any:
-        def forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if args or kwargs or module.disable_adapters or module.merged:
-                out: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
-                return out
-            if self._input is not x or number not in self._ready:
-                self._input, self._ready = x, dict(enumerate(_linears(self.members, x)))
-            out = self._ready.pop(number)
-            if not self._ready:
-                self._input = None
-            return out
+    def output_of(self, member: Any, x: torch.Tensor) -> torch.Tensor:
+        if self._input is not x or member not in self._ready:
+            self._input, self._ready = x, dict(zip(self._members, _linears(self._members, x), strict=True))
+        out = self._ready.pop(member)
+        if not self._ready:
+            self._input = None
+        return out
 
-        return forward
+
+def _linear(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    out: torch.Tensor
+    if args or kwargs or module.disable_adapters or module.merged:
+        out = type(module).forward(module, x, *args, **kwargs)
+    else:
+        out = module.siblings.output_of(module, x)
+    return out
 
 
 def _linears(members: list[Any], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -219,7 +229,8 @@ def _linears(members: list[Any], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
     members = [getattr(module, name) for name in _MLP]
-    if any(member.disable_adapters or member.merged for member in members):
+    # Linears that PEFT has unloaded are plain ones, and know of no adapter.
+    if any(getattr(member, "disable_adapters", True) or member.merged for member in members):
         out: torch.Tensor = type(module).forward(module, x)
         return out
     specs, tensors, p = _parts(members[:2])

@@ -77,9 +77,9 @@ class Plan:
         """
         budget = self.batching.micro_batch_tokens
         if budget is None:
-            size = self.batching.global_batch_size or max(
-                len(self.samples(step)) for step in range(self.steps * epochs)
-            )
+            # Counted in samples, no step is larger than the first.
+            steps = range(1 if self.batching.global_batch_size is not None else self.steps * epochs)
+            size = max(len(self.samples(step)) for step in steps)
             return math.ceil(size / (self.batching.micro_batch * world_size))
         longest = int(self.lengths.max())
         if longest > budget:
@@ -87,9 +87,8 @@ class Plan:
                 f"the longest sample has {longest:,} tokens, and batching.micro_batch_tokens={budget} is less; "
                 f"raise it, or set training.max_length={budget} (which truncates)"
             )
-        return (
-            max(len(self._packs(self.samples(step), world_size)) for step in range(self.steps * epochs)) // world_size
-        )
+        contents = (self.samples(step) for step in range(self.steps * epochs))
+        return max(len(self._packs(samples, world_size)) for samples in contents) // world_size
 
     def micro_batches(self, step: int, world_size: int) -> list[list[list[int]]]:
         """[rounds][world_size] lists of indices that together are `samples(step)`, in as few rounds as can be; a rank that has
