@@ -14,7 +14,7 @@ import pytest
 import distft
 
 FLOORS = (
-    ("errors", "packaged", "yaml12", "kernels"),
+    ("errors", "packaged", "yaml12", "kernels", "recompute"),
     ("sections", "run", "world", "fused"),
     ("recipe", "machine", "samples", "plan"),
     ("outcome", "strategy", "tiny", "attention", "loader"),

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 
 from distft.kernels import dequantize, dropout, swiglu, swiglu_backward
+from distft.recompute import is_pre_norm, recomputing
 
 _SIBLINGS = ("q_proj", "k_proj", "v_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -58,13 +59,16 @@ class Group:
 
     def forward(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Of x [tokens, in] the outputs [tokens, out] of each linear, and A x [tokens, sum of the ranks]."""
-        low = dropout(x, self.p, self.seed) @ self.a.t()
-        outputs = []
+        low, outputs = self.low(x), []
         for spec, weight, bias, b, part in zip(self.specs, self.weights, self.biases, self.b, torch.split(low, self.ranks, 1), strict=True):  # fmt: skip
             dense = spec.dense(weight).t()
             out = x @ dense if bias is None else torch.addmm(bias.to(spec.dtype), x, dense)
             outputs.append(out.addmm_(part, b.t()))
         return outputs, low
+
+    def low(self, x: torch.Tensor) -> torch.Tensor:
+        """A x [tokens, sum of the ranks]."""
+        return dropout(x, self.p, self.seed) @ self.a.t()
 
     def grad_input(self, grads: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of x and of A x from those of the outputs."""
@@ -94,41 +98,53 @@ class LoraLinears(torch.autograd.Function):
     """x [..., in] -> [..., out] of each linear of a group."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, specs: tuple[Spec, ...], p: float, seed: int, *tensors: Any) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, origin: Origin, specs: tuple[Spec, ...], p: float, seed: int, *tensors: Any) -> Any:  # fmt: skip
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1])
             outputs, low = Group(specs, tensors, p, seed).forward(rows)
-        ctx.specs, ctx.p, ctx.seed, ctx.shape = specs, p, seed, x.shape
-        ctx.save_for_backward(rows, low, *tensors)
+        ctx.origin, ctx.specs, ctx.p, ctx.seed, ctx.shape = origin.norm, specs, p, seed, x.shape
+        ctx.save_for_backward(origin.kept(rows), low, *tensors)
         return tuple(out.view(*x.shape[:-1], -1) for out in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        rows, low, *tensors = ctx.saved_tensors
+        kept, low, *tensors = ctx.saved_tensors
+        rows = remade(ctx.origin, kept, ctx.shape)
         group = Group(ctx.specs, tensors, ctx.p, ctx.seed)
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         grad_x, grad_low = group.grad_input(flat)
-        return grad_x.view(ctx.shape), None, None, None, *group.grad_adapters(rows, low, flat, grad_low)
+        return grad_x.view(ctx.shape), None, None, None, None, *group.grad_adapters(rows, low, flat, grad_low)
 
 
 class LoraMlp(torch.autograd.Function):
-    """down(silu(gate(x)) · up(x)) of x [..., in]; silu(gate) · up is made again in the backward and not kept."""
+    """down(silu(gate(x)) · up(x)) of x [..., in]; silu(gate) · up is made again in the backward and not kept.
+
+    Without `whole` the last product is left out, and what comes back has the shape alone: for the second forward of a
+    checkpointed layer, after which nothing looks at it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, specs: tuple[Spec, ...], p: tuple[float, float], seeds: tuple[int, int], *tensors: Any) -> Any:  # fmt: skip
+    def forward(
+        ctx: Any, x: torch.Tensor, origin: Origin, whole: bool, specs: tuple[Spec, ...], p: tuple[float, float],
+        seeds: tuple[int, int], *tensors: Any,
+    ) -> Any:  # fmt: skip
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1])
             (gate, up), low = Group(specs[:2], tensors[:8], p[0], seeds[0]).forward(rows)
-            (out,), low_down = Group(specs[2:], tensors[8:], p[1], seeds[1]).forward(swiglu(gate, up))
-        ctx.specs, ctx.p, ctx.seeds, ctx.shape = specs, p, seeds, x.shape
-        ctx.save_for_backward(rows, low, gate, up, low_down, *tensors)
+            down = Group(specs[2:], tensors[8:], p[1], seeds[1])
+            if whole:
+                (out,), low_down = down.forward(swiglu(gate, up))
+            else:
+                low_down, out = down.low(swiglu(gate, up)), torch.empty_like(rows)
+        ctx.origin, ctx.specs, ctx.p, ctx.seeds, ctx.shape = origin.norm, specs, p, seeds, x.shape
+        ctx.save_for_backward(origin.kept(rows), low, gate, up, low_down, *tensors)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        rows, low, gate, up, low_down, *tensors = ctx.saved_tensors
+        kept, low, gate, up, low_down, *tensors = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         down = Group(ctx.specs[2:], tensors[8:], ctx.p[1], ctx.seeds[1])
         grad_hidden, grad_low_down = down.grad_input([grad])
@@ -137,8 +153,37 @@ class LoraMlp(torch.autograd.Function):
         del hidden, grad_hidden
         pair = Group(ctx.specs[:2], tensors[:8], ctx.p[0], ctx.seeds[0])
         grad_x, grad_low = pair.grad_input([grad_gate, grad_up])
+        rows = remade(ctx.origin, kept, ctx.shape)
         of_pair = pair.grad_adapters(rows, low, [grad_gate, grad_up], grad_low)
-        return grad_x.view(ctx.shape), None, None, None, *of_pair, *of_down
+        return grad_x.view(ctx.shape), None, None, None, None, None, *of_pair, *of_down
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an input comes from: `norm`, of `source`, where it is a frozen norm's output. Then the norm's input is kept in its
+    place, which the norm's own backward keeps anyway."""
+
+    norm: Any = None
+    source: torch.Tensor | None = None
+
+    def kept(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.source is None else self.source
+
+
+def remade(norm: Any, kept: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The input [tokens, in] from what `Origin.kept` gave."""
+    if norm is not None:
+        with torch.no_grad():
+            kept = norm.unmarked(kept).to(kept.dtype)
+    return kept.reshape(-1, shape[-1])
+
+
+def _marked(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """A norm's forward, whose output says where it comes from."""
+    y: torch.Tensor = module.unmarked(x)
+    if torch.is_grad_enabled() and y.dtype == x.dtype:
+        y.origin = Origin(module, x.detach())  # type: ignore[attr-defined]
+    return y
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
@@ -159,6 +204,12 @@ def fuse(model: nn.Module) -> dict[str, int]:
             if _fits(child):
                 Siblings([child])
                 found["linear"] += 1
+    layer: Any
+    for layer in model.modules():  # norms whose outputs are the inputs of these groups alone, in a layer as we know it
+        if is_pre_norm(layer):
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                if not any(parameter.requires_grad for parameter in norm.parameters()):
+                    norm.unmarked, norm.forward = norm.forward, types.MethodType(_marked, norm)
     return found
 
 
@@ -222,7 +273,7 @@ def _linear(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
 def _linears(members: list[Any], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     specs, tensors, p = _parts(members)
     y: tuple[torch.Tensor, ...] = LoraLinears.apply(  # type: ignore[no-untyped-call]
-        x.to(specs[0].dtype), specs, p, _seed(p), *tensors
+        *_input(x, specs[0].dtype), specs, p, _seed(p), *tensors
     )
     return tuple(out.to(x.dtype) for out in y)
 
@@ -235,10 +286,21 @@ def _mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
         return out
     specs, tensors, p = _parts(members[:2])
     more_specs, more_tensors, p_down = _parts(members[2:])
+    whole = not (getattr(module, "output_ends_checkpoint", False) and recomputing())
     out = LoraMlp.apply(  # type: ignore[no-untyped-call]
-        x.to(specs[0].dtype), specs + more_specs, (p, p_down), (_seed(p), _seed(p_down)), *tensors, *more_tensors
+        *_input(x, specs[0].dtype),
+        whole,
+        specs + more_specs,
+        (p, p_down),
+        (_seed(p), _seed(p_down)),
+        *tensors,
+        *more_tensors,
     )
     return out.to(x.dtype)
+
+
+def _input(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Origin]:
+    return (x, getattr(x, "origin", None) or Origin()) if x.dtype == dtype else (x.to(dtype), Origin())
 
 
 def _parts(members: list[Any]) -> tuple[tuple[Spec, ...], list[Any], float]:

@@ -14,8 +14,10 @@ from distft import attention
 from distft.errors import ModelError
 from distft.fused import fuse
 from distft.recipe import Recipe
+from distft.recompute import checkpoint_layers, layers_of, layers_to_checkpoint
 from distft.strategy import Strategy, whole_numel
 from distft.tiny import tiny_model
+from distft.world import highest
 
 
 def model_path(recipe: Recipe) -> str:
@@ -84,6 +86,22 @@ def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
     if recipe.model.kernels == "auto" and not strategy.gathers_in_submodules:
         fuse(model)
     return model
+
+
+def checkpoint(model: Any, recipe: Recipe, strategy: Strategy, tokens: int) -> int | None:
+    """Set activation checkpointing up for micro-batches of at most `tokens` tokens, where it is ours. Returns the number of layers
+    that are checkpointed, the same on all ranks (None where the trainer sees to it). All ranks enter."""
+    if not strategy.checkpoints_by_layer(recipe):
+        return None
+    count, offload = recipe.batching.checkpoint_layers, recipe.batching.offload_checkpoints
+    if count == "auto":
+        count = 0
+        if strategy.on_gpu:
+            torch.cuda.empty_cache()
+            trainable = sum(whole_numel(p) for p in model.parameters() if p.requires_grad)
+            count = layers_to_checkpoint(model, tokens, torch.cuda.mem_get_info()[0], trainable, offload=offload)
+        count = highest(count, strategy.world)
+    return checkpoint_layers(model, len(layers_of(model)) if count is None else count, offload=offload)
 
 
 def _use_liger(base: Any) -> None:

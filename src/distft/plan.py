@@ -57,6 +57,11 @@ class Plan:
         order, starts = self._epoch(epoch)
         return order[starts[step] : starts[step + 1]]
 
+    @property
+    def heaviest(self) -> int:
+        """Tokens, padding counted, of the largest micro-batch that there can be."""
+        return self.batching.micro_batch_tokens or self.batching.micro_batch * int(self.lengths.max())
+
     def samples_after(self, step: int) -> int:
         """Samples that the first `step` steps see."""
         epochs, rest = divmod(step, self.steps)

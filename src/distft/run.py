@@ -24,7 +24,7 @@ from distft.errors import RunFolderError
 
 SUMMARY_KEYS = (
     "status", "cause", "recipe", "strategy", "requested_strategy", "world_size", "global_batch_size", "global_batch_tokens",
-    "micro_batch", "micro_batch_tokens",
+    "micro_batch", "micro_batch_tokens", "checkpointed_layers",
     "gradient_accumulation_steps", "steps", "samples", "tokens", "trainable_parameters", "parameters",
     "attn_implementation", "train_loss", "eval_before", "eval_after", "train_time_s", "samples_per_second",
     "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib", "peak_reserved_gib", "host_rss_gib",

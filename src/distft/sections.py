@@ -200,6 +200,11 @@ class Batching(Section):
     """Samples a device takes at once, padded: memory and speed only. gradient_accumulation_steps follows."""
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Tokens a device takes at once, in place of micro_batch: whole samples packed without padding, none of which sees another."""
+    checkpoint_layers: int | Literal["auto"] | None = Field(None, ge=0)
+    """With training.gradient_checkpointing: of how many layers, spread evenly, the activations are made again in the backward.
+    null for all of them, `auto` for as few as fit into the memory that is there."""
+    offload_checkpoints: bool = False
+    """Keep what is left of checkpointed layers, their inputs, in host memory until the backward."""
 
 
 class Evaluation(Section):

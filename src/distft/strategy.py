@@ -208,6 +208,13 @@ class Strategy:
         """ZeRO-3 gathers a parameter in the hook of the module that holds it, so each has to be called by itself."""
         return self.name == "zero3"
 
+    def checkpoints_by_layer(self, recipe: Recipe) -> bool:
+        """Whether activation checkpointing is ours (`recompute`) and not the trainer's: ZeRO-3 and LLM.int8() want the reentrant
+        kind, and gradient_checkpointing_kwargs are the trainer's own."""
+        training = recipe.training
+        asked = bool(training.get("gradient_checkpointing")) and "gradient_checkpointing_kwargs" not in training
+        return asked and self.name != "zero3" and recipe.bits != 8
+
     def keeps_adapter_in_base_dtype(self, recipe: Recipe) -> bool:
         """ZeRO-3 gathers parameters of one type only, so an adapter cannot be fp32 beside a bf16 base."""
         return self.name == "zero3" and recipe.bits == 16

@@ -11,7 +11,7 @@ from transformers import PrinterCallback
 
 from distft import attention, data, strategy
 from distft.checkpoint import save_result
-from distft.model import load_model, load_tokenizer, non_embedding_parameters, settle_adapter_dtype
+from distft.model import checkpoint, load_model, load_tokenizer, non_embedding_parameters, settle_adapter_dtype
 from distft.outcome import debug_flag, guarded
 from distft.plan import Plan
 from distft.recipe import load_recipe
@@ -45,8 +45,9 @@ def train(arguments: Sequence[str]) -> None:
         model = together(world, lambda: load_model(recipe, how))
         trainable = sum(whole_numel(p) for p in model.parameters() if p.requires_grad)
         flops = model_flops_per_token(non_embedding_parameters(model), frozen_base=recipe.lora is not None)
+        record.note(checkpointed_layers=checkpoint(model, recipe, how, plan.heaviest))
         record.note(
-            **recipe.batching.model_dump(), gradient_accumulation_steps=accumulation, trainable_parameters=trainable,
+            **recipe.batching.model_dump(exclude={"checkpoint_layers", "offload_checkpoints"}), gradient_accumulation_steps=accumulation, trainable_parameters=trainable,
             parameters=sum(map(whole_numel, model.parameters())), attn_implementation=attention.choose(recipe, on_gpu=how.on_gpu),
         )  # fmt: skip
         if world.is_main:

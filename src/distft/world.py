@@ -111,6 +111,17 @@ def together(world: World, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def highest(number: int, world: World) -> int:
+    """The largest of all ranks' numbers, on all ranks. All ranks enter."""
+    if world.world_size == 1:
+        return number
+    from torch import distributed
+
+    everywhere = [0] * world.world_size
+    distributed.all_gather_object(everywhere, number)
+    return max(everywhere)
+
+
 def say(message: str) -> None:
     """One line of distft's own on stderr."""
     print(f"distft: {message}", file=sys.stderr, flush=True)
