@@ -39,8 +39,9 @@ def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Te
     scales, second = state.absmax, state.state2 if state.nested else None
     _dequantize[(triton.cdiv(blocks, _BLOCKS),)](
         packed.view(torch.uint8), out, state.code, scales, second.code if second else scales, second.absmax if second else scales,
-        state.offset if second else scales, blocks, (out.numel() + 1) // 2, BLOCKS=_BLOCKS, HALF=state.blocksize // 2,
+        state.offset if second else scales, blocks, out.numel(), BLOCKS=_BLOCKS, HALF=state.blocksize // 2,
         GROUP=second.blocksize if second else 1, NESTED=second is not None, num_warps=4,
+        enable_fp_fusion=False,  # bitsandbytes rounds a scale before it adds the mean
     )  # fmt: skip
     return out
 
@@ -59,8 +60,7 @@ def swiglu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of gate and up, and silu(gate) · up once more; on GPUs they take the places of `gate`, `up` and `grad`."""
     if not _on_triton(gate):
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
+        sigmoid, silu = torch.sigmoid(gate), torch.nn.functional.silu(gate)
         return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu, silu * up
     _swiglu_backward[(triton.cdiv(gate.numel(), _ELEMENTS),)](
         grad, gate, up, gate.numel(), ELEMENTS=_ELEMENTS, num_warps=8
@@ -101,11 +101,11 @@ if triton is not None:
         else:
             scale = tl.load(scales + block, mask=inside, other=0.0)
         at = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-        byte = tl.load(packed + at, mask=at < size, other=0).to(tl.int32)
+        byte = tl.load(packed + at, mask=at < (size + 1) // 2, other=0).to(tl.int32)
         high = tl.load(code + (byte >> 4)) * scale[:, None]  # the first of two values stands in the high half
         low = tl.load(code + (byte & 15)) * scale[:, None]
         at = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-        tl.store(out + at, tl.interleave(high, low).to(out.dtype.element_ty), mask=at < 2 * size)
+        tl.store(out + at, tl.interleave(high, low).to(out.dtype.element_ty), mask=at < size)
 
     @triton.jit
     def _swiglu(gate, up, out, size, ELEMENTS: tl.constexpr):
