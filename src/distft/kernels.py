@@ -23,24 +23,32 @@ def _on_triton(tensor: torch.Tensor) -> bool:
     return triton is not None and tensor.is_cuda
 
 
-def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+def widens(packed: torch.Tensor, state: Any) -> bool:
+    """Whether `dequantize` can leave room at the end of each row: blocks of scales must not cross from row to row."""
+    return _on_triton(packed) and state.dtype in _HALVES and state.shape[1] % state.blocksize == 0
+
+
+def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype, room: int = 0) -> torch.Tensor:
     """The dense weight, of `state.shape` and `dtype`, of bitsandbytes' 4-bit `packed` (two values a byte, any storage type).
+    With `room` (see `widens`) each row is longer by so many values, which are not set.
 
     `state` is bitsandbytes' QuantState: a block of `state.blocksize` values shares one scale; with double quantisation
     (Dettmers et al. 2023, arXiv:2305.14314) the scales are 8-bit codes themselves, less their mean.
     """
-    if not _on_triton(packed) or dtype not in (torch.bfloat16, torch.float16):
+    if not _on_triton(packed) or dtype not in _HALVES:
         from bitsandbytes.functional import dequantize_4bit
 
         dense: torch.Tensor = dequantize_4bit(packed, state)
         return dense.to(dtype)
-    out = torch.empty(state.shape, dtype=dtype, device=packed.device)
-    blocks = triton.cdiv(out.numel(), state.blocksize)
+    rows, columns = state.shape
+    out = torch.empty(rows, columns + room, dtype=dtype, device=packed.device)
+    blocks = triton.cdiv(rows * columns, state.blocksize)
     scales, second = state.absmax, state.state2 if state.nested else None
     _dequantize[(triton.cdiv(blocks, _BLOCKS),)](
         packed.view(torch.uint8), out, state.code, scales, second.code if second else scales, second.absmax if second else scales,
-        state.offset if second else scales, blocks, (out.numel() + 1) // 2, BLOCKS=_BLOCKS, HALF=state.blocksize // 2,
-        GROUP=second.blocksize if second else 1, NESTED=second is not None, num_warps=4, enable_fp_fusion=False,
+        state.offset if second else scales, blocks, rows * columns, columns, room, BLOCKS=_BLOCKS, HALF=state.blocksize // 2,
+        GROUP=second.blocksize if second else 1, NESTED=second is not None, num_warps=4,
+        enable_fp_fusion=False,  # bitsandbytes rounds a scale before it adds the mean
     )  # fmt: skip
     return out
 
@@ -59,8 +67,7 @@ def swiglu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of gate and up, and silu(gate) · up once more; on GPUs they take the places of `gate`, `up` and `grad`."""
     if not _on_triton(gate):
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
+        sigmoid, silu = torch.sigmoid(gate), torch.nn.functional.silu(gate)
         return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu, silu * up
     _swiglu_backward[(triton.cdiv(gate.numel(), _ELEMENTS),)](
         grad, gate, up, gate.numel(), ELEMENTS=_ELEMENTS, num_warps=8
@@ -82,6 +89,7 @@ def dropout(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     return out
 
 
+_HALVES = (torch.bfloat16, torch.float16)
 _BLOCKS = 128  # quantisation blocks of a program: 8,192 values
 _ELEMENTS = 4096  # values of a program of the element-wise kernels
 
@@ -89,7 +97,7 @@ if triton is not None:
 
     @triton.jit
     def _dequantize(
-        packed, out, code, scales, scales_code, scales_scales, scales_mean, blocks, size,
+        packed, out, code, scales, scales_code, scales_scales, scales_mean, blocks, size, columns, room,
         BLOCKS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, NESTED: tl.constexpr,
     ):  # fmt: skip
         block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
@@ -101,11 +109,12 @@ if triton is not None:
         else:
             scale = tl.load(scales + block, mask=inside, other=0.0)
         at = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-        byte = tl.load(packed + at, mask=at < size, other=0).to(tl.int32)
+        byte = tl.load(packed + at, mask=at < (size + 1) // 2, other=0).to(tl.int32)
         high = tl.load(code + (byte >> 4)) * scale[:, None]  # the first of two values stands in the high half
         low = tl.load(code + (byte & 15)) * scale[:, None]
         at = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-        tl.store(out + at, tl.interleave(high, low).to(out.dtype.element_ty), mask=at < 2 * size)
+        skipped = (block * (2 * HALF)) // columns * room if room > 0 else block * 0
+        tl.store(out + skipped[:, None] + at, tl.interleave(high, low).to(out.dtype.element_ty), mask=at < size)
 
     @triton.jit
     def _swiglu(gate, up, out, size, ELEMENTS: tl.constexpr):
