@@ -20,7 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 
-from distft.kernels import dequantize, dropout, swiglu, swiglu_backward, widens
+from distft.kernels import dequantize, dropout, swiglu, swiglu_backward
 from distft.recompute import is_pre_norm, recomputing
 
 _SIBLINGS = ("q_proj", "k_proj", "v_proj")
@@ -35,11 +35,6 @@ class Spec:
     scaling: float
     quant_state: Any
     dtype: torch.dtype
-
-    def widens(self, weight: torch.Tensor) -> bool:
-        return (
-            self.quant_state is not None and self.dtype == self.quant_state.dtype and widens(weight, self.quant_state)
-        )
 
     def dense(self, weight: torch.Tensor) -> torch.Tensor:
         """The frozen weight [out, in]."""
@@ -64,29 +59,12 @@ class Group:
 
     def forward(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Of x [tokens, in] the outputs [tokens, out] of each linear, and A x [tokens, sum of the ranks]."""
-        if len(self.specs) > 1 and all(map(Spec.widens, self.specs, self.weights)):
-            return self._forward_wide(x)
         low, outputs = self.low(x), []
         for spec, weight, bias, b, part in zip(self.specs, self.weights, self.biases, self.b, torch.split(low, self.ranks, 1), strict=True):  # fmt: skip
             dense = spec.dense(weight).t()
             out = x @ dense if bias is None else torch.addmm(bias.to(spec.dtype), x, dense)
             outputs.append(out.addmm_(part, b.t()))
         return outputs, low
-
-    def _forward_wide(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The same as one product a linear, of [x | A x] and [W | s B]: what LoRA adds to the outputs needs no pass over them."""
-        inner, room = x.shape[1], sum(self.ranks)
-        wide = x.new_empty(x.shape[0], inner + room)
-        wide[:, :inner] = x
-        torch.mm(dropout(x, self.p, self.seed), self.a.t(), out=wide[:, inner:])
-        outputs, at = [], inner
-        for spec, weight, bias, b in zip(self.specs, self.weights, self.biases, self.b, strict=True):
-            dense = dequantize(weight, spec.quant_state, spec.dtype, room)
-            dense[:, inner:] = 0
-            dense[:, at : at + b.shape[1]] = b
-            outputs.append(wide @ dense.t() if bias is None else torch.addmm(bias.to(spec.dtype), wide, dense.t()))
-            at += b.shape[1]
-        return outputs, wide[:, inner:].contiguous()
 
     def low(self, x: torch.Tensor) -> torch.Tensor:
         """A x [tokens, sum of the ranks]."""

@@ -23,30 +23,23 @@ def _on_triton(tensor: torch.Tensor) -> bool:
     return triton is not None and tensor.is_cuda
 
 
-def widens(packed: torch.Tensor, state: Any) -> bool:
-    """Whether `dequantize` can leave room at the end of each row: blocks of scales must not cross from row to row."""
-    return _on_triton(packed) and state.dtype in _HALVES and state.shape[1] % state.blocksize == 0
-
-
-def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype, room: int = 0) -> torch.Tensor:
+def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
     """The dense weight, of `state.shape` and `dtype`, of bitsandbytes' 4-bit `packed` (two values a byte, any storage type).
-    With `room` (see `widens`) each row is longer by so many values, which are not set.
 
     `state` is bitsandbytes' QuantState: a block of `state.blocksize` values shares one scale; with double quantisation
     (Dettmers et al. 2023, arXiv:2305.14314) the scales are 8-bit codes themselves, less their mean.
     """
-    if not _on_triton(packed) or dtype not in _HALVES:
+    if not _on_triton(packed) or dtype not in (torch.bfloat16, torch.float16):
         from bitsandbytes.functional import dequantize_4bit
 
         dense: torch.Tensor = dequantize_4bit(packed, state)
         return dense.to(dtype)
-    rows, columns = state.shape
-    out = torch.empty(rows, columns + room, dtype=dtype, device=packed.device)
-    blocks = triton.cdiv(rows * columns, state.blocksize)
+    out = torch.empty(state.shape, dtype=dtype, device=packed.device)
+    blocks = triton.cdiv(out.numel(), state.blocksize)
     scales, second = state.absmax, state.state2 if state.nested else None
     _dequantize[(triton.cdiv(blocks, _BLOCKS),)](
         packed.view(torch.uint8), out, state.code, scales, second.code if second else scales, second.absmax if second else scales,
-        state.offset if second else scales, blocks, rows * columns, columns, room, BLOCKS=_BLOCKS, HALF=state.blocksize // 2,
+        state.offset if second else scales, blocks, out.numel(), BLOCKS=_BLOCKS, HALF=state.blocksize // 2,
         GROUP=second.blocksize if second else 1, NESTED=second is not None, num_warps=4,
         enable_fp_fusion=False,  # bitsandbytes rounds a scale before it adds the mean
     )  # fmt: skip
@@ -89,7 +82,6 @@ def dropout(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     return out
 
 
-_HALVES = (torch.bfloat16, torch.float16)
 _BLOCKS = 128  # quantisation blocks of a program: 8,192 values
 _ELEMENTS = 4096  # values of a program of the element-wise kernels
 
@@ -97,7 +89,7 @@ if triton is not None:
 
     @triton.jit
     def _dequantize(
-        packed, out, code, scales, scales_code, scales_scales, scales_mean, blocks, size, columns, room,
+        packed, out, code, scales, scales_code, scales_scales, scales_mean, blocks, size,
         BLOCKS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, NESTED: tl.constexpr,
     ):  # fmt: skip
         block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
@@ -113,8 +105,7 @@ if triton is not None:
         high = tl.load(code + (byte >> 4)) * scale[:, None]  # the first of two values stands in the high half
         low = tl.load(code + (byte & 15)) * scale[:, None]
         at = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-        skipped = (block * (2 * HALF)) // columns * room if room > 0 else block * 0
-        tl.store(out + skipped[:, None] + at, tl.interleave(high, low).to(out.dtype.element_ty), mask=at < size)
+        tl.store(out + at, tl.interleave(high, low).to(out.dtype.element_ty), mask=at < size)
 
     @triton.jit
     def _swiglu(gate, up, out, size, ELEMENTS: tl.constexpr):
