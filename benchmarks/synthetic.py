@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,10 @@ def rows(work: Path, shape: Shape, count: int, seed: int = 0) -> tuple[Path, np.
     The lengths are those of Dolly-15k under Llama-2's tokenizer: log-normal with median 115 and mean 205, from 16 to 1,024.
     """
     generator = np.random.default_rng(seed)
-    # 1.17 gives the mean of 205 after clipping.
-    drawn = np.exp(np.log(115) + 1.17 * generator.standard_normal(count))
+    normal = statistics.NormalDist()
+    # The quantiles themselves, shuffled: few rows have the same median and mean as many. 1.17 gives this mean after clipping.
+    quantiles = np.array([normal.inv_cdf((number + 0.5) / count) for number in range(count)])
+    drawn = np.exp(np.log(115) + 1.17 * generator.permutation(quantiles))
     lengths = (np.clip(drawn.round(), 16, 1024) / shape.divisor).astype(np.int64).clip(min=2)
     path = work / f"rows-{shape.name}-{count}.jsonl"
     with path.open("w", encoding="utf-8") as file:

@@ -183,7 +183,7 @@ class Runner:
         return [*arguments, "--tokens", str(shape.tokens(int(tokens))), "--global-tokens", str(shape.tokens(13_312))]
 
     def processes(self, gpus: int) -> int:
-        return min(gpus, self.options.processes)
+        return min(gpus, torch.cuda.device_count() or self.options.processes)
 
     def run(
         self, name: str, command: list[str], shown: list[str], gpus: int, environment: Mapping[str, str]
@@ -218,7 +218,7 @@ class Runner:
         if code:
             if "out of memory" in text.lower():
                 result["failure"] = f"out of memory ({failure})"
-            result["log_end"] = text[-2500:]
+            result["log_end"] = text[-5000:]  # of which a launcher's own words are 2,000
         return result
 
     def with_figures(self, result: dict[str, Any], order: list[dict[str, Any]], processes: int) -> dict[str, Any]:
@@ -294,9 +294,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=synthetic.SHAPES, default="llama-2-7b")
     parser.add_argument("--layers", type=int, help="fewer for a trial")
     parser.add_argument("--rows", type=int, default=4096, help="rows of the data; an epoch has a 64th as many steps")
-    parser.add_argument(
-        "--processes", type=int, default=2, help="at most so many, where there are fewer GPUs than a case wants"
-    )
+    parser.add_argument("--processes", type=int, default=2, help="at most so many where there is no GPU")
     parser.add_argument(
         "--unsloth", type=Path, help="folder that holds Unsloth and what it needs, with its libraries in lib/"
     )
@@ -319,9 +317,8 @@ def main() -> int:
         name: [other for other in CASES[name].references if other not in options.without] for name in options.cases
     }
     references = list(dict.fromkeys(other for others in pairs.values() for other in others))
-    commit = (
-        options.commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    )
+    git = ["git", "-C", str(REFERENCES), "rev-parse", "HEAD"]
+    commit = options.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
     record: dict[str, Any] = {
         "program": "benchmarks/throughput.py", "commit": commit,
         "environment": {key: value for key, value in describe().items() if key not in ("command", "working_folder")},

@@ -131,7 +131,7 @@ class Meter(TrainerCallback):  # type: ignore[misc]
             "energy_j": sum(rank["joules"] for rank in ranks) if all(rank["joules"] is not None for rank in ranks) else None,
             "train_loss": next((log["train_loss"] for log in reversed(self._trainer.state.log_history) if "train_loss" in log), None),
             "settings": {"micro_batch": self._trainer.args.per_device_train_batch_size, "accumulation": accumulation,
-                         "optim": str(self._trainer.args.optim), **settings},
+                         "optim": getattr(self._trainer.args.optim, "value", self._trainer.args.optim), **settings},
             "packages": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "peft")},
         }  # fmt: skip
         print(json.dumps(record), flush=True)
