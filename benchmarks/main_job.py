@@ -19,14 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from synthetic import LLAMA_2_7B
 
 from distft.machine import describe
 from distft.run import RunFolder, to_json, write_atomically
-
-LLAMA_2_7B = {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
-    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-}  # fmt: skip
 
 
 def build(folder: Path, rows: Path, layers: int) -> None:

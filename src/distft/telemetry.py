@@ -157,6 +157,13 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         self._step_logged, self._tokens_logged = step, tokens
         logs |= {"samples": samples, "tokens": tokens, "time_s": time.perf_counter() - self._started}
         logs |= window.rates(self.world.world_size, self.flops_per_token, self._flops) | self.memory()
+        logs["energy_j"] = self.energy()
+
+    def energy(self) -> float | None:
+        """Joules that the GPUs of all ranks have used since training began. All ranks enter."""
+        joules = self._energy.joules() if self._energy else None
+        total = reduce([joules or 0.0], "sum", self.world)[0]
+        return total if joules is not None else None
 
     def memory(self) -> dict[str, float | None]:
         """Peak allocated and reserved GPU memory and host RSS of the worst rank, in GiB. All ranks enter."""
@@ -173,11 +180,9 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
 
     def figures(self) -> dict[str, Any]:
         """The run's figures for its summary. All ranks enter."""
-        joules = self._energy.joules() if self._energy else None
-        total = reduce([joules or 0.0], "sum", self.world)[0]
         return {
             "train_time_s": self.train_time_s, "samples": self.plan.samples_after(self._step_logged), "tokens": self._tokens_logged,
-            "energy_j": total if joules is not None else None,
+            "energy_j": self.energy(),
             **self.whole.rates(self.world.world_size, self.flops_per_token, self._flops), **self.memory(),
         }  # fmt: skip
 

@@ -1,0 +1,89 @@
+"""What the throughput benchmark can run: recipes with overrides, and the references beside which each runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from synthetic import Shape
+
+
+@dataclass(frozen=True)
+class Batch:
+    """An optimizer step, and the tokens a device takes at once."""
+
+    tokens: int
+    global_samples: int | None = 64
+    global_tokens: int | None = None
+
+    def overrides(self, shape: Shape) -> list[str]:
+        wanted = None if self.global_tokens is None else shape.tokens(self.global_tokens)
+        return [
+            f"batching.global_batch_size={_yaml(self.global_samples)}", f"batching.global_batch_tokens={_yaml(wanted)}",
+            f"batching.micro_batch_tokens={shape.tokens(self.tokens)}",
+        ]  # fmt: skip
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+# Sixty-four samples have 13,100 tokens in the mean and almost 18,000 at most: this is one pack a GPU and step on two GPUs.
+TWO_GPUS = Batch(9_216)
+# Steps of 13,312 tokens (64.9 samples in the mean) give full packs on one GPU; a step ends with a whole sample, hence the slack.
+ONE_PACK = Batch(14_336, global_samples=None, global_tokens=13_312)
+TWO_PACKS = Batch(7_168, global_samples=None, global_tokens=13_312)
+SMALL_PACKS = Batch(3_328, global_samples=None, global_tokens=13_312)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A script in references/, its arguments, and the batch whose order it is given."""
+
+    gpus: int
+    script: str
+    arguments: tuple[str, ...] = ()
+    batch: Batch = TWO_GPUS
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe with overrides, and the references beside which it runs."""
+
+    gpus: int
+    recipe: str
+    batch: Batch
+    overrides: tuple[str, ...]
+    references: tuple[str, ...]
+
+
+OFF, ON = "training.gradient_checkpointing=false", "training.gradient_checkpointing=true"
+SINGLE = ("strategy=single",)
+CASES = {
+    "ddp_qlora": Case(2, "ddp_qlora", TWO_GPUS, (OFF,), ("r1", "trl_packed_4bit")),
+    "ddp_qlora_6656": Case(2, "ddp_qlora", Batch(6_656), (OFF,), ("r1", "trl_packed_4bit")),
+    "ddp_qlora_checkpointed": Case(2, "ddp_qlora", Batch(6_656), (ON,), ("r1",)),
+    "fsdp_bf16": Case(2, "fsdp_bf16", TWO_GPUS, (OFF,), ("r2_fsdp2", "r2_fsdp1")),
+    "ddp_bf16": Case(2, "ddp_bf16", TWO_GPUS, (OFF,), ("r1", "trl_packed_bf16")),
+    "single_13312": Case(1, "ddp_qlora", ONE_PACK, (*SINGLE, OFF, "lora.lora_dropout=0.0"), ("unsloth_13312", "trl_packed_single")),
+    "single_6656": Case(1, "ddp_qlora", TWO_PACKS, (*SINGLE, OFF), ("unsloth_6656",)),
+    # The packs within 6.5 GB: every token of a pack keeps one hidden state a layer.
+    "single_checkpointed": Case(1, "ddp_qlora", SMALL_PACKS, (*SINGLE, ON, "lora.lora_dropout=0.0"), ("unsloth_checkpointed",)),
+    "single_checkpointed_dropout": Case(1, "ddp_qlora", SMALL_PACKS, (*SINGLE, ON), ("unsloth_checkpointed_dropout",)),
+}  # fmt: skip
+BESIDE = {
+    "r1": Reference(2, "r1_ddp_qlora.py"),
+    "r2_fsdp1": Reference(2, "r2_fsdp_bf16.py", ("--fsdp-version", "1")),
+    "r2_fsdp2": Reference(2, "r2_fsdp_bf16.py", ("--fsdp-version", "2")),
+    "trl_packed_4bit": Reference(2, "trl_packed.py", ("--bits", "4")),
+    "trl_packed_bf16": Reference(2, "trl_packed.py", ("--bits", "16")),
+    "trl_packed_single": Reference(
+        1, "trl_packed.py", ("--bits", "4", "--tokens", "13312", "--dropout", "0"), ONE_PACK
+    ),
+    "unsloth_13312": Reference(1, "unsloth_packed.py", (), ONE_PACK),
+    "unsloth_6656": Reference(1, "unsloth_packed.py", ("--dropout", "0.05"), TWO_PACKS),
+    "unsloth_checkpointed": Reference(1, "unsloth_packed.py", ("--checkpointing", "unsloth"), ONE_PACK),
+    "unsloth_checkpointed_dropout": Reference(
+        1, "unsloth_packed.py", ("--checkpointing", "unsloth", "--dropout", "0.05"), ONE_PACK
+    ),
+}

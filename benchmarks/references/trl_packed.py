@@ -1,0 +1,88 @@
+"""TRL's own packing, at what its documentation recommends for speed: what a user of TRL would run instead of distft.
+
+    torchrun --nproc-per-node 2 benchmarks/references/trl_packed.py --bits 4 --tokens 6656 --model … --rows … --order … --steps 10 --warmup 3
+
+Best-fit-decreasing packs without padding, no checkpointing, FlashAttention (the installed one, else that of the kernels package, else
+the attention that --attention names), liger where it is installed. TRL packs all rows ahead of training and counts packs, so a step
+has --global-tokens tokens and not an exact number of samples; the line of JSON says how many.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from datasets import Dataset
+from measure import LINEARS, LOCAL_RANK, ON_GPU, WORLD_SIZE, Meter, parser, texts
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from trl import SFTConfig, SFTTrainer
+
+
+def documented_attention(fallback: str) -> str:
+    """TRL wants FlashAttention for packs: the package, or the same kernel from the hub; on the CPU neither runs."""
+    if ON_GPU and importlib.util.find_spec("flash_attn"):
+        return "flash_attention_2"
+    if ON_GPU and importlib.util.find_spec("kernels"):
+        return "kernels-community/flash-attn2"
+    return fallback
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--bits", type=int, choices=(4, 16), default=4)
+    arguments.add_argument("--tokens", type=int, default=6_656, help="tokens of a pack")
+    arguments.add_argument("--global-tokens", type=int, default=13_312, help="tokens of an optimizer step")
+    arguments.add_argument("--dropout", type=float, default=0.05)
+    arguments.add_argument("--checkpointing", choices=("on", "off"), default="off")
+    arguments.add_argument("--attention", default="sdpa", help="where there is no FlashAttention")
+    options = arguments.parse_args()
+    attention = documented_attention(options.attention)
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=dtype, device_map={"": LOCAL_RANK} if ON_GPU else None, attn_implementation=attention,
+        quantization_config=quantization if options.bits == 4 else None,
+    )  # fmt: skip
+    liger = ON_GPU and importlib.util.find_spec("liger_kernel") is not None
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=AutoTokenizer.from_pretrained(options.model),
+        train_dataset=Dataset.from_dict({"text": texts(options)}),
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM", r=32, lora_alpha=64, lora_dropout=options.dropout, target_modules=LINEARS
+        ),
+        args=SFTConfig(
+            output_dir=str(options.order.parent / "trl"),
+            packing=True,
+            packing_strategy="bfd",
+            padding_free=True,
+            max_length=options.tokens,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=max(1, options.global_tokens // (options.tokens * WORLD_SIZE)),
+            max_steps=options.warmup + options.steps,
+            learning_rate=1e-4,
+            lr_scheduler_type="cosine",
+            optim="paged_adamw_32bit" if options.bits == 4 else "adamw_torch_fused",
+            bf16=ON_GPU,
+            use_cpu=not ON_GPU,
+            gradient_checkpointing=options.checkpointing == "on",
+            use_liger_kernel=liger,
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+    )
+    meter = Meter(trainer, options)
+    trainer.train()
+    meter.report(
+        precision="bf16" if ON_GPU else "fp32, since this is the CPU", attention=attention, liger=liger, pack_tokens=options.tokens,
+        checkpointing=options.checkpointing, dropout=options.dropout,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Unsloth on one GPU, 4-bit, on the packs that distft trains on.
+
+    python benchmarks/references/unsloth_packed.py --checkpointing off --dropout 0 --model … --rows … --order … --steps 10 --warmup 3
+
+From an environment of its own, since Unsloth takes older versions of TRL and datasets than distft does. The packs are tokenised
+beforehand; each is one micro-batch, and the packs of a step are accumulated.
+"""
+
+from __future__ import annotations
+
+import unsloth  # isort: skip  # it patches transformers and TRL, so it comes first
+import sys
+
+import torch
+from datasets import Dataset
+from measure import LINEARS, Meter, parser, steps, texts
+from trl import SFTConfig, SFTTrainer
+
+CONTEXT = 16_384
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--checkpointing", choices=("unsloth", "off"), default="off")
+    arguments.add_argument("--dropout", type=float, default=0.0)
+    options = arguments.parse_args()
+    rows, order = texts(options), steps(options)
+    packs = [pack for step in order for pack in step["packs"]]
+    if len({len(step["packs"]) for step in order}) != 1:
+        sys.exit("the steps have different numbers of packs, and gradient accumulation is one number")
+
+    model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
+        options.model, max_seq_length=CONTEXT, dtype=torch.bfloat16, load_in_4bit=True
+    )
+    model = unsloth.FastLanguageModel.get_peft_model(
+        model,
+        r=32,
+        lora_alpha=64,
+        lora_dropout=options.dropout,
+        target_modules=LINEARS,
+        use_gradient_checkpointing="unsloth" if options.checkpointing == "unsloth" else False,
+        max_seq_length=CONTEXT,
+    )
+    ids = tokenizer(rows)["input_ids"]
+    samples = [[[*ids[index], tokenizer.eos_token_id] for index in pack] for pack in packs]
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_dict(
+            {
+                "input_ids": [[token for sample in pack for token in sample] for pack in samples],
+                "labels": [[token for sample in pack for token in [-100, *sample[1:]]] for pack in samples],
+                "seq_lengths": [[len(sample) for sample in pack] for pack in samples],
+            }
+        ),
+        args=SFTConfig(
+            output_dir=str(options.order.parent / "unsloth"),
+            packing=True,
+            max_length=CONTEXT,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=len(order[0]["packs"]),
+            max_steps=len(order),
+            learning_rate=1e-4,
+            lr_scheduler_type="cosine",
+            optim="paged_adamw_32bit",
+            bf16=True,
+            train_sampling_strategy="sequential",
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+    )
+    meter = Meter(trainer, options)
+    trainer.train()
+    try:
+        import xformers  # noqa: F401
+
+        attention = "xformers"
+    except ImportError:
+        attention = "Unsloth's fallback, since xformers is not installed"
+    meter.report(
+        precision="bf16",
+        attention=attention,
+        checkpointing=options.checkpointing,
+        dropout=options.dropout,
+        unsloth=unsloth.__version__,
+    )
+
+
+if __name__ == "__main__":
+    main()

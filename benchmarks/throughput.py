@@ -1,0 +1,348 @@
+"""distft beside its references: samples/s, tokens/s, MFU, memory and energy of both, interleaved in one run.
+
+    python benchmarks/throughput.py --cases ddp_qlora fsdp_bf16 --repeats 3 --output result.json --markdown result.md
+    python benchmarks/throughput.py --shape tiny --cases ddp_qlora --steps 2 --warmup 1 --repeats 1 --output result.json   # no GPU
+
+A case is a recipe, started as a user starts it, and the references that it is measured against; naming a case runs both, as
+A B C A B C …. All train on the same rows, and what each says that it has done is compared step by step. Figures are of the steps
+after the warm-up of each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import synthetic
+import torch
+from cases import BESIDE, CASES, Batch, Case, Reference
+from comparison import compare, table
+
+from distft.data import split
+from distft.launch import accelerate_command, free_port
+from distft.machine import GIB, describe, device_flops
+from distft.plan import Plan
+from distft.recipe import Recipe, load_recipe
+from distft.run import RunFolder, to_json, write_atomically
+
+REFERENCES = Path(__file__).parent / "references"
+MARK = "DISTFT_BENCHMARK_RUN"
+"""Environment variable of every process of a run: torchrun gives each worker a session of its own, so that the launcher's process
+group does not hold them, and a launcher that dies leaves them behind."""
+
+
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all runs share: the model's folder, the rows and the tokens of each."""
+
+    shape: synthetic.Shape
+    model: Path
+    rows: Path
+    lengths: Any
+
+    def overrides(self, batch: Batch) -> list[str]:
+        """Of a recipe, so that it trains on this and on nothing else."""
+        on_cpu = ["model.dtype=float32", "training.bf16=false"] if not torch.cuda.is_available() else []
+        return [
+            f"model.name={self.model}", f"data.name={self.rows}", "data.format.text=text", "data.validation_fraction=0.0",
+            "data.test_fraction=0.0", "evaluation.before_and_after=false", "training.eval_strategy=no", "training.save_strategy=no",
+            "tracking.report_to=[]", *batch.overrides(self.shape), *on_cpu,
+        ]  # fmt: skip
+
+    def order(self, recipe: Recipe, gpus: int, steps: int) -> list[dict[str, Any]]:
+        """Of each step the rows that distft's plan takes, the packs they fall into, and the tokens they have."""
+        numbers = split(range(len(self.lengths)), recipe.data, recipe.run.seed, with_test=True)["train"]
+        plan = Plan(self.lengths[numbers], recipe.batching, recipe.run.seed)
+        accumulation = plan.accumulation(gpus, recipe.epochs(plan.steps))
+        found = []
+        for step in range(steps):
+            packs = [pack for ranks in plan.micro_batches(step, gpus, accumulation) for pack in ranks]
+            samples = [numbers[index] for index in plan.samples(step)]
+            found.append({
+                "samples": samples, "tokens": int(self.lengths[samples].sum()), "packs": [[numbers[index] for index in pack] for pack in packs],
+            })  # fmt: skip
+        return found
+
+
+def cumulative(steps: list[list[int]]) -> dict[int, list[int]]:
+    """Samples and tokens after each step, from those of each."""
+    done, found = [0, 0], {}
+    for number, step in enumerate(steps, 1):
+        done = [total + count for total, count in zip(done, step, strict=True)]
+        found[number] = list(done)
+    return found
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Starts the runs of this benchmark, one after the other."""
+
+    options: argparse.Namespace
+    inputs: Inputs
+    flops: float | None
+
+    def case(self, name: str, case: Case) -> dict[str, Any]:
+        """A run of distft; its figures are those of its run folder."""
+        options, total = self.options, self.options.warmup + self.options.steps
+        folder = options.work / "runs" / f"{name}-{time.time_ns()}"
+        # distft writes a log record at the end of the warm-up by itself, and the next at the last step.
+        overrides = [
+            *self.inputs.overrides(case.batch), f"training.max_steps={total}", f"training.logging_steps={total}",
+            f"tracking.throughput_warmup_steps={options.warmup}", *case.overrides, *options.set,
+        ]  # fmt: skip
+        if not torch.cuda.is_available() and load_recipe([f"recipe={case.recipe}", *case.overrides]).bits == 4:
+            overrides.append("quantization.bnb_4bit_compute_dtype=float32")
+        arguments = [f"recipe={case.recipe}", *overrides]
+        processes = self.processes(case.gpus)
+        order = self.inputs.order(load_recipe(arguments), processes, total)
+        command = accelerate_command([*arguments, f"run.dir={folder}"], processes, free_port())
+        shown = ["accelerate launch", *command[3:]]
+        result = self.run(name, command, shown, case.gpus, {})
+        if result["exit_code"] == 0:
+            (path,) = folder.iterdir()
+            result |= self.of_folder(RunFolder(path))
+        return self.with_figures(result, order, processes)
+
+    def of_folder(self, folder: RunFolder) -> dict[str, Any]:
+        """What a run of distft did in the steps after its warm-up."""
+        summary = folder.read_summary()
+        records = [record for record in folder.read_metrics() if "samples" in record]
+        zero = {"step": 0, "samples": 0, "tokens": 0, "energy_j": records[-1]["energy_j"] and 0.0}
+        start = next((record for record in records if record["step"] == self.options.warmup), zero)
+        end = records[-1]
+        samples, tokens = end["samples"] - start["samples"], end["tokens"] - start["tokens"]
+        joules = None if end["energy_j"] is None else end["energy_j"] - start["energy_j"]
+        kept = (
+            "strategy",
+            "attn_implementation",
+            "micro_batch_tokens",
+            "gradient_accumulation_steps",
+            "changed_for_you",
+        )
+        return {
+            "work": {record["step"]: [record["samples"], record["tokens"]] for record in records},
+            "samples": samples, "tokens": tokens, "seconds": samples / summary["samples_per_second"],
+            "peak_memory_gib": summary["peak_memory_gib"], "energy_j": joules, "train_loss": summary["train_loss"],
+            "settings": {key: summary[key] for key in kept},
+        }  # fmt: skip
+
+    def reference(self, name: str, reference: Reference) -> dict[str, Any]:
+        """A run of a reference; its figures are those of the line that it prints."""
+        options = self.options
+        total = options.warmup + options.reference_steps
+        processes = self.processes(reference.gpus)
+        recipe = load_recipe(
+            ["recipe=ddp_qlora", *self.inputs.overrides(reference.batch), f"training.max_steps={total}"]
+        )
+        order = self.inputs.order(recipe, processes, total)
+        file = options.work / f"order-{name}.json"
+        write_atomically(file, json.dumps(order))
+        script = str(REFERENCES / reference.script)
+        arguments = [
+            *self._scaled(reference.arguments), "--model", str(self.inputs.model), "--rows", str(self.inputs.rows), "--order", str(file),
+            "--steps", str(options.reference_steps), "--warmup", str(options.warmup),
+        ]  # fmt: skip
+        environment: dict[str, str] = {}
+        if "unsloth" in reference.script:
+            launcher, shown = [sys.executable], ["python"]
+            environment = _first_on_path(options.unsloth, os.environ) if options.unsloth else {}
+        else:
+            flags = ["--nproc-per-node", str(processes), "--master-port", str(free_port())]
+            launcher, shown = [sys.executable, "-m", "torch.distributed.run", *flags], ["torchrun", *flags[:2]]
+        result = self.run(
+            name, [*launcher, script, *arguments], [*shown, script, *arguments], reference.gpus, environment
+        )
+        if result["exit_code"] == 0:
+            result |= result.pop("line")
+            result["work"] = cumulative(result.pop("steps"))
+        return self.with_figures(result, order, processes)
+
+    def _scaled(self, arguments: tuple[str, ...]) -> list[str]:
+        """The arguments with their numbers of tokens in the measure of the shape."""
+        if not any(argument == "--bits" for argument in arguments):
+            return list(arguments)
+        tokens = arguments[arguments.index("--tokens") + 1] if "--tokens" in arguments else "6656"
+        shape = self.inputs.shape
+        return [*arguments, "--tokens", str(shape.tokens(int(tokens))), "--global-tokens", str(shape.tokens(13_312))]
+
+    def processes(self, gpus: int) -> int:
+        return min(gpus, torch.cuda.device_count() or self.options.processes)
+
+    def run(
+        self, name: str, command: list[str], shown: list[str], gpus: int, environment: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Start `command` and wait for its end or its time limit; no process of it stays behind."""
+        run = f"{name}-{time.time_ns()}"
+        log = self.options.work / "logs" / f"{run}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, **environment, MARK: run}
+        if gpus == 1 and torch.cuda.device_count() > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        start = time.perf_counter()
+        with log.open("w", encoding="utf-8") as output:
+            child = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+            )
+            try:
+                code = child.wait(timeout=self.options.limit)
+                failure = f"exit code {code}" if code else None
+            except subprocess.TimeoutExpired:
+                code, failure = -1, f"not done after {self.options.limit} s"
+            finally:
+                end_all(run)
+                child.wait()
+        text = log.read_text(encoding="utf-8", errors="replace")
+        result: dict[str, Any] = {
+            "name": name, "command": " ".join(shown), "exit_code": code, "failure": failure, "wall_s": time.perf_counter() - start,
+        }  # fmt: skip
+        lines = [line for line in text.splitlines() if line.startswith('{"reference"')]
+        if lines:
+            result["line"] = json.loads(lines[-1])
+        if code:
+            if "out of memory" in text.lower():
+                result["failure"] = f"out of memory ({failure})"
+            result["log_end"] = text[-5000:]  # of which a launcher's own words are 2,000
+        return result
+
+    def with_figures(self, result: dict[str, Any], order: list[dict[str, Any]], processes: int) -> dict[str, Any]:
+        """`result` with its rates, and whether it did the work of `order` (None where it did not end)."""
+        expected = cumulative([[len(step["samples"]), step["tokens"]] for step in order])
+        if result["exit_code"]:
+            return {**result, "expected": expected, "same_work": None}
+        seconds, samples, joules = result["seconds"], result["samples"], result["energy_j"]
+        tokens_per_second, peak = result["tokens"] / seconds, result["peak_memory_gib"]
+        rates = {
+            "samples_per_second": samples / seconds,
+            "tokens_per_second": tokens_per_second,
+            "mfu": tokens_per_second * 4 * self.inputs.shape.parameters / (processes * self.flops)
+            if self.flops
+            else None,
+            "peak_memory_gb": None if peak is None else peak * GIB / 1e9,
+            "watts": None if joules is None else joules / seconds,
+            "joules_per_1000_samples": None if joules is None else joules / samples * 1e3,
+        }
+        work = result["work"]
+        return {
+            **result,
+            **rates,
+            "expected": expected,
+            "same_work": bool(work) and all(expected[step] == work[step] for step in work),
+        }
+
+
+def _first_on_path(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment in which Python and the loader look into `folder` first."""
+    places = {"PYTHONPATH": str(folder), "LD_LIBRARY_PATH": str(folder / "lib")}
+    return {key: ":".join(filter(None, (place, environment.get(key)))) for key, place in places.items()}
+
+
+def end_all(run: str) -> None:
+    """End every process that carries the mark of `run`, and wait until it is gone."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == run:
+                process.send_signal(signal.SIGKILL)
+                found.append(process)
+        except psutil.Error:  # of another user, or gone
+            continue
+    psutil.wait_procs(found, timeout=30)
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        default=["ddp_qlora", "fsdp_bf16", "ddp_bf16"],
+        metavar="CASE",
+        help=", ".join(CASES),
+    )
+    parser.add_argument(
+        "--without",
+        nargs="*",
+        choices=BESIDE,
+        default=[],
+        metavar="REFERENCE",
+        help=f"leave out of {', '.join(BESIDE)}",
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=3, help="first optimizer steps of a run, which are not measured")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps measured in a run")
+    parser.add_argument("--reference-steps", type=int, help="the same for references, where they are slow (as many)")
+    parser.add_argument("--shape", choices=synthetic.SHAPES, default="llama-2-7b")
+    parser.add_argument("--layers", type=int, help="fewer for a trial")
+    parser.add_argument("--rows", type=int, default=4096, help="rows of the data; an epoch has a 64th as many steps")
+    parser.add_argument("--processes", type=int, default=2, help="at most so many where there is no GPU")
+    parser.add_argument(
+        "--unsloth", type=Path, help="folder that holds Unsloth and what it needs, with its libraries in lib/"
+    )
+    parser.add_argument("--work", type=Path, default=Path("/tmp/distft-throughput"))
+    parser.add_argument("--limit", type=int, default=240, help="seconds for one run")
+    parser.add_argument("--commit", default="", help="the commit measured, where there is no git")
+    parser.add_argument("--set", nargs="*", default=[], help="more overrides for every run of distft")
+    parser.add_argument("--output", type=Path, required=True, help="a .json file, written again after every run")
+    parser.add_argument("--markdown", type=Path, help="a .md file with the tables")
+    options = parser.parse_args()
+    options.reference_steps = options.reference_steps or options.steps
+    options.work = options.work.resolve()
+    options.work.mkdir(parents=True, exist_ok=True)
+
+    shape = synthetic.SHAPES[options.shape].with_layers(options.layers)
+    folder = synthetic.model(options.work, shape)
+    inputs = Inputs(shape, folder, *synthetic.rows(options.work, shape, options.rows))
+    runner = Runner(options, inputs, device_flops())
+    pairs = {
+        name: [other for other in CASES[name].references if other not in options.without] for name in options.cases
+    }
+    references = list(dict.fromkeys(other for others in pairs.values() for other in others))
+    git = ["git", "-C", str(REFERENCES), "rev-parse", "HEAD"]
+    commit = options.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    record: dict[str, Any] = {
+        "program": "benchmarks/throughput.py", "commit": commit,
+        "environment": {key: value for key, value in describe().items() if key not in ("command", "working_folder")},
+        "shape": shape.name, "layers": shape.config["num_hidden_layers"], "parameters_without_embeddings": shape.parameters,
+        "device_flops": runner.flops, "warmup_steps": options.warmup, "steps": options.steps, "reference_steps": options.reference_steps,
+        "mean_tokens_of_a_sample": statistics.mean(inputs.lengths.tolist()), "comparisons": [], "summary": {}, "runs": [],
+    }  # fmt: skip
+    runs: list[dict[str, Any]] = []
+    for repeat in range(options.repeats):
+        for name in [*options.cases, *references]:
+            result = runner.case(name, CASES[name]) if name in CASES else runner.reference(name, BESIDE[name])
+            runs.append({"repeat": repeat, **result})
+            record["runs"] = [{key: value for key, value in run.items() if key != "expected"} for run in runs]
+            record["summary"], record["comparisons"] = compare(runs, pairs)
+            write_atomically(options.output, to_json(record) + "\n")
+            if options.markdown:
+                write_atomically(options.markdown, table(record))
+            shown = f"{result['samples_per_second']:.1f} samples/s" if not result["exit_code"] else result["failure"]
+            print(f"{repeat + 1}/{options.repeats} {name}: {shown} ({result['wall_s']:.0f} s)", flush=True)
+            if result["exit_code"]:
+                print(result["log_end"], flush=True)
+    print(table(record))
+    return 0 if all(run["exit_code"] == 0 for run in record["runs"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
