@@ -53,8 +53,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._plan = plan
         super().__init__(*args, **kwargs)
         self._collate = Collator(
-            self.processing_class.pad_token_id, packed=plan.batching.micro_batch_tokens is not None
-        )
+            self.processing_class.pad_token_id, packed=plan.batching.micro_batch_tokens is not None,
+            multiple=self.args.pad_to_multiple_of,
+        )  # fmt: skip
         self._sums = torch.zeros(
             3, device=self.args.device
         )  # entropy, right predictions, trained tokens since the last log
