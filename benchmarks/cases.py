@@ -33,7 +33,8 @@ TWO_GPUS = Batch(9_216)
 # Steps of 13,312 tokens (64.9 samples in the mean) give full packs on one GPU; a step ends with a whole sample, hence the slack.
 ONE_PACK = Batch(14_336, global_samples=None, global_tokens=13_312)
 TWO_PACKS = Batch(7_168, global_samples=None, global_tokens=13_312)
-SMALL_PACKS = Batch(3_328, global_samples=None, global_tokens=13_312)
+# As large as 6.5 GB allow where the inputs of checkpointed layers wait in host memory.
+OFFLOADED = Batch(11_264, global_samples=None, global_tokens=10_752)
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,20 @@ class Case:
     references: tuple[str, ...]
 
 
-OFF, ON = "training.gradient_checkpointing=false", "training.gradient_checkpointing=true"
+OFF = "training.gradient_checkpointing=false"
+ON = ("training.gradient_checkpointing=true", "batching.checkpoint_layers=null")
+OFFLOAD = (*ON, "batching.offload_checkpoints=true", "training.optim=adamw_8bit")
 SINGLE = ("strategy=single",)
 CASES = {
     "ddp_qlora": Case(2, "ddp_qlora", TWO_GPUS, (OFF,), ("r1", "trl_packed_4bit")),
     "ddp_qlora_6656": Case(2, "ddp_qlora", Batch(6_656), (OFF,), ("r1", "trl_packed_4bit")),
-    "ddp_qlora_checkpointed": Case(2, "ddp_qlora", Batch(6_656), (ON,), ("r1",)),
+    "ddp_qlora_checkpointed": Case(2, "ddp_qlora", Batch(6_656), ON, ("r1",)),
     "fsdp_bf16": Case(2, "fsdp_bf16", TWO_GPUS, (OFF,), ("r2_fsdp2", "r2_fsdp1")),
     "ddp_bf16": Case(2, "ddp_bf16", TWO_GPUS, (OFF,), ("r1", "trl_packed_bf16")),
     "single_13312": Case(1, "ddp_qlora", ONE_PACK, (*SINGLE, OFF, "lora.lora_dropout=0.0"), ("unsloth_13312", "trl_packed_single")),
     "single_6656": Case(1, "ddp_qlora", TWO_PACKS, (*SINGLE, OFF), ("unsloth_6656",)),
-    # The packs within 6.5 GB: every token of a pack keeps one hidden state a layer.
-    "single_checkpointed": Case(1, "ddp_qlora", SMALL_PACKS, (*SINGLE, ON, "lora.lora_dropout=0.0"), ("unsloth_checkpointed",)),
-    "single_checkpointed_dropout": Case(1, "ddp_qlora", SMALL_PACKS, (*SINGLE, ON), ("unsloth_checkpointed_dropout",)),
+    "single_checkpointed": Case(1, "ddp_qlora", OFFLOADED, (*SINGLE, *OFFLOAD, "lora.lora_dropout=0.0"), ("unsloth_checkpointed",)),
+    "single_checkpointed_dropout": Case(1, "ddp_qlora", OFFLOADED, (*SINGLE, *OFFLOAD), ("unsloth_checkpointed_dropout",)),
 }  # fmt: skip
 BESIDE = {
     "r1": Reference(2, "r1_ddp_qlora.py"),
@@ -82,8 +84,8 @@ BESIDE = {
     ),
     "unsloth_13312": Reference(1, "unsloth_packed.py", (), ONE_PACK),
     "unsloth_6656": Reference(1, "unsloth_packed.py", ("--dropout", "0.05"), TWO_PACKS),
-    "unsloth_checkpointed": Reference(1, "unsloth_packed.py", ("--checkpointing", "unsloth"), ONE_PACK),
+    "unsloth_checkpointed": Reference(1, "unsloth_packed.py", ("--checkpointing", "unsloth"), OFFLOADED),
     "unsloth_checkpointed_dropout": Reference(
-        1, "unsloth_packed.py", ("--checkpointing", "unsloth", "--dropout", "0.05"), ONE_PACK
+        1, "unsloth_packed.py", ("--checkpointing", "unsloth", "--dropout", "0.05"), OFFLOADED
     ),
 }

@@ -67,10 +67,9 @@ class Inputs:
         """Of each step the rows that distft's plan takes, the packs they fall into, and the tokens they have."""
         numbers = split(range(len(self.lengths)), recipe.data, recipe.run.seed, with_test=True)["train"]
         plan = Plan(self.lengths[numbers], recipe.batching, recipe.run.seed)
-        accumulation = plan.accumulation(gpus, recipe.epochs(plan.steps))
         found = []
         for step in range(steps):
-            packs = [pack for ranks in plan.micro_batches(step, gpus, accumulation) for pack in ranks]
+            packs = [pack for ranks in plan.micro_batches(step, gpus) for pack in ranks]
             samples = [numbers[index] for index in plan.samples(step)]
             found.append({
                 "samples": samples, "tokens": int(self.lengths[samples].sum()), "packs": [[numbers[index] for index in pack] for pack in packs],

@@ -63,7 +63,7 @@ def main() -> None:
             max_steps=len(order),
             learning_rate=1e-4,
             lr_scheduler_type="cosine",
-            optim="paged_adamw_32bit",
+            optim="adamw_8bit",  # as in the notebooks that Unsloth publishes
             bf16=True,
             train_sampling_strategy="sequential",
             logging_steps=10,

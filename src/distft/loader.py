@@ -14,11 +14,11 @@ from distft.samples import IGNORED
 
 
 class Collator:
-    """Rows to one micro-batch: packed into one row with the bounds of the samples, or padded. No rows give one token that the
-    loss does not look at, so that a rank with nothing to do enters every collective."""
+    """Rows to one micro-batch: packed into one row with the bounds of the samples, or padded; its width a multiple of `multiple`,
+    if any. No rows give one token that the loss does not look at, so that a rank with nothing to do enters every collective."""
 
-    def __init__(self, pad_token: int, *, packed: bool) -> None:
-        self._collate = DataCollatorForLanguageModeling(pad_token, padding_free=packed)
+    def __init__(self, pad_token: int, *, packed: bool, multiple: int | None = None) -> None:
+        self._collate = DataCollatorForLanguageModeling(pad_token, padding_free=packed, pad_to_multiple_of=multiple)
         self._empty = [{"input_ids": [pad_token], "labels": [IGNORED]}]
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

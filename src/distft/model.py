@@ -99,7 +99,9 @@ def checkpoint(model: Any, recipe: Recipe, strategy: Strategy, tokens: int) -> i
         if strategy.on_gpu:
             torch.cuda.empty_cache()
             trainable = sum(whole_numel(p) for p in model.parameters() if p.requires_grad)
-            count = layers_to_checkpoint(model, tokens, torch.cuda.mem_get_info()[0], trainable, offload=offload)
+            coming = sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_cuda)
+            free = torch.cuda.mem_get_info()[0] - coming // strategy.world.world_size
+            count = layers_to_checkpoint(model, tokens, free, trainable, offload=offload)
         count = highest(count, strategy.world)
     return checkpoint_layers(model, len(layers_of(model)) if count is None else count, offload=offload)
 

@@ -55,12 +55,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._plan, self._skips_spare_rounds = plan, skips_spare_rounds
         super().__init__(*args, **kwargs)
         self._collate = Collator(
-            self.processing_class.pad_token_id, packed=plan.batching.micro_batch_tokens is not None
-        )
+            self.processing_class.pad_token_id, packed=plan.batching.micro_batch_tokens is not None,
+            multiple=self.args.pad_to_multiple_of,
+        )  # fmt: skip
         self._round = 0  # of the optimizer step at hand
-        self._sums = torch.zeros(
-            3, device=self.args.device
-        )  # entropy, right predictions, trained tokens since the last log
+        # Entropy, right predictions and trained tokens since the last log.
+        self._sums = torch.zeros(3, device=self.args.device)
 
     def get_train_dataloader(self) -> Any:
         return self._loader(self.train_dataset, self._plan, self.args.gradient_accumulation_steps)
