@@ -11,7 +11,7 @@ import enum
 import functools
 import importlib
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, create_model
 
@@ -200,7 +200,7 @@ class Batching(Section):
     """Samples a device takes at once, padded: memory and speed only. gradient_accumulation_steps follows."""
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Tokens a device takes at once, in place of micro_batch: whole samples packed without padding, none of which sees another."""
-    checkpoint_layers: int | Literal["auto"] | None = Field(None, ge=0)
+    checkpoint_layers: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
     """With training.gradient_checkpointing: of how many layers, spread evenly, the activations are made again in the backward.
     null for all of them, `auto` for as few as fit into the memory that is there."""
     offload_checkpoints: bool = False
