@@ -136,18 +136,17 @@ WHOLE = {"attention": LAYERS, "mlp": LAYERS, "linear": LAYERS}
 """What `fuse` finds in each layer of an adapter on all linears: q/k/v, the MLP, and the attention's output alone."""
 
 
-def base_of(config: Any, folder: Path, *, bits: int = 16) -> Any:
-    """A model of random weights, in fp32 or with bitsandbytes' 4-bit ones."""
+def base_of(
+    config: Any, folder: Path, *, bits: int = 16, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Any:
+    """A model of random weights, dense or with bitsandbytes' 4-bit ones."""
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     quantised = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=quantised if bits == 4 else None
+        folder, dtype=dtype, quantization_config=quantised if bits == 4 else None, device_map={"": device}
     )
     if config.model_type == "qwen2":  # biases start as zeros, which would hide them
         for name, parameter in model.named_parameters():
@@ -171,7 +170,8 @@ def learn(model: Any, *, seed: int = 3) -> dict[str, torch.Tensor]:
     """The loss of one step, and by name the gradient and the value after one update of every trained tensor."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     torch.manual_seed(seed)
-    loss = model(input_ids=IDS, labels=IDS).loss
+    ids = IDS.to(model.device)
+    loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     found = {"loss": loss.detach()}
     for name, parameter in model.named_parameters():
@@ -212,25 +212,33 @@ def test_a_fused_model_learns_what_the_plain_one_does(
     assert_alike(learn(fused), learn(plain))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_drops_the_same_places_again(reentrant: bool, tmp_path: Path) -> None:
-    kept = adapted(base_of(LlamaConfig(**SHAPE), tmp_path), lora_dropout=0.3)
-    checkpointed = copy.deepcopy(kept)
-    fuse(kept)
-    fuse(checkpointed)
+def test_checkpointing_drops_the_same_places_again(reentrant: bool, device: str, tmp_path: Path) -> None:
+    kept = adapted(base_of(LlamaConfig(**SHAPE), tmp_path, device=device), lora_dropout=0.3)
+    assert fuse(kept) == WHOLE
+    checkpointed, other = copy.deepcopy(kept), copy.deepcopy(kept)
     checkpointed.enable_input_require_grads()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
     found = learn(checkpointed)
     assert_alike(found, learn(kept))
-    other = learn(copy_of_start(kept, tmp_path), seed=4)
-    assert (found["loss"] - other["loss"]).abs() > 1e-4, "dropout does something, and the seed decides what"
+    assert (found["loss"] - learn(other, seed=4)["loss"]).abs() > 1e-4, "the seed decides what is dropped"
 
 
-def copy_of_start(model: Any, folder: Path) -> Any:
-    """The same adapter before its update, fused."""
-    fresh = adapted(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), lora_dropout=0.3)
-    assert fuse(fresh) == WHOLE
-    return fresh
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [16, 4])
+def test_in_bf16_a_fused_model_is_as_near_to_fp32_as_the_plain_one(bits: int, tmp_path: Path) -> None:
+    """Of all gradients together, relative in norm."""
+    exact = learn(adapted(base_of(LlamaConfig(**SHAPE), tmp_path, bits=bits, device="cuda")))
+    plain = adapted(base_of(LlamaConfig(**SHAPE), tmp_path, bits=bits, dtype=torch.bfloat16, device="cuda"))
+    fused = copy.deepcopy(plain)
+    assert fuse(fused) == WHOLE
+    errors = []
+    for model in (plain, fused):
+        found, names = learn(model), [name for name in exact if name.startswith("gradient of")]
+        differences = torch.stack([(found[name] - exact[name]).norm() for name in names])
+        errors.append(float(differences.norm() / torch.stack([exact[name].norm() for name in names]).norm()))
+    assert errors[1] < 1.5 * errors[0] < 0.1
 
 
 def test_dropout_ends_with_training(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PrinterCallback
 
-from distft import data
+from distft import attention, data
 from distft.loader import Collator
 from distft.model import load_model, load_tokenizer, settle_adapter_dtype
 from distft.plan import Plan
@@ -100,9 +100,9 @@ def test_a_spare_pack_weighs_nothing(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, *PACKED)
     _, gradients, batches = first_step(trainer)
     before = {name: tensor.clone() for name, tensor in gradients.items()}
-    loss = trainer.compute_loss(
-        trainer.model, trainer._collate([]), num_items_in_batch=sum((b["labels"] != IGNORED).sum() for b in batches)
-    )
+    empty = trainer._prepare_inputs(Collator(0, packed=True)([]))
+    trained = sum((batch["labels"] != IGNORED).sum() for batch in batches)
+    loss = trainer.compute_loss(trainer.model, empty, num_items_in_batch=trained)
     loss.backward()
     assert loss.item() == 0
     assert all(torch.equal(gradients[name], tensor) for name, tensor in before.items())
@@ -201,3 +201,38 @@ def test_no_rows_make_one_token_that_the_loss_does_not_look_at(packed: bool) -> 
 def test_the_recipe_s_multiple_reaches_the_rows(tmp_path: Path) -> None:
     *_, batches = first_step(trainer_of(tmp_path, "training.pad_to_multiple_of=16", *PADDED))
     assert {batch["input_ids"].shape[1] % 16 for batch in batches} == {0}
+
+
+# ---- on a GPU, in bf16 with the variable-length kernel ---------------------------------------------------------------
+
+GPU = (
+    "model.attn_implementation=varlen",
+    "model.dtype=bfloat16",
+    "training.bf16=true",
+    "training.dataloader_num_workers=0",
+)
+
+
+@pytest.mark.gpu
+def test_packs_in_bf16_are_as_near_to_fp32_as_padded_rows(tmp_path: Path) -> None:
+    exact, padded, packed = (
+        first_step(trainer_of(tmp_path, *overrides))
+        for overrides in (
+            ("model.attn_implementation=sdpa", *PADDED),
+            (*GPU, "model.attn_implementation=sdpa", *PADDED),
+            (*GPU, *PACKED),
+        )
+    )
+    assert error(packed[1], exact[1]) < 1.5 * error(padded[1], exact[1]) < 0.1
+    assert packed[0] == pytest.approx(exact[0], rel=max(2 * abs(padded[0] / exact[0] - 1), 1e-3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [0, 2, 4])
+def test_with_the_kernel_changing_a_sample_changes_no_other_sample_s_logits(
+    number: int, tiny: Path, samples: list[dict[str, list[int]]]
+) -> None:
+    attention.register()
+    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="varlen", dtype=torch.bfloat16).to("cuda")
+    before, after = (logits_of_samples(model, rows, "cuda") for rows in (samples, changed(samples, number)))
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [i != number for i in range(5)]

@@ -160,6 +160,16 @@ def test_accumulation_of_padded_micro_batches_is_the_least_for_the_largest_step(
     assert accumulation == math.ceil(largest / (case.batching.micro_batch * case.world_size))
 
 
+def test_accumulation_grows_pack_by_pack_where_samples_do_not_split() -> None:
+    """Three samples of 6 fill two packs of 9, and need three."""
+    assert Plan([6, 6, 6], Batching(global_batch_size=3, micro_batch_tokens=9)).accumulation(1, 1) == 3
+
+
+def test_accumulation_looks_at_every_epoch() -> None:
+    plan = Plan([2, 2, 1, 5, 6, 3], Batching(global_batch_size=3, micro_batch_tokens=6))
+    assert [plan.accumulation(1, epochs) for epochs in (1, 2, 3)] == [2, 3, 3]
+
+
 def test_accumulation_follows_from_global_batch_micro_batch_and_processes() -> None:
     plan = Plan([7] * 640, Batching(global_batch_size=64, micro_batch=4))
     assert [plan.accumulation(processes, 3) for processes in (1, 2, 4, 8, 16)] == [16, 8, 4, 2, 1]

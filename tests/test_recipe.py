@@ -483,6 +483,7 @@ def test_what_is_required_and_not_set_is_a_fault_of_the_file(tmp_path: Path) -> 
             "quantization.load_in_8bit",
             "cannot be sharded by ZeRO-3",
         ),
+        ("model.attn_implementation=varlen", "model.attn_implementation", "these micro-batches are padded"),
         ("data.validation_fraction=0 training.eval_strategy=steps", "training.eval_strategy", "no validation split"),
         ("data.validation_fraction=0.5 data.test_fraction=0.5", "data", "leave nothing to train on"),
         ("data.name=corpus.jsonl", "data.format", "is required for 'corpus.jsonl'"),

@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.utils import is_flash_attn_2_available
 
+from distft.errors import ModelError
 from distft.recipe import Recipe
 
 VARLEN = "varlen"
@@ -22,11 +23,18 @@ def choose(recipe: Recipe, *, on_gpu: bool) -> str:
 
     Packs on a GPU take flash-attn where it is installed, else PyTorch's variable-length kernel. Everything else takes SDPA:
     transformers gives it a block-diagonal mask for packs, which is correct and needs memory in the square of the pack.
+
+    Raises:
+        ModelError: `varlen` was asked for where it cannot run.
     """
-    asked = recipe.model.attn_implementation
+    asked, half = recipe.model.attn_implementation, recipe.model.dtype != "float32"
+    if asked == VARLEN and not (on_gpu and half and kernel() is not None):
+        raise ModelError(
+            "model.attn_implementation=varlen runs on GPUs, in bfloat16 or float16, and this PyTorch may lack it; take sdpa, or auto"
+        )
     if asked != "auto":
         return asked
-    if not on_gpu or recipe.model.dtype == "float32":
+    if not (on_gpu and half):
         return "sdpa"
     if is_flash_attn_2_available():
         return "flash_attention_2"

@@ -196,6 +196,9 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
     if (sizes[0] is None) == (sizes[1] is None):
         fault("batching.global_batch_size", "give global_batch_size or global_batch_tokens, " + ("not both" if sizes[0] else "one of them"),
               "set the other to null" if sizes[0] else "")  # fmt: skip
+    if recipe.model.attn_implementation == "varlen" and recipe.batching.micro_batch_tokens is None:
+        fault("model.attn_implementation", "varlen takes packs, and these micro-batches are padded",
+              "set batching.micro_batch_tokens, or take sdpa or auto")  # fmt: skip
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.run.name):
         fault(
             "run.name",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ RECIPE = (
 SGD = ("training.optim=sgd", "training.learning_rate=0.3")  # clipped at norm 1 by default, which the norms here exceed
 ADAMW = ("training.optim=adamw_torch", "training.learning_rate=1e-3")
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
+PACKS = ("batching.micro_batch_tokens=400",)
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +35,30 @@ def initial(train: Train) -> Mapping[str, torch.Tensor]:
 
 
 class Trajectory:
-    """Loss and unclipped gradient norm of each step, and the final adapter."""
+    """What each step says of itself (loss, unclipped gradient norm, metrics over all ranks), and the final adapter."""
 
     def __init__(self, train: Train, *overrides: str, nproc: int) -> None:
         ended = train(*RECIPE, *overrides, nproc=nproc)
         assert ended.code == 0, ended.stderr[-3000:]
         self.summary = ended.folder.read_summary()
-        records = [record for record in ended.folder.read_metrics() if "loss" in record]
-        self.losses = [record["loss"] for record in records]
-        self.norms = [record["grad_norm"] for record in records]
+        self.records = [record for record in ended.folder.read_metrics() if "loss" in record]
         self.adapter = read_tensors(Path(ended.folder.adapter))
 
+    def of(self, key: str) -> list[float]:
+        """One figure of every step."""
+        return [record[key] for record in self.records]
+
+    def assert_same_steps(self, other: Trajectory, steps: int = STEPS) -> None:
+        """The same samples in each step; losses, norms and metrics within 1e-4 relative."""
+        assert len(self.records) == len(other.records) == steps
+        for key in ("samples", "tokens"):
+            assert self.of(key) == other.of(key), key
+        for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy"):
+            assert self.of(key) == pytest.approx(other.of(key), rel=1e-4), key
+
     def assert_like(self, other: Trajectory, initial: Mapping[str, torch.Tensor], update: float) -> None:
-        """Losses and norms within 1e-4 relative, each tensor's total update within `update` in norm."""
-        assert len(self.losses) == len(other.losses) == STEPS
-        assert self.losses == pytest.approx(other.losses, rel=1e-4)
-        assert self.norms == pytest.approx(other.norms, rel=1e-4)
+        """The same steps, and each tensor's total update within `update` in norm."""
+        self.assert_same_steps(other)
         assert set(self.adapter) == set(other.adapter) == set(initial)
         for name, start in initial.items():
             ours, theirs = self.adapter[name] - start, other.adapter[name] - start
@@ -56,25 +66,35 @@ class Trajectory:
             assert (ours - theirs).norm() <= update * theirs.norm(), name
 
 
-@pytest.fixture(scope="module", params=[("sgd", SGD, 1e-4), ("adamw", ADAMW, 1e-2)], ids=lambda param: param[0])
-def reference(request: pytest.FixtureRequest, train: Train) -> tuple[tuple[str, ...], float, Trajectory]:
-    _, optimizer, tolerance = request.param
-    return optimizer, tolerance, Trajectory(train, *optimizer, nproc=1)
+Reference = Callable[[tuple[str, ...]], Trajectory]
 
 
+@pytest.fixture(scope="module")
+def reference(train: Train) -> Reference:
+    """The trajectory of padded rows on one process with an optimizer, run once."""
+    return functools.cache(lambda optimizer: Trajectory(train, *optimizer, nproc=1))
+
+
+@pytest.mark.parametrize(("optimizer", "tolerance"), [(SGD, 1e-4), (ADAMW, 1e-2)], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_takes_the_same_steps(
-    strategy: str,
-    reference: tuple[tuple[str, ...], float, Trajectory],
-    initial: Mapping[str, torch.Tensor],
-    train: Train,
-) -> None:
+    strategy: str, optimizer: tuple[str, ...], tolerance: float, reference: Reference,
+    initial: Mapping[str, torch.Tensor], train: Train,
+) -> None:  # fmt: skip
     needs_compiler(strategy)
-    optimizer, tolerance, single = reference
     ours = Trajectory(train, f"strategy={strategy}", *optimizer, nproc=2)
     assert (ours.summary["strategy"], ours.summary["world_size"]) == (strategy, 2)
-    assert single.summary["strategy"] == "single"
-    ours.assert_like(single, initial, tolerance)
+    assert reference(optimizer).summary["strategy"] == "single"
+    ours.assert_like(reference(optimizer), initial, tolerance)
+
+
+@pytest.mark.parametrize(("strategy", "processes"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
+def test_packs_take_the_steps_of_padded_rows(
+    strategy: str, processes: int, reference: Reference, initial: Mapping[str, torch.Tensor], train: Train
+) -> None:
+    ours = Trajectory(train, f"strategy={strategy}", *PACKS, *SGD, nproc=processes)
+    assert (ours.summary["strategy"], ours.summary["micro_batch_tokens"]) == (strategy, 400)
+    ours.assert_like(reference(SGD), initial, 1e-4)
 
 
 def test_only_the_global_batch_matters(initial: Mapping[str, torch.Tensor], train: Train) -> None:
@@ -87,20 +107,23 @@ def test_only_the_global_batch_matters(initial: Mapping[str, torch.Tensor], trai
         other.assert_like(whole, initial, 1e-4)
 
 
-def test_the_last_step_of_an_epoch_has_what_is_left(train: Train) -> None:
-    """168 samples in global batches of 16: the eleventh step has 8, on one process and on two.
+# 17 samples in global batches of 16: the second step of an epoch has one, and so nothing for a second process.
+REMAINDER = ("data.max_samples=22", "training.max_steps=-1", "training.num_train_epochs=2", *SGD)
 
-    On two, the empty rows leave the last rank a last batch whose tokens TRL's own count forgets.
-    """
-    shape = ("data.max_samples=210", "training.max_steps=-1", "training.num_train_epochs=1", *SGD)
-    runs = [
-        train(*RECIPE, *shape, f"batching.micro_batch={micro}", nproc=processes)
-        for micro, processes in ((8, 1), (4, 2))
-    ]
-    records = [[record for record in run.folder.read_metrics() if "loss" in record] for run in runs]
-    for found in records:
-        assert [record["samples"] for record in found] == [*range(16, 161, 16), 168]
-    for one, two in zip(*records, strict=True):
-        assert one["tokens"] == two["tokens"]
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+@pytest.fixture(scope="module")
+def remainder(train: Train) -> Trajectory:
+    return Trajectory(train, *REMAINDER, nproc=1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "way"),
+    [("ddp", ("batching.micro_batch=4",)), ("ddp", PACKS), ("fsdp", PACKS)],
+    ids=["ddp padded", "ddp packed", "fsdp packed"],
+)
+def test_the_last_step_of_an_epoch_has_what_is_left_and_a_rank_may_have_nothing(
+    strategy: str, way: tuple[str, ...], remainder: Trajectory, train: Train
+) -> None:
+    ours = Trajectory(train, f"strategy={strategy}", *way, *REMAINDER, nproc=2)
+    assert ours.of("samples") == [16, 17, 33, 34]
+    ours.assert_same_steps(remainder, steps=4)
