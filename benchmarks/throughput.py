@@ -156,7 +156,7 @@ class Runner:
         write_atomically(file, json.dumps(order))
         script = str(REFERENCES / reference.script)
         arguments = [
-            *self._scaled(reference.arguments), "--model", str(self.inputs.model), "--rows", str(self.inputs.rows), "--order", str(file),
+            *reference.command(self.inputs.shape), "--model", str(self.inputs.model), "--rows", str(self.inputs.rows), "--order", str(file),
             "--steps", str(options.reference_steps), "--warmup", str(options.warmup),
         ]  # fmt: skip
         environment: dict[str, str] = {}
@@ -173,14 +173,6 @@ class Runner:
             result |= result.pop("line")
             result["work"] = cumulative(result.pop("steps"))
         return self.with_figures(result, order, processes)
-
-    def _scaled(self, arguments: tuple[str, ...]) -> list[str]:
-        """The arguments with their numbers of tokens in the measure of the shape."""
-        if not any(argument == "--bits" for argument in arguments):
-            return list(arguments)
-        tokens = arguments[arguments.index("--tokens") + 1] if "--tokens" in arguments else "6656"
-        shape = self.inputs.shape
-        return [*arguments, "--tokens", str(shape.tokens(int(tokens))), "--global-tokens", str(shape.tokens(13_312))]
 
     def processes(self, gpus: int) -> int:
         return min(gpus, torch.cuda.device_count() or self.options.processes)
