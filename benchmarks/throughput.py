@@ -305,10 +305,14 @@ def main() -> int:
     folder = synthetic.model(options.work, shape)
     inputs = Inputs(shape, folder, *synthetic.rows(options.work, shape, options.rows))
     runner = Runner(options, inputs, device_flops())
+    chosen = list(dict.fromkeys(options.cases))
+    beside = {name: [other for other in CASES[name].references if other not in options.without] for name in chosen}
+    references = list(dict.fromkeys(other for others in beside.values() for other in others))
+    # Recipes for as many GPUs are compared with each other as well.
     pairs = {
-        name: [other for other in CASES[name].references if other not in options.without] for name in options.cases
+        name: [*beside[name], *(other for other in chosen[:number] if CASES[other].gpus == CASES[name].gpus)]
+        for number, name in enumerate(chosen)
     }
-    references = list(dict.fromkeys(other for others in pairs.values() for other in others))
     git = ["git", "-C", str(REFERENCES), "rev-parse", "HEAD"]
     commit = options.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
     record: dict[str, Any] = {
@@ -320,7 +324,7 @@ def main() -> int:
     }  # fmt: skip
     runs: list[dict[str, Any]] = []
     for repeat in range(options.repeats):
-        for name in [*options.cases, *references]:
+        for name in [*chosen, *references]:
             result = runner.case(name, CASES[name]) if name in CASES else runner.reference(name, BESIDE[name])
             runs.append({"repeat": repeat, **result})
             record["runs"] = [{key: value for key, value in run.items() if key != "expected"} for run in runs]
