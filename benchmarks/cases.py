@@ -39,12 +39,17 @@ OFFLOADED = Batch(11_264, global_samples=None, global_tokens=10_752)
 
 @dataclass(frozen=True)
 class Reference:
-    """A script in references/, its arguments, and the batch whose order it is given."""
+    """A script in references/, its arguments, and the batch whose order it is given; `pack` where it packs by itself."""
 
     gpus: int
     script: str
     arguments: tuple[str, ...] = ()
     batch: Batch = TWO_GPUS
+    pack: int | None = None
+
+    def command(self, shape: Shape) -> list[str]:
+        packing = ["--tokens", self.pack, "--global-tokens", 13_312] if self.pack is not None else []
+        return [*self.arguments, *(str(shape.tokens(word)) if isinstance(word, int) else word for word in packing)]
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,9 @@ BESIDE = {
     "r1": Reference(2, "r1_ddp_qlora.py"),
     "r2_fsdp1": Reference(2, "r2_fsdp_bf16.py", ("--fsdp-version", "1")),
     "r2_fsdp2": Reference(2, "r2_fsdp_bf16.py", ("--fsdp-version", "2")),
-    "trl_packed_4bit": Reference(2, "trl_packed.py", ("--bits", "4")),
-    "trl_packed_bf16": Reference(2, "trl_packed.py", ("--bits", "16")),
-    "trl_packed_single": Reference(
-        1, "trl_packed.py", ("--bits", "4", "--tokens", "13312", "--dropout", "0"), ONE_PACK
-    ),
+    "trl_packed_4bit": Reference(2, "trl_packed.py", ("--bits", "4"), pack=6_656),
+    "trl_packed_bf16": Reference(2, "trl_packed.py", ("--bits", "16"), pack=6_656),
+    "trl_packed_single": Reference(1, "trl_packed.py", ("--bits", "4", "--dropout", "0"), pack=13_312),
     "unsloth_13312": Reference(1, "unsloth_packed.py", (), ONE_PACK),
     "unsloth_6656": Reference(1, "unsloth_packed.py", ("--dropout", "0.05"), TWO_PACKS),
     "unsloth_checkpointed": Reference(1, "unsloth_packed.py", ("--checkpointing", "unsloth"), OFFLOADED),

@@ -83,10 +83,14 @@ def table(record: Mapping[str, Any]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for pair in record["comparisons"]:
-        ratios = [pair["ratio"][figure] for figure in ("samples_per_second", "tokens_per_second")]
-        cells = [f"× {ratio['of_medians']:.2f}" + _range(ratio, ".2f") for ratio in ratios]
+        samples, tokens = (
+            f"× {ratio['of_medians']:.2f}{_range(ratio, '.2f')}"
+            for ratio in (pair["ratio"]["samples_per_second"], pair["ratio"]["tokens_per_second"])
+        )
+        if not pair["same_work"]:  # samples of another length: tokens alone can be compared
+            samples = "–"
         lines.append(
-            f"| {pair['case']} | {pair['reference']} | {' | '.join(cells)} | {'yes' if pair['same_work'] else 'no'} |"
+            f"| {pair['case']} | {pair['reference']} | {samples} | {tokens} | {'yes' if pair['same_work'] else 'no'} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -155,7 +155,7 @@ class Runner:
         write_atomically(file, json.dumps(order))
         script = str(REFERENCES / reference.script)
         arguments = [
-            *self._scaled(reference.arguments), "--model", str(self.inputs.model), "--rows", str(self.inputs.rows), "--order", str(file),
+            *reference.command(self.inputs.shape), "--model", str(self.inputs.model), "--rows", str(self.inputs.rows), "--order", str(file),
             "--steps", str(options.reference_steps), "--warmup", str(options.warmup),
         ]  # fmt: skip
         environment: dict[str, str] = {}
@@ -172,14 +172,6 @@ class Runner:
             result |= result.pop("line")
             result["work"] = cumulative(result.pop("steps"))
         return self.with_figures(result, order, processes)
-
-    def _scaled(self, arguments: tuple[str, ...]) -> list[str]:
-        """The arguments with their numbers of tokens in the measure of the shape."""
-        if not any(argument == "--bits" for argument in arguments):
-            return list(arguments)
-        tokens = arguments[arguments.index("--tokens") + 1] if "--tokens" in arguments else "6656"
-        shape = self.inputs.shape
-        return [*arguments, "--tokens", str(shape.tokens(int(tokens))), "--global-tokens", str(shape.tokens(13_312))]
 
     def processes(self, gpus: int) -> int:
         return min(gpus, torch.cuda.device_count() or self.options.processes)
@@ -312,10 +304,14 @@ def main() -> int:
     folder = synthetic.model(options.work, shape)
     inputs = Inputs(shape, folder, *synthetic.rows(options.work, shape, options.rows))
     runner = Runner(options, inputs, device_flops())
+    chosen = list(dict.fromkeys(options.cases))
+    beside = {name: [other for other in CASES[name].references if other not in options.without] for name in chosen}
+    references = list(dict.fromkeys(other for others in beside.values() for other in others))
+    # Recipes for as many GPUs are compared with each other as well.
     pairs = {
-        name: [other for other in CASES[name].references if other not in options.without] for name in options.cases
+        name: [*beside[name], *(other for other in chosen[:number] if CASES[other].gpus == CASES[name].gpus)]
+        for number, name in enumerate(chosen)
     }
-    references = list(dict.fromkeys(other for others in pairs.values() for other in others))
     git = ["git", "-C", str(REFERENCES), "rev-parse", "HEAD"]
     commit = options.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
     record: dict[str, Any] = {
@@ -327,7 +323,7 @@ def main() -> int:
     }  # fmt: skip
     runs: list[dict[str, Any]] = []
     for repeat in range(options.repeats):
-        for name in [*options.cases, *references]:
+        for name in [*chosen, *references]:
             result = runner.case(name, CASES[name]) if name in CASES else runner.reference(name, BESIDE[name])
             runs.append({"repeat": repeat, **result})
             record["runs"] = [{key: value for key, value in run.items() if key != "expected"} for run in runs]

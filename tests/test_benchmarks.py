@@ -89,8 +89,10 @@ def test_ratios_are_of_medians_and_of_each_repeat() -> None:
 @pytest.mark.parametrize("late", ["a", "b"])
 def test_other_tokens_in_one_step_of_either_side_are_not_the_same_work(late: str) -> None:
     runs = [run_of(name, 0, 10.0, tokens=91 if name == late else 90) for name in ("a", "b")]
-    _, (comparison,) = compare(runs, {"a": ["b"]})
-    assert not comparison["same_work"]
+    summary, comparisons = compare(runs, {"a": ["b"]})
+    assert not comparisons[0]["same_work"]
+    ratio = comparisons[0]["ratio"]["tokens_per_second"]["of_medians"]
+    assert f"| a | b | – | × {ratio:.2f} | no |" in table({"summary": summary, "comparisons": comparisons})
 
 
 def test_a_run_that_failed_is_shown_and_compared_with_nothing() -> None:

@@ -13,7 +13,8 @@ import sys
 
 import torch
 from datasets import Dataset
-from measure import LINEARS, Meter, parser, steps, texts
+from measure import LINEARS, ON_GPU, Meter, parser, steps, texts
+from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 CONTEXT = 16_384
@@ -28,20 +29,22 @@ def main() -> None:
     packs = [pack for step in order for pack in step["packs"]]
     if len({len(step["packs"]) for step in order}) != 1:
         sys.exit("the steps have different numbers of packs, and gradient accumulation is one number")
+    checkpointing = "unsloth" if options.checkpointing == "unsloth" else False
 
     model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
-        options.model, max_seq_length=CONTEXT, dtype=torch.bfloat16, load_in_4bit=True
-    )
+        options.model, max_seq_length=CONTEXT, dtype=torch.bfloat16, load_in_4bit=True, use_gradient_checkpointing=checkpointing,
+        fix_tokenizer=False,
+    )  # fmt: skip
     model = unsloth.FastLanguageModel.get_peft_model(
         model,
         r=32,
         lora_alpha=64,
         lora_dropout=options.dropout,
         target_modules=LINEARS,
-        use_gradient_checkpointing="unsloth" if options.checkpointing == "unsloth" else False,
+        use_gradient_checkpointing=checkpointing,
         max_seq_length=CONTEXT,
     )
-    ids = tokenizer(rows)["input_ids"]
+    ids = AutoTokenizer.from_pretrained(options.model)(rows)["input_ids"]
     samples = [[[*ids[index], tokenizer.eos_token_id] for index in pack] for pack in packs]
     trainer = SFTTrainer(
         model=model,
@@ -65,6 +68,7 @@ def main() -> None:
             lr_scheduler_type="cosine",
             optim="adamw_8bit",  # as in the notebooks that Unsloth publishes
             bf16=True,
+            gradient_checkpointing=bool(checkpointing),
             train_sampling_strategy="sequential",
             logging_steps=10,
             save_strategy="no",
@@ -74,12 +78,11 @@ def main() -> None:
     )
     meter = Meter(trainer, options)
     trainer.train()
-    try:
-        import xformers  # noqa: F401
+    attention = "Unsloth's for the CPU"
+    if ON_GPU:
+        from unsloth.utils.attention_dispatch import select_attention_backend
 
-        attention = "xformers"
-    except ImportError:
-        attention = "Unsloth's fallback, since xformers is not installed"
+        attention = select_attention_backend(use_varlen=True)
     meter.report(
         precision="bf16",
         attention=attention,

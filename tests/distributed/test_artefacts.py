@@ -47,7 +47,7 @@ def test_metrics_have_a_record_for_every_step(finished: Ended) -> None:
     assert [record["step"] for record in records] == list(range(1, 13))
     for record in records:
         for key in ("learning_rate", "grad_norm", "samples_per_second", "tokens_per_second", "tokens_per_second_per_gpu",
-                    "mfu", "peak_memory_gib", "peak_reserved_gib", "host_rss_gib"):  # fmt: skip
+                    "mfu", "peak_memory_gib", "peak_reserved_gib", "host_rss_gib", "energy_j"):  # fmt: skip
             assert key in record
         assert record["tokens_per_second_per_gpu"] == pytest.approx(record["tokens_per_second"] / 2)
     assert any("eval_perplexity" in record for record in finished.folder.read_metrics())
