@@ -43,7 +43,7 @@ def trainer_of(tmp_path: Path, *overrides: str) -> Trainer:
             torch.nn.init.normal_(parameter, std=0.1)
     trainer = Trainer(
         model=model, args=sft_config(recipe, strategy, RunFolder(tmp_path), accumulation), processing_class=tokenizer, plan=plan,
-        train_dataset=splits.train, eval_dataset=splits.validation,
+        skips_spare_rounds=strategy.skips_spare_rounds, train_dataset=splits.train, eval_dataset=splits.validation,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     settle_adapter_dtype(model, recipe, strategy)

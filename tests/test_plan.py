@@ -43,10 +43,9 @@ class Case:
         return Plan(self.lengths, self.batching, self.seed)
 
     def cut(self) -> list[list[list[list[int]]]]:
-        """[step][accumulation][world_size] lists of samples."""
+        """[step][round][world_size] lists of samples."""
         plan = self.plan
-        accumulation = plan.accumulation(self.world_size, self.epochs)
-        return [plan.micro_batches(step, self.world_size, accumulation) for step in range(plan.steps * self.epochs)]
+        return [plan.micro_batches(step, self.world_size) for step in range(plan.steps * self.epochs)]
 
     def tokens(self, samples: list[int]) -> int:
         return sum(self.lengths[sample] for sample in samples)
@@ -102,15 +101,19 @@ def test_no_micro_batch_is_above_its_size(case: Case) -> None:
 @settings(deadline=None)
 @given(cases())
 def test_every_rank_has_as_many_micro_batches_and_what_is_spare_is_empty(case: Case) -> None:
-    plan = case.plan
-    accumulation = plan.accumulation(case.world_size, case.epochs)
-    for number, step in enumerate(case.cut()):
-        assert [len(ranks) for ranks in step] == [case.world_size] * accumulation
+    plan, budget = case.plan, case.batching.micro_batch_tokens
+    steps = case.cut()
+    assert plan.accumulation(case.world_size, case.epochs) == max(map(len, steps))
+    for number, step in enumerate(steps):
+        assert [len(ranks) for ranks in step] == [case.world_size] * len(step)
         packs = list(itertools.chain(*step))
         used = sum(map(bool, packs))
         assert packs[used:] == [[]] * (len(packs) - used), "empty ones come last"
-        if case.batching.micro_batch_tokens is not None:
+        assert any(step[-1]), "no round is empty"
+        if budget is not None:
             assert used == min(len(packs), len(plan.samples(number))), "no pack is empty while another could be smaller"
+            fewer = [longest_first([case.lengths[s] for s in flat(step)], n * case.world_size) for n in range(1, len(step))]
+            assert all(longest > budget for longest in fewer), "no fewer rounds would do"
 
 
 @settings(deadline=None)
@@ -258,7 +261,10 @@ def test_the_ranks_together_see_the_plan_epoch_by_epoch(case: Case) -> None:
             of_ranks.append(list(sampler))
             assert len(of_ranks[-1]) == len(sampler) == plan.steps * accumulation
         found += [list(ranks) for ranks in zip(*of_ranks, strict=True)]
-    assert found == list(itertools.chain(*case.cut()))
+    spare = [[]] * world
+    assert found == [
+        ranks for step in case.cut() for ranks in [*[spare] * (accumulation - len(step)), *step]
+    ], "a step of fewer rounds begins with empty ones"
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -268,8 +274,7 @@ def test_the_ranks_together_see_the_plan_epoch_by_epoch(case: Case) -> None:
 @given(case=cases(), lengths=LENGTHS, micro=st.integers(1, 9))
 def test_an_evaluation_is_one_step_over_every_sample_of_the_split(case: Case, lengths: list[int], micro: int) -> None:
     plan = case.plan.evaluation(np.asarray(lengths), micro)
-    accumulation = plan.accumulation(case.world_size, 1)
-    packs = list(itertools.chain(*plan.micro_batches(0, case.world_size, accumulation)))
+    packs = list(itertools.chain(*plan.micro_batches(0, case.world_size)))
     assert plan.steps == 1
     assert sorted(itertools.chain(*packs)) == list(range(len(lengths)))
     budget = case.batching.micro_batch_tokens
