@@ -207,6 +207,7 @@ class Runner:
         if lines:
             result["line"] = json.loads(lines[-1])
         if code:
+            result["failure"] = result.pop("line", {}).get("refused", failure)
             if "out of memory" in text.lower():
                 result["failure"] = f"out of memory ({failure})"
             result["log_end"] = text[-5000:]  # of which a launcher's own words are 2,000

@@ -115,6 +115,19 @@ def test_the_rows_have_dollys_lengths_and_the_tokens_they_say(tmp_path: Path) ->
     assert [len(tokenizer(text)["input_ids"]) + 1 for text in texts] == lengths.tolist()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs it runs")
+def test_a_reference_that_cannot_run_here_says_why(tmp_path: Path) -> None:
+    inputs = Inputs(synthetic.SHAPES["tiny"], tmp_path, tmp_path, None)
+    script = [str(BENCHMARKS / "references" / "r2_fsdp_bf16.py"), "--fsdp-version", "2"]
+    command = [
+        sys.executable,
+        *script,
+        *["--model", "m", "--rows", "r", "--order", "o", "--steps", "1", "--warmup", "1"],
+    ]
+    result = Runner(Namespace(work=tmp_path, limit=200), inputs, None).run("r2_fsdp2", command, command, 1, {})
+    assert result["exit_code"] == 1 and result["failure"] == "needs GPUs: on the CPU accelerate shards nothing"
+
+
 def test_a_run_over_its_time_limit_ends_with_all_its_processes(tmp_path: Path) -> None:
     """Workers have sessions of their own, as torchrun's have: ending the launcher's process group would leave them behind."""
     worker = "import time; print('worker started', flush=True); time.sleep(600)"

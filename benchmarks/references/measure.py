@@ -9,9 +9,10 @@ import argparse
 import importlib.metadata
 import json
 import os
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -61,6 +62,13 @@ def ordered_texts(options: argparse.Namespace) -> list[str]:
     """The texts of all steps, one after the other."""
     rows = texts(options)
     return [rows[index] for step in steps(options) for index in step["samples"]]
+
+
+def refuse(reason: str) -> NoReturn:
+    """End this process, with a line of JSON that says why the reference cannot run here."""
+    if LOCAL_RANK == 0:
+        print(json.dumps({"reference": _script(), "refused": reason}), flush=True)
+    sys.exit(1)
 
 
 class Meter(TrainerCallback):  # type: ignore[misc]
@@ -125,7 +133,7 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         samples, tokens = (sum(column) for column in zip(*done[self._options.warmup :], strict=True))
         seconds = max(rank["seconds"] for rank in ranks)
         record = {
-            "reference": Path(self._script()).name, "world_size": len(ranks), "steps": done, "seconds": seconds,
+            "reference": _script(), "world_size": len(ranks), "steps": done, "seconds": seconds,
             "samples": samples, "tokens": tokens, "samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds,
             "peak_memory_gib": max(rank["peak"] for rank in ranks) if ON_GPU else None,
             "energy_j": sum(rank["joules"] for rank in ranks) if all(rank["joules"] is not None for rank in ranks) else None,
@@ -136,11 +144,11 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         }  # fmt: skip
         print(json.dumps(record), flush=True)
 
-    @staticmethod
-    def _script() -> str:
-        import __main__
 
-        return str(__main__.__file__)
+def _script() -> str:
+    import __main__
+
+    return Path(__main__.__file__).name
 
 
 def _size(batch: dict[str, Any]) -> tuple[int, int]:

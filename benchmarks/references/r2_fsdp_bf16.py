@@ -8,12 +8,10 @@ transformers refuse; then this says so.
 
 from __future__ import annotations
 
-import sys
-
 import torch
 import transformers
 from datasets import Dataset
-from measure import LINEARS, ON_GPU, WORLD_SIZE, Meter, ordered_texts, parser
+from measure import LINEARS, ON_GPU, WORLD_SIZE, Meter, ordered_texts, parser, refuse
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -24,8 +22,7 @@ def main() -> None:
     arguments.add_argument("--fsdp-version", type=int, choices=(1, 2), default=2)
     options = arguments.parse_args()
     if not ON_GPU:
-        # accelerate would run DDP in silence.
-        sys.exit("r2_fsdp_bf16 needs GPUs: on the CPU accelerate shards nothing")
+        refuse("needs GPUs: on the CPU accelerate shards nothing")
     sharding = {"version": options.fsdp_version, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     try:
         config = SFTConfig(
@@ -49,7 +46,7 @@ def main() -> None:
             disable_tqdm=True,
         )
     except ValueError as error:
-        sys.exit(f"transformers {transformers.__version__} refuses FSDP{options.fsdp_version}: {error}")
+        refuse(f"transformers {transformers.__version__} refuses FSDP{options.fsdp_version}: {error}")
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16),
         processing_class=AutoTokenizer.from_pretrained(options.model),
@@ -61,7 +58,7 @@ def main() -> None:
     trainer.train()
     version = getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", None)
     if version != options.fsdp_version:
-        sys.exit(f"FSDP{options.fsdp_version} was asked for, and accelerate ran {version}")
+        refuse(f"FSDP{options.fsdp_version} was asked for, and accelerate ran {version}")
     meter.report(precision="bf16", fsdp_version=version, attention=trainer.model.config._attn_implementation)
 
 

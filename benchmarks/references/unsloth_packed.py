@@ -9,11 +9,9 @@ beforehand; each is one micro-batch, and the packs of a step are accumulated.
 from __future__ import annotations
 
 import unsloth  # isort: skip  # it patches transformers and TRL, so it comes first
-import sys
-
 import torch
 from datasets import Dataset
-from measure import LINEARS, ON_GPU, Meter, parser, steps, texts
+from measure import LINEARS, ON_GPU, Meter, parser, refuse, steps, texts
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -28,7 +26,7 @@ def main() -> None:
     rows, order = texts(options), steps(options)
     packs = [pack for step in order for pack in step["packs"]]
     if len({len(step["packs"]) for step in order}) != 1:
-        sys.exit("the steps have different numbers of packs, and gradient accumulation is one number")
+        refuse("the steps have different numbers of packs, and gradient accumulation is one number")
     checkpointing = "unsloth" if options.checkpointing == "unsloth" else False
 
     model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
