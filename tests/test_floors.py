@@ -16,9 +16,9 @@ import distft
 FLOORS = (
     ("errors", "packaged", "yaml12"),
     ("sections", "run", "world"),
-    ("recipe", "machine", "samples"),
+    ("recipe", "machine", "samples", "manifest"),
     ("outcome", "strategy", "tiny"),
-    ("model", "data", "telemetry", "trainer", "checkpoint", "record", "launch"),
+    ("model", "data", "telemetry", "trainer", "checkpoint", "record", "launch", "stopping"),
     ("train",),
     ("cli",),
 )

@@ -1,19 +1,23 @@
-"""The final artefacts: saved on rank 0 from what all ranks gathered, read back, and compared tensor by tensor."""
+"""Checkpoints that verify, and the final artefacts: saved on rank 0 from what all ranks gathered, read back, compared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import distributed
+from transformers import TrainerCallback
 
+from distft import manifest
 from distft.errors import InvariantError
 from distft.recipe import Recipe
 from distft.run import RunFolder
 from distft.strategy import Strategy
+from distft.world import World
 
 
 def save_result(model: Any, recipe: Recipe, strategy: Strategy, folder: RunFolder) -> Path:
@@ -60,3 +64,25 @@ def compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tens
         other = found[name]
         if tensor.dtype != other.dtype or tensor.shape != other.shape or not torch.equal(tensor.cpu(), other):
             raise InvariantError(f"the saved {name} is not the one that was trained")
+
+
+class Checkpoints(TrainerCallback):  # type: ignore[misc]
+    """Closes each checkpoint of the trainer with a manifest, once all ranks have written their part, and retires old ones.
+
+    `carried()` gives the facts that a resumed run needs and the trainer does not keep.
+    """
+
+    def __init__(
+        self, folder: RunFolder, world: World, keep: int | None, carried: Callable[[], dict[str, Any]]
+    ) -> None:
+        self._folder, self._world, self._keep, self._carried = folder, world, keep, carried
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._world.world_size > 1:
+            distributed.barrier()
+        if self._world.is_main:
+            checkpoint = self._folder.checkpoints / f"checkpoint-{state.global_step}"
+            manifest.write(checkpoint, {
+                "step": state.global_step, "epoch": state.epoch, "world_size": self._world.world_size, "carried": self._carried(),
+            })  # fmt: skip
+            manifest.retire(self._folder.checkpoints, self._keep)

@@ -82,6 +82,6 @@ class Interrupted(DistftError):
 
     exit_code = 75
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, how: str = "") -> None:
         self.signal = signal.Signals(signum).name
-        super().__init__(f"stopped by {self.signal}")
+        super().__init__(f"stopped by {self.signal} {how}".rstrip())

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from distft.outcome import OUTCOME
 from distft.world import NPROC
 
@@ -56,9 +58,19 @@ def run(arguments: Sequence[str], processes: int) -> int:
         )  # fmt: skip
 
         def pass_on(signum: int, frame: FrameType | None) -> None:
-            child.send_signal(signal.SIGTERM if processes > 1 else signum)
+            """To the workers, which save and stop together; torchrun would end them. Ctrl-C a second time ends them."""
+            workers = _workers(child.pid)
+            if not workers or (signum == signal.SIGINT and signum in passed):
+                _end_group(child.pid)
+            passed.append(signum)
+            for worker in workers:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.send_signal(signum)
 
-        previous = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGTERM, signal.SIGINT)}
+        passed: list[int] = []
+        previous = {
+            signum: signal.signal(signum, pass_on) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        }
         try:
             code = child.wait()
         finally:
@@ -67,6 +79,17 @@ def run(arguments: Sequence[str], processes: int) -> int:
             _end_group(child.pid)
         told = outcome.read_text(encoding="utf-8") if outcome.exists() else ""
         return int(told) if told else min(abs(code), 1)
+
+
+def _workers(launcher: int) -> list[psutil.Process]:
+    """The ranks that `launcher` has started and that are alive."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(launcher).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "distft.train" in process.cmdline() and "accelerate.commands.launch" not in process.cmdline():
+                    found.append(process)
+    return found
 
 
 def _end_group(group: int) -> None:

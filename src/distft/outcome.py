@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -20,6 +21,18 @@ from distft.world import World, say_once
 OUTCOME = "DISTFT_OUTCOME"
 """Environment variable: file in which a worker leaves its exit code for `distft train`, which an elastic launcher would lose."""
 DEBUG = "DISTFT_DEBUG"
+
+
+@dataclass
+class StopRequest:
+    """A signal to this process. While `deferred` (training does it), the first one is kept in `signum` for the end of a
+    step, and only the next one ends the process at once."""
+
+    deferred: bool = False
+    signum: int | None = None
+
+
+STOP = StopRequest()  # one a process, as signals are
 
 
 def guarded(work: Callable[[], None]) -> int:
@@ -68,6 +81,11 @@ def _leave(code: int) -> int:
 
 def _raise_on_signals() -> None:
     def handler(signum: int, frame: FrameType | None) -> None:
+        if STOP.deferred and STOP.signum is None:
+            STOP.signum = signum
+            return
+        if STOP.signum == signum != signal.SIGINT:
+            return  # launchers repeat themselves; a person who means it presses Ctrl-C again
         signal.signal(signum, signal.SIG_IGN)  # once; what ends the run writes its summary undisturbed
         raise Interrupted(signum)
 

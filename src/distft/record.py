@@ -1,17 +1,49 @@
-"""The record of a run from its first moment to its last: folder, recipe, environment, and a summary that is always true."""
+"""The record of a run from its first moment to its last: its folder, recipe, environment, and a summary that is always true."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from distft.errors import Interrupted
+from filelock import FileLock, Timeout
+
+from distft import manifest
+from distft.errors import Interrupted, RunFolderError
 from distft.machine import describe
 from distft.recipe import COMMAND_LINE, Recipe
 from distft.run import RunFolder, to_json, write_atomically
 from distft.strategy import Strategy
 from distft.world import together
+from distft.yaml12 import parse_yaml
+
+_FREE_TO_CHANGE = (
+    "run.",
+    "tracking.",
+    "evaluation.",
+    "batching.micro_batch",
+    "training.logging_",
+    "training.save_",
+    "training.eval_",
+)
+"""What does not change the optimisation, so that a run may resume with another value."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run writes, and the checkpoint it goes on from (None: from the start). `notes` are for the user."""
+
+    folder: RunFolder
+    checkpoint: Path | None = None
+    restarts: int = 0
+    carried: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def resume_from(self) -> str | None:
+        return None if self.checkpoint is None else str(self.checkpoint)
 
 
 class Record:
@@ -21,37 +53,46 @@ class Record:
     stopped by the launcher when it was that rank that broke it.
     """
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, strategy: Strategy) -> None:
-        self.folder, self._strategy = folder, strategy
+    def __init__(self, place: Place, recipe: Recipe, strategy: Strategy, lock: FileLock | None) -> None:
+        self.place, self.folder, self._strategy, self._lock = place, place.folder, strategy, lock
         self._facts: dict[str, Any] = {
             "status": "running", "recipe": recipe.source.name, "strategy": strategy.name, "requested_strategy": strategy.requested,
-            "world_size": strategy.world.world_size, "restarts": 0, "changed_for_you": strategy.notes,
+            "world_size": strategy.world.world_size, "restarts": place.restarts,
+            "changed_for_you": [*strategy.notes, *place.notes],
         }  # fmt: skip
 
     @classmethod
     def open(cls, recipe: Recipe, strategy: Strategy, working_folder: Path) -> Record:
-        """Claim the run folder on rank 0 and tell all ranks. All ranks enter.
+        """Find or claim the run folder on rank 0 and tell all ranks. All ranks enter.
 
         Raises:
-            RunFolderError: the name was given on the command line and is in use.
+            RunFolderError: the name was given on the command line and is in use, or the recipe has changed since the
+                run was interrupted.
         """
         world = strategy.world
-        parent = working_folder / Path(recipe.run.dir).expanduser()
-        exact = recipe.source.of("run.name") == COMMAND_LINE
-        folder = together(
-            world, lambda: RunFolder.claim(parent, recipe.run.name, exact=exact) if world.is_main else None
-        )
+        lock: FileLock | None = None
+
+        def find() -> Place | None:
+            nonlocal lock
+            if not world.is_main:
+                return None
+            place, lock = _find(recipe, strategy, working_folder)
+            return place
+
+        place = together(world, find)
         if world.world_size > 1:
             from torch import distributed
 
-            shared = [folder]
+            shared = [place]
             distributed.broadcast_object_list(shared, src=0)
-            folder = shared[0]
-        assert folder is not None
-        record = cls(folder, recipe, strategy)
+            place = shared[0]
+        assert place is not None
+        record = cls(place, recipe, strategy, lock)
         if world.is_main:
-            write_atomically(folder.recipe, recipe.to_yaml())
-            write_atomically(folder.environment, to_json(describe()) + "\n")
+            if place.checkpoint is not None:
+                place.folder.keep_metrics(manifest.step_of(place.checkpoint))
+            write_atomically(place.folder.recipe, recipe.to_yaml())
+            write_atomically(place.folder.environment, to_json(describe()) + "\n")
             record._write()
         return record
 
@@ -92,12 +133,70 @@ class Record:
         if error is None:
             self.note(status="finished", cause=None)
         else:
-            stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+            stopped = isinstance(error, Interrupted)
             self.note(status="interrupted" if stopped else "failed", cause=f"{type(error).__name__}: {error}")
             if (stopped and not main) or self.folder.read_summary().get("status") != "running":
                 return
         if main or error is not None:
             self._write()
+        if self._lock is not None:
+            self._lock.release()
 
     def _write(self) -> None:
         self.folder.write_summary(self._facts)
+
+
+def _find(recipe: Recipe, strategy: Strategy, working_folder: Path) -> tuple[Place, FileLock]:
+    """The place of this run, and the lock on it: a run of this name that did not finish, or a new folder."""
+    parent = working_folder / Path(recipe.run.dir).expanduser()
+    exact = recipe.source.of("run.name") == COMMAND_LINE
+    existing = RunFolder(parent / recipe.run.name)
+    if recipe.run.resume == "auto" and existing.summary.is_file():
+        lock = FileLock(existing.lock)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if exact:
+                raise RunFolderError(
+                    f"another process is running in {existing.path}; wait for it, or take another run.name"
+                ) from None
+        else:
+            place = _resumable(existing, recipe, strategy)
+            if place is not None:
+                return place, lock
+            lock.release()
+    folder = RunFolder.claim(parent, recipe.run.name, exact=exact)
+    lock = FileLock(folder.lock)
+    lock.acquire(timeout=0)
+    return Place(folder), lock
+
+
+def _resumable(folder: RunFolder, recipe: Recipe, strategy: Strategy) -> Place | None:
+    """The place to go on from in a folder that no other process holds; None where it finished or has no checkpoint."""
+    summary = folder.read_summary()
+    if summary["status"] == "finished":
+        return None
+    checkpoint, skipped = manifest.newest(folder.checkpoints)
+    if checkpoint is None:
+        return None
+    changed = list(_differences(parse_yaml(folder.recipe.read_text(encoding="utf-8")), recipe.model_dump()))
+    if changed and not recipe.run.force:
+        raise RunFolderError(
+            f"{folder.path} was interrupted with another recipe:\n" + "\n".join(f"  {line}" for line in changed)
+            + "\ntake the old values to go on, run.force=true to go on with the new ones, or another run.name to start anew"
+        )  # fmt: skip
+    facts = manifest.read(checkpoint)
+    notes = [*skipped, f"resuming {folder.path} after step {facts['step']} ({summary['status']}: {summary['cause']})"]
+    if facts["world_size"] != strategy.world.world_size:
+        notes.append(f"{strategy.world.world_size} processes instead of {facts['world_size']}: the same samples in the same steps; "
+                     "sums are rounded in another order, and dropout draws other numbers")  # fmt: skip
+    return Place(folder, checkpoint, (summary["restarts"] or 0) + 1, facts["carried"], (*notes, *changed))
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in {**old, **new}:
+        path, before, after = f"{prefix}{key}", old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _differences(before, after, f"{path}.")
+        elif before != after and not path.startswith(_FREE_TO_CHANGE):
+            yield f"{path}: {before!r} then, {after!r} now"

@@ -90,6 +90,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def lock(self) -> Path:
+        """Held by the process that writes here, for as long as it lives."""
+        return self.path / ".lock"
+
+    @property
     def adapter(self) -> Path:
         return self.path / "adapter"
 
@@ -156,6 +161,11 @@ class RunFolder:
         line = json.dumps(_finite(record), allow_nan=False, default=str) + "\n"
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(line)
+
+    def keep_metrics(self, step: int) -> None:
+        """Drop the records after `step`, and a torn last line: a run that resumes there writes them anew."""
+        kept = [record for record in self.read_metrics() if record["step"] <= step]
+        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete records of `metrics.jsonl`; a last line torn by a kill is left out."""

@@ -91,6 +91,10 @@ class Run(Section):
     """Folder that holds the run folders."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the adapter's initial weights, dropout, the data splits and the order of the samples."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on with a run of this name that was interrupted, from its newest checkpoint that verifies."""
+    force: bool = False
+    """Resume though the recipe has changed since."""
 
 
 class Model(Section):

@@ -10,12 +10,13 @@ from pathlib import Path
 from transformers import PrinterCallback
 
 from distft import data, strategy
-from distft.checkpoint import save_result
+from distft.checkpoint import Checkpoints, save_result
 from distft.model import attention, load_model, load_tokenizer, non_embedding_parameters, settle_adapter_dtype
 from distft.outcome import debug_flag, guarded
 from distft.recipe import load_recipe
 from distft.record import Record
 from distft.samples import GlobalBatchOrder, evaluation_rows, lengths_of, with_empty_rows
+from distft.stopping import StopTogether
 from distft.strategy import Launcher, Strategy, whole_numel
 from distft.telemetry import Telemetry, finish_trackers, model_flops_per_token, perplexity, trackers
 from distft.trainer import HeldOut, Invariants, Trainer, sft_config
@@ -53,20 +54,25 @@ def train(arguments: Sequence[str]) -> None:
 
         telemetry = Telemetry(record.folder, recipe, world, order, flops)
         limit, share = recipe.evaluation.max_samples, world.world_size * config.per_device_eval_batch_size
-        held_out = HeldOut(evaluation_rows(splits.test, limit, share, tokenizer.eos_token_id))
+        carried = record.place.carried
+        held_out = HeldOut(evaluation_rows(splits.test, limit, share, tokenizer.eos_token_id), carried.get("before"))
+        stop = StopTogether(world)
         trainer = Trainer(
             model=model, args=config, processing_class=tokenizer, order=order,
             train_dataset=with_empty_rows(splits.train, 1, tokenizer.eos_token_id),
             eval_dataset=evaluation_rows(splits.validation, limit, share, tokenizer.eos_token_id),
             callbacks=[
-                Invariants(how, recipe, trainable), telemetry, *trackers(recipe, record.folder, world),
+                Invariants(how, recipe, trainable), stop, telemetry, *trackers(recipe, record.folder, world),
                 *([held_out] if recipe.evaluation.before_and_after and splits.test is not None else []),
+                Checkpoints(record.folder, world, recipe.training.get("save_total_limit"),
+                            lambda: {"before": held_out.before}),
             ],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         held_out.trainer = trainer
         settle_adapter_dtype(model, recipe)
-        output = trainer.train()
+        output = trainer.train(resume_from_checkpoint=record.place.resume_from)
+        stop.raise_if_stopped()
         if held_out.before is not None:
             before, after = held_out.before, held_out.measure()
             record.note(eval_before={"loss": before, "perplexity": perplexity(before)},

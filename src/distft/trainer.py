@@ -19,7 +19,7 @@ from distft.strategy import Strategy
 def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder) -> SFTConfig:
     """The recipe's training section as SFTConfig, with what the other sections own filled in."""
     micro = recipe.batching.micro_batch
-    given = dict(recipe.training)
+    given = {key: value for key, value in recipe.training.items() if key != "save_total_limit"}
     # TRL trains in bf16 where nothing is said; here the model's own type decides.
     given.setdefault("bf16", recipe.model.dtype == "bfloat16" and not given.get("fp16"))
     given.setdefault("per_device_eval_batch_size", micro)
@@ -34,6 +34,8 @@ def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder) -> SFTConf
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=recipe.accumulation(strategy.world.world_size),
         seed=recipe.run.seed,
+        # `Checkpoints` retires them: the trainer would delete the last good one before the new one is known to be whole.
+        save_total_limit=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         report_to="none",  # the trackers are ours to start: on rank 0, guarded, behind the telemetry
         disable_tqdm=True,
@@ -53,6 +55,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As the trainer does, but each trainable parameter keeps its type: PEFT loads the bf16 adapter of a quantised base
+        as fp32, and the resumed run would round otherwise than the one that was interrupted."""
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        super()._load_from_checkpoint(*args, **kwargs)
+        for name, parameter in self.model.named_parameters():
+            if name in dtypes and parameter.dtype != dtypes[name]:
+                parameter.data = parameter.data.to(dtypes[name])
 
     def evaluation_loop(
         self, dataloader: DataLoader[Any], description: str, prediction_loss_only: bool | None = None,
@@ -101,12 +112,15 @@ class Invariants(TrainerCallback):  # type: ignore[misc]
 
 
 class HeldOut(TrainerCallback):  # type: ignore[misc]
-    """Loss on the held-out split before the first step; the trainer is given after it is built."""
+    """Loss on the held-out split before the first step; the trainer is given after it is built.
 
-    def __init__(self, samples: Any) -> None:
+    `before` is what a resumed run measured when it began.
+    """
+
+    def __init__(self, samples: Any, before: float | None) -> None:
         self._samples = samples
         self.trainer: Trainer | None = None
-        self.before: float | None = None
+        self.before = before
 
     def measure(self) -> float:
         """Mean negative log-likelihood of the held-out split in nats a token. All ranks enter."""
@@ -114,4 +128,5 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]
         return float(self.trainer.evaluate(self._samples, metric_key_prefix="test")["test_loss"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.before = self.measure()
+        if self.before is None:
+            self.before = self.measure()

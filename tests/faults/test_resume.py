@@ -1,0 +1,154 @@
+"""Interrupted at any step and resumed, a run is the one that was never interrupted, to the bit on CPU."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distft import manifest
+from distft.checkpoint import read_tensors
+from distft.run import RunFolder
+
+from ..distributed.conftest import Ended, finish, start
+from ..distributed.test_guards import wait_for_step
+
+# Two epochs of 7 steps, the last of each shorter; with dropout and accumulation.
+RUN = ("recipe=tiny", "training.num_train_epochs=2", "training.logging_steps=1", "training.eval_strategy=no",
+       "training.save_strategy=steps", "training.save_steps=3", "training.save_total_limit=2", "tracking.report_to=[]",
+       "evaluation.max_samples=8", "data.max_samples=130")  # fmt: skip
+KINDS = {
+    "single": ((), 1),
+    "ddp": ((), 2),
+    "fsdp": (("strategy=fsdp", "quantization.bnb_4bit_quant_storage=float32"), 2),
+}
+
+
+def begin(where: Path, kind: str, *more: str) -> Any:
+    overrides, processes = KINDS[kind]
+    return start(
+        [sys.executable, "-m", "distft.cli", "train", *RUN, *overrides, *more, "--nproc", str(processes)], where
+    )
+
+
+def go(where: Path, kind: str, *more: str) -> Ended:
+    return finish(begin(where, kind, *more), where)
+
+
+def losses(folder: RunFolder) -> list[tuple[int, float, float]]:
+    return [
+        (record["step"], record["loss"], record["grad_norm"]) for record in folder.read_metrics() if "loss" in record
+    ]
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunFolder]:
+    ended = go(tmp_path_factory.mktemp("whole"), request.param)
+    assert ended.code == 0, ended.stderr[-3000:]
+    return request.param, ended.folder
+
+
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(
+    uninterrupted: tuple[str, RunFolder], tmp_path: Path
+) -> None:
+    kind, whole = uninterrupted
+    process = begin(tmp_path, kind)
+    folder = wait_for_step(tmp_path, 4)
+    process.send_signal(signal.SIGTERM)
+    ended = finish(process, tmp_path)
+    assert ended.code == 75, ended.stderr[-3000:]
+    assert "the same command goes on from there" in ended.stderr
+    checkpoint, skipped = manifest.newest(folder.checkpoints)
+    assert checkpoint is not None and not skipped
+    stopped = manifest.step_of(checkpoint)
+    assert 4 <= stopped < 14 and f"after step {stopped}" in folder.read_summary()["cause"]
+
+    resumed = go(tmp_path, kind)
+    assert resumed.code == 0, resumed.stderr[-3000:]
+    assert f"resuming {folder.path} after step {stopped}" in resumed.stderr
+    assert_same_run(folder, whole)
+    summary = folder.read_summary()
+    assert (summary["restarts"], summary["status"], summary["steps"]) == (1, "finished", 14)
+    assert summary["eval_before"] == whole.read_summary()["eval_before"]
+    assert summary["tokens"] == whole.read_summary()["tokens"]
+
+
+def assert_same_run(folder: RunFolder, whole: RunFolder) -> None:
+    assert losses(folder) == losses(whole)
+    ours, theirs = read_tensors(folder.adapter), read_tensors(whole.adapter)
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_damaged_checkpoints_are_skipped_and_an_older_one_is_taken(
+    uninterrupted: tuple[str, RunFolder], tmp_path: Path
+) -> None:
+    kind, whole = uninterrupted
+    process = begin(tmp_path, kind, "training.save_total_limit=4")
+    folder = wait_for_step(tmp_path, 9)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, tmp_path).code == 75
+    newest, second, third = sorted(folder.checkpoints.glob("checkpoint-*"), key=manifest.step_of, reverse=True)[:3]
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    (second / "manifest.json").unlink()
+    resumed = go(tmp_path, kind, "training.save_total_limit=4")
+    assert resumed.code == 0, resumed.stderr[-3000:]
+    assert f"{newest.name} is skipped: {largest.relative_to(newest)} is damaged" in resumed.stderr
+    assert f"{second.name} is skipped: it has no manifest" in resumed.stderr
+    assert f"after step {manifest.step_of(third)}" in resumed.stderr
+    assert_same_run(folder, whole)
+
+
+def test_a_changed_recipe_is_refused_with_its_differences(tmp_path: Path) -> None:
+    process = begin(tmp_path, "single")
+    wait_for_step(tmp_path, 4)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, tmp_path).code == 75
+    refused = go(tmp_path, "single", "training.learning_rate=1e-5", "lora.lora_dropout=0")
+    assert refused.code == 2
+    assert "training.learning_rate: 0.003 then, 1e-05 now" in refused.stderr
+    assert "lora.lora_dropout: 0.05 then, 0 now" in refused.stderr
+    assert "run.force=true" in refused.stderr
+    taken = go(tmp_path, "single", "training.learning_rate=1e-5", "lora.lora_dropout=0", "run.force=true")
+    assert taken.code == 0, taken.stderr[-3000:]
+    assert taken.folder.read_summary()["restarts"] == 1
+
+
+def test_two_runs_at_once_never_share_a_folder(tmp_path: Path) -> None:
+    first = begin(tmp_path, "single", "run.name=shared")
+    wait_for_step(tmp_path, 4)
+    second = go(tmp_path, "single", "run.name=shared")
+    assert second.code == 2
+    assert "another process is running in" in second.stderr
+    first.send_signal(signal.SIGTERM)
+    assert finish(first, tmp_path).code == 75
+
+
+def test_retention_keeps_the_newest_and_a_manifest_is_strict(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "weights").write_bytes(bytes([step]) * 100)
+        manifest.write(checkpoint, {"step": step})
+    unfinished = tmp_path / "checkpoint-4"
+    unfinished.mkdir()
+    manifest.retire(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    (tmp_path / "checkpoint-3" / "weights").write_bytes(b"\3" * 99)
+    found, skipped = manifest.newest(tmp_path)
+    assert found == tmp_path / "checkpoint-2"
+    assert skipped == [
+        "checkpoint-4 is skipped: it has no manifest: it was not finished",
+        "checkpoint-3 is skipped: weights has 99 bytes instead of 100",
+    ]
+    (tmp_path / "checkpoint-2" / "manifest.json").write_text(json.dumps({"step": 2})[:-3])
+    assert manifest.newest(tmp_path)[0] is None
