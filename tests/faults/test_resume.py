@@ -18,10 +18,10 @@ from distft.run import RunFolder
 from ..distributed.conftest import Ended, finish, start
 from ..distributed.test_guards import wait_for_step
 
-# Two epochs of 7 steps, the last of each shorter; with dropout and accumulation.
+# Two epochs of 11 steps, the last of each shorter; with dropout and accumulation.
 RUN = ("recipe=tiny", "training.num_train_epochs=2", "training.logging_steps=1", "training.eval_strategy=no",
        "training.save_strategy=steps", "training.save_steps=3", "training.save_total_limit=2", "tracking.report_to=[]",
-       "evaluation.max_samples=8", "data.max_samples=130")  # fmt: skip
+       "evaluation.max_samples=8", "data.max_samples=210")  # fmt: skip
 KINDS = {
     "single": ((), 1),
     "ddp": ((), 2),
@@ -66,14 +66,14 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(
     checkpoint, skipped = manifest.newest(folder.checkpoints)
     assert checkpoint is not None and not skipped
     stopped = manifest.step_of(checkpoint)
-    assert 4 <= stopped < 14 and f"after step {stopped}" in folder.read_summary()["cause"]
+    assert 4 <= stopped < 22 and f"after step {stopped}" in folder.read_summary()["cause"]
 
     resumed = go(tmp_path, kind)
     assert resumed.code == 0, resumed.stderr[-3000:]
     assert f"resuming {folder.path} after step {stopped}" in resumed.stderr
     assert_same_run(folder, whole)
     summary = folder.read_summary()
-    assert (summary["restarts"], summary["status"], summary["steps"]) == (1, "finished", 14)
+    assert (summary["restarts"], summary["status"], summary["steps"]) == (1, "finished", 22)
     assert summary["eval_before"] == whole.read_summary()["eval_before"]
     assert summary["tokens"] == whole.read_summary()["tokens"]
 
@@ -91,7 +91,7 @@ def test_damaged_checkpoints_are_skipped_and_an_older_one_is_taken(
 ) -> None:
     kind, whole = uninterrupted
     process = begin(tmp_path, kind, "training.save_total_limit=4")
-    folder = wait_for_step(tmp_path, 9)
+    folder = wait_for_step(tmp_path, 10)
     process.send_signal(signal.SIGTERM)
     assert finish(process, tmp_path).code == 75
     newest, second, third = sorted(folder.checkpoints.glob("checkpoint-*"), key=manifest.step_of, reverse=True)[:3]
