@@ -19,6 +19,7 @@ FLOORS = (
     ("recipe", "machine", "samples", "manifest"),
     ("outcome", "strategy", "tiny"),
     ("model", "data", "telemetry", "trainer", "checkpoint", "record", "launch", "stopping"),
+    ("watch",),
     ("train",),
     ("cli",),
 )

@@ -95,7 +95,7 @@ def _train(options: argparse.Namespace) -> int:
             f"--nproc {processes} asks for more processes than there are GPUs here ({devices}); ask for {devices} at most"
         )
     recipe.accumulation(processes)
-    return run(options.overrides, processes)
+    return run(options.overrides, processes, recipe.run.max_restarts)
 
 
 def _list(options: argparse.Namespace) -> None:

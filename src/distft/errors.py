@@ -8,20 +8,23 @@ DistftError                 exit code 1: the run failed, and the message says wh
 │   ├── LaunchError         the processes, devices or launcher flags do not fit the recipe
 │   └── RunFolderError      the run folder is in use or unreadable
 ├── InvariantError          an assertion about a distributed run did not hold
-└── Interrupted             exit code 75: a signal ended the run
+├── RankLost                a process of the run died or hangs; a restart goes on from the last checkpoint
+├── Interrupted             exit code 75: a signal or run.max_time ended the run
+└── AlreadyFinished         exit code 0: the run had finished before it was started again
 """
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 class DistftError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is what the process ends with."""
+    """Base of all errors raised on purpose; `exit_code` is what the process ends with, and `restart` says whether the
+    same run may go on after its processes were started again."""
 
     exit_code = 1
+    restart = False
 
 
 class UserError(DistftError):
@@ -77,11 +80,26 @@ class InvariantError(DistftError):
     """Something that must hold in every correct distributed run did not; the message explains what and why."""
 
 
+class RankLost(DistftError):
+    """A process of the run was killed, failed or makes no progress, so that the others cannot go on without it."""
+
+    restart = True
+
+    def __init__(self, rank: int | None, message: str) -> None:
+        self.rank = rank
+        super().__init__(message)
+
+
 class Interrupted(DistftError):
-    """A signal (SIGTERM, SIGINT, SIGUSR1) ended the run before it had finished."""
+    """A signal (SIGTERM, SIGINT, SIGUSR1) or run.max_time ended the run before it had finished."""
 
     exit_code = 75
 
-    def __init__(self, signum: int, how: str = "") -> None:
-        self.signal = signal.Signals(signum).name
-        super().__init__(f"stopped by {self.signal} {how}".rstrip())
+    def __init__(self, by: str, how: str = "") -> None:
+        super().__init__(f"stopped by {by} {how}".rstrip())
+
+
+class AlreadyFinished(DistftError):
+    """A launcher started the processes of a run again after its last file was written."""
+
+    exit_code = 0

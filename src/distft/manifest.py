@@ -71,14 +71,25 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def drop_after(checkpoints: Path, step: int) -> None:
+    """Delete every checkpoint after `step`: a run that goes on from there writes them anew."""
+    for path in checkpoints.glob("checkpoint-*"):
+        if step_of(path) > step:
+            _delete(path)
+
+
 def retire(checkpoints: Path, keep: int | None) -> None:
     """Delete the oldest of the finished checkpoints beyond `keep` (None keeps all); never the newest."""
     if keep is None:
         return
     finished = sorted((p for p in checkpoints.glob("checkpoint-*") if (p / NAME).is_file()), key=step_of)
     for path in finished[: -max(keep, 1)]:
-        (path / NAME).unlink()  # first, so that a kill in between leaves no half that looks whole
-        shutil.rmtree(path)
+        _delete(path)
+
+
+def _delete(checkpoint: Path) -> None:
+    (checkpoint / NAME).unlink(missing_ok=True)  # first, so that a kill in between leaves no half that looks whole
+    shutil.rmtree(checkpoint)
 
 
 def _digest(path: Path) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,31 +15,40 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from distft import manifest
-from distft.errors import Interrupted, RunFolderError
+from distft.errors import AlreadyFinished, Interrupted, RankLost, RunFolderError, UserError
 from distft.machine import describe
+from distft.outcome import tell
 from distft.recipe import COMMAND_LINE, Recipe
 from distft.run import RunFolder, to_json, write_atomically
 from distft.strategy import Strategy
-from distft.world import together
+from distft.world import Launch, together
 from distft.yaml12 import parse_yaml
 
 _FREE_TO_CHANGE = (
-    "run.",
+    "run.name",
+    "run.dir",
+    "run.resume",
+    "run.force",
+    "run.max_",
+    "run.hang_",
     "tracking.",
     "evaluation.",
     "batching.micro_batch",
     "training.logging_",
     "training.save_",
     "training.eval_",
+    "training.ddp_timeout",
 )
 """What does not change the optimisation, so that a run may resume with another value."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run writes, and the checkpoint it goes on from (None: from the start). `notes` are for the user."""
+    """Where a run writes, and the checkpoint it goes on from (None: from the start). `claimed`: the folder is new; `notes`
+    are for the user."""
 
     folder: RunFolder
+    claimed: bool = True
     checkpoint: Path | None = None
     restarts: int = 0
     carried: Mapping[str, Any] = field(default_factory=dict)
@@ -45,16 +58,23 @@ class Place:
     def resume_from(self) -> str | None:
         return None if self.checkpoint is None else str(self.checkpoint)
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the run has behind it."""
+        return 0 if self.checkpoint is None else manifest.step_of(self.checkpoint)
+
 
 class Record:
     """Context of a run. Leaving it writes the status: finished, interrupted (by a signal) or failed (with the cause).
 
     Rank 0 writes; another rank writes only the cause of its own failure, so that the run is not said to have been
-    stopped by the launcher when it was that rank that broke it.
+    stopped by the launcher when it was that rank that broke it. `step` is the last optimizer step that is complete.
     """
 
     def __init__(self, place: Place, recipe: Recipe, strategy: Strategy, lock: FileLock | None) -> None:
         self.place, self.folder, self._strategy, self._lock = place, place.folder, strategy, lock
+        self.step = place.step
+        self._launch = Launch.of(os.environ)
         self._facts: dict[str, Any] = {
             "status": "running", "recipe": recipe.source.name, "strategy": strategy.name, "requested_strategy": strategy.requested,
             "world_size": strategy.world.world_size, "restarts": place.restarts,
@@ -68,6 +88,7 @@ class Record:
         Raises:
             RunFolderError: the name was given on the command line and is in use, or the recipe has changed since the
                 run was interrupted.
+            AlreadyFinished: the launcher has started a run again that has nothing left to do.
         """
         world = strategy.world
         lock: FileLock | None = None
@@ -89,10 +110,13 @@ class Record:
         assert place is not None
         record = cls(place, recipe, strategy, lock)
         if world.is_main:
-            if place.checkpoint is not None:
-                place.folder.keep_metrics(manifest.step_of(place.checkpoint))
+            tell("folder", str(place.folder.path))
+            if not place.claimed:
+                place.folder.keep_metrics(place.step)
+                manifest.drop_after(place.folder.checkpoints, place.step)
             write_atomically(place.folder.recipe, recipe.to_yaml())
-            write_atomically(place.folder.environment, to_json(describe()) + "\n")
+            started = {"launch": record._launch.launcher, "attempt": record._launch.attempt}
+            write_atomically(place.folder.environment, to_json(describe() | started) + "\n")
             record._write()
         return record
 
@@ -130,67 +154,112 @@ class Record:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         main = self._strategy.world.is_main
-        if error is None:
+        if error is not None:
+            self.close(error)
+        elif main:
             self.note(status="finished", cause=None)
-        else:
-            stopped = isinstance(error, Interrupted)
-            self.note(status="interrupted" if stopped else "failed", cause=f"{type(error).__name__}: {error}")
-            if (stopped and not main) or self.folder.read_summary().get("status") != "running":
-                return
-        if main or error is not None:
             self._write()
         if self._lock is not None:
             self._lock.release()
+
+    def close(self, error: BaseException) -> None:
+        """Write that `error` has ended the run, and why; the first rank to come gives the cause."""
+        world, stopped = self._strategy.world, isinstance(error, Interrupted)
+        if isinstance(error, UserError) and self.place.claimed and self.step == 0:
+            if world.is_main:  # the command that is right will want the name
+                shutil.rmtree(self.folder.path)
+            return
+        if (stopped and not world.is_main) or self.folder.read_summary().get("status") != "running":
+            return
+        cause = f"{type(error).__name__}: {error}"
+        if not stopped and not self.folder.append_fault({
+            "time": datetime.now(UTC).isoformat(timespec="seconds"), "rank": error.rank if isinstance(error, RankLost) else world.rank,
+            "step": self.step, "cause": cause, "launch": self._launch.launcher, "attempt": self._launch.attempt,
+        }):  # fmt: skip
+            return
+        self.note(status="interrupted" if stopped else "failed", cause=cause)
+        self._write()
 
     def _write(self) -> None:
         self.folder.write_summary(self._facts)
 
 
 def _find(recipe: Recipe, strategy: Strategy, working_folder: Path) -> tuple[Place, FileLock]:
-    """The place of this run, and the lock on it: a run of this name that did not finish, or a new folder."""
+    """The place of this run, and the lock on it: the folder of the run that a launcher has started again, the newest run of
+    this name that did not finish, or a new folder."""
     parent = working_folder / Path(recipe.run.dir).expanduser()
     exact = recipe.source.of("run.name") == COMMAND_LINE
-    existing = RunFolder(parent / recipe.run.name)
-    if recipe.run.resume == "auto" and existing.summary.is_file():
-        lock = FileLock(existing.lock)
+    launch = Launch.of(os.environ)
+    for folder in RunFolder.named(parent, recipe.run.name):
+        ours = launch.attempt > 0 and _started(folder).get("launch") == launch.launcher
+        if not ours and (recipe.run.resume == "never" or (exact and folder.name != recipe.run.name)):
+            continue
+        lock = FileLock(folder.lock)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=30 if ours else 0)  # what the launcher has ended may take a moment to be gone
         except Timeout:
             if exact:
                 raise RunFolderError(
-                    f"another process is running in {existing.path}; wait for it, or take another run.name"
+                    f"another process is running in {folder.path}; wait for it, or take another run.name"
                 ) from None
-        else:
-            place = _resumable(existing, recipe, strategy)
-            if place is not None:
-                return place, lock
-            lock.release()
+            continue
+        finished = folder.read_summary()["status"] == "finished"
+        if finished and ours:
+            raise AlreadyFinished(f"the run in {folder.path} had finished before it was started again")
+        place = None if finished else _resumable(folder, recipe, strategy)
+        if place is not None:
+            return place, lock
+        lock.release()
+        if finished:
+            break
     folder = RunFolder.claim(parent, recipe.run.name, exact=exact)
     lock = FileLock(folder.lock)
     lock.acquire(timeout=0)
     return Place(folder), lock
 
 
+def _started(folder: RunFolder) -> dict[str, Any]:
+    """What the run folder says of the processes that worked in it last: `launch` and `attempt`, and where they ran."""
+    if not folder.environment.is_file():
+        return {}
+    return dict(json.loads(folder.environment.read_text(encoding="utf-8")))
+
+
 def _resumable(folder: RunFolder, recipe: Recipe, strategy: Strategy) -> Place | None:
-    """The place to go on from in a folder that no other process holds; None where it finished or has no checkpoint."""
+    """The place to go on from in an unfinished folder that no other process holds; None where it has no checkpoint and the
+    recipe is another."""
     summary = folder.read_summary()
-    if summary["status"] == "finished":
-        return None
     checkpoint, skipped = manifest.newest(folder.checkpoints)
-    if checkpoint is None:
-        return None
     changed = list(_differences(parse_yaml(folder.recipe.read_text(encoding="utf-8")), recipe.model_dump()))
+    if changed and checkpoint is None:
+        return None
     if changed and not recipe.run.force:
         raise RunFolderError(
             f"{folder.path} was interrupted with another recipe:\n" + "\n".join(f"  {line}" for line in changed)
             + "\ntake the old values to go on, run.force=true to go on with the new ones, or another run.name to start anew"
         )  # fmt: skip
-    facts = manifest.read(checkpoint)
-    notes = [*skipped, f"resuming {folder.path} after step {facts['step']} ({summary['status']}: {summary['cause']})"]
-    if facts["world_size"] != strategy.world.world_size:
+    facts = {"carried": {}} if checkpoint is None else manifest.read(checkpoint)
+    place = Place(folder, False, checkpoint, (summary["restarts"] or 0) + 1, facts["carried"])
+    where = f"after step {place.step}" if checkpoint else "from the start, for it has no checkpoint"
+    notes = [*skipped, f"resuming {folder.path} {where} ({_why(folder, summary)})"]
+    if facts.get("world_size", strategy.world.world_size) != strategy.world.world_size:
         notes.append(f"{strategy.world.world_size} processes instead of {facts['world_size']}: the same samples in the same steps; "
                      "sums are rounded in another order, and dropout draws other numbers")  # fmt: skip
-    return Place(folder, checkpoint, (summary["restarts"] or 0) + 1, facts["carried"], (*notes, *changed))
+    return replace(place, notes=(*notes, *changed))
+
+
+def _why(folder: RunFolder, summary: Mapping[str, Any]) -> str:
+    """Why the run in `folder` ended. That a kill left no rank time to say so is recorded here."""
+    if summary["status"] != "running":
+        return f"{summary['status']}: {summary['cause']}"
+    started, metrics = _started(folder), folder.read_metrics()
+    fault = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"), "rank": None, "step": metrics[-1]["step"] if metrics else 0,
+        "cause": "all processes ended without a word: killed, or the machine went down",
+        "launch": started.get("launch"), "attempt": started.get("attempt"),
+    }  # fmt: skip
+    folder.append_fault(fault)
+    return str(folder.read_faults()[-1]["cause"])
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -6,11 +6,14 @@ runs/<name>/
   metrics.jsonl       one record a log step
   checkpoints/        what the trainer saves on its way
   adapter/  model/    the result: a PEFT adapter, or the whole model where there is no adapter
+  faults.jsonl        one record for each time that the run broke down: when, which rank, after which step, why
+  stacks/             what every rank was doing when the run stood still
   summary.json        status, cause and the figures of the run
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -90,6 +93,14 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def faults(self) -> Path:
+        return self.path / "faults.jsonl"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
+
+    @property
     def lock(self) -> Path:
         """Held by the process that writes here, for as long as it lives."""
         return self.path / ".lock"
@@ -135,6 +146,16 @@ class RunFolder:
                 raise RunFolderError(f"cannot create the run folder {path}: {error.strerror}; set run.dir") from error
         raise RunFolderError(f"too many runs named {name} in {parent}")
 
+    @classmethod
+    def named(cls, parent: Path, name: str) -> list[RunFolder]:
+        """The run folders `name`, `name-2`, `name-3`, … that there are, newest first."""
+        numbered = [(1, parent / name)]
+        for path in parent.glob(f"{name}-*"):
+            number = path.name.removeprefix(f"{name}-")
+            if number.isdigit():
+                numbered.append((int(number), path))
+        return [cls(path) for _, path in sorted(numbered, reverse=True) if (path / "summary.json").is_file()]
+
     def read_summary(self) -> dict[str, Any]:
         """The summary as a dict.
 
@@ -162,6 +183,23 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(line)
 
+    def append_fault(self, fault: Mapping[str, Any]) -> bool:
+        """Append one record to `faults.jsonl`; or return False where its `launch` and `attempt` have one already: what comes
+        first is the cause, what the other ranks see after it are consequences."""
+        with self.faults.open("a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if any(
+                (known["launch"], known["attempt"]) == (fault["launch"], fault["attempt"])
+                for known in self.read_faults()
+            ):
+                return False
+            file.write(json.dumps(_finite(fault), allow_nan=False, default=str) + "\n")
+            return True
+
+    def read_faults(self) -> list[dict[str, Any]]:
+        """All records of `faults.jsonl`, oldest first."""
+        return _read_lines(self.faults)
+
     def keep_metrics(self, step: int) -> None:
         """Drop the records after `step`, and a torn last line: a run that resumes there writes them anew."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
@@ -169,7 +207,11 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete records of `metrics.jsonl`; a last line torn by a kill is left out."""
-        if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        return _read_lines(self.metrics)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

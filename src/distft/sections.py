@@ -95,6 +95,22 @@ class Run(Section):
     """`auto` goes on with a run of this name that was interrupted, from its newest checkpoint that verifies."""
     force: bool = False
     """Resume though the recipe has changed since."""
+    max_restarts: int = Field(3, ge=0)
+    """How many times `distft train` starts the processes again after one was killed, failed or hung."""
+    max_time: str | None = Field(None, pattern=r"^(\d+-)?\d{1,2}:\d\d:\d\d$")
+    """Save and stop before this much time has passed since the start, as SLURM writes it: `[days-]hours:minutes:seconds`."""
+    hang_timeout_s: float = Field(1800.0, gt=0)
+    """A run that makes no progress inside a step for so many seconds is ended with every rank's Python stacks in its folder.
+    The first step, evaluations and saves are left out; a collective waits for training.ddp_timeout."""
+
+    @property
+    def max_time_s(self) -> float | None:
+        """`max_time` in seconds."""
+        if self.max_time is None:
+            return None
+        days, _, clock = self.max_time.rpartition("-")
+        hours, minutes, seconds = map(int, clock.split(":"))
+        return float(((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 class Model(Section):

@@ -11,6 +11,8 @@ import os
 import sys
 import time
 import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -282,12 +284,17 @@ def _has_wandb_key() -> bool:
         return False
 
 
-def finish_trackers(*, failed: bool) -> None:
-    """Close the W&B run, if there is one, with the run's outcome."""
-    wandb = sys.modules.get("wandb")
-    if wandb is None or wandb.run is None:
-        return
+@contextmanager
+def closing_trackers() -> Iterator[None]:
+    """Close the W&B run, if there is one, with the outcome of the block: finished, or failed where it raised."""
+    failed = True
     try:
-        wandb.finish(exit_code=1 if failed else 0)
-    except Exception as error:  # whatever a tracker raises, the run goes on
-        say(f"warning: wandb did not close cleanly ({type(error).__name__}: {error})")
+        yield
+        failed = False
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            try:
+                wandb.finish(exit_code=1 if failed else 0)
+            except Exception as error:  # whatever a tracker raises, the run goes on
+                say(f"warning: wandb did not close cleanly ({type(error).__name__}: {error})")

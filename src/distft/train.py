@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PrinterCallback
@@ -18,9 +19,10 @@ from distft.record import Record
 from distft.samples import GlobalBatchOrder, evaluation_rows, lengths_of, with_empty_rows
 from distft.stopping import StopTogether
 from distft.strategy import Launcher, Strategy, whole_numel
-from distft.telemetry import Telemetry, finish_trackers, model_flops_per_token, perplexity, trackers
+from distft.telemetry import Telemetry, closing_trackers, model_flops_per_token, perplexity, trackers
 from distft.trainer import HeldOut, Invariants, Trainer, sft_config
-from distft.world import World, say, together
+from distft.watch import Watch
+from distft.world import Launch, World, say, together
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -30,7 +32,7 @@ def train(arguments: Sequence[str]) -> None:
         DistftError: the run failed or was stopped; its message says why, and the run folder's summary as well.
     """
     recipe = load_recipe(arguments, checks=(strategy.faults, data.faults))
-    world = World.from_environment(os.environ)
+    world = replace(World.from_environment(os.environ), timeout_s=recipe.training.get("ddp_timeout", World.timeout_s))
     how = Strategy.choose(recipe, world, os.environ, Launcher.of_parent())
     accumulation = recipe.accumulation(world.world_size)
     how.configure(os.environ, accumulation)
@@ -38,7 +40,11 @@ def train(arguments: Sequence[str]) -> None:
     tokenizer = together(world, lambda: load_tokenizer(recipe))
     splits = together(world, lambda: data.prepare(recipe, tokenizer))
     order = GlobalBatchOrder(lengths_of(splits.train), recipe.batching.global_batch_size, recipe.run.seed)
-    with Record.open(recipe, how, Path.cwd()) as record:
+    with (
+        closing_trackers(),
+        Record.open(recipe, how, Path.cwd()) as record,
+        Watch(world, record, recipe.run.hang_timeout_s) as watch,
+    ):
         config = sft_config(recipe, how, record.folder)
         model = together(world, lambda: load_model(recipe, how))
         trainable = sum(whole_numel(p) for p in model.parameters() if p.requires_grad)
@@ -56,7 +62,7 @@ def train(arguments: Sequence[str]) -> None:
         limit, share = recipe.evaluation.max_samples, world.world_size * config.per_device_eval_batch_size
         carried = record.place.carried
         held_out = HeldOut(evaluation_rows(splits.test, limit, share, tokenizer.eos_token_id), carried.get("before"))
-        stop = StopTogether(world)
+        stop = StopTogether(world, Launch.of(os.environ).began, recipe.run.max_time_s)
         trainer = Trainer(
             model=model, args=config, processing_class=tokenizer, order=order,
             train_dataset=with_empty_rows(splits.train, 1, tokenizer.eos_token_id),
@@ -66,6 +72,7 @@ def train(arguments: Sequence[str]) -> None:
                 *([held_out] if recipe.evaluation.before_and_after and splits.test is not None else []),
                 Checkpoints(record.folder, world, recipe.training.get("save_total_limit"),
                             lambda: {"before": held_out.before}),
+                watch,
             ],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
@@ -81,7 +88,6 @@ def train(arguments: Sequence[str]) -> None:
         record.note(
             train_loss=output.training_loss, steps=trainer.state.global_step, adapter=str(saved), **telemetry.figures()
         )
-        finish_trackers(failed=False)
         if world.is_main:
             for line in record.closing_lines():
                 say(line)

@@ -4,59 +4,26 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from distft import manifest
-from distft.checkpoint import read_tensors
 from distft.run import RunFolder
 
-from ..distributed.conftest import Ended, finish, start
+from ..distributed.conftest import finish
 from ..distributed.test_guards import wait_for_step
+from .conftest import KINDS, STEPS, assert_same_run, begin, go
 
-# Two epochs of 11 steps, the last of each shorter; with dropout and accumulation.
-RUN = ("recipe=tiny", "training.num_train_epochs=2", "training.logging_steps=1", "training.eval_strategy=no",
-       "training.save_strategy=steps", "training.save_steps=3", "training.save_total_limit=2", "tracking.report_to=[]",
-       "evaluation.max_samples=8", "data.max_samples=210")  # fmt: skip
-KINDS = {
-    "single": ((), 1),
-    "ddp": ((), 2),
-    "fsdp": (("strategy=fsdp", "quantization.bnb_4bit_quant_storage=float32"), 2),
-}
+Whole = Callable[[str], RunFolder]
 
 
-def begin(where: Path, kind: str, *more: str) -> Any:
-    overrides, processes = KINDS[kind]
-    return start(
-        [sys.executable, "-m", "distft.cli", "train", *RUN, *overrides, *more, "--nproc", str(processes)], where
-    )
-
-
-def go(where: Path, kind: str, *more: str) -> Ended:
-    return finish(begin(where, kind, *more), where)
-
-
-def losses(folder: RunFolder) -> list[tuple[int, float, float]]:
-    return [
-        (record["step"], record["loss"], record["grad_norm"]) for record in folder.read_metrics() if "loss" in record
-    ]
-
-
-@pytest.fixture(scope="module", params=list(KINDS))
-def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunFolder]:
-    ended = go(tmp_path_factory.mktemp("whole"), request.param)
-    assert ended.code == 0, ended.stderr[-3000:]
-    return request.param, ended.folder
-
-
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(
-    uninterrupted: tuple[str, RunFolder], tmp_path: Path
+    kind: str, uninterrupted: Whole, tmp_path: Path
 ) -> None:
-    kind, whole = uninterrupted
+    whole = uninterrupted(kind)
     process = begin(tmp_path, kind)
     folder = wait_for_step(tmp_path, 4)
     process.send_signal(signal.SIGTERM)
@@ -66,30 +33,23 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(
     checkpoint, skipped = manifest.newest(folder.checkpoints)
     assert checkpoint is not None and not skipped
     stopped = manifest.step_of(checkpoint)
-    assert 4 <= stopped < 22 and f"after step {stopped}" in folder.read_summary()["cause"]
+    assert 4 <= stopped < STEPS and f"after step {stopped}" in folder.read_summary()["cause"]
 
     resumed = go(tmp_path, kind)
     assert resumed.code == 0, resumed.stderr[-3000:]
     assert f"resuming {folder.path} after step {stopped}" in resumed.stderr
     assert_same_run(folder, whole)
     summary = folder.read_summary()
-    assert (summary["restarts"], summary["status"], summary["steps"]) == (1, "finished", 22)
+    assert (summary["restarts"], summary["status"], summary["steps"]) == (1, "finished", STEPS)
     assert summary["eval_before"] == whole.read_summary()["eval_before"]
     assert summary["tokens"] == whole.read_summary()["tokens"]
 
 
-def assert_same_run(folder: RunFolder, whole: RunFolder) -> None:
-    assert losses(folder) == losses(whole)
-    ours, theirs = read_tensors(folder.adapter), read_tensors(whole.adapter)
-    assert set(ours) == set(theirs)
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
-
-
+@pytest.mark.parametrize("kind", KINDS)
 def test_damaged_checkpoints_are_skipped_and_an_older_one_is_taken(
-    uninterrupted: tuple[str, RunFolder], tmp_path: Path
+    kind: str, uninterrupted: Whole, tmp_path: Path
 ) -> None:
-    kind, whole = uninterrupted
+    whole = uninterrupted(kind)
     process = begin(tmp_path, kind, "training.save_total_limit=4")
     folder = wait_for_step(tmp_path, 10)
     process.send_signal(signal.SIGTERM)
