@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from distft.errors import InvariantError
 from distft.recipe import Recipe
 from distft.run import RunFolder
 from distft.strategy import Strategy
-from distft.world import World
 
 
 def save_result(model: Any, recipe: Recipe, strategy: Strategy, folder: RunFolder) -> Path:
@@ -69,20 +69,38 @@ def compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tens
 class Checkpoints(TrainerCallback):  # type: ignore[misc]
     """Closes each checkpoint of the trainer with a manifest, once all ranks have written their part, and retires old ones.
 
+    Reading the files back for their hashes goes on beside the training, and is over before the next save and the last step.
     `carried()` gives the facts that a resumed run needs and the trainer does not keep.
     """
 
     def __init__(
-        self, folder: RunFolder, world: World, keep: int | None, carried: Callable[[], dict[str, Any]]
+        self, folder: RunFolder, strategy: Strategy, keep: int | None, carried: Callable[[], dict[str, Any]]
     ) -> None:
-        self._folder, self._world, self._keep, self._carried = folder, world, keep, carried
+        self._folder, self._strategy, self._keep, self._carried = folder, strategy, keep, carried
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="distft-manifest")
+        self._closing: Future[None] | None = None
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._world.world_size > 1:
+        world = self._strategy.world
+        if world.world_size > 1:
             distributed.barrier()
-        if self._world.is_main:
-            checkpoint = self._folder.checkpoints / f"checkpoint-{state.global_step}"
-            manifest.write(checkpoint, {
-                "step": state.global_step, "epoch": state.epoch, "world_size": self._world.world_size, "carried": self._carried(),
-            })  # fmt: skip
-            manifest.retire(self._folder.checkpoints, self._keep)
+        if world.is_main:
+            self._settle()
+            facts = {
+                "step": state.global_step, "epoch": state.epoch, "world_size": world.world_size,
+                "format": self._strategy.checkpoint_format, "carried": self._carried(),
+            }  # fmt: skip
+            self._closing = self._beside.submit(self._close, state.global_step, facts)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._settle()
+
+    def _close(self, step: int, facts: Mapping[str, Any]) -> None:
+        manifest.write(self._folder.checkpoints / f"checkpoint-{step}", facts)
+        manifest.retire(self._folder.checkpoints, self._keep)
+
+    def _settle(self) -> None:
+        """Wait for the last checkpoint to be closed; what went wrong there is raised here."""
+        if self._closing is not None:
+            self._closing.result()
+            self._closing = None

@@ -239,11 +239,17 @@ def _resumable(folder: RunFolder, recipe: Recipe, strategy: Strategy) -> Place |
             + "\ntake the old values to go on, run.force=true to go on with the new ones, or another run.name to start anew"
         )  # fmt: skip
     facts = {"carried": {}} if checkpoint is None else manifest.read(checkpoint)
+    if facts.get("format", strategy.checkpoint_format) != strategy.checkpoint_format:
+        raise RunFolderError(
+            f"the checkpoints of {folder.path} are {facts['format']}, and {strategy.name} on {strategy.world.world_size} "
+            f"process{'es' if strategy.world.world_size > 1 else ''} cannot read them\nresume with as many processes as before "
+            f"({facts['world_size']}), or take another run.name to start anew"
+        )
     place = Place(folder, False, checkpoint, (summary["restarts"] or 0) + 1, facts["carried"])
     where = f"after step {place.step}" if checkpoint else "from the start, for it has no checkpoint"
     notes = [*skipped, f"resuming {folder.path} {where} ({_why(folder, summary)})"]
     if facts.get("world_size", strategy.world.world_size) != strategy.world.world_size:
-        notes.append(f"{strategy.world.world_size} processes instead of {facts['world_size']}: the same samples in the same steps; "
+        notes.append(f"world size {strategy.world.world_size} instead of {facts['world_size']}: the same samples in the same steps; "
                      "sums are rounded in another order, and dropout draws other numbers")  # fmt: skip
     return replace(place, notes=(*notes, *changed))
 

@@ -165,6 +165,13 @@ class Strategy:
             ]
         return []
 
+    @property
+    def checkpoint_format(self) -> str:
+        """What kind of checkpoint this strategy writes; it resumes from those of the same kind."""
+        if self.name in ("zero2", "zero3"):  # DeepSpeed reads the shards of as many ranks as it has
+            return f"{self.name} on {self.world.world_size} processes"
+        return "sharded by fsdp" if self.name == "fsdp" else "whole"
+
     def configure(self, environment: MutableMapping[str, str], accumulation: int) -> None:
         """Bring accelerate to this strategy. Before TrainingArguments or an Accelerator exists."""
         self.world.export(environment)

@@ -258,6 +258,9 @@ def trackers(recipe: Recipe, folder: RunFolder, world: World) -> list[TrainerCal
     return found
 
 
+_WANDB_FINISH_S = 60.0
+
+
 def _start_wandb(recipe: Recipe, folder: RunFolder) -> None:
     """One W&B run with the resolved recipe as its config: online where there is a key, else offline."""
     import wandb
@@ -268,6 +271,8 @@ def _start_wandb(recipe: Recipe, folder: RunFolder) -> None:
     run = wandb.init(
         project=section.project, entity=section.entity, group=section.group, tags=section.tags or None, name=folder.name,
         dir=str(folder.path), config=recipe.model_dump(),
+        # By default a run whose server is gone never ends: it waits to upload. What is left out stays in `wandb/`.
+        settings=wandb.Settings(finish_timeout=_WANDB_FINISH_S),
     )  # fmt: skip
     if run.settings.mode == "offline":
         why = "offline" if _has_wandb_key() else "no key, so offline"

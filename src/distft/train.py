@@ -70,7 +70,7 @@ def train(arguments: Sequence[str]) -> None:
             callbacks=[
                 Invariants(how, recipe, trainable), stop, telemetry, *trackers(recipe, record.folder, world),
                 *([held_out] if recipe.evaluation.before_and_after and splits.test is not None else []),
-                Checkpoints(record.folder, world, recipe.training.get("save_total_limit"),
+                Checkpoints(record.folder, how, recipe.training.get("save_total_limit"),
                             lambda: {"before": held_out.before}),
                 watch,
             ],

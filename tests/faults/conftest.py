@@ -31,6 +31,7 @@ KINDS = {
 
 def begin(where: Path, kind: str, *more: str, **changes: str) -> Popen[str]:
     overrides, processes = KINDS[kind]
+    where.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "distft.cli", "train", *RUN, *overrides, *more, "--nproc", str(processes)]
     return start(command, where, **changes)
 
@@ -66,11 +67,11 @@ def ranks(process: Popen[str]) -> dict[int, psutil.Process]:
     return found
 
 
-def until(condition: Callable[[], object], limit_s: float = 120) -> None:
+def until(condition: Callable[[], object], limit_s: float = 120, every_s: float = 0.02) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.02)
+        time.sleep(every_s)
 
 
 def family(process: Popen[str]) -> list[psutil.Process]:

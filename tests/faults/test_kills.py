@@ -57,16 +57,28 @@ def test_a_kill_before_the_first_checkpoint_starts_anew_in_the_same_folder(
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_a_kill_during_a_save_leaves_no_half_checkpoint(kind: str, uninterrupted: Whole, tmp_path: Path) -> None:
     whole = uninterrupted(kind)
-    process = begin(tmp_path, kind)
-    wait_for_step(tmp_path, 4)
+    process = begin(tmp_path, kind, "training.save_steps=1")
+    wait_for_step(tmp_path, 2)
+    workers = ranks(process).values()
 
     def half_saved() -> bool:
-        return any(not (path / "manifest.json").exists() for path in tmp_path.glob("runs/*/checkpoints/checkpoint-*"))
+        found = tmp_path.glob("runs/*/checkpoints/checkpoint-*")
+        return any(not (path / "manifest.json").exists() and any(path.iterdir()) for path in found)
 
-    until(half_saved)
-    for worker in ranks(process).values():
-        worker.send_signal(signal.SIGKILL)
-    assert half_saved(), "the kill came after the save"
+    def stopped_in_a_save() -> bool:
+        if not half_saved():
+            return False
+        for worker in workers:
+            worker.suspend()
+        if half_saved():  # still: the save was not over before the processes stood
+            return True
+        for worker in workers:
+            worker.resume()
+        return False
+
+    until(stopped_in_a_save, every_s=0.0005)
+    for worker in workers:
+        worker.kill()
     ended = finish(process, tmp_path)
     assert ended.code == 0, ended.stderr[-3000:]
     assert "it was not finished" in ended.stderr

@@ -14,7 +14,7 @@ from distft.run import RunFolder
 
 from ..distributed.conftest import finish
 from ..distributed.test_guards import wait_for_step
-from .conftest import KINDS, STEPS, assert_same_run, begin, go
+from .conftest import KINDS, STEPS, assert_same_run, begin, go, losses
 
 Whole = Callable[[str], RunFolder]
 
@@ -66,6 +66,57 @@ def test_damaged_checkpoints_are_skipped_and_an_older_one_is_taken(
     assert f"{second.name} is skipped: it has no manifest" in resumed.stderr
     assert f"after step {manifest.step_of(third)}" in resumed.stderr
     assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize(("before", "after"), [("ddp", "single"), ("single", "ddp")])
+def test_another_world_size_goes_on_with_the_same_samples(before: str, after: str, tmp_path: Path) -> None:
+    still = ("lora.lora_dropout=0",)
+    whole = go(tmp_path / "whole", before, *still).folder
+    process = begin(tmp_path / "changed", before, *still)
+    wait_for_step(tmp_path / "changed", 4)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, tmp_path / "changed").code == 75
+    resumed = go(tmp_path / "changed", after, *still)
+    assert resumed.code == 0, resumed.stderr[-3000:]
+    sizes = [KINDS[kind][1] for kind in (after, before)]
+    line = f"world size {sizes[0]} instead of {sizes[1]}: the same samples in the same steps"
+    assert line in resumed.stderr
+    assert any(line in note for note in resumed.folder.read_summary()["changed_for_you"])
+    ours, theirs = losses(resumed.folder), losses(whole)
+    assert [step for step, *_ in ours] == [step for step, *_ in theirs]
+    for (step, loss, _), (_, expected, _) in zip(ours, theirs, strict=True):
+        assert loss == pytest.approx(expected, abs=1e-4), step
+
+
+def test_fsdp_restores_the_shard_of_every_rank(uninterrupted: Whole, tmp_path: Path) -> None:
+    """At the last step each rank's shard of the adapter and of the optimizer's states, and its random state, are those of
+    the run that was never interrupted; so are they if every rank got its own back, and not rank 0's."""
+    whole = uninterrupted("fsdp")
+    process = begin(tmp_path, "fsdp")
+    folder = wait_for_step(tmp_path, 4)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, tmp_path).code == 75
+    assert go(tmp_path, "fsdp").code == 0
+    last = f"checkpoint-{STEPS}"
+    ours, theirs = (manifest.read(run.checkpoints / last)["files"] for run in (folder, whole))
+    shards = [name for name in theirs if name.endswith(".distcp")]
+    assert sorted(shards) == [
+        f"{part}_0/__{rank}_0.distcp" for part in ("optimizer", "pytorch_model_fsdp") for rank in (0, 1)
+    ]
+    assert theirs[shards[0]]["sha256"] != theirs[shards[1]]["sha256"], "each rank has another shard"
+    for name in [*shards, "rng_state_0.pth", "rng_state_1.pth", "scheduler.pt"]:
+        assert ours[name] == theirs[name], name
+
+
+def test_shards_are_refused_where_they_cannot_be_read(tmp_path: Path) -> None:
+    process = begin(tmp_path, "fsdp")
+    wait_for_step(tmp_path, 4)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, tmp_path).code == 75
+    overrides, _ = KINDS["fsdp"]
+    refused = go(tmp_path, "single", *overrides)
+    assert refused.code == 2
+    assert "are sharded by fsdp, and single on 1 process cannot read them" in refused.stderr
 
 
 def test_a_changed_recipe_is_refused_with_its_differences(tmp_path: Path) -> None:
