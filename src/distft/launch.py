@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from distft.run import RunFolder
 from distft.world import ATTEMPT, NPROC, OUTCOME, launcher_name, say
 
 
-def worker_command(arguments: Sequence[str], processes: int, port: int, restarts: int) -> list[str]:
+def worker_command(arguments: Sequence[str], processes: int, restarts: int) -> list[str]:
     """Command that starts `processes` workers of `distft.train` on this machine; the launcher of several starts them again
     up to `restarts` times.
 
@@ -34,7 +34,7 @@ def worker_command(arguments: Sequence[str], processes: int, port: int, restarts
         return [sys.executable, *worker]
     return [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1",
-        "--rdzv_backend", "c10d", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port),
+        "--rdzv_backend", "c10d", "--main_process_ip", "127.0.0.1", "--main_process_port", "0",
         # Every second is soon enough, and leaves the neighbours of a killed worker time to see how it ended.
         "--max_restarts", str(restarts), "--monitor_interval", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", *worker,
@@ -46,14 +46,9 @@ def worker_environment(environment: Mapping[str, str], processes: int, outcome: 
     threads = str(max(1, (os.cpu_count() or 1) // processes))  # torchrun would set 1 and warn
     # A store that lives in the launcher keeps the keys of the group that died, and the next one hangs on them.
     store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return {"OMP_NUM_THREADS": threads, **environment, **store, NPROC: str(processes), OUTCOME: str(outcome)}
-
-
-def free_port() -> int:
-    """A TCP port that is free on the loopback address now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    # By default all launchers of a machine meet at one port under one name, and would take part in each other's runs.
+    own = {"PET_RDZV_ENDPOINT": "127.0.0.1:0", "PET_RDZV_ID": uuid.uuid4().hex}
+    return {"OMP_NUM_THREADS": threads, **environment, **store, **own, NPROC: str(processes), OUTCOME: str(outcome)}
 
 
 def run(arguments: Sequence[str], processes: int, restarts: int) -> int:
@@ -69,7 +64,7 @@ def run(arguments: Sequence[str], processes: int, restarts: int) -> int:
         for attempt in range(restarts + 1 if processes == 1 else 1):
             if processes == 1:
                 environment[ATTEMPT] = str(attempt)
-            code, stopped = _start(worker_command(arguments, processes, free_port(), restarts), environment, outcome)
+            code, stopped = _start(worker_command(arguments, processes, restarts), environment, outcome)
             if code == 0 or stopped:
                 break
             if code < 0:

@@ -106,3 +106,13 @@ def test_a_mistake_is_not_started_again(kind: str, tmp_path: Path) -> None:
     assert ended.code == 2
     assert ended.stderr.count("has no module that lora.target_modules") == 1
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_two_runs_at_once_on_a_machine_stay_apart(tmp_path: Path) -> None:
+    """torchrun's c10d rendezvous has one port and one name for all, so that two launchers would form one group."""
+    more = ("training.max_steps=4", "evaluation.before_and_after=false")
+    processes = [begin(tmp_path / name, "ddp", *more) for name in ("first", "second")]
+    for process, name in zip(processes, ("first", "second"), strict=True):
+        ended = finish(process, tmp_path / name)
+        assert ended.code == 0, ended.stderr[-3000:]
+        assert (ended.folder.read_summary()["steps"], ended.folder.read_summary()["world_size"]) == (4, 2)
