@@ -17,7 +17,6 @@ from ..distributed.test_guards import wait_for_step
 from .conftest import KINDS, assert_gone, assert_same_run, begin, family, go, ranks
 
 Whole = Callable[[str], RunFolder]
-SEVERAL = [kind for kind, (_, processes) in KINDS.items() if processes > 1]
 
 # Python runs this before the worker's own code: a real-time signal puts its main thread to sleep, wherever it is.
 NAP = """
@@ -36,8 +35,7 @@ def with_nap(where: Path) -> str:
     return f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 
 
-@pytest.mark.parametrize("kind", SEVERAL)
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("kind", "rank"), [("ddp", 1), ("fsdp", 0)])
 def test_a_stopped_process_is_found_and_brought_back(
     kind: str, rank: int, uninterrupted: Whole, tmp_path: Path
 ) -> None:

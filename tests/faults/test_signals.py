@@ -16,15 +16,13 @@ from distft.run import RunFolder
 
 from ..distributed.conftest import finish
 from ..distributed.test_guards import wait_for_step
-from .conftest import KINDS, assert_gone, assert_same_run, begin, family, go, ranks
+from .conftest import assert_gone, assert_same_run, begin, family, go, ranks
 
 Whole = Callable[[str], RunFolder]
-SEVERAL = [kind for kind, (_, processes) in KINDS.items() if processes > 1]
 LONG = ("training.num_train_epochs=200", "training.save_strategy=no", "evaluation.before_and_after=false")
 
 
-@pytest.mark.parametrize("kind", SEVERAL)
-@pytest.mark.parametrize(("rank", "signum"), [(0, signal.SIGUSR1), (1, signal.SIGTERM)])
+@pytest.mark.parametrize(("kind", "rank", "signum"), [("ddp", 1, signal.SIGTERM), ("fsdp", 0, signal.SIGUSR1)])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     kind: str, rank: int, signum: signal.Signals, uninterrupted: Whole, tmp_path: Path
 ) -> None:
@@ -66,7 +64,7 @@ def test_ctrl_c_twice_stops_now(kind: str, tmp_path: Path) -> None:
     assert_gone(everyone)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["single", "fsdp"])
 def test_a_run_saves_and_stops_before_its_time_is_over(kind: str, tmp_path: Path) -> None:
     began = time.time()
     process = begin(tmp_path, kind, *LONG, "run.max_time=00:00:50")
