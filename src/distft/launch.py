@@ -55,8 +55,7 @@ def run(arguments: Sequence[str], processes: int, restarts: int) -> int:
     """Start the workers, wait for them, and return the exit code of the run: 0, 75, 2 or 1.
 
     Workers that were killed, failed or hung are started again up to `restarts` times: several by their launcher, a single
-    one here. What is started gets a process group of its own, which is ended with the run, so that no rank stays behind
-    with a GPU.
+    one here. Whatever is left of what was started is ended with the run, so that no rank stays behind with a GPU.
     """
     with tempfile.TemporaryDirectory(prefix="distft-") as name:
         outcome = Path(name)
@@ -68,7 +67,8 @@ def run(arguments: Sequence[str], processes: int, restarts: int) -> int:
             if code == 0 or stopped:
                 break
             if code < 0:
-                _record_kill(signal.Signals(-code).name, attempt, outcome)
+                who = "rank 0" if processes == 1 else "the launcher"
+                _record_kill(f"{who} was killed by {signal.Signals(-code).name}", attempt, outcome)
         exit_code = told("exit-code", outcome)
         if code == 0 and exit_code is not None:
             return int(exit_code)
@@ -89,13 +89,13 @@ def _start(command: Sequence[str], environment: Mapping[str, str], outcome: Path
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.send_signal(signum)
         if not workers:
-            _end_group(child.pid)
+            _end_all(outcome)
         elif again:
             signal.alarm(5)
 
     passed: list[int] = []
     handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), pass_on)
-    handlers[signal.SIGALRM] = lambda *_: _end_group(child.pid)
+    handlers[signal.SIGALRM] = lambda *_: _end_all(outcome)
     previous = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     try:
         return child.wait(), bool(passed)
@@ -103,12 +103,12 @@ def _start(command: Sequence[str], environment: Mapping[str, str], outcome: Path
         signal.alarm(0)
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-        _end_group(child.pid)
+        _end_all(outcome)
 
 
-def _record_kill(by: str, attempt: int, outcome: Path) -> None:
+def _record_kill(cause: str, attempt: int, outcome: Path) -> None:
     """Say that the process that was started was killed, and write into the run folder what it had no time to write."""
-    say(f"the process was killed by {by}")
+    say(cause)
     path = told("folder", outcome)
     if path is None:
         return
@@ -116,7 +116,6 @@ def _record_kill(by: str, attempt: int, outcome: Path) -> None:
     summary, metrics = folder.read_summary(), folder.read_metrics()
     if summary["status"] != "running":
         return
-    cause = f"killed by {by}"
     folder.append_fault({
         "time": datetime.now(UTC).isoformat(timespec="seconds"), "rank": 0, "step": metrics[-1]["step"] if metrics else 0,
         "cause": cause, "launch": launcher_name(psutil.Process()), "attempt": attempt,
@@ -134,6 +133,10 @@ def _workers(started: int) -> list[psutil.Process]:
     return []
 
 
-def _end_group(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+def _end_all(outcome: Path) -> None:
+    """End every process that works for this run. torchrun gives each worker a session of its own, and those of a launcher
+    that was killed have another parent, so they are known by their environment."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get(OUTCOME) == str(outcome):
+                process.kill()

@@ -8,13 +8,14 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from distft.run import RunFolder
 
 from ..distributed.conftest import finish
 from ..distributed.test_guards import wait_for_step
-from .conftest import KINDS, STEPS, assert_gone, assert_same_run, begin, family, ranks, until
+from .conftest import KINDS, STEPS, assert_gone, assert_same_run, begin, family, go, ranks, until
 
 Whole = Callable[[str], RunFolder]
 SEVERAL = [kind for kind, (_, processes) in KINDS.items() if processes > 1]
@@ -116,3 +117,16 @@ def test_two_runs_at_once_on_a_machine_stay_apart(tmp_path: Path) -> None:
         ended = finish(process, tmp_path / name)
         assert ended.code == 0, ended.stderr[-3000:]
         assert (ended.folder.read_summary()["steps"], ended.folder.read_summary()["world_size"]) == (4, 2)
+
+
+def test_a_killed_launcher_leaves_no_worker(tmp_path: Path) -> None:
+    process = begin(tmp_path, "ddp")
+    folder = wait_for_step(tmp_path, 4)
+    everyone = family(process)
+    (launcher,) = psutil.Process(process.pid).children()
+    launcher.kill()
+    assert finish(process, tmp_path).code == 1
+    assert_gone(everyone)
+    assert folder.read_summary()["status"] == "failed"
+    assert go(tmp_path, "ddp").code == 0, "the same command goes on"
+    assert folder.read_summary()["status"] == "finished"
