@@ -594,3 +594,8 @@ def test_null_takes_back_what_a_base_recipe_set() -> None:
     recipe = load_recipe(["recipe=ddp_qlora", "training.learning_rate=null", "lora.lora_dropout=null"])
     assert "learning_rate" not in recipe.training
     assert recipe.lora is not None and "lora_dropout" not in recipe.lora
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("00:01:30", 90.0), ("11:50:00", 42_600.0), ("1-00:00:01", 86_401.0)])
+def test_a_time_is_read_as_slurm_writes_it(text: str, seconds: float) -> None:
+    assert load_recipe(["recipe=tiny", f"run.max_time={text}"]).run.max_time_s == seconds

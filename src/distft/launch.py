@@ -67,8 +67,8 @@ def run(arguments: Sequence[str], processes: int, restarts: int) -> int:
             if code == 0 or stopped:
                 break
             if code < 0:
-                who = "rank 0" if processes == 1 else "the launcher"
-                _record_kill(f"{who} was killed by {signal.Signals(-code).name}", attempt, outcome)
+                rank, who = (0, "rank 0") if processes == 1 else (None, "the launcher")
+                _record_kill(rank, f"{who} was killed by {signal.Signals(-code).name}", attempt, outcome)
         exit_code = told("exit-code", outcome)
         if code == 0 and exit_code is not None:
             return int(exit_code)
@@ -106,7 +106,7 @@ def _start(command: Sequence[str], environment: Mapping[str, str], outcome: Path
         _end_all(outcome)
 
 
-def _record_kill(cause: str, attempt: int, outcome: Path) -> None:
+def _record_kill(rank: int | None, cause: str, attempt: int, outcome: Path) -> None:
     """Say that the process that was started was killed, and write into the run folder what it had no time to write."""
     say(cause)
     path = told("folder", outcome)
@@ -117,7 +117,7 @@ def _record_kill(cause: str, attempt: int, outcome: Path) -> None:
     if summary["status"] != "running":
         return
     folder.append_fault({
-        "time": datetime.now(UTC).isoformat(timespec="seconds"), "rank": 0, "step": metrics[-1]["step"] if metrics else 0,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"), "rank": rank, "step": metrics[-1]["step"] if metrics else 0,
         "cause": cause, "launch": launcher_name(psutil.Process()), "attempt": attempt,
     })  # fmt: skip
     folder.write_summary(summary | {"status": "failed", "cause": cause})

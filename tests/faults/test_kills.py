@@ -103,10 +103,13 @@ def test_a_run_that_dies_too_often_ends_and_can_be_resumed(tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mistake_is_not_started_again(kind: str, tmp_path: Path) -> None:
     """Found by the workers, with the folder claimed already: neither a restart nor an empty folder comes of it."""
-    ended = finish(begin(tmp_path, kind, "lora.target_modules=[query]"), tmp_path)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    ended = finish(begin(tmp_path, kind, "lora.target_modules=[query]", TMPDIR=str(temporary)), tmp_path)
     assert ended.code == 2
     assert ended.stderr.count("has no module that lora.target_modules") == 1
     assert list((tmp_path / "runs").iterdir()) == []
+    assert list(temporary.glob("distft-*")) == []
 
 
 def test_two_runs_at_once_on_a_machine_stay_apart(tmp_path: Path) -> None:
