@@ -99,9 +99,10 @@ class Run(Section):
     """How many times `distft train` starts the processes again after one was killed, failed or hung."""
     max_time: str | None = Field(None, pattern=r"^(\d+-)?\d{1,2}:\d\d:\d\d$")
     """Save and stop before this much time has passed since the start, as SLURM writes it: `[days-]hours:minutes:seconds`."""
-    hang_timeout_s: float = Field(1800.0, gt=0)
+    hang_timeout_s: float = Field(900.0, gt=0)
     """A run that makes no progress inside a step for so many seconds is ended with every rank's Python stacks in its folder.
-    The first step, evaluations and saves are left out; a collective waits for training.ddp_timeout."""
+    The first step, evaluations and saves are left out. Keep it below training.ddp_timeout (1800 s), at which a collective
+    fails without stacks."""
 
     @property
     def max_time_s(self) -> float | None:
