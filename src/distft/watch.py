@@ -166,10 +166,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         elif behind:
             what += f"{_named(behind)} did not come as far as the others"
         else:
-            what += "all ranks are at the same place"
+            what += f"{_named(sorted(places))} stopped in the same micro-batch"
         first = self._world.rank == min(places)
+        lost = silent or behind or sorted(places)
         error = RankLost(
-            next(iter(silent or behind), None), f"{what}; their Python stacks are in {self._record.folder.stacks}"
+            lost[0] if len(lost) == 1 else None, f"{what}; the Python stacks of all are in {self._record.folder.stacks}"
         )
         self._record.close(error)
         for rank in silent:

@@ -67,12 +67,12 @@ def test_ctrl_c_twice_stops_now(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["single", "fsdp"])
 def test_a_run_saves_and_stops_before_its_time_is_over(kind: str, tmp_path: Path) -> None:
     began = time.time()
-    process = begin(tmp_path, kind, *LONG, "run.max_time=00:00:50")
+    process = begin(tmp_path, kind, *LONG, "run.max_time=00:01:30")
     ended = finish(process, tmp_path)
     assert ended.code == 75, ended.stderr[-3000:]
     checkpoint, skipped = manifest.newest(ended.folder.checkpoints)
     assert checkpoint is not None and not skipped
-    assert (checkpoint / "manifest.json").stat().st_mtime < began + 50
+    assert (checkpoint / "manifest.json").stat().st_mtime < began + 90
     assert "stopped by run.max_time after step" in ended.folder.read_summary()["cause"]
 
 
