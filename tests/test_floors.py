@@ -18,9 +18,10 @@ FLOORS = (
     ("sections", "run", "world"),
     ("recipe", "machine", "samples", "manifest"),
     ("outcome", "strategy", "tiny"),
-    ("model", "data", "telemetry", "trainer", "checkpoint", "record", "launch", "stopping"),
-    ("watch",),
-    ("train",),
+    ("model", "data", "telemetry", "bad_numbers", "checkpoint", "record", "launch", "stopping"),
+    ("watch", "trainer", "estimate", "probe"),
+    ("memory",),
+    ("train", "trial"),
     ("cli",),
 )
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}

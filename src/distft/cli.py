@@ -62,7 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="preview").add_subparsers(required=True, metavar="ACTION")
     preview = data.add_parser("preview", help="samples with trained and masked tokens, lengths, what was dropped")
     preview.add_argument("overrides", nargs="*", help=OVERRIDES)
-    preview.add_argument("--samples", type=int, default=3)
+    preview.add_argument(
+        "--samples", type=int, default=3, help="show the first of the train split; 3 where it is not given"
+    )
+    preview.add_argument(
+        "--rows", type=_rows, help="show these instead: numbers of samples of the train split, 17,42 say"
+    )
     preview.set_defaults(run=_preview)
 
     merge = commands.add_parser(
@@ -110,6 +115,9 @@ def _show(options: argparse.Namespace) -> None:
     recipe = _load([f"recipe={options.name}", *options.overrides])
     print(f"# {recipe.source.name}: " + " ← ".join(str(path) for path in reversed(recipe.source.files)))
     _print_section(recipe.model_dump(), recipe, "")
+    if recipe.batching.micro_batch == "auto":
+        print("# gradient_accumulation_steps: derived, once micro_batch is settled before the run")
+        return
     steps = recipe.accumulation(options.nproc)
     print(f"# gradient_accumulation_steps: {steps}  (derived: {recipe.batching.global_batch_size} / ({recipe.batching.micro_batch} × "
           f"{options.nproc} process{'es' if options.nproc > 1 else ''}))")  # fmt: skip
@@ -160,7 +168,12 @@ def _preview(options: argparse.Namespace) -> None:
 
     recipe = _load(options.overrides)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print(preview(recipe, load_tokenizer(recipe), samples=options.samples, colour=colour))
+    rows = options.rows or range(options.samples)
+    print(preview(recipe, load_tokenizer(recipe), rows=rows, colour=colour))
+
+
+def _rows(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _merge(options: argparse.Namespace) -> None:

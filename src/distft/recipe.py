@@ -96,13 +96,21 @@ class Recipe(Section):
         """Bits a weight of the frozen base: 4, 8 or 16 (not quantised)."""
         return self.quantization.bits if self.quantization else 16
 
+    @property
+    def micro_batch(self) -> int:
+        """Samples that a device takes at once; 1 while `auto` has not been settled, which goes with every global batch."""
+        return 1 if self.batching.micro_batch == "auto" else self.batching.micro_batch
+
+    def with_micro_batch(self, size: int) -> Recipe:
+        return self.model_copy(update={"batching": self.batching.model_copy(update={"micro_batch": size})})
+
     def accumulation(self, world_size: int) -> int:
         """gradient_accumulation_steps on `world_size` processes: global batch / (micro-batch × processes).
 
         Raises:
             RecipeError: it does not divide; the message lists the micro-batches that do.
         """
-        size, micro = self.batching.global_batch_size, self.batching.micro_batch
+        size, micro = self.batching.global_batch_size, self.micro_batch
         if size % (micro * world_size) == 0:
             return size // (micro * world_size)
         share = size // world_size
@@ -362,7 +370,7 @@ def _validate(merged: dict[str, Any], source: Source, faults: list[Fault]) -> Re
             if attempt == 0:  # the second time, what is missing is what was dropped
                 faults += _faults(error, source)
             for item in error.errors():
-                _drop(tree, item["loc"])
+                _drop(tree, _place(item))
     return None
 
 
@@ -377,7 +385,7 @@ def _faults(error: ValidationError, source: Source, section: str = "") -> list[F
     """One fault a key: the alternatives of a union are errors of their own to pydantic."""
     found: dict[str, Fault] = {}
     for item in error.errors():
-        location = (section, item["loc"][0]) if section else item["loc"]
+        location = (section, item["loc"][0]) if section else _place(item)
         fault = _fault(location, item, source)
         first = found.get(fault.key)
         if first is None:
@@ -387,6 +395,12 @@ def _faults(error: ValidationError, source: Source, section: str = "") -> list[F
             head, got = first.problem.split(", got ", 1)
             found[fault.key] = dataclasses.replace(first, problem=f"{head} or {alternative}, got {got}")
     return list(found.values())
+
+
+def _place(error: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Where a pydantic error is, without the alternative of a union (`literal['auto']`) that it adds as a last key."""
+    location = tuple(error["loc"])
+    return location[:-1] if location and set(str(location[-1])) & set("-[") else location
 
 
 def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) -> Fault:

@@ -15,13 +15,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from distft import manifest
-from distft.errors import AlreadyFinished, Interrupted, RankLost, RunFolderError, UserError
+from distft.errors import AlreadyFinished, DistftError, Interrupted, RankLost, RunFolderError, UserError
 from distft.machine import describe
 from distft.outcome import tell
 from distft.recipe import COMMAND_LINE, Recipe
-from distft.run import RunFolder, to_json, write_atomically
+from distft.run import RunFolder, full, to_json, write_atomically
 from distft.strategy import Strategy
-from distft.world import Launch, together
+from distft.world import Launch, say, together
 from distft.yaml12 import parse_yaml
 
 _FREE_TO_CHANGE = (
@@ -31,9 +31,11 @@ _FREE_TO_CHANGE = (
     "run.force",
     "run.max_",
     "run.hang_",
+    "run.on_bad_numbers",
     "tracking.",
     "evaluation.",
     "batching.micro_batch",
+    "batching.memory_limit_gib",
     "training.logging_",
     "training.save_",
     "training.eval_",
@@ -124,6 +126,15 @@ class Record:
         """Facts for the summary; written when the record closes."""
         self._facts |= facts
 
+    def changed(self, line: str) -> None:
+        """One more thing that differs from what the recipe asked for, for the user and the summary."""
+        self._facts["changed_for_you"].append(line)
+
+    @property
+    def started_again(self) -> bool:
+        """Whether the launcher, and no user, has started these processes, after others had ended."""
+        return self._launch.attempt > 0
+
     def lines(self) -> list[str]:
         """What a user wants to read before the first step."""
         facts = self._facts
@@ -169,12 +180,22 @@ class Record:
             if world.is_main:  # the command that is right will want the name
                 shutil.rmtree(self.folder.path)
             return
+        try:
+            self._close(error, stopped)
+        except OSError as unwritten:  # what went wrong before is what the user must hear of
+            if (why := full(unwritten)) is None:
+                raise
+            say(f"warning: {self.folder.summary} cannot be written ({why}); it still says running")
+
+    def _close(self, error: BaseException, stopped: bool) -> None:
+        world = self._strategy.world
         if (stopped and not world.is_main) or self.folder.read_summary().get("status") != "running":
             return
         cause = f"{type(error).__name__}: {error}"
         if not stopped and not self.folder.append_fault({
             "time": datetime.now(UTC).isoformat(timespec="seconds"), "rank": error.rank if isinstance(error, RankLost) else world.rank,
             "step": self.step, "cause": cause, "launch": self._launch.launcher, "attempt": self._launch.attempt,
+            **(error.facts if isinstance(error, DistftError) else {}),
         }):  # fmt: skip
             return
         self.note(status="interrupted" if stopped else "failed", cause=cause)

@@ -132,6 +132,17 @@ class GlobalBatchOrder(Sampler[int]):
         order: list[int] = torch.randperm(self.size, generator=generator).tolist()
         return order
 
+    def micro_batches(self, step: int, size: int) -> list[list[int]]:
+        """Rows of optimizer step `step` (from 1) in micro-batches of `size`, as they are dealt out: the i-th goes to rank
+        i % world size. Empty rows are left out."""
+        epoch, rest = divmod(step - 1, self.steps)
+        batch = self._permutation(epoch)[rest * self.global_batch_size : (rest + 1) * self.global_batch_size]
+        return [batch[start : start + size] for start in range(0, self.global_batch_size, size)]
+
+    def heaviest(self, size: int) -> list[int]:
+        """Rows of the heaviest micro-batch of `size` that an epoch could hold: the longest samples, the longest first."""
+        return [int(row) for row in np.argsort(-self.lengths, kind="stable")[:size]]
+
     def samples_after(self, step: int) -> int:
         """Real samples seen in the first `step` optimizer steps."""
         epochs, rest = divmod(step, self.steps)

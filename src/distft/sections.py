@@ -11,7 +11,7 @@ import enum
 import functools
 import importlib
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, create_model
 
@@ -95,6 +95,8 @@ class Run(Section):
     """`auto` goes on with a run of this name that was interrupted, from its newest checkpoint that verifies."""
     force: bool = False
     """Resume though the recipe has changed since."""
+    on_bad_numbers: Literal["stop", "skip"] = "stop"
+    """A NaN or infinite loss or gradient norm: `stop` ends the run, `skip` leaves that step's update out, ten in a row at most."""
     max_restarts: int = Field(3, ge=0)
     """How many times `distft train` starts the processes again after one was killed, failed or hung."""
     max_time: str | None = Field(None, pattern=r"^(\d+-)?\d{1,2}:\d\d:\d\d$")
@@ -212,8 +214,12 @@ class Batching(Section):
 
     global_batch_size: int = Field(ge=1)
     """Samples of one optimizer step over all processes: part of the optimisation, the same on any number of processes."""
-    micro_batch: int = Field(1, ge=1)
-    """Samples a device takes at once: memory and speed only. gradient_accumulation_steps follows from both."""
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Samples a device takes at once: memory and speed only. gradient_accumulation_steps follows from both. `auto` tries out
+    before the run which is the largest that fits with the longest samples of the data, and 8% of the device to spare."""
+    memory_limit_gib: float | None = Field(None, gt=0)
+    """Memory in GiB that a process may take of its device; all of it where null. On a GPU the allocator holds to it, on a CPU
+    `micro_batch: auto` alone."""
 
 
 class Evaluation(Section):

@@ -74,14 +74,13 @@ class StopTogether(TrainerCallback):  # type: ignore[misc]
         at, asked = store.get(_KEY).decode().split()
         return int(at), asked
 
-    def raise_if_stopped(self) -> None:
-        """End a run that was stopped before its last step.
+    def raise_if_stopped(self, saved: int | None) -> None:
+        """End a run that was stopped before its last step; `saved` is the step of the last checkpoint of this process.
 
         Raises:
             Interrupted: on every rank.
         """
         if self._stopped is not None:
             step, by = self._stopped
-            raise Interrupted(
-                by, f"after step {step}; its checkpoint is saved, and the same command goes on from there"
-            )
+            kept = "its checkpoint is saved" if saved == step else "its checkpoint could not be saved, only older ones"
+            raise Interrupted(by, f"after step {step}; {kept}, and the same command goes on from there")

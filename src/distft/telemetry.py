@@ -25,7 +25,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from distft.machine import GIB, EnergyMeter, device_flops
 from distft.recipe import Recipe
-from distft.run import RunFolder
+from distft.run import RunFolder, full
 from distft.samples import GlobalBatchOrder
 from distft.world import World, say
 
@@ -75,6 +75,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
     _clock: float = 0.0
     _step_logged: int = 0
     _tokens_logged: int = 0
+    _unwritten: list[dict[str, Any]] = field(default_factory=list)
     _bar: Any = None
     _energy: EnergyMeter | None = None
     _started: float = 0.0
@@ -122,16 +123,33 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         for key in [key for key in logs if key.endswith("_loss")]:
             logs[key.removesuffix("loss") + "perplexity"] = perplexity(logs[key])
         if self.world.is_main:
-            self.folder.append_metrics({"step": state.global_step, **logs})
+            self._write({"step": state.global_step, **logs})
             self._show(logs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.train_time_s = time.perf_counter() - self._started
+        self._write()
+        if self._unwritten:
+            say(f"warning: {len(self._unwritten)} records could not be written to {self.folder.metrics}")
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
     # ------------------------------------------------------------------------------------------------------------------
+
+    def _write(self, *records: dict[str, Any]) -> None:
+        """Append records to metrics.jsonl; where the disk is full, keep them for the next time."""
+        self._unwritten += records
+        try:
+            self.folder.append_metrics(*self._unwritten)
+        except OSError as error:
+            why = full(error)
+            if why is None:
+                raise
+            if len(self._unwritten) == len(records):  # the first time
+                say(f"warning: {self.folder.metrics} cannot be written ({why}); its records are kept until it can")
+            return
+        self._unwritten.clear()
 
     @property
     def _warmup(self) -> int:

@@ -11,7 +11,9 @@ from pathlib import Path
 from transformers import PrinterCallback
 
 from distft import data, strategy
+from distft.bad_numbers import BadNumbers
 from distft.checkpoint import Checkpoints, save_result
+from distft.memory import Memory
 from distft.model import attention, load_model, load_tokenizer, non_embedding_parameters, settle_adapter_dtype
 from distft.outcome import debug_flag, guarded
 from distft.recipe import load_recipe
@@ -34,8 +36,8 @@ def train(arguments: Sequence[str]) -> None:
     recipe = load_recipe(arguments, checks=(strategy.faults, data.faults))
     world = replace(World.from_environment(os.environ), timeout_s=recipe.training.get("ddp_timeout", World.timeout_s))
     how = Strategy.choose(recipe, world, os.environ, Launcher.of_parent())
-    accumulation = recipe.accumulation(world.world_size)
-    how.configure(os.environ, accumulation)
+    recipe.accumulation(world.world_size)  # before anything is loaded: it has to divide
+    how.configure(os.environ)
 
     tokenizer = together(world, lambda: load_tokenizer(recipe))
     splits = together(world, lambda: data.prepare(recipe, tokenizer))
@@ -44,13 +46,17 @@ def train(arguments: Sequence[str]) -> None:
         closing_trackers(),
         Record.open(recipe, how, Path.cwd()) as record,
         Watch(world, record, recipe.run.hang_timeout_s) as watch,
+        Memory(recipe, how, order, record) as memory,
     ):
+        recipe = memory.recipe
+        accumulation = recipe.accumulation(world.world_size)
+        how.accumulate(os.environ, accumulation)
         config = sft_config(recipe, how, record.folder)
-        model = together(world, lambda: load_model(recipe, how))
+        model = together(world, lambda: memory.load(lambda: load_model(recipe, how)))
         trainable = sum(whole_numel(p) for p in model.parameters() if p.requires_grad)
         flops = model_flops_per_token(non_embedding_parameters(model), frozen_base=recipe.lora is not None)
         record.note(
-            global_batch_size=recipe.batching.global_batch_size, micro_batch=recipe.batching.micro_batch,
+            global_batch_size=recipe.batching.global_batch_size, micro_batch=recipe.micro_batch,
             gradient_accumulation_steps=accumulation, trainable_parameters=trainable,
             parameters=sum(map(whole_numel, model.parameters())), attn_implementation=attention(recipe, how),
         )  # fmt: skip
@@ -63,15 +69,17 @@ def train(arguments: Sequence[str]) -> None:
         carried = record.place.carried
         held_out = HeldOut(evaluation_rows(splits.test, limit, share, tokenizer.eos_token_id), carried.get("before"))
         stop = StopTogether(world, Launch.of(os.environ).began, recipe.run.max_time_s)
+        numbers = BadNumbers(recipe, record.folder, world, order, carried.get("skipped_steps", 0))
+        checkpoints = Checkpoints(record.folder, how, recipe.training.get("save_total_limit"),
+                                  lambda: {"before": held_out.before, "skipped_steps": numbers.skipped})  # fmt: skip
         trainer = Trainer(
-            model=model, args=config, processing_class=tokenizer, order=order,
+            model=model, args=config, processing_class=tokenizer, order=order, numbers=numbers, checkpoints=checkpoints,
             train_dataset=with_empty_rows(splits.train, 1, tokenizer.eos_token_id),
             eval_dataset=evaluation_rows(splits.validation, limit, share, tokenizer.eos_token_id),
             callbacks=[
-                Invariants(how, recipe, trainable), stop, telemetry, *trackers(recipe, record.folder, world),
+                Invariants(how, recipe, trainable, numbers), stop, telemetry, *trackers(recipe, record.folder, world),
                 *([held_out] if recipe.evaluation.before_and_after and splits.test is not None else []),
-                Checkpoints(record.folder, how, recipe.training.get("save_total_limit"),
-                            lambda: {"before": held_out.before}),
+                checkpoints,
                 watch,
             ],
         )  # fmt: skip
@@ -79,15 +87,16 @@ def train(arguments: Sequence[str]) -> None:
         held_out.trainer = trainer
         settle_adapter_dtype(model, recipe)
         output = trainer.train(resume_from_checkpoint=record.place.resume_from)
-        stop.raise_if_stopped()
+        stop.raise_if_stopped(checkpoints.last)
         if held_out.before is not None:
             before, after = held_out.before, held_out.measure()
             record.note(eval_before={"loss": before, "perplexity": perplexity(before)},
                         eval_after={"loss": after, "perplexity": perplexity(after)})  # fmt: skip
         saved = save_result(trainer.model, recipe, how, record.folder)
         record.note(
-            train_loss=output.training_loss, steps=trainer.state.global_step, adapter=str(saved), **telemetry.figures()
-        )
+            train_loss=None if numbers.skipped else output.training_loss,  # its mean counts a skipped step as 0
+            steps=trainer.state.global_step, skipped_steps=numbers.skipped, adapter=str(saved), **telemetry.figures(),
+        )  # fmt: skip
         if world.is_main:
             for line in record.closing_lines():
                 say(line)

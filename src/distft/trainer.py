@@ -10,6 +10,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
+from distft.bad_numbers import BadNumbers
+from distft.checkpoint import Checkpoints
 from distft.recipe import Recipe
 from distft.run import RunFolder
 from distft.samples import IGNORED
@@ -18,7 +20,7 @@ from distft.strategy import Strategy
 
 def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder) -> SFTConfig:
     """The recipe's training section as SFTConfig, with what the other sections own filled in."""
-    micro = recipe.batching.micro_batch
+    micro = recipe.micro_batch
     given = {key: value for key, value in recipe.training.items() if key != "save_total_limit"}
     # TRL trains in bf16 where nothing is said; here the model's own type decides.
     given.setdefault("bf16", recipe.model.dtype == "bfloat16" and not given.get("fp16"))
@@ -47,14 +49,42 @@ def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder) -> SFTConf
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer over prepared samples in a given order."""
+    """SFTTrainer over prepared samples in a given order, whose steps update nothing where their numbers are bad."""
 
-    def __init__(self, *args: Any, order: Sampler[int], **kwargs: Any) -> None:
-        self._order = order
+    def __init__(
+        self, *args: Any, order: Sampler[int], numbers: BadNumbers, checkpoints: Checkpoints, **kwargs: Any
+    ) -> None:
+        self._order, self._numbers, self._checkpoints = order, numbers, checkpoints
         super().__init__(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._loss_before_step = self._tr_loss.clone()
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self._numbers.watch(loss)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Once a step, before the optimizer: the norm as the trainer knows it, and no gradients where the numbers are bad."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self._numbers.may_update(self.state.global_step + 1, norm, self.accelerator):
+            model.zero_grad(set_to_none=True)  # an optimizer passes over what has no gradient: no decay, no momentum
+            self._tr_loss.copy_(self._loss_before_step)
+            self._globalstep_last_logged += 1  # the mean loss of the next log is that of the steps which were taken
+        return norm
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._checkpoints.save(
+            self.state, model, self.optimizer, lambda: super(Trainer, self)._save_checkpoint(model, trial)
+        )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: rank 0 would write it before the ranks meet, and could fail alone."""
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As the trainer does, but each trainable parameter keeps its type: PEFT loads the bf16 adapter of a quantised base
@@ -94,8 +124,8 @@ class Invariants(TrainerCallback):  # type: ignore[misc]
     """Before step 1 the model is what the recipe asked for; after the first real update the adapter has moved, alike
     everywhere. All ranks check and all stop where one finds a fault."""
 
-    def __init__(self, strategy: Strategy, recipe: Recipe, trainable: int) -> None:
-        self._strategy, self._recipe, self._trainable = strategy, recipe, trainable
+    def __init__(self, strategy: Strategy, recipe: Recipe, trainable: int, numbers: BadNumbers) -> None:
+        self._strategy, self._recipe, self._trainable, self._numbers = strategy, recipe, trainable, numbers
         self._before: dict[str, int] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -106,7 +136,7 @@ class Invariants(TrainerCallback):  # type: ignore[misc]
         self._learning_rate = max(lr_scheduler.get_last_lr()) if lr_scheduler is not None else 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if self._before is not None and self._learning_rate > 0:
+        if self._before is not None and self._learning_rate > 0 and not self._numbers.in_a_row:
             self._strategy.check_updated(model, self._before, self._learning_rate)
             self._before = None
 
