@@ -708,7 +708,9 @@ def test_no_split_stays_none() -> None:
 
 def previewed(tokenizer: Any, tmp_path: Path, *overrides: str, colour: bool = False) -> str:
     file = write_rows(tmp_path / "rows.jsonl", [{"instruction": "Say it.", "context": "", "response": "It."}])
-    return preview(recipe_of(f"data.path={file}", *ALL, RESPONSE_ONLY, *overrides), tokenizer, samples=3, colour=colour)
+    return preview(
+        recipe_of(f"data.path={file}", *ALL, RESPONSE_ONLY, *overrides), tokenizer, rows=range(3), colour=colour
+    )
 
 
 @pytest.mark.usefixtures("prepare")

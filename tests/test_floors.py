@@ -16,10 +16,12 @@ import distft
 FLOORS = (
     ("errors", "packaged", "yaml12", "kernels", "recompute"),
     ("sections", "run", "world", "fused"),
-    ("recipe", "machine", "samples", "plan"),
+    ("recipe", "machine", "samples", "plan", "manifest"),
     ("outcome", "strategy", "tiny", "attention", "loader"),
-    ("model", "data", "telemetry", "trainer", "checkpoint", "record", "launch"),
-    ("train",),
+    ("model", "data", "telemetry", "bad_numbers", "checkpoint", "record", "launch", "stopping"),
+    ("watch", "trainer", "estimate", "probe"),
+    ("memory",),
+    ("train", "trial"),
     ("cli",),
 )
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}

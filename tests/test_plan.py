@@ -112,7 +112,9 @@ def test_every_rank_has_as_many_micro_batches_and_what_is_spare_is_empty(case: C
         assert any(step[-1]), "no round is empty"
         if budget is not None:
             assert used == min(len(packs), len(plan.samples(number))), "no pack is empty while another could be smaller"
-            fewer = [longest_first([case.lengths[s] for s in flat(step)], n * case.world_size) for n in range(1, len(step))]
+            fewer = [
+                longest_first([case.lengths[s] for s in flat(step)], n * case.world_size) for n in range(1, len(step))
+            ]
             assert all(longest > budget for longest in fewer), "no fewer rounds would do"
 
 
@@ -262,9 +264,9 @@ def test_the_ranks_together_see_the_plan_epoch_by_epoch(case: Case) -> None:
             assert len(of_ranks[-1]) == len(sampler) == plan.steps * accumulation
         found += [list(ranks) for ranks in zip(*of_ranks, strict=True)]
     spare = [[]] * world
-    assert found == [
-        ranks for step in case.cut() for ranks in [*[spare] * (accumulation - len(step)), *step]
-    ], "a step of fewer rounds begins with empty ones"
+    assert found == [ranks for step in case.cut() for ranks in [*[spare] * (accumulation - len(step)), *step]], (
+        "a step of fewer rounds begins with empty ones"
+    )
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------

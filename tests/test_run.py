@@ -158,3 +158,33 @@ def test_a_summary_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path,
         (tmp_path / "summary.json").write_text(content)
     with pytest.raises(RunFolderError, match=r"summary\.json"):
         RunFolder(tmp_path).read_summary()
+
+
+def test_of_the_ranks_that_fail_in_one_attempt_the_first_gives_the_cause(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    attempts = [
+        ("launch", 0, "killed"),
+        ("launch", 0, "lost its neighbour"),
+        ("launch", 1, "killed"),
+        ("next", 0, "hung"),
+    ]
+    kept = [
+        folder.append_fault({"launch": launch, "attempt": attempt, "cause": cause})
+        for launch, attempt, cause in attempts
+    ]
+    assert kept == [True, False, True, True]
+    assert [fault["cause"] for fault in folder.read_faults()] == ["killed", "killed", "hung"]
+
+
+def test_ranks_that_fail_at_the_same_time_leave_one_record(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        kept = list(pool.map(lambda rank: folder.append_fault({"launch": "a", "attempt": 0, "rank": rank}), range(40)))
+    assert kept.count(True) == len(folder.read_faults()) == 1
+
+
+def test_runs_of_a_name_are_listed_newest_first(tmp_path: Path) -> None:
+    for name in ("tiny", "tiny-2", "tiny-10", "tiny-x", "tiny-3"):
+        RunFolder(tmp_path / name).write_summary({"status": "finished"})
+    (tmp_path / "tiny-4").mkdir()  # no run
+    assert [folder.name for folder in RunFolder.named(tmp_path, "tiny")] == ["tiny-10", "tiny-3", "tiny-2", "tiny"]

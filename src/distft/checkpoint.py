@@ -1,19 +1,28 @@
-"""The final artefacts: saved on rank 0 from what all ranks gathered, read back, and compared tensor by tensor."""
+"""Checkpoints that verify, and the final artefacts: saved on rank 0 from what all ranks gathered, read back, compared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import errno
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import distributed
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import TrainerCallback
 
-from distft.errors import InvariantError
+from distft import manifest
+from distft.errors import InvariantError, StorageError
 from distft.recipe import Recipe
-from distft.run import RunFolder
+from distft.run import RunFolder, full, room
 from distft.strategy import Strategy
+from distft.world import say, together
 
 
 def save_result(model: Any, recipe: Recipe, strategy: Strategy, folder: RunFolder) -> Path:
@@ -24,11 +33,34 @@ def save_result(model: Any, recipe: Recipe, strategy: Strategy, folder: RunFolde
 
     Raises:
         InvariantError: what was read back is not what was gathered.
+        StorageError: the disk is full.
     """
     gathered = strategy.gather(model)
     target = folder.adapter if recipe.lora is not None else folder.model
-    if not strategy.world.is_main:
-        return target
+    together(strategy.world, lambda: _write(model, gathered, recipe, target) if strategy.world.is_main else None)
+    return target
+
+
+def _write(model: Any, gathered: Mapping[str, torch.Tensor], recipe: Recipe, target: Path) -> None:
+    needed = sum(tensor.nbytes for tensor in gathered.values())
+    try:
+        expected = _save(model, gathered, recipe, target)
+    except Exception as error:  # each library has its own
+        why = full(error)
+        if why is None:
+            raise
+        shutil.rmtree(target, ignore_errors=True)
+        raise StorageError(
+            f"training is done, but its result cannot be saved: {why}; {room(target.parent, needed)}. "
+            "Free some space and give the same command: it goes on from the last checkpoint"
+        ) from error
+    if len(expected) != len(gathered):
+        raise InvariantError(f"{len(gathered)} tensors were trained, {len(expected)} of them found for saving")
+    compare(expected, read_tensors(target))
+
+
+def _save(model: Any, gathered: Mapping[str, torch.Tensor], recipe: Recipe, target: Path) -> Mapping[str, torch.Tensor]:
+    """Write the result to `target` and return what should now stand there."""
     if recipe.lora is not None:
         # Embeddings that are trained stand among the gathered; asking for them would reach for the hub.
         expected = get_peft_model_state_dict(model, state_dict=gathered, save_embedding_layers=False)
@@ -37,10 +69,7 @@ def save_result(model: Any, recipe: Recipe, strategy: Strategy, folder: RunFolde
         dtype = getattr(torch, recipe.model.dtype)
         expected = {name: tensor.to(dtype) for name, tensor in gathered.items()}
         model.save_pretrained(str(target), state_dict=dict(expected), safe_serialization=True)
-    if len(expected) != len(gathered):
-        raise InvariantError(f"{len(gathered)} tensors were trained, {len(expected)} of them found for saving")
-    compare(expected, read_tensors(target))
-    return target
+    return dict(expected)
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -60,3 +89,95 @@ def compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tens
         other = found[name]
         if tensor.dtype != other.dtype or tensor.shape != other.shape or not torch.equal(tensor.cpu(), other):
             raise InvariantError(f"the saved {name} is not the one that was trained")
+
+
+class Checkpoints(TrainerCallback):  # type: ignore[misc]
+    """Saves checkpoints that are whole or none: the trainer's files of all ranks, then a manifest; then old ones are retired.
+
+    Reading the files back for their hashes goes on beside the training, and is over before the next save and the last step.
+    Where the disk is full no file of the new one stays, the older ones are left alone, and the run goes on to its next
+    save. `last` is the step of the newest that was written. `carried()` gives the facts that a resumed run needs and the
+    trainer does not keep.
+    """
+
+    def __init__(
+        self, folder: RunFolder, strategy: Strategy, keep: int | None, carried: Callable[[], dict[str, Any]]
+    ) -> None:
+        self._folder, self._strategy, self._keep, self._carried = folder, strategy, keep, carried
+        self.last: int | None = None
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="distft-manifest")
+        self._closing: tuple[int, int, Future[None]] | None = None
+
+    def save(self, state: Any, model: Any, optimizer: Any, write: Callable[[], None]) -> None:
+        """Save what `write` writes as the checkpoint of the trainer's `state`. All ranks enter."""
+        self._settle()
+        step, parent, world = state.global_step, self._folder.checkpoints, self._strategy.world
+        needed = self._strategy.checkpoint_bytes(model, optimizer)
+
+        def reserve() -> None:
+            if world.is_main:
+                parent.mkdir(exist_ok=True)
+                if shutil.disk_usage(parent).free < needed:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        fault = self._anywhere(reserve) or self._anywhere(
+            write
+        )  # no rank that fails leaves the others waiting in the next
+        if fault is None:
+            self.last = step
+        if not world.is_main:
+            return
+        if fault is not None:
+            self._give_up(step, fault, needed)
+            return
+        facts = {
+            "step": step, "epoch": state.epoch, "world_size": world.world_size, "format": self._strategy.checkpoint_format,
+            "carried": self._carried(),
+        }  # fmt: skip
+        self._closing = step, needed, self._beside.submit(self._close, step, facts)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._settle()
+
+    def _close(self, step: int, facts: Mapping[str, Any]) -> None:
+        manifest.write(self._folder.checkpoints / f"checkpoint-{step}", facts)
+        manifest.retire(self._folder.checkpoints, self._keep)
+
+    def _settle(self) -> None:
+        """Wait for the last checkpoint to be closed; what went wrong there is raised here, unless the disk was full."""
+        if self._closing is None:
+            return
+        (step, needed, closing), self._closing = self._closing, None
+        try:
+            closing.result()
+        except OSError as error:
+            why = full(error)
+            if why is None:
+                raise
+            self._give_up(step, why, needed)
+
+    def _give_up(self, step: int, why: str, needed: int) -> None:
+        """Remove what has been written of a checkpoint of `needed` bytes, and say so."""
+        target = self._folder.checkpoints / f"checkpoint-{step}"
+        shutil.rmtree(target, ignore_errors=True)
+        good, _ = manifest.newest(self._folder.checkpoints)
+        kept = f"The last good one is {good.name}" if good else "There is no other one"
+        say(
+            f"warning: {target.name} was not saved: {why}; {room(target.parent, needed)}. {kept}. Free some space; the run goes on, and the next save tries again"
+        )
+
+    def _anywhere(self, part: Callable[[], None]) -> str | None:
+        """Do `part` on every rank; where the disk was full on any, how the first of them put it, on all."""
+        fault: str | None = None
+        try:
+            part()
+        except (Exception, CheckpointException) as error:  # each library has its own, and torch's is no Exception
+            why = full(error)
+            if why is None or not self._strategy.meets_after_failed_write:
+                raise
+            fault = f"{why} (rank {self._strategy.world.rank})"
+        faults = [fault]
+        if self._strategy.world.world_size > 1:
+            faults = [None] * self._strategy.world.world_size
+            distributed.all_gather_object(faults, fault)
+        return next((text for text in faults if text is not None), None)

@@ -62,7 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="preview").add_subparsers(required=True, metavar="ACTION")
     preview = data.add_parser("preview", help="samples with trained and masked tokens, lengths, what was dropped")
     preview.add_argument("overrides", nargs="*", help=OVERRIDES)
-    preview.add_argument("--samples", type=int, default=3)
+    preview.add_argument(
+        "--samples", type=int, default=3, help="show the first of the train split; 3 where it is not given"
+    )
+    preview.add_argument(
+        "--rows", type=_rows, help="show these instead: numbers of samples of the train split, 17,42 say"
+    )
     preview.set_defaults(run=_preview)
 
     merge = commands.add_parser(
@@ -95,7 +100,7 @@ def _train(options: argparse.Namespace) -> int:
             f"--nproc {processes} asks for more processes than there are GPUs here ({devices}); ask for {devices} at most"
         )
     recipe.check_division(processes)
-    return run(options.overrides, processes)
+    return run(options.overrides, processes, recipe.run.max_restarts)
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -112,7 +117,7 @@ def _show(options: argparse.Namespace) -> None:
     _print_section(recipe.model_dump(), recipe, "")
     recipe.check_division(options.nproc)
     size, micro = recipe.batching.global_batch_size, recipe.batching.micro_batch
-    if size is None or recipe.batching.micro_batch_tokens is not None:
+    if size is None or micro == "auto" or recipe.batching.micro_batch_tokens is not None:
         print("# gradient_accumulation_steps: the fewest with which the data's longest step fits")
     else:
         print(f"# gradient_accumulation_steps: {size // (micro * options.nproc)}  (derived: {size} / ({micro} × "
@@ -164,7 +169,12 @@ def _preview(options: argparse.Namespace) -> None:
 
     recipe = _load(options.overrides)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print(preview(recipe, load_tokenizer(recipe), samples=options.samples, colour=colour))
+    rows = options.rows or range(options.samples)
+    print(preview(recipe, load_tokenizer(recipe), rows=rows, colour=colour))
+
+
+def _rows(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _merge(options: argparse.Namespace) -> None:

@@ -340,11 +340,13 @@ def _check_columns(rows: Dataset, data: Data, where: str) -> None:
 # ---- preview ---------------------------------------------------------------------------------------------------------
 
 
-def preview(recipe: Recipe, tokenizer: Any, *, samples: int, colour: bool) -> str:
-    """Samples with trained and masked tokens told apart, the histogram of lengths, and what was truncated or dropped."""
+def preview(recipe: Recipe, tokenizer: Any, *, rows: Sequence[int], colour: bool) -> str:
+    """The samples `rows` of the train split with trained and masked tokens told apart, the histogram of lengths, and what
+    was truncated or dropped."""
     splits = prepare(recipe, tokenizer)
     lines: list[str] = []
-    for number, row in enumerate(splits.train.select(range(min(samples, len(splits.train))))):
+    for number in (number for number in rows if number < len(splits.train)):
+        row = splits.train[number]
         trained = sum(label != IGNORED for label in row["labels"])
         lines += [
             f"── sample {number}: {len(row['input_ids'])} tokens, {trained} trained " + "─" * 40,

@@ -6,22 +6,30 @@ DistftError                 exit code 1: the run failed, and the message says wh
 │   ├── DataError           the data cannot be used as asked
 │   ├── ModelError          the base model cannot be had, or does not fit the recipe
 │   ├── LaunchError         the processes, devices or launcher flags do not fit the recipe
-│   └── RunFolderError      the run folder is in use or unreadable
+│   ├── RunFolderError      the run folder is in use or unreadable
+│   └── StorageError        the disk is full
 ├── InvariantError          an assertion about a distributed run did not hold
-└── Interrupted             exit code 75: a signal ended the run
+├── BadNumbersError         a loss or a gradient norm is NaN or infinite
+├── OutOfMemory             a device's memory does not hold what the recipe asks of it
+├── RankLost                a process of the run died or hangs; a restart goes on from the last checkpoint
+├── Interrupted             exit code 75: a signal or run.max_time ended the run
+└── AlreadyFinished         exit code 0: the run had finished before it was started again
 """
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class DistftError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is what the process ends with."""
+    """Base of all errors raised on purpose; `exit_code` is what the process ends with, and `restart` says whether the
+    same run may go on after its processes were started again; `facts` is what faults.jsonl keeps besides the message."""
 
     exit_code = 1
+    restart = False
+    facts: Mapping[str, Any] = {}
 
 
 class UserError(DistftError):
@@ -73,15 +81,51 @@ class RunFolderError(UserError):
     """The run folder exists already, or cannot be read."""
 
 
+class StorageError(UserError):
+    """What must be kept cannot be written: the disk is full, or a quota or a limit on file sizes is reached."""
+
+
 class InvariantError(DistftError):
     """Something that must hold in every correct distributed run did not; the message explains what and why."""
 
 
+class BadNumbersError(DistftError):
+    """A loss or a gradient norm is NaN or infinite; the message names the step and the samples."""
+
+    def __init__(self, message: str, facts: Mapping[str, Any]) -> None:
+        self.facts = facts
+        super().__init__(message)
+
+
+class OutOfMemory(DistftError):
+    """An allocation failed. Smaller micro-batches may mend it, at the next start of the processes; `restart` is false where
+    all ranks know that nothing will."""
+
+    def __init__(self, message: str, facts: Mapping[str, Any], *, restart: bool) -> None:
+        self.facts, self.restart = facts, restart
+        super().__init__(message)
+
+
+class RankLost(DistftError):
+    """A process of the run was killed, failed or makes no progress, so that the others cannot go on without it."""
+
+    restart = True
+
+    def __init__(self, rank: int | None, message: str) -> None:
+        self.rank = rank
+        super().__init__(message)
+
+
 class Interrupted(DistftError):
-    """A signal (SIGTERM, SIGINT, SIGUSR1) ended the run before it had finished."""
+    """A signal (SIGTERM, SIGINT, SIGUSR1) or run.max_time ended the run before it had finished."""
 
     exit_code = 75
 
-    def __init__(self, signum: int) -> None:
-        self.signal = signal.Signals(signum).name
-        super().__init__(f"stopped by {self.signal}")
+    def __init__(self, by: str, how: str = "") -> None:
+        super().__init__(f"stopped by {by} {how}".rstrip())
+
+
+class AlreadyFinished(DistftError):
+    """A launcher started the processes of a run again after its last file was written."""
+
+    exit_code = 0

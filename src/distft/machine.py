@@ -37,6 +37,14 @@ def device_flops() -> float | None:
     return next((rate * 1e12 for known, rate in DENSE_BF16_TFLOPS.items() if known in name), None)
 
 
+def limit_gpu(limit_gib: float | None) -> None:
+    """Let PyTorch's allocator fail in this process beyond so many GiB, as on a smaller GPU. Nothing without a GPU or a limit."""
+    if limit_gib is not None and torch.cuda.is_available():
+        device = torch.cuda.current_device()
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(limit_gib * GIB / total, 1.0), device)
+
+
 class EnergyMeter:
     """Joules that this process's GPU has used, from NVML's counter; None where there is no such counter."""
 

@@ -88,13 +88,15 @@ def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
     return model
 
 
-def checkpoint(model: Any, recipe: Recipe, strategy: Strategy, tokens: int) -> int | None:
-    """Set activation checkpointing up for micro-batches of at most `tokens` tokens, where it is ours. Returns the number of layers
+def checkpoint(model: Any, recipe: Recipe, strategy: Strategy, tokens: int | None) -> int | None:
+    """Set activation checkpointing up for micro-batches of at most `tokens` tokens (None: unknown), where it is ours. Returns the number of layers
     that are checkpointed, the same on all ranks (None where the trainer sees to it). All ranks enter."""
     if not strategy.checkpoints_by_layer(recipe):
         return None
     count, offload = recipe.batching.checkpoint_layers, recipe.batching.offload_checkpoints
-    if count == "auto":
+    if tokens is None:
+        count = None  # the least memory, while a micro-batch is looked for
+    elif count == "auto":
         count = 0
         if strategy.on_gpu:
             torch.cuda.empty_cache()

@@ -11,37 +11,51 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from distft.errors import DistftError, Interrupted, UserError
-from distft.world import World, say_once
+from distft.errors import DistftError, Interrupted
+from distft.world import OUTCOME, World, say_once
 
-OUTCOME = "DISTFT_OUTCOME"
-"""Environment variable: file in which a worker leaves its exit code for `distft train`, which an elastic launcher would lose."""
 DEBUG = "DISTFT_DEBUG"
+
+
+@dataclass
+class StopRequest:
+    """A signal to this process. While `deferred` (training does it), the first one is kept in `signum` for the end of a
+    step, and only the next one ends the process at once."""
+
+    deferred: bool = False
+    signum: int | None = None
+
+
+STOP = StopRequest()  # one a process, as signals are
 
 
 def guarded(work: Callable[[], None]) -> int:
     """Run `work`; what it raises becomes a message on stderr (once a node, not once a rank) and an exit code."""
     world = World.from_environment(os.environ)
     _raise_on_signals()
+    restart = False
     try:
+        if told("stop") is not None:
+            raise Interrupted("a signal", "before it was started again")
         work()
         _leave_group()
-        return 0
+        return _leave(0)
     except BrokenPipeError:  # `distft recipes show … | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except DistftError as error:
-        code, message = error.exit_code, str(error)
+        code, message, restart = error.exit_code, str(error), error.restart
         if os.environ.get(DEBUG):
             traceback.print_exc()
     except Exception as error:  # not foreseen: the traceback is what helps
         traceback.print_exc()
-        code, message = 1, f"rank {world.rank} failed: {type(error).__name__}: {error}"
+        code, message, restart = 1, f"rank {world.rank} failed: {type(error).__name__}: {error}", True
     say_once(message, world, os.environ)
-    return _leave(code)
+    return _leave(code, restart=restart)
 
 
 def _leave_group() -> None:
@@ -51,16 +65,31 @@ def _leave_group() -> None:
         distributed.destroy_process_group()
 
 
-def _leave(code: int) -> int:
-    """The exit code to use under the launcher that there is.
-
-    `distft train` reads the code from a file, and a worker that ends with 0 is not started again. A bare elastic launcher
-    with restarts would run into the user's mistake again, so it is told to stop.
-    """
+def tell(what: str, text: str) -> None:
+    """Leave `text` under the name `what` for `distft train`, where it started this process."""
     if OUTCOME in os.environ:
-        Path(os.environ[OUTCOME]).write_text(str(code), encoding="utf-8")
-        return 0 if code in (UserError.exit_code, Interrupted.exit_code) else code
-    if code == UserError.exit_code and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        (Path(os.environ[OUTCOME]) / what).write_text(text, encoding="utf-8")
+
+
+def told(what: str, folder: Path | None = None) -> str | None:
+    """What stands under the name `what` in the folder that `distft train` shares with its workers; None for nothing."""
+    place = folder or Path(os.environ.get(OUTCOME, os.devnull))
+    return (place / what).read_text(encoding="utf-8") if (place / what).is_file() else None
+
+
+def _leave(code: int, *, restart: bool = False) -> int:
+    """The exit code to use under the launcher that there is. `restart`: starting the processes again may help.
+
+    `distft train` is told the code, and a worker that ends with 0 is not started again. Under a bare elastic launcher an
+    interrupted run ends with 0 for the same reason; a mistake or a broken invariant would only come again, so the launcher
+    is told to stop.
+    """
+    tell("exit-code", str(code))
+    if OUTCOME in os.environ:
+        return code if restart else 0
+    if code == Interrupted.exit_code and "TORCHELASTIC_RUN_ID" in os.environ:
+        return 0
+    if code and not restart and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(5)  # end by the launcher's own signal, not as one more failed worker
     return code
@@ -68,8 +97,13 @@ def _leave(code: int) -> int:
 
 def _raise_on_signals() -> None:
     def handler(signum: int, frame: FrameType | None) -> None:
+        if STOP.deferred and STOP.signum is None:
+            STOP.signum = signum
+            return
+        if STOP.signum == signum != signal.SIGINT:
+            return  # launchers repeat themselves; a person who means it presses Ctrl-C again
         signal.signal(signum, signal.SIG_IGN)  # once; what ends the run writes its summary undisturbed
-        raise Interrupted(signum)
+        raise Interrupted(signal.Signals(signum).name)
 
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, handler)

@@ -37,7 +37,7 @@ class Plan:
 
     def evaluation(self, lengths: Lengths, micro_batch: int) -> Plan:
         """The plan of a pass over other samples, in their order, as one step; a sample beyond the token budget is a pack."""
-        budget = self.batching.micro_batch_tokens
+        budget = self._budget
         size = {"global_batch_size": len(lengths), "global_batch_tokens": None, "micro_batch": micro_batch}
         size["micro_batch_tokens"] = None if budget is None else max(budget, int(lengths.max()))
         return Plan(lengths, self.batching.model_copy(update=size), shuffle=False)
@@ -58,9 +58,39 @@ class Plan:
         return order[starts[step] : starts[step + 1]]
 
     @property
-    def heaviest(self) -> int:
+    def _micro_batch(self) -> int:
+        assert self.batching.micro_batch != "auto"
+        return self.batching.micro_batch
+
+    @property
+    def _budget(self) -> int | None:
+        assert self.batching.micro_batch_tokens != "auto"
+        return self.batching.micro_batch_tokens
+
+    @property
+    def heaviest_tokens(self) -> int:
         """Tokens, padding counted, of the largest micro-batch that there can be."""
-        return self.batching.micro_batch_tokens or self.batching.micro_batch * int(self.lengths.max())
+        return self._budget or self._micro_batch * int(self.lengths.max())
+
+    def longest(self, size: int) -> list[int]:
+        """Indices of the heaviest micro-batch of `size` (tokens where samples are packed, else samples): the longest samples."""
+        order = np.argsort(-self.lengths, kind="stable")
+        if self.batching.micro_batch_tokens is not None:
+            size = max(1, int(np.searchsorted(np.cumsum(self.lengths[order]), size, side="right")))
+        return [int(index) for index in order[:size]]
+
+    def sizes(self, world_size: int) -> list[int]:
+        """Micro-batches worth trying, smallest first: for packs from the longest sample to the fullest step's share, each larger
+        by half; else numbers of samples that divide the global batch."""
+        count = len(self.lengths)
+        if self.batching.micro_batch_tokens is None:
+            share = (self.batching.global_batch_size or count) // world_size
+            return [size for size in range(1, min(share, count) + 1) if share % size == 0]
+        share = max(int(self.lengths[self.samples(step)].sum()) for step in range(self.steps)) // world_size + 1
+        sizes = [int(self.lengths.max())]
+        while sizes[-1] < share:
+            sizes.append(min(sizes[-1] * 3 // 2, share))
+        return sizes
 
     def samples_after(self, step: int) -> int:
         """Samples that the first `step` steps see."""
@@ -80,12 +110,12 @@ class Plan:
         Raises:
             DataError: a sample is longer than the token budget of a micro-batch.
         """
-        budget = self.batching.micro_batch_tokens
+        budget = self._budget
         if budget is None:
             # Counted in samples, no step is larger than the first.
             steps = range(1 if self.batching.global_batch_size is not None else self.steps * epochs)
             size = max(len(self.samples(step)) for step in steps)
-            return math.ceil(size / (self.batching.micro_batch * world_size))
+            return math.ceil(size / (self._micro_batch * world_size))
         longest = int(self.lengths.max())
         if longest > budget:
             raise DataError(
@@ -107,14 +137,14 @@ class Plan:
             packs = self._packs(samples, world_size)
         else:
             by_length = samples[np.argsort(-self.lengths[samples], kind="stable")].tolist()
-            size = self.batching.micro_batch
+            size = self._micro_batch
             packs = [by_length[start : start + size] for start in range(0, len(by_length), size)]
         packs += [[]] * (-len(packs) % world_size)
         return [packs[start : start + world_size] for start in range(0, len(packs), world_size)]
 
     def _packs(self, samples: Lengths, world_size: int) -> list[list[int]]:
         """A multiple of `world_size` packs within the token budget, the longest first."""
-        budget = self.batching.micro_batch_tokens
+        budget = self._budget
         assert budget is not None
         rounds = math.ceil(int(self.lengths[samples].sum()) / (budget * world_size))
         packs = _balanced(samples, self.lengths, rounds * world_size)

@@ -96,6 +96,23 @@ class Recipe(Section):
         """Bits a weight of the frozen base: 4, 8 or 16 (not quantised)."""
         return self.quantization.bits if self.quantization else 16
 
+    @property
+    def micro_batch(self) -> int:
+        """What a device takes at once: tokens where samples are packed, else samples; 1 while `auto` has not been settled, which
+        goes with every global batch."""
+        size = self.batching.micro_batch_tokens or self.batching.micro_batch
+        return 1 if size == "auto" else size
+
+    @property
+    def micro_batch_is_auto(self) -> bool:
+        """Whether the micro-batch is still to be found."""
+        return (self.batching.micro_batch_tokens or self.batching.micro_batch) == "auto"
+
+    def with_micro_batch(self, size: int) -> Recipe:
+        """The recipe with another `micro_batch`."""
+        key = "micro_batch" if self.batching.micro_batch_tokens is None else "micro_batch_tokens"
+        return self.model_copy(update={"batching": self.batching.model_copy(update={key: size})})
+
     def epochs(self, steps: int) -> int:
         """Epochs, the last perhaps cut short, that training takes where an epoch has `steps` steps."""
         limit: int = self.training.get("max_steps", -1)
@@ -108,7 +125,7 @@ class Recipe(Section):
         Raises:
             RecipeError: it does not divide; the message lists the micro-batches that do.
         """
-        size, micro = self.batching.global_batch_size, self.batching.micro_batch
+        size, micro = self.batching.global_batch_size, self.micro_batch
         if size is None or self.batching.micro_batch_tokens is not None or size % (micro * world_size) == 0:
             return
         share = size // world_size
@@ -199,6 +216,9 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
     if recipe.model.attn_implementation == "varlen" and recipe.batching.micro_batch_tokens is None:
         fault("model.attn_implementation", "varlen takes packs, and these micro-batches are padded",
               "set batching.micro_batch_tokens, or take sdpa or auto")  # fmt: skip
+    if recipe.batching.micro_batch != 1 and recipe.batching.micro_batch_tokens is not None:
+        fault("batching.micro_batch", "samples are packed by batching.micro_batch_tokens, and padded by micro_batch",
+              "batching.micro_batch_tokens=null pads them")  # fmt: skip
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.run.name):
         fault(
             "run.name",
@@ -375,7 +395,7 @@ def _validate(merged: dict[str, Any], source: Source, faults: list[Fault]) -> Re
             if attempt == 0:  # the second time, what is missing is what was dropped
                 faults += _faults(error, source)
             for item in error.errors():
-                _drop(tree, item["loc"])
+                _drop(tree, _place(item))
     return None
 
 
@@ -390,7 +410,7 @@ def _faults(error: ValidationError, source: Source, section: str = "") -> list[F
     """One fault a key: the alternatives of a union are errors of their own to pydantic."""
     found: dict[str, Fault] = {}
     for item in error.errors():
-        location = (section, item["loc"][0]) if section else item["loc"]
+        location = (section, item["loc"][0]) if section else _place(item)
         fault = _fault(location, item, source)
         first = found.get(fault.key)
         if first is None:
@@ -400,6 +420,12 @@ def _faults(error: ValidationError, source: Source, section: str = "") -> list[F
             head, got = first.problem.split(", got ", 1)
             found[fault.key] = dataclasses.replace(first, problem=f"{head} or {alternative}, got {got}")
     return list(found.values())
+
+
+def _place(error: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Where a pydantic error is, without the alternative of a union (`literal['auto']`) that it adds as a last key."""
+    location = tuple(error["loc"])
+    return location[:-1] if location and set(str(location[-1])) & set("-[") else location
 
 
 def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) -> Fault:

@@ -6,16 +6,22 @@ runs/<name>/
   metrics.jsonl       one record a log step
   checkpoints/        what the trainer saves on its way
   adapter/  model/    the result: a PEFT adapter, or the whole model where there is no adapter
+  faults.jsonl        one record for each time that the run broke down: when, which rank, after which step, why
+  probe.json          how much memory each micro-batch takes, where batching.micro_batch is auto
+  stacks/             what every rank was doing when the run stood still
   summary.json        status, cause and the figures of the run
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +30,8 @@ from distft.errors import RunFolderError
 
 SUMMARY_KEYS = (
     "status", "cause", "recipe", "strategy", "requested_strategy", "world_size", "global_batch_size", "global_batch_tokens",
-    "micro_batch", "micro_batch_tokens", "checkpointed_layers",
-    "gradient_accumulation_steps", "steps", "samples", "tokens", "trainable_parameters", "parameters",
+    "micro_batch", "micro_batch_tokens", "checkpointed_layers", "gradient_accumulation_steps", "steps", "skipped_steps",
+    "samples", "tokens", "trainable_parameters", "parameters",
     "attn_implementation", "train_loss", "eval_before", "eval_after", "train_time_s", "samples_per_second",
     "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib", "peak_reserved_gib", "host_rss_gib",
     "energy_j", "restarts", "adapter", "changed_for_you",
@@ -47,6 +53,28 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def full(error: BaseException) -> str | None:
+    """What is full, in words, where `error` is Python's, safetensors' or torch's way to say that a file cannot be written
+    for that reason: the disk, a quota, a limit on file sizes. None for another error."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return error.strerror
+    text = str(error)
+    named = next((os.strerror(number) for number in _FULL if os.strerror(number) in text), None)
+    if named is None and any(sign in text for sign in ("PytorchStreamWriter failed", "inline_container.cc")):
+        return "a file cannot be written to its end"  # torch's writer gives no reason
+    return named
+
+
+def room(path: Path, needed: int) -> str:
+    """How much of `needed` bytes the disk of `path` has free, in words."""
+    free = shutil.disk_usage(path).free
+    missing = f", {(needed - free) / 2**20:,.1f} MiB too little" if needed > free else ""
+    return f"about {needed / 2**20:,.1f} MiB are needed, {free / 2**20:,.1f} MiB are free in {path}{missing}"
 
 
 def to_json(record: Mapping[str, Any]) -> str:
@@ -91,6 +119,24 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def faults(self) -> Path:
+        return self.path / "faults.jsonl"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
+
+    @property
+    def probe(self) -> Path:
+        """What each micro-batch takes, where `batching.micro_batch` is auto."""
+        return self.path / "probe.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that writes here, for as long as it lives."""
+        return self.path / ".lock"
+
+    @property
     def adapter(self) -> Path:
         return self.path / "adapter"
 
@@ -131,6 +177,16 @@ class RunFolder:
                 raise RunFolderError(f"cannot create the run folder {path}: {error.strerror}; set run.dir") from error
         raise RunFolderError(f"too many runs named {name} in {parent}")
 
+    @classmethod
+    def named(cls, parent: Path, name: str) -> list[RunFolder]:
+        """The run folders `name`, `name-2`, `name-3`, … that there are, newest first."""
+        numbered = [(1, parent / name)]
+        for path in parent.glob(f"{name}-*"):
+            number = path.name.removeprefix(f"{name}-")
+            if number.isdigit():
+                numbered.append((int(number), path))
+        return [cls(path) for _, path in sorted(numbered, reverse=True) if (path / "summary.json").is_file()]
+
     def read_summary(self) -> dict[str, Any]:
         """The summary as a dict.
 
@@ -152,15 +208,51 @@ class RunFolder:
             raise KeyError(f"not keys of a summary: {sorted(unknown)}")
         write_atomically(self.summary, to_json({key: record.get(key) for key in SUMMARY_KEYS}) + "\n")
 
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Append one record to `metrics.jsonl` as one line, in a single write, so that a kill tears at most the last line."""
-        line = json.dumps(_finite(record), allow_nan=False, default=str) + "\n"
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(line)
+    def append_metrics(self, *records: Mapping[str, Any]) -> None:
+        """Append each record to `metrics.jsonl` as one line, in a single write, so that a kill or a full disk tears at most
+        the last line; a line that was torn before is cut off first."""
+        _append_lines(self.metrics, records)
+
+    def append_fault(self, fault: Mapping[str, Any]) -> bool:
+        """Append one record to `faults.jsonl`; or return False where its `launch` and `attempt` have one already: what comes
+        first is the cause, what the other ranks see after it are consequences."""
+        with self.faults.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if any(
+                (known["launch"], known["attempt"]) == (fault["launch"], fault["attempt"])
+                for known in self.read_faults()
+            ):
+                return False
+            _append_lines(self.faults, [fault])
+            return True
+
+    def read_faults(self) -> list[dict[str, Any]]:
+        """All records of `faults.jsonl`, oldest first."""
+        return _read_lines(self.faults)
+
+    def keep_metrics(self, step: int) -> None:
+        """Drop the records after `step`, and a torn last line: a run that resumes there writes them anew."""
+        kept = [record for record in self.read_metrics() if record["step"] <= step]
+        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete records of `metrics.jsonl`; a last line torn by a kill is left out."""
-        if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        return _read_lines(self.metrics)
+
+
+def _append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    lines = "".join(json.dumps(_finite(record), allow_nan=False, default=str) + "\n" for record in records)
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":  # torn
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(lines.encode())
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

@@ -91,6 +91,29 @@ class Run(Section):
     """Folder that holds the run folders."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the adapter's initial weights, dropout, the data splits and the order of the samples."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on with a run of this name that was interrupted, from its newest checkpoint that verifies."""
+    force: bool = False
+    """Resume though the recipe has changed since."""
+    on_bad_numbers: Literal["stop", "skip"] = "stop"
+    """A NaN or infinite loss or gradient norm: `stop` ends the run, `skip` leaves that step's update out, ten in a row at most."""
+    max_restarts: int = Field(3, ge=0)
+    """How many times `distft train` starts the processes again after one was killed, failed or hung."""
+    max_time: str | None = Field(None, pattern=r"^(\d+-)?\d{1,2}:\d\d:\d\d$")
+    """Save and stop before this much time has passed since the start, as SLURM writes it: `[days-]hours:minutes:seconds`."""
+    hang_timeout_s: float = Field(900.0, gt=0)
+    """A run that makes no progress inside a step for so many seconds is ended with every rank's Python stacks in its folder.
+    The first step, evaluations and saves are left out. Keep it below training.ddp_timeout (1800 s), at which a collective
+    fails without stacks."""
+
+    @property
+    def max_time_s(self) -> float | None:
+        """`max_time` in seconds."""
+        if self.max_time is None:
+            return None
+        days, _, clock = self.max_time.rpartition("-")
+        hours, minutes, seconds = map(int, clock.split(":"))
+        return float(((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 class Model(Section):
@@ -196,15 +219,26 @@ class Batching(Section):
     """Samples of one optimizer step over all processes: part of the optimisation, the same on any number of processes."""
     global_batch_tokens: int | None = Field(None, ge=1)
     """Tokens of one optimizer step over all processes, in place of global_batch_size (null); whole samples, so about as many."""
-    micro_batch: int = Field(1, ge=1)
-    """Samples a device takes at once, padded: memory and speed only. gradient_accumulation_steps follows."""
-    micro_batch_tokens: int | None = Field(None, ge=1)
-    """Tokens a device takes at once, in place of micro_batch: whole samples packed without padding, none of which sees another."""
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Samples a device takes at once, padded: memory and speed only. gradient_accumulation_steps follows. `auto` tries out
+    before the run which is the largest that fits with the longest samples of the data, and 8% of the device to spare."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Tokens a device takes at once, in place of micro_batch: whole samples packed without padding, none of which sees another.
+    `auto` as above."""
+    memory_limit_gib: float | None = Field(None, gt=0)
+    """Memory in GiB that a process may take of its device; all of it where null. On a GPU the allocator holds to it, on a CPU
+    `micro_batch: auto` alone."""
     checkpoint_layers: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
     """With training.gradient_checkpointing: of how many layers, spread evenly, the activations are made again in the backward.
     null for all of them, `auto` for as few as fit into the memory that is there."""
     offload_checkpoints: bool = False
     """Keep what is left of checkpointed layers, their inputs, in host memory until the backward."""
+
+    def sizes(self) -> dict[str, Any]:
+        """Its fields that say how many samples or tokens there are."""
+        return self.model_dump(
+            include={"global_batch_size", "global_batch_tokens", "micro_batch", "micro_batch_tokens"}
+        )
 
 
 class Evaluation(Section):

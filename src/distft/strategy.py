@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ def faults(recipe: Recipe) -> list[Fault]:
     if recipe.strategy == "fsdp" and optimizer.startswith(_BITSANDBYTES_OPTIMIZERS):
         fault(
             "training.optim", f"{optimizer} has no way to update parameters that FSDP2 has sharded", "adamw_torch_fused"
+        )
+    if recipe.strategy in ("zero2", "zero3") and recipe.run.on_bad_numbers == "skip":
+        fault(
+            "run.on_bad_numbers", "DeepSpeed updates inside the backward pass, so that no step can be left out", "stop"
         )
     return found
 
@@ -165,6 +169,13 @@ class Strategy:
             ]
         return []
 
+    @property
+    def checkpoint_format(self) -> str:
+        """What kind of checkpoint this strategy writes; it resumes from those of the same kind."""
+        if self.name in ("zero2", "zero3"):  # DeepSpeed reads the shards of as many ranks as it has
+            return f"{self.name} on {self.world.world_size} processes"
+        return "sharded by fsdp" if self.name == "fsdp" else "whole"
+
     def configure(self, environment: MutableMapping[str, str]) -> None:
         """Bring accelerate to this strategy. Before TrainingArguments or an Accelerator exists."""
         self.world.export(environment)
@@ -177,13 +188,14 @@ class Strategy:
             _make_fsdp_real_on_cpu()
         if self.on_gpu:  # packs differ in length; fixed segments would fragment
             torch.cuda.memory._set_allocator_settings("expandable_segments:True")
-        if not self.on_gpu:  # accelerate imports DeepSpeed wherever it is installed, and it warns where it has to guess
+        else:  # accelerate imports DeepSpeed wherever it is installed, and it warns where it has to guess
             environment.setdefault("DS_ACCELERATOR", "cpu")
 
-    def configure_accumulation(self, environment: MutableMapping[str, str], accumulation: int) -> None:
-        """Tell accelerate the gradient_accumulation_steps where it has to know them before the trainer does."""
-        if self.name in ("zero2", "zero3"):  # DeepSpeed's configuration repeats them, and accelerate would fill in 1
-            environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(accumulation)
+    def accumulate(self, environment: MutableMapping[str, str], steps: int) -> None:
+        """Tell accelerate the gradient accumulation. Before TrainingArguments or an Accelerator exists."""
+        if self.name in ("zero2", "zero3"):
+            # DeepSpeed's configuration repeats it, and accelerate would fill in 1 before the trainer comes.
+            environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(steps)
 
     def training_arguments(self) -> dict[str, Any]:
         """What this strategy adds to SFTConfig."""
@@ -214,6 +226,41 @@ class Strategy:
         training = recipe.training
         asked = bool(training.get("gradient_checkpointing")) and "gradient_checkpointing_kwargs" not in training
         return asked and self.name != "zero3" and recipe.bits != 8
+
+    def like(self, recipe: Recipe) -> Strategy:
+        """What these processes would do with another recipe."""
+        return replace(
+            self, name="single" if self.world.world_size == 1 else recipe.strategy, requested=recipe.strategy
+        )
+
+    @property
+    def shards(self) -> frozenset[str]:
+        """What each process holds a part of only: weights, optimizer (gradients and states); empty where all hold all."""
+        parts = {"zero2": ("optimizer",), "zero3": ("weights", "optimizer"), "fsdp": ("weights", "optimizer")}
+        return frozenset(parts.get(self.name, ()))
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What the library that shards holds on each device for itself: DeepSpeed's ZeRO-3, as measured with a 7B model on
+        two H200 (`benchmarks/results/main_job_2xh200.json`)."""
+        return 11 * 2**30 if self.name == "zero3" else 0
+
+    @property
+    def meets_after_failed_write(self) -> bool:
+        """Whether a rank that cannot write its part of a checkpoint finds the others when it has given up. Not DeepSpeed:
+        its ranks wait for each other between writes."""
+        return self.name not in ("zero2", "zero3")
+
+    def checkpoint_bytes(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """About how many bytes the trainable weights and optimizer states of a checkpoint take on disk. All ranks enter."""
+        tensors = [p for p in model.parameters() if p.requires_grad]
+        states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        mine = sum(_local(tensor).nbytes for tensor in (*tensors, *states))
+        if not self.shards:
+            return mine
+        everywhere: list[int] = [0] * self.world.world_size
+        dist.all_gather_object(everywhere, mine)
+        return sum(everywhere)
 
     def keeps_adapter_in_base_dtype(self, recipe: Recipe) -> bool:
         """ZeRO-3 gathers parameters of one type only, so an adapter cannot be fp32 beside a bf16 base."""

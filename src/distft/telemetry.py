@@ -11,6 +11,8 @@ import os
 import sys
 import time
 import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +26,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from distft.machine import GIB, EnergyMeter, device_flops
 from distft.plan import Plan
 from distft.recipe import Recipe
-from distft.run import RunFolder
+from distft.run import RunFolder, full
 from distft.world import World, say
 
 
@@ -73,6 +75,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
     _clock: float = 0.0
     _step_logged: int = 0
     _tokens_logged: int = 0
+    _unwritten: list[dict[str, Any]] = field(default_factory=list)
     _bar: Any = None
     _energy: EnergyMeter | None = None
     _started: float = 0.0
@@ -120,16 +123,33 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         for key in [key for key in logs if key.endswith("_loss")]:
             logs[key.removesuffix("loss") + "perplexity"] = perplexity(logs[key])
         if self.world.is_main:
-            self.folder.append_metrics({"step": state.global_step, **logs})
+            self._write({"step": state.global_step, **logs})
             self._show(logs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.train_time_s = time.perf_counter() - self._started
+        self._write()
+        if self._unwritten:
+            say(f"warning: {len(self._unwritten)} records could not be written to {self.folder.metrics}")
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
     # ------------------------------------------------------------------------------------------------------------------
+
+    def _write(self, *records: dict[str, Any]) -> None:
+        """Append records to metrics.jsonl; where the disk is full, keep them for the next time."""
+        self._unwritten += records
+        try:
+            self.folder.append_metrics(*self._unwritten)
+        except OSError as error:
+            why = full(error)
+            if why is None:
+                raise
+            if len(self._unwritten) == len(records):  # the first time
+                say(f"warning: {self.folder.metrics} cannot be written ({why}); its records are kept until it can")
+            return
+        self._unwritten.clear()
 
     @property
     def _warmup(self) -> int:
@@ -261,6 +281,9 @@ def trackers(recipe: Recipe, folder: RunFolder, world: World) -> list[TrainerCal
     return found
 
 
+_WANDB_FINISH_S = 60.0
+
+
 def _start_wandb(recipe: Recipe, folder: RunFolder) -> None:
     """One W&B run with the resolved recipe as its config: online where there is a key, else offline."""
     import wandb
@@ -271,6 +294,8 @@ def _start_wandb(recipe: Recipe, folder: RunFolder) -> None:
     run = wandb.init(
         project=section.project, entity=section.entity, group=section.group, tags=section.tags or None, name=folder.name,
         dir=str(folder.path), config=recipe.model_dump(),
+        # By default a run whose server is gone never ends: it waits to upload. What is left out stays in `wandb/`.
+        settings=wandb.Settings(finish_timeout=_WANDB_FINISH_S),
     )  # fmt: skip
     if run.settings.mode == "offline":
         why = "offline" if _has_wandb_key() else "no key, so offline"
@@ -287,12 +312,17 @@ def _has_wandb_key() -> bool:
         return False
 
 
-def finish_trackers(*, failed: bool) -> None:
-    """Close the W&B run, if there is one, with the run's outcome."""
-    wandb = sys.modules.get("wandb")
-    if wandb is None or wandb.run is None:
-        return
+@contextmanager
+def closing_trackers() -> Iterator[None]:
+    """Close the W&B run, if there is one, with the outcome of the block: finished, or failed where it raised."""
+    failed = True
     try:
-        wandb.finish(exit_code=1 if failed else 0)
-    except Exception as error:  # whatever a tracker raises, the run goes on
-        say(f"warning: wandb did not close cleanly ({type(error).__name__}: {error})")
+        yield
+        failed = False
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            try:
+                wandb.finish(exit_code=1 if failed else 0)
+            except Exception as error:  # whatever a tracker raises, the run goes on
+                say(f"warning: wandb did not close cleanly ({type(error).__name__}: {error})")

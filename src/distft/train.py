@@ -5,22 +5,27 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PrinterCallback
 
 from distft import attention, data, strategy
-from distft.checkpoint import save_result
+from distft.bad_numbers import BadNumbers
+from distft.checkpoint import Checkpoints, save_result
+from distft.memory import Memory
 from distft.model import checkpoint, load_model, load_tokenizer, non_embedding_parameters, settle_adapter_dtype
 from distft.outcome import debug_flag, guarded
 from distft.plan import Plan
 from distft.recipe import load_recipe
 from distft.record import Record
 from distft.samples import at_most, lengths_of
+from distft.stopping import StopTogether
 from distft.strategy import Launcher, Strategy, whole_numel
-from distft.telemetry import Telemetry, finish_trackers, model_flops_per_token, perplexity, trackers
+from distft.telemetry import Telemetry, closing_trackers, model_flops_per_token, perplexity, trackers
 from distft.trainer import HeldOut, Invariants, Trainer, sft_config
-from distft.world import World, say, together
+from distft.watch import Watch
+from distft.world import Launch, World, say, together
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -30,53 +35,69 @@ def train(arguments: Sequence[str]) -> None:
         DistftError: the run failed or was stopped; its message says why, and the run folder's summary as well.
     """
     recipe = load_recipe(arguments, checks=(strategy.faults, data.faults))
-    world = World.from_environment(os.environ)
+    world = replace(World.from_environment(os.environ), timeout_s=recipe.training.get("ddp_timeout", World.timeout_s))
     how = Strategy.choose(recipe, world, os.environ, Launcher.of_parent())
-    recipe.check_division(world.world_size)
+    recipe.check_division(world.world_size)  # before anything is loaded
     how.configure(os.environ)
 
     tokenizer = together(world, lambda: load_tokenizer(recipe))
     splits = together(world, lambda: data.prepare(recipe, tokenizer))
-    plan = Plan(lengths_of(splits.train), recipe.batching, recipe.run.seed)
-    accumulation = together(world, lambda: plan.accumulation(world.world_size, recipe.epochs(plan.steps)))
-    how.configure_accumulation(os.environ, accumulation)
-    with Record.open(recipe, how, Path.cwd()) as record:
+    lengths = lengths_of(splits.train)
+    with (
+        closing_trackers(),
+        Record.open(recipe, how, Path.cwd()) as record,
+        Watch(world, record, recipe.run.hang_timeout_s) as watch,
+        Memory(recipe, how, lengths, record) as memory,
+    ):
+        recipe = memory.recipe
+        plan = Plan(lengths, recipe.batching, recipe.run.seed)
+        accumulation = together(world, lambda: plan.accumulation(world.world_size, recipe.epochs(plan.steps)))
+        how.accumulate(os.environ, accumulation)
         config = sft_config(recipe, how, record.folder, accumulation)
-        model = together(world, lambda: load_model(recipe, how))
+        model = together(world, lambda: memory.load(lambda: load_model(recipe, how)))
         trainable = sum(whole_numel(p) for p in model.parameters() if p.requires_grad)
         flops = model_flops_per_token(non_embedding_parameters(model), frozen_base=recipe.lora is not None)
-        record.note(checkpointed_layers=checkpoint(model, recipe, how, plan.heaviest))
         record.note(
-            **recipe.batching.model_dump(exclude={"checkpoint_layers", "offload_checkpoints"}), gradient_accumulation_steps=accumulation, trainable_parameters=trainable,
+            **recipe.batching.sizes(), gradient_accumulation_steps=accumulation, trainable_parameters=trainable,
             parameters=sum(map(whole_numel, model.parameters())), attn_implementation=attention.choose(recipe, on_gpu=how.on_gpu),
+            checkpointed_layers=checkpoint(model, recipe, how, plan.heaviest_tokens),
         )  # fmt: skip
         if world.is_main:
             for line in [*splits.report.lines(), *record.lines()]:
                 say(line)
 
         telemetry = Telemetry(record.folder, recipe, world, plan, flops)
-        held_out = HeldOut(at_most(splits.test, recipe.evaluation.max_samples))
+        carried = record.place.carried
+        held_out = HeldOut(at_most(splits.test, recipe.evaluation.max_samples), carried.get("before"))
+        stop = StopTogether(world, Launch.of(os.environ).began, recipe.run.max_time_s)
+        numbers = BadNumbers(recipe, record.folder, world, plan, carried.get("skipped_steps", 0))
+        checkpoints = Checkpoints(record.folder, how, recipe.training.get("save_total_limit"),
+                                  lambda: {"before": held_out.before, "skipped_steps": numbers.skipped})  # fmt: skip
         trainer = Trainer(
-            model=model, args=config, processing_class=tokenizer, plan=plan, skips_spare_rounds=how.skips_spare_rounds,
-            train_dataset=splits.train, eval_dataset=at_most(splits.validation, recipe.evaluation.max_samples),
+            model=model, args=config, processing_class=tokenizer, plan=plan, numbers=numbers, checkpoints=checkpoints,
+            skips_spare_rounds=how.skips_spare_rounds, train_dataset=splits.train,
+            eval_dataset=at_most(splits.validation, recipe.evaluation.max_samples),
             callbacks=[
-                Invariants(how, recipe, trainable), telemetry, *trackers(recipe, record.folder, world),
+                Invariants(how, recipe, trainable, numbers), stop, telemetry, *trackers(recipe, record.folder, world),
                 *([held_out] if recipe.evaluation.before_and_after and splits.test is not None else []),
+                checkpoints,
+                watch,
             ],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         held_out.trainer = trainer
         settle_adapter_dtype(model, recipe, how)
-        output = trainer.train()
+        output = trainer.train(resume_from_checkpoint=record.place.resume_from)
+        stop.raise_if_stopped(checkpoints.last)
         if held_out.before is not None:
             before, after = held_out.before, held_out.measure()
             record.note(eval_before={"loss": before, "perplexity": perplexity(before)},
                         eval_after={"loss": after, "perplexity": perplexity(after)})  # fmt: skip
         saved = save_result(trainer.model, recipe, how, record.folder)
         record.note(
-            train_loss=output.training_loss, steps=trainer.state.global_step, adapter=str(saved), **telemetry.figures()
-        )
-        finish_trackers(failed=False)
+            train_loss=None if numbers.skipped else output.training_loss,  # its mean counts a skipped step as 0
+            steps=trainer.state.global_step, skipped_steps=numbers.skipped, adapter=str(saved), **telemetry.figures(),
+        )  # fmt: skip
         if world.is_main:
             for line in record.closing_lines():
                 say(line)

@@ -10,6 +10,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
+from distft.bad_numbers import BadNumbers
+from distft.checkpoint import Checkpoints
 from distft.loader import Collator, loader
 from distft.plan import Plan
 from distft.recipe import Recipe
@@ -21,7 +23,7 @@ from distft.strategy import Strategy
 def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder, accumulation: int) -> SFTConfig:
     """The recipe's training section as SFTConfig, with what the other sections own filled in."""
     micro = recipe.batching.micro_batch if recipe.batching.micro_batch_tokens is None else 1
-    given = dict(recipe.training)
+    given = {key: value for key, value in recipe.training.items() if key != "save_total_limit"}
     # TRL trains in bf16 where nothing is said; here the model's own type decides.
     given.setdefault("bf16", recipe.model.dtype == "bfloat16" and not given.get("fp16"))
     given.setdefault("per_device_eval_batch_size", micro)
@@ -38,6 +40,8 @@ def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder, accumulati
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
         seed=recipe.run.seed,
+        # `Checkpoints` retires them: the trainer would delete the last good one before the new one is known to be whole.
+        save_total_limit=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         report_to="none",  # the trackers are ours to start: on rank 0, guarded, behind the telemetry
         disable_tqdm=True,
@@ -49,10 +53,19 @@ def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder, accumulati
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer over prepared samples in the micro-batches of a plan."""
+    """SFTTrainer over prepared samples in the micro-batches of a plan, whose steps update nothing where their numbers are bad."""
 
-    def __init__(self, *args: Any, plan: Plan, skips_spare_rounds: bool, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        plan: Plan,
+        skips_spare_rounds: bool,
+        numbers: BadNumbers,
+        checkpoints: Checkpoints,
+        **kwargs: Any,
+    ) -> None:
         self._plan, self._skips_spare_rounds = plan, skips_spare_rounds
+        self._numbers, self._checkpoints = numbers, checkpoints
         super().__init__(*args, **kwargs)
         self._collate = Collator(
             self.processing_class.pad_token_id, packed=plan.batching.micro_batch_tokens is not None,
@@ -76,15 +89,29 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self.args.dataloader_num_workers,
         )  # fmt: skip
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._loss_before_step = self._tr_loss.clone()
+        return super().get_batch_samples(*args, **kwargs)
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The trainer's step; a round in which no rank has anything to do costs nothing."""
         rounds = len(self._plan.micro_batches(self.state.global_step, self.args.world_size))
         spare = self._round < self.args.gradient_accumulation_steps - rounds
         self._round = (self._round + 1) % self.args.gradient_accumulation_steps
-        if spare and self._skips_spare_rounds:
-            return torch.zeros((), device=self.args.device)
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        loss = torch.zeros((), device=self.args.device)
+        if not (spare and self._skips_spare_rounds):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._numbers.watch(loss)
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Once a step, before the optimizer: the norm as the trainer knows it, and no gradients where the numbers are bad."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self._numbers.may_update(self.state.global_step + 1, norm, self.accelerator):
+            model.zero_grad(set_to_none=True)  # an optimizer passes over what has no gradient: no decay, no momentum
+            self._tr_loss.copy_(self._loss_before_step)
+            self._globalstep_last_logged += 1  # the mean loss of the next log is that of the steps which were taken
+        return norm
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -120,6 +147,23 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """Not counted here, in every micro-batch over all parameters: the telemetry knows the FLOPs of a token."""
         return 0
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._checkpoints.save(
+            self.state, model, self.optimizer, lambda: super(Trainer, self)._save_checkpoint(model, trial)
+        )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: rank 0 would write it before the ranks meet, and could fail alone."""
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As the trainer does, but each trainable parameter keeps its type: PEFT loads the bf16 adapter of a quantised base
+        as fp32, and the resumed run would round otherwise than the one that was interrupted."""
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        super()._load_from_checkpoint(*args, **kwargs)
+        for name, parameter in self.model.named_parameters():
+            if name in dtypes and parameter.dtype != dtypes[name]:
+                parameter.data = parameter.data.to(dtypes[name])
+
     def evaluation_loop(
         self, dataloader: DataLoader[Any], description: str, prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
@@ -149,8 +193,8 @@ class Invariants(TrainerCallback):  # type: ignore[misc]
     """Before step 1 the model is what the recipe asked for; after the first real update the adapter has moved, alike
     everywhere. All ranks check and all stop where one finds a fault."""
 
-    def __init__(self, strategy: Strategy, recipe: Recipe, trainable: int) -> None:
-        self._strategy, self._recipe, self._trainable = strategy, recipe, trainable
+    def __init__(self, strategy: Strategy, recipe: Recipe, trainable: int, numbers: BadNumbers) -> None:
+        self._strategy, self._recipe, self._trainable, self._numbers = strategy, recipe, trainable, numbers
         self._before: dict[str, int] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -161,18 +205,21 @@ class Invariants(TrainerCallback):  # type: ignore[misc]
         self._learning_rate = max(lr_scheduler.get_last_lr()) if lr_scheduler is not None else 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if self._before is not None and self._learning_rate > 0:
+        if self._before is not None and self._learning_rate > 0 and not self._numbers.in_a_row:
             self._strategy.check_updated(model, self._before, self._learning_rate)
             self._before = None
 
 
 class HeldOut(TrainerCallback):  # type: ignore[misc]
-    """Loss on the held-out split before the first step; the trainer is given after it is built."""
+    """Loss on the held-out split before the first step; the trainer is given after it is built.
 
-    def __init__(self, samples: Any) -> None:
+    `before` is what a resumed run measured when it began.
+    """
+
+    def __init__(self, samples: Any, before: float | None) -> None:
         self._samples = samples
         self.trainer: Trainer | None = None
-        self.before: float | None = None
+        self.before = before
 
     def measure(self) -> float:
         """Mean negative log-likelihood of the held-out split in nats a token. All ranks enter."""
@@ -180,4 +227,5 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]
         return float(self.trainer.evaluate(self._samples, metric_key_prefix="test")["test_loss"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.before = self.measure()
+        if self.before is None:
+            self.before = self.measure()

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,11 @@ T = TypeVar("T")
 
 NPROC = "DISTFT_NPROC"
 """Environment variable in which `distft train` passes on the number of processes that was asked for."""
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
+"""torchrun's environment variable: how many times the group has been started again."""
+OUTCOME = "DISTFT_OUTCOME"
+"""Environment variable: folder that `distft train` shares with its workers while they run. They leave their exit code
+there, which an elastic launcher would lose; a file `stop` in it tells workers that are started again not to go on."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class World:
     world_size: int = 1
     local_world_size: int = 1
     node: int = 0
+    timeout_s: int = 1800
+    """How long a collective waits for a rank, in seconds."""
 
     @property
     def is_main(self) -> bool:
@@ -83,6 +91,30 @@ def _tasks_per_node(text: str) -> list[int]:
     return counts
 
 
+@dataclass(frozen=True)
+class Launch:
+    """The start of this process: by which launcher (its parent), for the how manieth time, and since when.
+
+    `attempt` counts the restarts of the group by that launcher; `began` is the Unix time of the first start.
+    """
+
+    launcher: str
+    attempt: int
+    began: float
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Launch:
+        parent = psutil.Process(os.getppid())
+        attempt = environment.get(ATTEMPT)
+        began = psutil.Process().create_time() if attempt is None else parent.create_time()
+        return cls(launcher_name(parent), int(attempt or 0), began)
+
+
+def launcher_name(process: psutil.Process) -> str:
+    """A name that no other process on this machine has had."""
+    return f"{process.pid}-{process.create_time():.2f}"
+
+
 def together(world: World, work: Callable[[], T]) -> T:
     """`work()` on every rank; where it raises on any rank, every rank raises, so that none waits for one that has left.
 
@@ -102,7 +134,7 @@ def together(world: World, work: Callable[[], T]) -> T:
         from accelerate import PartialState
         from torch import distributed
 
-        PartialState(cpu=not torch.cuda.is_available())
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=world.timeout_s))
         everywhere: list[BaseException | None] = [None] * world.world_size
         distributed.all_gather_object(everywhere, error)
         error = error or next((other for other in everywhere if other is not None), None)
@@ -131,17 +163,22 @@ def say_once(message: str, world: World, environment: Mapping[str, str]) -> None
     """The same message from several processes of one node stands on stderr once.
 
     The processes of one launch on a node share their parent; the first to make the file speaks. Where the
-    world is one process it always speaks.
+    world is one process it always speaks. The files go with the folder of `distft train`; those of other launchers are
+    removed once the launcher is gone.
     """
     if world.world_size == 1:
         say(message)
         return
-    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    launch = Launch.of(environment)
     digest = hashlib.sha256(message.encode()).hexdigest()[:8]
-    launcher = psutil.Process(os.getppid())
-    key = f"distft-{os.getuid()}-{launcher.pid}-{launcher.create_time():.2f}-{attempt}-{digest}.said"
+    folder = Path(environment.get(OUTCOME) or tempfile.gettempdir())
+    for other in folder.glob(f"distft-{os.getuid()}-*.said"):
+        launcher = int(other.name.split("-")[2])
+        if launcher != os.getppid() and not psutil.pid_exists(launcher):
+            other.unlink(missing_ok=True)
+    key = f"distft-{os.getuid()}-{launch.launcher}-{launch.attempt}-{digest}.said"
     try:
-        os.close(os.open(Path(tempfile.gettempdir()) / key, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        os.close(os.open(folder / key, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
         return
     say(message)

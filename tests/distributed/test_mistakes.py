@@ -29,7 +29,7 @@ def messages(stderr: str) -> list[str]:
         (["recipe=tiny", "lora.rank=4"], "command line: lora.rank: unknown key (it is lora.r)"),
         (
             ["recipe=tiny", "batching.micro_batch=two"],
-            "batching.micro_batch: expected a valid integer, got 'two' (str)",
+            "batching.micro_batch: expected a valid integer or 'auto', got 'two' (str)",
         ),
         (["recipe=tiny", "batching.micro_batch=3"], "micro-batches that divide: 1, 2, 4, 8"),
         (["recipe=fsdp_bf16", "quantization.load_in_8bit=true"], "8-bit weights cannot be sharded by FSDP2"),

@@ -1,0 +1,160 @@
+"""What looking after a run costs: heartbeat, agreement on a stop, and verified checkpoints, per step of the embedded model.
+
+    python benchmarks/overhead.py --repeats 3 --output benchmarks/results/overhead_cpu.json
+
+Real runs on two processes at the recipe's own cadence (a checkpoint an epoch). The heartbeat and the look for a stop are
+left out in every other step, so that steps with and without them stand side by side in one run; the time inside them is measured as
+well, for it is far below the spread of the steps. Of each save: what the trainer's own write takes, what distft adds while the
+training waits, and the hashing that goes on beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distft.machine import describe
+from distft.run import to_json, write_atomically
+
+OVERRIDES = ["recipe=tiny", "training.num_train_epochs=10", "training.eval_strategy=no", "training.save_strategy=epoch",
+             "training.save_total_limit=1", "tracking.report_to=[]", "evaluation.before_and_after=false"]  # fmt: skip
+LEFT_OUT = 5  # first steps, and the first after a save
+
+
+def work(output: Path) -> None:
+    """One rank of an instrumented run; writes its times in seconds to `output`."""
+    from transformers import TrainerCallback
+
+    from distft import manifest, train
+
+    times: dict[str, list[float]] = {name: [] for name in ("with", "without", "inside", "save", "waiting", "hashing")}
+    now = {"on": True, "inside": 0.0, "began": 0.0, "step": 0, "saved": 0}
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def measure(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                times[name].append(time.perf_counter() - start)
+
+        return measure
+
+    def switched(cls: type, *events: str) -> None:
+        for event in events:
+            original = getattr(cls, event)
+
+            def call(*args: Any, original: Callable[..., None] = original, **kwargs: Any) -> None:
+                if now["on"]:
+                    start = time.perf_counter()
+                    original(*args, **kwargs)
+                    now["inside"] += time.perf_counter() - start
+
+            setattr(cls, event, call)
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            now["on"], now["inside"], now["began"] = state.global_step % 2 == 0, 0.0, time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step > now["saved"] + LEFT_OUT:
+                times["with" if now["on"] else "without"].append(time.perf_counter() - now["began"])
+                if now["on"]:
+                    times["inside"].append(now["inside"])
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            now["saved"] = state.global_step
+
+    class Trainer(train.Trainer):
+        def __init__(self, *args: Any, callbacks: list[Any], **kwargs: Any) -> None:
+            # The clock's step begins before all others and ends after them.
+            super().__init__(*args, callbacks=callbacks, **kwargs)
+            clock = Clock()
+            self.callback_handler.callbacks.insert(0, _Only(clock, "on_step_begin"))
+            self.callback_handler.callbacks.append(_Only(clock, "on_step_end", "on_save"))
+
+    class _Only(TrainerCallback):  # type: ignore[misc]
+        def __init__(self, inner: Any, *events: str) -> None:
+            for event in events:
+                setattr(self, event, getattr(inner, event))
+
+    switched(train.Watch, "on_step_begin", "on_substep_end", "on_step_end")
+    switched(train.StopTogether, "on_step_begin", "on_step_end")
+    train.Checkpoints.on_save = timed("waiting", train.Checkpoints.on_save)
+    Trainer._save_checkpoint = timed("save", Trainer._save_checkpoint)
+    manifest.write = timed("hashing", manifest.write)
+    train.Trainer = Trainer
+    train.train([*OVERRIDES, f"run.dir={output.parent / 'runs'}"])
+    rank = os.environ.get("RANK", "0")
+    output.with_suffix(f".{rank}").write_text(json.dumps(times))
+
+
+def spread(values: list[float], unit: float = 1e3) -> dict[str, float | int]:
+    """Median, quartiles and number of `values`, in ms."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median_ms": middle * unit, "q1_ms": low * unit, "q3_ms": high * unit, "count": len(values)}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def measured(where: Path) -> dict[str, Any]:
+    """One run: the spread of each time on rank 0, and what the heartbeat and the checkpoints add, as shares of a step."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+               "--main_process_port", str(free_port()), "--mixed_precision", "no", "--dynamo_backend", "no",
+               str(Path(__file__).resolve()), "--worker", str(where / "times")]  # fmt: skip
+    subprocess.run(command, check=True, cwd=where)
+    times = json.loads((where / "times.0").read_text())
+    step, saves = statistics.median(times["without"]), len(times["save"])
+    steps_a_save = 200 / saves
+    return {
+        "step_with": spread(times["with"]), "step_without": spread(times["without"]), "inside_callbacks": spread(times["inside"]),
+        "save": spread(times["save"]), "save_added_wait": spread(times["waiting"]), "hashing_beside": spread(times["hashing"]),
+        "difference_of_medians_share": statistics.median(times["with"]) / step - 1,
+        "inside_callbacks_share": statistics.mean(times["inside"]) / step,
+        "save_added_wait_share": statistics.mean(times["waiting"]) / (steps_a_save * step),
+        "save_added_wait_of_write": sum(times["waiting"]) / (sum(times["save"]) - sum(times["waiting"])),
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/overhead_cpu.json"))
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker is not None:
+        work(options.worker)
+        return 0
+    os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    runs = []
+    for _ in range(options.repeats):
+        with tempfile.TemporaryDirectory() as where:
+            runs.append(measured(Path(where)))
+        print(json.dumps(runs[-1]), flush=True)
+    shares = [key for key in runs[0] if "_share" in key or key == "save_added_wait_of_write"]
+    result = {
+        "program": "benchmarks/overhead.py", "commit": commit, "overrides": OVERRIDES, "processes": 2,
+        "environment": {key: value for key, value in describe().items() if key not in ("command", "working_folder")},
+        "of_all_repeats": {key: [run[key] for run in runs] for key in shares}, "repeats": runs,
+    }  # fmt: skip
+    write_atomically(options.output, to_json(result) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Runs that are broken on purpose, and the whole run that each must end like."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import Popen
+
+import psutil
+import pytest
+import torch
+
+from distft.checkpoint import read_tensors
+from distft.run import RunFolder
+
+from ..distributed.conftest import Ended, finish, start
+
+# Two epochs of 11 steps, the last of each shorter; with dropout and accumulation.
+RUN = ("recipe=tiny", "training.num_train_epochs=2", "training.logging_steps=1", "training.eval_strategy=no",
+       "training.save_strategy=steps", "training.save_steps=3", "training.save_total_limit=2", "tracking.report_to=[]",
+       "evaluation.max_samples=8", "data.max_samples=210")  # fmt: skip
+STEPS = 22
+KINDS = {
+    "single": ((), 1),
+    "ddp": ((), 2),
+    "fsdp": (("strategy=fsdp", "quantization.bnb_4bit_quant_storage=float32"), 2),
+}
+
+
+def begin(where: Path, kind: str, *more: str, **changes: str) -> Popen[str]:
+    overrides, processes = KINDS[kind]
+    where.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "distft.cli", "train", *RUN, *overrides, *more, "--nproc", str(processes)]
+    # One thread a process: several wait for each other at every product where the cores are shared with other work.
+    return start(command, where, **{"OMP_NUM_THREADS": "1", **changes})
+
+
+def go(where: Path, kind: str, *more: str, **changes: str) -> Ended:
+    return finish(begin(where, kind, *more, **changes), where)
+
+
+def losses(folder: RunFolder) -> list[tuple[int, float, float]]:
+    return [
+        (record["step"], record["loss"], record["grad_norm"]) for record in folder.read_metrics() if "loss" in record
+    ]
+
+
+def assert_same_run(folder: RunFolder, whole: RunFolder) -> None:
+    """Losses, gradient norms and the final adapter are the same to the bit."""
+    assert losses(folder) == losses(whole)
+    ours, theirs = read_tensors(folder.adapter), read_tensors(whole.adapter)
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def ranks(process: Popen[str]) -> dict[int, psutil.Process]:
+    """The workers of a run that are alive, by rank."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "distft.train" in child.cmdline() and "accelerate.commands.launch" not in child.cmdline():
+                found[int(child.environ().get("RANK", "0"))] = child
+        except psutil.Error:
+            continue
+    return found
+
+
+def until(condition: Callable[[], object], limit_s: float = 120, every_s: float = 0.02) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(every_s)
+
+
+def family(process: Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunFolder]:
+    """The folder of a whole run of a kind; each kind runs once a session."""
+    known: dict[str, RunFolder] = {}
+
+    def whole(kind: str) -> RunFolder:
+        if kind not in known:
+            ended = go(tmp_path_factory.mktemp("whole"), kind)
+            assert ended.code == 0, ended.stderr[-3000:]
+            known[kind] = ended.folder
+        return known[kind]
+
+    return whole

@@ -1,0 +1,211 @@
+"""Out of memory: on one rank in the middle of training, at the smallest micro-batch, and before the run, in the probe."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from distft.checkpoint import read_tensors
+from distft.run import RunFolder
+
+from ..distributed.conftest import Ended, finish, start
+
+# The next import of distft.trainer by a worker makes one rank ask for more than there is, in one micro-batch of a step.
+# It is Python's own hook for such things, so that the command is the user's and the error is torch's.
+SITE = """
+import importlib.abc, importlib.util, os, sys
+
+class Hook(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "distft.trainer":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+        def exec_module(module):
+            run(module)
+            step = module.Trainer.training_step
+            def training_step(self, *args, **kwargs):
+                import torch
+                if (self.args.process_index, self.state.global_step) == ({rank}, {step}) and self.args.per_device_train_batch_size in {sizes}:
+                    torch.empty(1 << 50, device=self.args.device)
+                return step(self, *args, **kwargs)
+            module.Trainer.training_step = training_step
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Hook())
+"""
+RUN = ("recipe=tiny", "training.max_steps=6", "data.max_samples=120", "training.logging_steps=1", "training.eval_strategy=no",
+       "training.save_strategy=steps", "training.save_steps=2", "tracking.report_to=[]", "evaluation.before_and_after=false",
+       "lora.lora_dropout=0", "quantization=null", "training.optim=sgd", "training.learning_rate=0.5", "run.name=oom")  # fmt: skip
+KINDS = {"ddp": (), "fsdp": ("strategy=fsdp",)}
+
+
+def go(where: Path, *overrides: str, nproc: int = 2, site: Path | None = None, launcher: bool = False) -> Ended:
+    changes = {} if site is None else {"PYTHONPATH": f"{site}:{Path(__file__).parents[2] / 'src'}"}
+    if launcher:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(nproc), "--num_machines", "1",
+                   "--main_process_port", "29741", "-m", "distft.train", *RUN, *overrides]  # fmt: skip
+    else:
+        command = [sys.executable, "-m", "distft.cli", "train", *RUN, *overrides, "--nproc", str(nproc)]
+    return finish(start(command, where, **changes), where)
+
+
+def site(where: Path, rank: int, step: int, sizes: tuple[int, ...]) -> Path:
+    folder = where / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        SITE.replace("{rank}", str(rank)).replace("{step}", str(step)).replace("{sizes}", str(sizes))
+    )
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunFolder]:
+    ended = go(tmp_path_factory.mktemp("whole"), *KINDS[request.param])
+    assert ended.code == 0, ended.stderr[-3000:]
+    return request.param, ended.folder
+
+
+def assert_same_updates(folder: RunFolder, whole: RunFolder) -> None:
+    """All lora_B start from zero, so that what stands there is the sum of the updates."""
+    ours, theirs = read_tensors(folder.adapter), read_tensors(whole.adapter)
+    assert set(ours) == set(theirs)
+    names = [name for name in theirs if "lora_B" in name]
+    updates = torch.cat([theirs[name].float().flatten() for name in names])
+    difference = torch.cat([ours[name].float().flatten() for name in names]) - updates
+    assert updates.norm() > 0
+    assert difference.norm() <= 1e-4 * updates.norm()
+
+
+def test_one_rank_out_of_memory_restarts_all_with_half_the_micro_batch(
+    whole: tuple[str, RunFolder], tmp_path: Path
+) -> None:
+    kind, uninterrupted = whole
+    ended = go(tmp_path, *KINDS[kind], site=site(tmp_path, 1, 3, (4,)))
+    assert ended.code == 0, ended.stderr[-3000:]
+    folder = ended.folder
+    (fault,) = folder.read_faults()
+    assert (fault["rank"], fault["step"], fault["micro_batch"], fault["asked_bytes"]) == (1, 3, 4, 4 << 50)
+    assert fault["cause"].startswith(
+        "OutOfMemory: out of memory on rank 1 with a micro-batch of 4: 4,194,304.00 GiB were asked for"
+    )
+    summary = folder.read_summary()
+    assert (summary["status"], summary["restarts"], summary["global_batch_size"]) == ("finished", 1, 16)
+    assert (summary["micro_batch"], summary["gradient_accumulation_steps"]) == (2, 4)
+    line = "micro-batch 2 instead of 4, and as much more accumulation: rank 1 ran out of memory with 4 after step 3"
+    assert line in ended.stderr and line in summary["changed_for_you"]
+    assert "after step 2" in ended.stderr, "from the last checkpoint"
+    assert [record["step"] for record in folder.read_metrics() if "loss" in record] == [1, 2, 3, 4, 5, 6]
+    assert_same_updates(folder, uninterrupted)
+
+
+def test_under_a_bare_launcher_the_same_command_goes_on_with_half(whole: tuple[str, RunFolder], tmp_path: Path) -> None:
+    kind, uninterrupted = whole
+    place = site(tmp_path, 1, 3, (4,))
+    ended = go(tmp_path, *KINDS[kind], site=place, launcher=True)
+    assert ended.code == 1
+    assert "goes on from its last checkpoint with a micro-batch of 2 and the same global batch" in ended.stderr
+    again = go(tmp_path, *KINDS[kind], site=place, launcher=True)
+    assert again.code == 0, again.stderr[-3000:]
+    assert again.folder.read_summary()["micro_batch"] == 2
+    assert_same_updates(again.folder, uninterrupted)
+
+
+def test_what_nothing_mends_ends_once_and_names_cheaper_recipes(tmp_path: Path) -> None:
+    ended = go(tmp_path, "batching.micro_batch=1", site=site(tmp_path, 1, 3, (1,)))
+    assert ended.code == 1, ended.stderr[-3000:]
+    summary = ended.folder.read_summary()
+    assert summary["status"] == "failed" and len(ended.folder.read_faults()) == 2, (
+        "the second start refuses on all ranks"
+    )
+    assert "out of memory on rank 1 with a micro-batch of 1" in ended.stderr
+    assert "By estimate tiny takes" in ended.stderr
+    assert "not started again: " in ended.stderr
+
+
+@pytest.mark.parametrize(("kind", "nproc"), [("ddp", 1), ("ddp", 2), ("fsdp", 2)])
+def test_auto_takes_the_largest_micro_batch_within_the_limit(kind: str, nproc: int, tmp_path: Path) -> None:
+    """First with all of the machine, which gives what each size takes; then with a limit between two of them."""
+    share = (
+        "batching.micro_batch=auto",
+        "batching.global_batch_size=64",
+        "training.max_steps=1",
+        "training.save_strategy=no",
+        *KINDS[kind],
+    )
+    free = go(tmp_path, *share, nproc=nproc)
+    assert free.code == 0, free.stderr[-3000:]
+    found = json.loads(free.folder.probe.read_text())
+    largest = 64 // nproc
+    assert found["micro_batch"] == largest == free.folder.read_summary()["micro_batch"]
+    assert f"micro-batch {largest} is the largest that fits: " in free.stderr
+    took = {trial["micro_batch"]: trial["peak_bytes"] for trial in found["trials"]}
+    assert list(took) == [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= largest]
+    assert list(took.values()) == sorted(took.values()) and took[largest] > took[8] * 1.1
+
+    limit = (took[8] + took[largest]) / 2 / 0.92 / 2**30
+    (tmp_path / "second").mkdir()
+    bound = go(tmp_path / "second", *share, f"batching.memory_limit_gib={limit:.4f}", nproc=nproc)
+    assert bound.code == 0, bound.stderr[-3000:]
+    summary = bound.folder.read_summary()
+    assert 8 <= summary["micro_batch"] < largest
+    assert summary["micro_batch"] * summary["gradient_accumulation_steps"] * nproc == 64
+
+    nothing = go(tmp_path / "second", *share, "batching.memory_limit_gib=0.1", "run.name=none", nproc=nproc)
+    assert nothing.code == 1 and "not even a micro-batch of one sample fits: 1 takes" in nothing.stderr
+
+
+def test_a_kill_during_the_probe_leaves_no_process(tmp_path: Path) -> None:
+    import signal
+    import time
+
+    command = [sys.executable, "-m", "distft.cli", "train", *RUN, "batching.micro_batch=auto", "--nproc", "2"]
+    process = start(command, tmp_path)
+    deadline, trials = time.monotonic() + 120, []
+    while len(trials) < 2 and time.monotonic() < deadline:
+        family = psutil.Process(process.pid).children(recursive=True)
+        trials = [child for child in family if "distft.trial" in child.cmdline()]
+        time.sleep(0.1)
+    assert len(trials) == 2
+    process.send_signal(signal.SIGKILL)
+    for child in family:
+        if "distft.train" in child.cmdline() or "accelerate.commands.launch" in child.cmdline():
+            child.kill()
+    _, alive = psutil.wait_procs(trials, timeout=20)
+    finish(process, tmp_path)
+    assert not alive
+
+
+GPU = ("batching.global_batch_size=256", "batching.memory_limit_gib=2", "data.max_samples=null", "training.max_steps=3")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.gpu(2))])
+def test_a_full_gpu_halves_the_micro_batch_until_it_fits(nproc: int, tmp_path: Path) -> None:
+    """The allocator is held to 2 GiB, so that the error is CUDA's own."""
+    ended = go(tmp_path, *GPU, f"batching.micro_batch={256 // nproc}", "run.max_restarts=6", nproc=nproc)
+    assert ended.code == 0, ended.stderr[-3000:]
+    summary, faults = ended.folder.read_summary(), ended.folder.read_faults()
+    assert faults and all("GiB were asked for" in fault["cause"] and "too little" in fault["cause"] for fault in faults)
+    assert summary["micro_batch"] == 256 // nproc // 2 ** len(faults)
+    assert summary["restarts"] == len(faults)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.gpu(2))])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_auto_fills_a_gpu_and_never_runs_out(kind: str, nproc: int, tmp_path: Path) -> None:
+    ended = go(tmp_path, *GPU, *KINDS[kind], "batching.micro_batch=auto", nproc=nproc)
+    assert ended.code == 0, ended.stderr[-3000:]
+    summary, found = ended.folder.read_summary(), json.loads(ended.folder.probe.read_text())
+    assert 1 <= summary["micro_batch"] < 256 // nproc, "2 GiB do not hold the whole share"
+    assert ended.folder.read_faults() == []
+    (best,) = (trial for trial in found["trials"] if trial["micro_batch"] == summary["micro_batch"])
+    assert summary["peak_reserved_gib"] * 2**30 <= best["limit_bytes"], "the probe saw the worst of it"

@@ -1,0 +1,98 @@
+"""Signals to some or all ranks, Ctrl-C twice, and the deadline: all ranks stop at one step, saved, with the exit code 75."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from distft import manifest
+from distft.run import RunFolder
+
+from ..distributed.conftest import finish
+from ..distributed.test_guards import wait_for_step
+from .conftest import assert_gone, assert_same_run, begin, family, go, ranks
+
+Whole = Callable[[str], RunFolder]
+LONG = ("training.num_train_epochs=200", "training.save_strategy=no", "evaluation.before_and_after=false")
+
+
+@pytest.mark.parametrize(("kind", "rank", "signum"), [("ddp", 1, signal.SIGTERM), ("fsdp", 0, signal.SIGUSR1)])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    kind: str, rank: int, signum: signal.Signals, uninterrupted: Whole, tmp_path: Path
+) -> None:
+    whole = uninterrupted(kind)
+    process = begin(tmp_path, kind)
+    folder = wait_for_step(tmp_path, 5)
+    everyone = family(process)
+    ranks(process)[rank].send_signal(signum)
+    ended = finish(process, tmp_path)
+    assert ended.code == 75, ended.stderr[-3000:]
+    summary = folder.read_summary()
+    assert summary["status"] == "interrupted" and f"stopped by {signum.name}" in summary["cause"]
+    assert folder.read_faults() == [], "nothing broke down"
+    checkpoint, skipped = manifest.newest(folder.checkpoints)
+    assert checkpoint is not None and not skipped
+    assert f"after step {manifest.step_of(checkpoint)};" in summary["cause"]
+    assert_gone(everyone)
+    assert go(tmp_path, kind).code == 0
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("kind", ["single", "ddp"])
+def test_ctrl_c_twice_stops_now(kind: str, tmp_path: Path) -> None:
+    process = begin(tmp_path, kind, *LONG)
+    folder = wait_for_step(tmp_path, 3)
+    everyone = family(process)
+    for worker in ranks(process).values():
+        worker.suspend()  # so that no rank comes to the end of its step between the two
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    for worker in ranks(process).values():
+        worker.resume()
+    before = time.monotonic()
+    ended = finish(process, tmp_path)
+    assert time.monotonic() - before < 15
+    assert ended.code == 75, ended.stderr[-3000:]
+    assert not list(folder.checkpoints.glob("checkpoint-*/manifest.json")), "it did not wait for a save"
+    assert_gone(everyone)
+
+
+@pytest.mark.parametrize("kind", ["single", "fsdp"])
+def test_a_run_saves_and_stops_before_its_time_is_over(kind: str, tmp_path: Path) -> None:
+    began = time.time()
+    process = begin(tmp_path, kind, *LONG, "run.max_time=00:01:30")
+    ended = finish(process, tmp_path)
+    assert ended.code == 75, ended.stderr[-3000:]
+    checkpoint, skipped = manifest.newest(ended.folder.checkpoints)
+    assert checkpoint is not None and not skipped
+    assert (checkpoint / "manifest.json").stat().st_mtime < began + 90
+    assert "stopped by run.max_time after step" in ended.folder.read_summary()["cause"]
+
+
+def test_a_time_in_another_spelling_is_a_fault(tmp_path: Path) -> None:
+    ended = go(tmp_path, "single", "run.max_time=90m")
+    assert ended.code == 2
+    assert "run.max_time" in ended.stderr
+
+
+def test_a_signal_while_the_group_is_started_again_ends_the_run(tmp_path: Path) -> None:
+    """Nobody catches it in that moment, and a restart would go on against the user's will."""
+    process = begin(tmp_path, "ddp", *LONG)
+    wait_for_step(tmp_path, 3)
+    everyone = family(process)
+    first = ranks(process)
+    first[1].kill()
+    psutil.wait_procs(list(first.values()), timeout=60)
+    process.send_signal(signal.SIGTERM)
+    ended = finish(process, tmp_path)
+    assert ended.code == 75, ended.stderr[-3000:]
+    assert_gone(everyone)
+    (path,) = (tmp_path / "runs").iterdir()
+    assert json.loads((path / "summary.json").read_text())["status"] != "running"
