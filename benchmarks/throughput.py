@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,6 @@ from cases import BESIDE, CASES, Batch, Case, Reference
 from comparison import compare, table
 
 from distft.data import split
-from distft.launch import accelerate_command, free_port
 from distft.machine import GIB, describe, device_flops
 from distft.plan import Plan
 from distft.recipe import Recipe, load_recipe
@@ -86,6 +86,13 @@ def cumulative(steps: list[list[int]]) -> dict[int, list[int]]:
     return found
 
 
+def free_port() -> int:
+    """A TCP port that is free on the loopback address now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -111,7 +118,11 @@ class Runner:
         arguments = [f"recipe={case.recipe}", *overrides]
         processes = self.processes(case.gpus)
         order = self.inputs.order(load_recipe(arguments), processes, total)
-        command = accelerate_command([*arguments, f"run.dir={folder}"], processes, free_port())
+        several = ["--multi_gpu", "--main_process_port", str(free_port())] if processes > 1 else []
+        command = [
+            sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes), "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "distft.train", *arguments, f"run.dir={folder}",
+        ]  # fmt: skip
         shown = ["accelerate launch", *command[3:]]
         result = self.run(name, command, shown, case.gpus, {})
         if result["exit_code"] == 0:

@@ -216,7 +216,8 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
     if recipe.model.attn_implementation == "varlen" and recipe.batching.micro_batch_tokens is None:
         fault("model.attn_implementation", "varlen takes packs, and these micro-batches are padded",
               "set batching.micro_batch_tokens, or take sdpa or auto")  # fmt: skip
-    if recipe.batching.micro_batch != 1 and recipe.batching.micro_batch_tokens is not None:
+    asked = [recipe.source.of(f"batching.{key}") == COMMAND_LINE for key in ("micro_batch", "micro_batch_tokens")]
+    if asked == [True, False] and recipe.batching.micro_batch_tokens is not None:
         fault("batching.micro_batch", "samples are packed by batching.micro_batch_tokens, and padded by micro_batch",
               "batching.micro_batch_tokens=null pads them")  # fmt: skip
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.run.name):
