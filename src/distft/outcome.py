@@ -90,6 +90,7 @@ def _leave(code: int, *, restart: bool = False) -> int:
     if code == Interrupted.exit_code and "TORCHELASTIC_RUN_ID" in os.environ:
         return 0
     if code and not restart and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        time.sleep(1)  # the other ranks are about to come to the same end, and to say the same
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(5)  # end by the launcher's own signal, not as one more failed worker
     return code
