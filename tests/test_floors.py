@@ -16,6 +16,7 @@ import distft
 FLOORS = (
     ("errors", "packaged", "yaml12", "kernels", "recompute"),
     ("sections", "run", "world", "fused"),
+    ("origin", "launcher"),
     ("recipe", "machine", "samples", "plan", "manifest"),
     ("outcome", "strategy", "tiny", "attention", "loader"),
     ("model", "data", "telemetry", "bad_numbers", "checkpoint", "record", "launch", "stopping"),

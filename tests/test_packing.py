@@ -10,13 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 from distft import attention, data
+from distft.launcher import Launcher
 from distft.loader import Collator
 from distft.model import load_model, load_tokenizer, settle_adapter_dtype
 from distft.plan import Plan
 from distft.recipe import load_recipe
 from distft.run import RunFolder
 from distft.samples import IGNORED, lengths_of
-from distft.strategy import Launcher, Strategy
+from distft.strategy import Strategy
 from distft.trainer import Trainer, sft_config
 from distft.world import World
 

@@ -5,23 +5,19 @@ load_recipe(["recipe=ddp_qlora", "lora.r=8", "training.max_steps=50"])
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, ValidationError, WithJsonSchema
 
 from distft.errors import Fault, RecipeError
+from distft.origin import COMMAND_LINE, DERIVED, Source, faults_of, nearest, place_of
 from distft.packaged import packaged
 from distft.sections import (
-    OWNED,
-    RENAMED,
     Batching,
     Data,
     Evaluation,
@@ -35,30 +31,7 @@ from distft.sections import (
 )  # fmt: skip
 from distft.yaml12 import dump_yaml, parse_yaml
 
-COMMAND_LINE = "command line"
-DEFAULT = "default"
-DERIVED = "derived"
 DEFAULT_RECIPE = "tiny"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a recipe came from: its name, its files (base first), and the origin of each dotted key."""
-
-    name: str = "recipe"
-    files: tuple[Path, ...] = ()
-    origins: Mapping[str, str] = field(default_factory=dict)
-
-    def of(self, key: str) -> str:
-        """Origin of a dotted key: a file, `command line`, `derived`, or `default` (distft's own); of a section, its last."""
-        below = [origin for name, origin in self.origins.items() if name.startswith(f"{key}.")]
-        if below:
-            return COMMAND_LINE if COMMAND_LINE in below else below[-1]
-        while key:
-            if key in self.origins:
-                return self.origins[key]
-            key = key.rpartition(".")[0]
-        return DEFAULT
 
 
 class Recipe(Section):
@@ -350,7 +323,7 @@ def _find(wanted: str, folder: Path, beside: Path, faults: list[Fault], where: s
     if wanted in known:
         return known[wanted]
     faults.append(
-        Fault(where, key, f"there is no recipe {wanted!r}", _nearest(wanted, known) or f"there are: {', '.join(known)}")
+        Fault(where, key, f"there is no recipe {wanted!r}", nearest(wanted, known) or f"there are: {', '.join(known)}")
     )
     return None
 
@@ -386,7 +359,9 @@ def _validate(merged: dict[str, Any], source: Source, faults: list[Fault]) -> Re
                 upstream_section(name).model_validate(tree[name])
             except ValidationError as error:
                 # null takes back a key that upstream does not let be null
-                faults += [fault for fault in _faults(error, source, name) if not fault.problem.endswith(", got null")]
+                faults += [
+                    fault for fault in faults_of(error, source, name) if not fault.problem.endswith(", got null")
+                ]
                 for item in error.errors():
                     tree[name].pop(str(item["loc"][0]), None)
     for attempt in range(2):
@@ -394,9 +369,9 @@ def _validate(merged: dict[str, Any], source: Source, faults: list[Fault]) -> Re
             return Recipe.model_validate(tree)
         except ValidationError as error:
             if attempt == 0:  # the second time, what is missing is what was dropped
-                faults += _faults(error, source)
+                faults += faults_of(error, source)
             for item in error.errors():
-                _drop(tree, _place(item))
+                _drop(tree, place_of(item))
     return None
 
 
@@ -405,72 +380,3 @@ def _drop(tree: Any, location: Sequence[Any]) -> None:
         tree = tree.get(key) if isinstance(tree, dict) else None
     if isinstance(tree, dict) and location:
         tree.pop(location[-1], None)
-
-
-def _faults(error: ValidationError, source: Source, section: str = "") -> list[Fault]:
-    """One fault a key: the alternatives of a union are errors of their own to pydantic."""
-    found: dict[str, Fault] = {}
-    for item in error.errors():
-        location = (section, item["loc"][0]) if section else _place(item)
-        fault = _fault(location, item, source)
-        first = found.get(fault.key)
-        if first is None:
-            found[fault.key] = fault
-        elif first.problem.startswith("expected ") and fault.problem.startswith("expected "):
-            alternative = fault.problem.removeprefix("expected ").split(", got ")[0]
-            head, got = first.problem.split(", got ", 1)
-            found[fault.key] = dataclasses.replace(first, problem=f"{head} or {alternative}, got {got}")
-    return list(found.values())
-
-
-def _place(error: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Where a pydantic error is, without the alternative of a union (`literal['auto']`) that it adds as a last key."""
-    location = tuple(error["loc"])
-    return location[:-1] if location and set(str(location[-1])) & set("-[") else location
-
-
-def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) -> Fault:
-    """A pydantic error in our words."""
-    key = ".".join(map(str, location))
-    where, leaf = source.of(key), str(location[-1])
-    if error["type"] == "missing":
-        files = str(source.files[-1]) if source.files else COMMAND_LINE
-        return Fault(files, key, "is required and not set")
-    if error["type"] == "extra_forbidden":
-        section = str(location[0]) if len(location) > 1 else ""
-        if leaf in OWNED.get(section, {}):
-            return Fault(where, key, "is not set here", OWNED[section][leaf])
-        return Fault(where, key, "unknown key", _suggestion(leaf, section))
-    expected = error["msg"].removeprefix("Input should be ")
-    value = error["input"]
-    got = "null" if value is None else f"{value!r} ({type(value).__name__})"
-    return Fault(where, key, f"expected {expected}, got {got}")
-
-
-def _suggestion(leaf: str, section: str) -> str:
-    names = field_names()
-    if leaf == "extends":
-        return "it stands in a recipe file; on the command line, recipe=NAME takes a recipe"
-    if leaf in RENAMED:
-        return f"it is {RENAMED[leaf]}"
-    near = _nearest(leaf, names[section] if section in names else names[""])
-    if near:
-        return near
-    elsewhere = [f"{other}.{leaf}" for other, fields in names.items() if other and leaf in fields]
-    return f"did you mean {elsewhere[0]}?" if elsewhere else ""
-
-
-def field_names() -> dict[str, list[str]]:
-    """The fields of each section, and under `""` the sections."""
-    names: dict[str, list[str]] = {"": [*Recipe.model_fields, "extends"]}
-    for name, cls in (("run", Run), ("model", Model), ("quantization", Quantization), ("data", Data), ("batching", Batching),
-                      ("evaluation", Evaluation), ("tracking", Tracking)):  # fmt: skip
-        names[name] = list(cls.model_fields)
-    for upstream in ("lora", "training"):
-        names[upstream] = list(upstream_section(upstream).model_fields)
-    return names
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else ""

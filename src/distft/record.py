@@ -17,8 +17,9 @@ from filelock import FileLock, Timeout
 from distft import manifest
 from distft.errors import AlreadyFinished, DistftError, Interrupted, RankLost, RunFolderError, UserError
 from distft.machine import describe
+from distft.origin import COMMAND_LINE
 from distft.outcome import tell
-from distft.recipe import COMMAND_LINE, Recipe
+from distft.recipe import Recipe
 from distft.run import RunFolder, full, to_json, write_atomically
 from distft.strategy import Strategy
 from distft.world import Launch, say, together

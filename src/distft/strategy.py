@@ -10,23 +10,20 @@ import os
 import shutil
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
-import yaml
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from distft.errors import Fault, InvariantError, LaunchError
+from distft.launcher import Launcher
 from distft.packaged import packaged
 from distft.recipe import Recipe, read_yaml
 from distft.sections import StrategyName
-from distft.world import NPROC, World
+from distft.world import World
 
-_TYPES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp"}
 _BITSANDBYTES_OPTIMIZERS = ("paged_", "adamw_bnb", "lion_8bit", "lion_32bit", "adamw_8bit", "rmsprop_bnb", "ademamix")
 
 
@@ -88,34 +85,6 @@ def _text(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Launcher:
-    """What the program that started this process was told: its `--config_file` and `--num_processes`."""
-
-    config_file: Path | None = None
-    processes: int | None = None
-
-    @classmethod
-    def of_parent(cls) -> Launcher:
-        """Read from the parent's command line; empty where the parent is no launcher."""
-        try:
-            words = psutil.Process(os.getppid()).cmdline()
-        except psutil.Error:
-            return cls()
-        if not any(
-            Path(word).name in ("accelerate", "accelerate-launch", "torchrun") or "accelerate.commands" in word
-            for word in words[:4]
-        ):
-            return cls()
-        options: dict[str, str] = {}
-        for index, word in enumerate(words):
-            name, equals, value = word.partition("=")
-            options.setdefault(name.lstrip("-").replace("-", "_"), value if equals else (words[index + 1 :] or [""])[0])
-        processes = options.get("num_processes", "")
-        file = options.get("config_file")
-        return cls(Path(file) if file else None, int(processes) if processes.isdigit() else None)
-
-
-@dataclass(frozen=True)
 class Strategy:
     """How this run spreads its work. `requested` is the recipe's, `name` what is done (they differ in the fallback)."""
 
@@ -133,8 +102,9 @@ class Strategy:
         """
         devices = visible_devices()
         command = f"accelerate launch -m distft.train recipe={recipe.source.name}"
-        _check_size(world, environment, launcher, recipe)
-        _check_launcher(recipe, world, environment, launcher, command)
+        precision = next((name for name in ("bf16", "fp16") if recipe.training.get(name)), "no")
+        launcher.check_size(world, environment, recipe.source.name)
+        launcher.check_agrees(world, environment, recipe.source.name, recipe.strategy, precision, command)
         if world.world_size == 1 and devices > 1 and recipe.strategy != "single":
             raise LaunchError(
                 f"one process sees {devices} GPUs and would use one of them; use them all:\n  {command}\n"
@@ -395,49 +365,6 @@ def _checksum(tensor: torch.Tensor) -> int:
     )
     weights = torch.arange(bits.numel(), device=bits.device).remainder_(1_000_003).add_(1)
     return int((bits.to(torch.int64) * weights).sum())
-
-
-def _check_size(world: World, environment: Mapping[str, str], launcher: Launcher, recipe: Recipe) -> None:
-    asked = int(environment.get(NPROC, "0")) or launcher.processes
-    if asked and asked != world.world_size:
-        raise LaunchError(
-            f"{asked} processes were asked for, but this run has {world.world_size}: accelerate starts one process where it is "
-            "told --cpu or finds no GPU\n  start them by: "
-            f"distft train recipe={recipe.source.name} --nproc {asked}\n  or: accelerate launch --multi_gpu --num_processes {asked} "
-            f"-m distft.train recipe={recipe.source.name}"
-        )
-
-
-def _check_launcher(
-    recipe: Recipe, world: World, environment: Mapping[str, str], launcher: Launcher, command: str
-) -> None:
-    """The recipe is the one source of truth: a launcher that was told something else stops the run."""
-    told: str | None = None
-    said = "the launcher"
-    if environment.get("ACCELERATE_USE_FSDP") == "true":
-        told = "fsdp" if environment.get("FSDP_VERSION") == "2" else "FSDP version 1"
-    elif environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        told = f"zero{environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '?')}"
-    if launcher.config_file is not None:
-        said = f"--config_file {launcher.config_file}"
-        if told is None:
-            try:
-                content = yaml.safe_load(launcher.config_file.read_text(encoding="utf-8")) or {}
-            except (OSError, yaml.YAMLError):
-                content = {}
-            told = _TYPES.get(str(content.get("distributed_type", "NO")))
-    if told is not None and told != recipe.strategy and not (world.world_size == 1 and told == "single"):
-        raise LaunchError(
-            f"{said} says {told}, the recipe {recipe.source.name} says {recipe.strategy}; the recipe decides, so leave the config "
-            f"file out:\n  {command}\nor change the recipe: {command} strategy=…"
-        )
-    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    ours = next((name for name in ("bf16", "fp16") if recipe.training.get(name)), "no")
-    if precision not in ("no", ours):
-        raise LaunchError(
-            f"{said} says mixed precision {precision}, the recipe {recipe.source.name} says {ours}; the recipe decides:\n  "
-            f"{command} training.{precision}=true\nor leave --mixed_precision out"
-        )
 
 
 def _make_fsdp_real_on_cpu() -> None:

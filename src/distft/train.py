@@ -13,6 +13,7 @@ from transformers import PrinterCallback
 from distft import attention, data, strategy
 from distft.bad_numbers import BadNumbers
 from distft.checkpoint import Checkpoints, save_result
+from distft.launcher import Launcher
 from distft.memory import Memory
 from distft.model import checkpoint, load_model, load_tokenizer, non_embedding_parameters, settle_adapter_dtype
 from distft.outcome import debug_flag, guarded
@@ -21,7 +22,7 @@ from distft.recipe import load_recipe
 from distft.record import Record
 from distft.samples import at_most, lengths_of
 from distft.stopping import StopTogether
-from distft.strategy import Launcher, Strategy, whole_numel
+from distft.strategy import Strategy, whole_numel
 from distft.telemetry import Telemetry, closing_trackers, model_flops_per_token, perplexity, trackers
 from distft.trainer import HeldOut, Invariants, Trainer, sft_config
 from distft.watch import Watch

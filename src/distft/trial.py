@@ -24,6 +24,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
 from distft import data
+from distft.launcher import Launcher
 from distft.loader import Collator
 from distft.machine import GIB, limit_gpu
 from distft.memory import MARGIN, device_memory, is_out_of_memory
@@ -32,7 +33,7 @@ from distft.plan import Plan
 from distft.recipe import load_recipe
 from distft.run import RunFolder
 from distft.samples import lengths_of
-from distft.strategy import Launcher, Strategy
+from distft.strategy import Strategy
 from distft.telemetry import reduce
 from distft.trainer import sft_config
 from distft.world import World
