@@ -1,9 +1,10 @@
 # make demo   sets up .venv and runs the main job: no GPU, no download of weights or data
 # make test   sets up .venv and runs the tests
+# make test-faults  runs every pairing of a fault with a strategy: the better part of an hour
 # make lint   sets up .venv and runs ruff and mypy
 # make clean  removes what these and builds leave behind (not runs/)
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-faults lint setup clean
 
 # Two processes; one where there is exactly one GPU. Offline: a W&B key in the environment is not used.
 demo: export WANDB_MODE = offline
@@ -14,6 +15,9 @@ demo: setup
 
 test: setup
 	@.venv/bin/python -m pytest
+
+test-faults: setup
+	@.venv/bin/python -m pytest -m "not gpu" tests/faults
 
 lint: setup
 	.venv/bin/ruff check

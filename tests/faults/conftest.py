@@ -97,3 +97,29 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], R
         return known[kind]
 
     return whole
+
+
+EVERY_TIME = {
+    "test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end[fsdp]",
+    "test_damaged_checkpoints_are_skipped_and_an_older_one_is_taken[ddp]",
+    "test_retention_keeps_the_newest_and_a_manifest_is_strict",
+    "test_a_rank_killed_at_a_random_step_comes_back[ddp]",
+    "test_a_mistake_is_not_started_again[ddp]",
+    "test_a_stopped_process_is_found_and_brought_back[ddp-1]",
+    "test_a_signal_to_one_rank_stops_all_at_the_same_step[ddp-1-15]",
+    "test_a_time_in_another_spelling_is_a_fault",
+    "test_a_nan_stops_all_ranks_and_names_step_rank_and_samples[ddp]",
+    "test_a_skipped_step_leaves_weights_and_optimizer_to_the_bit[fsdp]",
+    "test_a_full_disk_costs_the_new_checkpoint_and_never_the_last_good_one[ddp]",
+    "test_a_torn_line_of_metrics_is_cut_off_before_the_next",
+    "test_records_wait_while_the_disk_is_full",
+    "test_one_rank_out_of_memory_restarts_all_with_half_the_micro_batch[ddp]",
+}
+"""One pairing of each kind of fault with a strategy. The others take the better part of an hour, and are marked `thorough`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents and item.name not in EVERY_TIME and item.get_closest_marker("gpu") is None:
+            item.add_marker(pytest.mark.thorough)
