@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 from distft import attention, data
+from distft.bad_numbers import BadNumbers
+from distft.checkpoint import Checkpoints
 from distft.launcher import Launcher
 from distft.loader import Collator
 from distft.model import load_model, load_tokenizer, settle_adapter_dtype
@@ -42,8 +44,10 @@ def trainer_of(tmp_path: Path, *overrides: str) -> Trainer:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
+    folder = RunFolder(tmp_path)
     trainer = Trainer(
-        model=model, args=sft_config(recipe, strategy, RunFolder(tmp_path), accumulation), processing_class=tokenizer, plan=plan,
+        model=model, args=sft_config(recipe, strategy, folder, accumulation), processing_class=tokenizer, plan=plan,
+        numbers=BadNumbers(recipe, folder, World(), plan), checkpoints=Checkpoints(folder, strategy, None, dict),
         skips_spare_rounds=strategy.skips_spare_rounds, train_dataset=splits.train, eval_dataset=splits.validation,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
