@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.machine import describe
+from distft.probe import free_port
 from distft.run import to_json, write_atomically
 
 OVERRIDES = ["recipe=tiny", "training.num_train_epochs=10", "training.eval_strategy=no", "training.save_strategy=epoch",
@@ -90,8 +90,23 @@ def work(output: Path) -> None:
 
     switched(train.Watch, "on_step_begin", "on_substep_end", "on_step_end")
     switched(train.StopTogether, "on_step_begin", "on_step_end")
-    train.Checkpoints.on_save = timed("waiting", train.Checkpoints.on_save)
-    Trainer._save_checkpoint = timed("save", Trainer._save_checkpoint)
+    original_save = train.Checkpoints.save
+
+    def save(self: Any, state: Any, model: Any, optimizer: Any, write: Callable[[], None]) -> None:
+        """All that the training waits for; what of it is not the trainer's own write, distft has added."""
+        start, written = time.perf_counter(), 0.0
+
+        def timed_write() -> None:
+            nonlocal written
+            begun = time.perf_counter()
+            write()
+            written = time.perf_counter() - begun
+
+        original_save(self, state, model, optimizer, timed_write)
+        times["save"].append(time.perf_counter() - start)
+        times["waiting"].append(times["save"][-1] - written)
+
+    train.Checkpoints.save = save
     manifest.write = timed("hashing", manifest.write)
     train.Trainer = Trainer
     train.train([*OVERRIDES, f"run.dir={output.parent / 'runs'}"])
@@ -103,12 +118,6 @@ def spread(values: list[float], unit: float = 1e3) -> dict[str, float | int]:
     """Median, quartiles and number of `values`, in ms."""
     low, middle, high = statistics.quantiles(values, n=4)
     return {"median_ms": middle * unit, "q1_ms": low * unit, "q3_ms": high * unit, "count": len(values)}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def measured(where: Path) -> dict[str, Any]:

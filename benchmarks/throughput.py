@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from comparison import compare, table
 from distft.data import split
 from distft.machine import GIB, describe, device_flops
 from distft.plan import Plan
+from distft.probe import free_port
 from distft.recipe import Recipe, load_recipe
 from distft.run import RunFolder, to_json, write_atomically
 
@@ -84,13 +84,6 @@ def cumulative(steps: list[list[int]]) -> dict[int, list[int]]:
         done = [total + count for total, count in zip(done, step, strict=True)]
         found[number] = list(done)
     return found
-
-
-def free_port() -> int:
-    """A TCP port that is free on the loopback address now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -177,7 +170,11 @@ class Runner:
             flags = ["--nproc-per-node", str(processes), "--master-port", str(free_port())]
             launcher, shown = [sys.executable, "-m", "torch.distributed.run", *flags], ["torchrun", *flags[:2]]
         result = self.run(
-            name, [*launcher, script, *arguments], [*shown, script, *arguments], reference.gpus, environment
+            name,
+            [*launcher, script, *arguments],
+            [*shown, f"benchmarks/references/{reference.script}", *arguments],
+            reference.gpus,
+            environment,
         )
         if result["exit_code"] == 0:
             result |= result.pop("line")

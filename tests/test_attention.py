@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import Gemma2Config, LlamaConfig
 from transformers.utils import is_flash_attn_2_available
 
 from distft.attention import VARLEN, choose, kernel, varlen_attention
@@ -33,14 +34,28 @@ FAST = "flash_attention_2" if is_flash_attn_2_available() else None
     ],
 )
 def test_auto_takes_the_fastest_that_fits(overrides: tuple[str, ...], on_gpu: bool, expected: str) -> None:
-    assert choose(load_recipe(overrides), on_gpu=on_gpu) == expected
+    assert choose(load_recipe(overrides), LlamaConfig(), on_gpu=on_gpu) == expected
 
 
 @pytest.mark.parametrize(("dtype", "on_gpu"), [("bfloat16", False), ("float32", True)], ids=["CPU", "fp32"])
 def test_the_kernel_where_it_cannot_run_is_refused(dtype: str, on_gpu: bool) -> None:
     recipe = load_recipe([f"model.dtype={dtype}", PACKED, "model.attn_implementation=varlen"])
     with pytest.raises(ModelError, match="take sdpa, or auto"):
-        choose(recipe, on_gpu=on_gpu)
+        choose(recipe, LlamaConfig(), on_gpu=on_gpu)
+
+
+WANTING = [
+    (LlamaConfig(attention_dropout=0.1), "attention dropout"),
+    (Gemma2Config(), "soft-capping"),
+    (LlamaConfig(hidden_size=4096, num_attention_heads=8), "heads of size 512"),
+]
+
+
+@pytest.mark.parametrize(("config", "lacking"), WANTING, ids=[name for _, name in WANTING])
+def test_a_model_that_wants_what_the_kernel_lacks_takes_another(config: Any, lacking: str) -> None:
+    assert choose(load_recipe([BF16, PACKED]), config, on_gpu=True) == (FAST or "sdpa")
+    with pytest.raises(ModelError, match=f"has no {lacking}, which tiny wants; take sdpa, or auto"):
+        choose(load_recipe([BF16, PACKED, "model.attn_implementation=varlen"]), config, on_gpu=True)
 
 
 def heads(tokens: int, query: int = 4, key: int = 2, size: int = 32, rows: int = 1, device: str = "cpu") -> Any:
@@ -60,7 +75,7 @@ def heads(tokens: int, query: int = 4, key: int = 2, size: int = 32, rows: int =
     ids=["rows", "mask", "dropout", "soft-capping"],
 )
 def test_what_the_kernel_cannot_do_is_refused(rows: int, options: dict[str, Any], problem: str) -> None:
-    with pytest.raises(NotImplementedError, match=problem):
+    with pytest.raises(ModelError, match=problem):
         varlen_attention(torch.nn.Identity(), *heads(8, rows=rows), **options)
 
 

@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.utils import is_flash_attn_2_available
 
@@ -18,10 +18,11 @@ VARLEN = "varlen"
 """Name under which the kernel is registered with transformers."""
 
 
-def choose(recipe: Recipe, *, on_gpu: bool) -> str:
+def choose(recipe: Recipe, config: PreTrainedConfig, *, on_gpu: bool) -> str:
     """The attention implementation to load the model with: the recipe's own, or for `auto` the fastest that fits.
 
-    Packs on a GPU take flash-attn where it is installed, else PyTorch's variable-length kernel. Everything else takes SDPA:
+    Packs on a GPU take flash-attn where it is installed, else PyTorch's variable-length kernel where that can do what the model
+    with `config` wants. Everything else takes SDPA:
     transformers gives it a block-diagonal mask for packs, which is correct and needs memory in the square of the pack.
 
     Raises:
@@ -32,13 +33,30 @@ def choose(recipe: Recipe, *, on_gpu: bool) -> str:
         raise ModelError(
             "model.attn_implementation=varlen runs on GPUs, in bfloat16 or float16, and this PyTorch may lack it; take sdpa, or auto"
         )
+    if asked == VARLEN and (lacking := lacks(config)):
+        raise ModelError(
+            f"model.attn_implementation=varlen has no {lacking}, which {recipe.model.name} wants; take sdpa, or auto"
+        )
     if asked != "auto":
         return asked
     if not (on_gpu and half):
         return "sdpa"
     if is_flash_attn_2_available():
         return "flash_attention_2"
-    return VARLEN if recipe.batching.micro_batch_tokens is not None and kernel() is not None else "sdpa"
+    packed = recipe.batching.micro_batch_tokens is not None
+    return VARLEN if packed and kernel() is not None and not lacks(config) else "sdpa"
+
+
+def lacks(config: PreTrainedConfig) -> str | None:
+    """What a model with `config` wants of its attention and the kernel has not; None for nothing."""
+    text = config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    windowed = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    wanted = {
+        "attention dropout": getattr(text, "attention_dropout", 0.0), "soft-capping": getattr(text, "attn_logit_softcapping", None),
+        "sliding window": windowed and "window_size" not in _options(), f"heads of size {size}": size > 256,
+    }  # fmt: skip
+    return next((name for name, want in wanted.items() if want), None)
 
 
 @functools.cache
@@ -74,12 +92,12 @@ def varlen_attention(
     Returns [1, tokens, heads, head size].
 
     Raises:
-        NotImplementedError: padded rows, attention dropout, soft-capping, or a sliding window that this PyTorch cannot do.
+        ModelError: padded rows, attention dropout, soft-capping, or a sliding window that this PyTorch cannot do.
     """
     if query.shape[0] != 1 or attention_mask is not None:
-        raise NotImplementedError("varlen attention takes one packed row; use sdpa for padded batches")
+        raise ModelError("varlen attention takes one packed row; use sdpa for padded batches")
     if dropout or softcap:
-        raise NotImplementedError("varlen attention has no dropout and no soft-capping; use sdpa")
+        raise ModelError("varlen attention has no dropout and no soft-capping; use sdpa")
     tokens = query.shape[2]
     if cu_seq_lens_q is None:
         cu_seq_lens_q, max_length_q = torch.tensor([0, tokens], dtype=torch.int32, device=query.device), tokens
@@ -90,7 +108,7 @@ def varlen_attention(
     elif window == -1:
         options["is_causal"] = True
     else:
-        raise NotImplementedError(f"varlen attention of PyTorch {torch.__version__} has no sliding window; use sdpa")
+        raise ModelError(f"varlen attention of PyTorch {torch.__version__} has no sliding window; use sdpa")
     if "enable_gqa" in _options():
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))

@@ -120,9 +120,8 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
                 if shutil.disk_usage(parent).free < needed:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        fault = self._anywhere(reserve) or self._anywhere(
-            write
-        )  # no rank that fails leaves the others waiting in the next
+        # No rank that fails leaves the others waiting in the next.
+        fault = self._anywhere(reserve) or self._anywhere(write)
         if fault is None:
             self.last = step
         if not world.is_main:

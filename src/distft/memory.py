@@ -76,6 +76,10 @@ class Memory:
         limit_gpu(self._limit_gib)
         self.recipe = self._after_faults(self._probed(recipe) if recipe.micro_batch_is_auto else recipe)
 
+    def _in_words(self, micro_batch: int) -> str:
+        unit = "sample" if self.recipe.batching.micro_batch_tokens is None else "token"
+        return f"{micro_batch} {unit}{'s' if micro_batch > 1 else ''}"
+
     def _smaller(self, micro_batch: int) -> int | None:
         """The largest micro-batch that goes with the global batch and is at most half of `micro_batch`; of packs, half the tokens,
         or those of the longest sample. None where there is none."""
@@ -146,8 +150,8 @@ class Memory:
         smaller = self._smaller(micro_batch)
         # The others come to hear of it at their next start, in `_after_faults`.
         raise self._out_of_memory(
-            error, f"with a micro-batch of {micro_batch}", self.cheaper_recipes() if smaller is None else
-            f"The run goes on from its last checkpoint with a micro-batch of {smaller} and the same global batch: by itself where distft train "
+            error, f"with a micro-batch of {self._in_words(micro_batch)}", self.cheaper_recipes() if smaller is None else
+            f"The run goes on from its last checkpoint with a micro-batch of {self._in_words(smaller)} and the same global batch: by itself where distft train "
             "started it, else with the same command",
             {"micro_batch": micro_batch}, restart=True,
         ) from error  # fmt: skip

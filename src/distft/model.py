@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from distft import attention
@@ -17,7 +17,7 @@ from distft.recipe import Recipe
 from distft.recompute import checkpoint_layers, layers_of, layers_to_checkpoint
 from distft.strategy import Strategy, whole_numel
 from distft.tiny import tiny_model
-from distft.world import highest
+from distft.world import reduce
 
 
 def model_path(recipe: Recipe) -> str:
@@ -62,7 +62,10 @@ def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
     if not strategy.world.is_main or recipe.model.name == "tiny":
         disable_progress_bar()
     attention.register()
-    kernel = attention.choose(recipe, on_gpu=strategy.on_gpu)
+    shape = _from_hub(
+        AutoConfig, model_path(recipe), "model", revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+    )  # fmt: skip
+    kernel = attention.choose(recipe, shape, on_gpu=strategy.on_gpu)
     base = load_base(recipe, device_map=strategy.device_map(recipe), attn_implementation=kernel)
     base.config.use_cache = False
     if recipe.model.kernels == "auto" and strategy.on_gpu:
@@ -104,7 +107,7 @@ def checkpoint(model: Any, recipe: Recipe, strategy: Strategy, tokens: int | Non
             coming = sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_cuda)
             free = torch.cuda.mem_get_info()[0] - coming // strategy.world.world_size
             count = layers_to_checkpoint(model, tokens, free, trainable, offload=offload)
-        count = highest(count, strategy.world)
+        count = int(reduce([count], "max", strategy.world)[0])
     return checkpoint_layers(model, len(layers_of(model)) if count is None else count, offload=offload)
 
 

@@ -63,7 +63,7 @@ def probe(recipe: Path, world: World, environment: Mapping[str, str]) -> Probe:
     Raises:
         DistftError: the trial failed for another reason than memory.
     """
-    port = [_free_port()]
+    port = [free_port()]
     if world.world_size > 1:
         distributed.broadcast_object_list(port, src=0)
     with tempfile.TemporaryDirectory(prefix="distft-probe-") as name:
@@ -88,7 +88,7 @@ def probe(recipe: Path, world: World, environment: Mapping[str, str]) -> Probe:
     return Probe(trials, failed)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A TCP port that is free on this machine now."""
     with socket.socket() as free:
         free.bind(("", 0))

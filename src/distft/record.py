@@ -37,6 +37,8 @@ _FREE_TO_CHANGE = (
     "evaluation.",
     "batching.micro_batch",
     "batching.memory_limit_gib",
+    "batching.checkpoint_layers",
+    "batching.offload_checkpoints",
     "training.logging_",
     "training.save_",
     "training.eval_",
@@ -144,7 +146,12 @@ class Record:
             *facts["changed_for_you"],
             f"{facts['strategy']} on {processes}: global batch {self._batch()} × {facts['world_size']} × "
             f"{facts['gradient_accumulation_steps']} accumulation; {facts['trainable_parameters']:,} of "
-            f"{facts['parameters']:,} parameters train; attention {facts['attn_implementation']}",
+            f"{facts['parameters']:,} parameters train; attention {facts['attn_implementation']}"
+            + (
+                f"; {facts['checkpointed_layers']} layers checkpointed"
+                if facts["checkpointed_layers"] is not None
+                else ""
+            ),
             f"run folder: {self.folder.path}",
         ]
 

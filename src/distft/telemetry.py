@@ -18,7 +18,6 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
@@ -27,7 +26,7 @@ from distft.machine import GIB, EnergyMeter, device_flops
 from distft.plan import Plan
 from distft.recipe import Recipe
 from distft.run import RunFolder, full
-from distft.world import World, say
+from distft.world import World, reduce, say
 
 
 def model_flops_per_token(parameters: int, *, frozen_base: bool) -> float:
@@ -225,15 +224,6 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
 def perplexity(loss: float) -> float:
     """exp of a mean negative log-likelihood in nats; infinity where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def reduce(numbers: list[float], how: str, world: World) -> list[float]:
-    """Element-wise maximum or sum over all ranks, on all ranks. All ranks enter."""
-    if world.world_size == 1 or not dist.is_initialized():
-        return numbers
-    everywhere: list[list[float]] = [[]] * world.world_size
-    dist.all_gather_object(everywhere, numbers)
-    return [max(column) if how == "max" else sum(column) for column in zip(*everywhere, strict=True)]
 
 
 class Guarded(TrainerCallback):  # type: ignore[misc]

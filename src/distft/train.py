@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PrinterCallback
 
-from distft import attention, data, strategy
+from distft import data, strategy
 from distft.bad_numbers import BadNumbers
 from distft.checkpoint import Checkpoints, save_result
 from distft.launcher import Launcher
@@ -60,7 +60,7 @@ def train(arguments: Sequence[str]) -> None:
         flops = model_flops_per_token(non_embedding_parameters(model), frozen_base=recipe.lora is not None)
         record.note(
             **recipe.batching.sizes(), gradient_accumulation_steps=accumulation, trainable_parameters=trainable,
-            parameters=sum(map(whole_numel, model.parameters())), attn_implementation=attention.choose(recipe, on_gpu=how.on_gpu),
+            parameters=sum(map(whole_numel, model.parameters())), attn_implementation=model.config._attn_implementation,
             checkpointed_layers=checkpoint(model, recipe, how, plan.heaviest_tokens),
         )  # fmt: skip
         if world.is_main:

@@ -71,7 +71,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self.processing_class.pad_token_id, packed=plan.batching.micro_batch_tokens is not None,
             multiple=self.args.pad_to_multiple_of,
         )  # fmt: skip
-        self._round = 0  # of the optimizer step at hand
+        self._spare = 0  # rounds of the optimizer step at hand that are still to be left out
         # Entropy, right predictions and trained tokens since the last log.
         self._sums = torch.zeros(3, device=self.args.device)
 
@@ -91,15 +91,17 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._loss_before_step = self._tr_loss.clone()
+        if self._skips_spare_rounds:
+            rounds = len(self._plan.micro_batches(self.state.global_step, self.args.world_size))
+            self._spare = self.args.gradient_accumulation_steps - rounds
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The trainer's step; a round in which no rank has anything to do costs nothing."""
-        rounds = len(self._plan.micro_batches(self.state.global_step, self.args.world_size))
-        spare = self._round < self.args.gradient_accumulation_steps - rounds
-        self._round = (self._round + 1) % self.args.gradient_accumulation_steps
-        loss = torch.zeros((), device=self.args.device)
-        if not (spare and self._skips_spare_rounds):
+        if self._spare:
+            self._spare -= 1
+            loss = torch.zeros((), device=self.args.device)
+        else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._numbers.watch(loss)
         return loss
@@ -154,15 +156,6 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: rank 0 would write it before the ranks meet, and could fail alone."""
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As the trainer does, but each trainable parameter keeps its type: PEFT loads the bf16 adapter of a quantised base
-        as fp32, and the resumed run would round otherwise than the one that was interrupted."""
-        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        super()._load_from_checkpoint(*args, **kwargs)
-        for name, parameter in self.model.named_parameters():
-            if name in dtypes and parameter.dtype != dtypes[name]:
-                parameter.data = parameter.data.to(dtypes[name])
 
     def evaluation_loop(
         self, dataloader: DataLoader[Any], description: str, prediction_loss_only: bool | None = None,

@@ -34,9 +34,8 @@ from distft.recipe import load_recipe
 from distft.run import RunFolder
 from distft.samples import lengths_of
 from distft.strategy import Strategy
-from distft.telemetry import reduce
 from distft.trainer import sft_config
-from distft.world import World
+from distft.world import World, reduce
 
 PASSES = 2
 """Micro-batches of a step: from the second on, the gradients of the first take memory as well."""

@@ -8,11 +8,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import psutil
 
@@ -143,15 +143,15 @@ def together(world: World, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def highest(number: int, world: World) -> int:
-    """The largest of all ranks' numbers, on all ranks. All ranks enter."""
+def reduce(numbers: Sequence[float], how: Literal["max", "sum"], world: World) -> list[float]:
+    """Element-wise maximum or sum over all ranks, on all ranks. All ranks enter."""
     if world.world_size == 1:
-        return number
+        return list(numbers)
     from torch import distributed
 
-    everywhere = [0] * world.world_size
-    distributed.all_gather_object(everywhere, number)
-    return max(everywhere)
+    everywhere: list[Sequence[float]] = [numbers] * world.world_size
+    distributed.all_gather_object(everywhere, numbers)
+    return [max(column) if how == "max" else sum(column) for column in zip(*everywhere, strict=True)]
 
 
 def say(message: str) -> None:

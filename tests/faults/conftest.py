@@ -113,6 +113,10 @@ EVERY_TIME = {
     "test_a_full_disk_costs_the_new_checkpoint_and_never_the_last_good_one[ddp]",
     "test_a_torn_line_of_metrics_is_cut_off_before_the_next",
     "test_records_wait_while_the_disk_is_full",
+    "test_a_changed_recipe_is_refused_with_its_differences",
+    "test_two_runs_at_once_never_share_a_folder",
+    "test_a_server_that_dies_during_the_run",
+    "test_every_name_here_is_that_of_a_test",
     "test_one_rank_out_of_memory_restarts_all_with_half_the_micro_batch[ddp]",
 }
 """One pairing of each kind of fault with a strategy. The others take the better part of an hour, and are marked `thorough`."""
