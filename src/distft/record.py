@@ -193,7 +193,7 @@ class Record:
         world, stopped = self._strategy.world, isinstance(error, Interrupted)
         if isinstance(error, UserError) and self.place.claimed and self.step == 0:
             if world.is_main:  # the command that is right will want the name
-                shutil.rmtree(self.folder.path)
+                shutil.rmtree(self.folder.path, ignore_errors=True)  # the other ranks clear away their own files beside us
             return
         try:
             self._close(error, stopped)

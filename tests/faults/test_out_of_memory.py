@@ -94,7 +94,7 @@ def test_one_rank_out_of_memory_restarts_all_with_half_the_micro_batch(
     (fault,) = folder.read_faults()
     assert (fault["rank"], fault["step"], fault["micro_batch"], fault["asked_bytes"]) == (1, 3, 4, 4 << 50)
     assert fault["cause"].startswith(
-        "OutOfMemory: out of memory on rank 1 with a micro-batch of 4: 4,194,304.00 GiB were asked for"
+        "OutOfMemory: out of memory on rank 1 with a micro-batch of 4 samples: 4,194,304.00 GiB were asked for"
     )
     summary = folder.read_summary()
     assert (summary["status"], summary["restarts"], summary["global_batch_size"]) == ("finished", 1, 16)
@@ -111,7 +111,7 @@ def test_under_a_bare_launcher_the_same_command_goes_on_with_half(whole: tuple[s
     place = site(tmp_path, 1, 3, (4,))
     ended = go(tmp_path, *KINDS[kind], site=place, launcher=True)
     assert ended.code == 1
-    assert "goes on from its last checkpoint with a micro-batch of 2 and the same global batch" in ended.stderr
+    assert "goes on from its last checkpoint with a micro-batch of 2 samples and the same global batch" in ended.stderr
     again = go(tmp_path, *KINDS[kind], site=place, launcher=True)
     assert again.code == 0, again.stderr[-3000:]
     assert again.folder.read_summary()["micro_batch"] == 2

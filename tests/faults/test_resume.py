@@ -135,9 +135,10 @@ def test_a_changed_recipe_is_refused_with_its_differences(tmp_path: Path) -> Non
 
 
 def test_two_runs_at_once_never_share_a_folder(tmp_path: Path) -> None:
-    first = begin(tmp_path, "single", "run.name=shared")
+    same = ("run.name=shared", "training.num_train_epochs=1000")  # the first is still at work when the second has started
+    first = begin(tmp_path, "single", *same)
     wait_for_step(tmp_path, 4)
-    second = go(tmp_path, "single", "run.name=shared")
+    second = go(tmp_path, "single", *same)
     assert second.code == 2
     assert "another process is running in" in second.stderr
     first.send_signal(signal.SIGTERM)
