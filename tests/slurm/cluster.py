@@ -125,11 +125,13 @@ class Cluster:
             raise NoClusterError(f"{self.folder} holds a cluster already: take it down first")
         try:
             self._start()
-            self._wait_idle()
-        except (RuntimeError, OSError) as error:
+            self.wait_idle()
+        except BaseException as error:
             logs = self.logs()
             self.down()
-            raise NoClusterError(f"the cluster did not start: {error}\n{logs}") from error
+            if isinstance(error, (RuntimeError, OSError)):
+                raise NoClusterError(f"the cluster did not start: {error}\n{logs}") from error
+            raise
 
     def down(self) -> None:
         """End every process of the cluster and take its network away. Does nothing where that is done."""
@@ -226,6 +228,22 @@ class Cluster:
         """The state of each node: idle, mixed, allocated, down, …; `*` at its end where it does not answer."""
         lines = self.call("sinfo", "--noheader", "--Node", "--partition=cpu", "--format=%N %T").splitlines()
         return dict(line.split() for line in lines)
+
+    def wait_idle(self) -> None:
+        """Wait until every node is idle. Raises RuntimeError where that takes too long, or a daemon has ended."""
+        deadline = time.monotonic() + START_LIMIT_S
+        states: object = "slurmctld does not answer"
+        while time.monotonic() < deadline:
+            try:
+                states = self.node_states()
+            except RuntimeError as error:
+                states = error
+            if states == dict.fromkeys(self.nodes, "idle"):
+                return
+            if dead := [started.args for started in self._started if started.poll() is not None]:
+                raise RuntimeError(f"this ended at once: {dead}")
+            time.sleep(0.2)
+        raise RuntimeError(f"nodes are not idle after {START_LIMIT_S} s: {states}")
 
     def set_node(self, node: str, state: str) -> None:
         """`set_node("n1", "down")`: its jobs end or are requeued; `"resume"`: it takes jobs again."""
@@ -328,21 +346,6 @@ class Cluster:
             if any(entry == mark if name else entry.startswith(mark) for entry in entries):
                 found.append(int(path.parent.name))
         return found
-
-    def _wait_idle(self) -> None:
-        deadline = time.monotonic() + START_LIMIT_S
-        states: object = "slurmctld does not answer"
-        while time.monotonic() < deadline:
-            try:
-                states = self.node_states()
-            except RuntimeError as error:
-                states = error
-            if states == dict.fromkeys(self.nodes, "idle"):
-                return
-            if dead := [started.args for started in self._started if started.poll() is not None]:
-                raise RuntimeError(f"this ended at once: {dead}")
-            time.sleep(0.2)
-        raise RuntimeError(f"nodes are not idle after {START_LIMIT_S} s: {states}")
 
 
 def _path() -> str:
