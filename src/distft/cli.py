@@ -126,22 +126,22 @@ def _submit(options: argparse.Namespace) -> None:
     from distft import slurm
 
     recipe = _load(options.overrides)
-    runs = Path(recipe.run.dir)
+    jobs = slurm.Jobs.of(Path(recipe.run.dir).expanduser())
     job = slurm.Job(recipe.run.name, (tuple(options.overrides),))
-    text = slurm.script(
-        recipe.slurm, job, slurm.Jobs.of(runs).path, [sys.executable, "-m", "distft.cli"], slurm.template()
-    )
+    text = slurm.script(recipe.slurm, job, jobs.path, [sys.executable, "-m", "distft.cli"], slurm.template())
     if options.dry_run:
         print(text, end="")
-    else:
-        print(slurm.Jobs.of(runs).submit(job.name, text))
+        return
+    number = jobs.submit(job.name, text)
+    print(
+        f"job {number}: {job.name}; its output: {jobs.path / f'{job.name}-{number}.out'}; distft jobs shows where it is"
+    )
 
 
 def _jobs(options: argparse.Namespace) -> None:
-    from distft.slurm import jobs
+    from distft.slurm import Jobs
 
-    for line in jobs(options.dir):
-        print(line)
+    print("\n".join(Jobs.of(options.dir).table()))
 
 
 def _list(options: argparse.Namespace) -> None:

@@ -267,7 +267,7 @@ class Tracking(Section):
     """First steps that the run's samples/s and tokens/s leave out (allocator, kernel and cache warm-up)."""
 
 
-_WORD = r"^[^\s\"'\\\\]+$"  # stands in a #SBATCH line as it is
+_WORD = r"^[^\s\"'\\\\`$]+$"  # stands in a #SBATCH line, or between a script's double quotes, as it is
 
 
 class Slurm(Section):

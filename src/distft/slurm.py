@@ -26,7 +26,7 @@ from distft.run import RunFolder, write_atomically
 from distft.sections import Slurm
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
-_HERE = "# distft submit puts the recipe's modules, set-up lines, variables and arguments here"
+_HERE = "# distft submit puts the recipe's values, modules, set-up lines, variables and arguments here"
 _OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
@@ -95,16 +95,21 @@ def script(slurm: Slurm, job: Job, output: Path, distft: Sequence[str], template
     """`template` (slurm/train.sbatch) with everything that the job needs in it. `distft` is the command that starts distft on
     a node, `output` the folder of the jobs' own output."""
     srun = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    train = [*distft, "train"]
+    if slurm.processes_per_node is not None:
+        train += ["--nproc", str(slurm.processes_per_node)]
+    here = [
+        f"grace={slurm.grace_s}",
+        f"max_requeues={slurm.max_requeues}",
+        f"srun=({shlex.join(srun)})",
+        f"train=({shlex.join(train)})",
+    ]
     if slurm.container is not None:
-        srun.append(f"--container-image={slurm.container}")
-    train = ["train"] if slurm.processes_per_node is None else ["train", "--nproc", str(slurm.processes_per_node)]
-    here = [f"distft=({shlex.join(distft)})", f"srun=({shlex.join(srun)})", f"train=({shlex.join(train)})"]
-    if slurm.container is not None:
-        mounts = shlex.quote(",".join(slurm.container_mounts)) if slurm.container_mounts else ""
-        here.append(
-            f'srun+=(--container-mounts="$PWD:$PWD"{"," + mounts if mounts else ""} --container-workdir="$PWD")'
-        )
-    here.append(f"max_requeues={slurm.max_requeues}")
+        more = [
+            f"--container-image={slurm.container}",
+            f"--container-mounts={','.join(['$PWD:$PWD', *slurm.container_mounts])}",
+        ]
+        here.append("srun+=(" + " ".join(f'"{word}"' for word in [*more, "--container-workdir=$PWD"]) + ")")
     if slurm.modules:
         here.append("module load " + shlex.join(slurm.modules))
     here += slurm.setup
@@ -182,6 +187,37 @@ class Jobs:
             return []
         return [json.loads(line) for line in self.listing.read_text(encoding="utf-8").splitlines()]
 
+    def now(self) -> list[dict[str, Any]]:
+        """One record for each job that was submitted from here, and for each member of an array, oldest first: `job`, `name`,
+        `state` (SLURM's), `requeues`, `step`, `steps`, `loss`, `folder`; null where unknown."""
+        known = states([record["job"] for record in self.submitted()])
+        folders = {}
+        for path in self.path.parent.glob("*/summary.json"):
+            folder = RunFolder(path.parent)
+            folders[folder.read_environment().get("job")] = folder
+        found = []
+        for record in self.submitted():
+            number = record["job"]
+            for member in [key for key in known if key.partition("_")[0] == number] or [number]:
+                own, state = known.get(member, (member, None))
+                found.append({"job": member, "name": record["name"], "state": state, **_progress(folders.get(own))})
+        return found
+
+    def table(self) -> list[str]:
+        """`now` as aligned lines for a terminal."""
+        jobs = self.now()
+        if not jobs:
+            return [f"nothing was submitted from here ({self.path})"]
+        rows = [("job", "name", "state", "step", "loss", "requeues", "run folder")]
+        for job in jobs:
+            step = "" if job["step"] is None else str(job["step"]) + (f"/{job['steps']}" if job["steps"] else "")
+            loss = "" if job["loss"] is None else f"{job['loss']:.4f}"
+            state = job["state"] or (f"ended ({job['status']})" if job["status"] else "unknown")
+            requeued = "" if job["requeues"] is None else str(job["requeues"])
+            rows.append((job["job"], job["name"], state, step, loss, requeued, job["folder"] or ""))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
 
 # What became of it --------------------------------------------------------------------------------------------------------
 
@@ -221,35 +257,17 @@ def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def jobs(runs: Path) -> list[dict[str, Any]]:
-    """One record for each job that was submitted for the folder `runs` and each member of an array, oldest first: `job`, `name`, `state`,
-    `requeues`, `step`, `steps`, `loss`, `folder`; null where unknown."""
-    submitted = Jobs.of(runs).submitted()
-    known = states([record["job"] for record in submitted])
-    folders = {number: folder for folder in _run_folders(runs) if (number := folder.read_environment().get("job"))}
-    found = []
-    for record in submitted:
-        number = record["job"]
-        members = [key for key in known if key.partition("_")[0] == number] or [number]
-        for member in members:
-            own, state = known.get(member, (member, None))
-            found.append({"job": member, "name": record["name"], "state": state, **_progress(folders.get(own))})
-    return found
-
-
-def _run_folders(runs: Path) -> list[RunFolder]:
-    return [RunFolder(path.parent) for path in sorted(runs.glob("*/summary.json"))]
-
-
 def _progress(folder: RunFolder | None) -> dict[str, Any]:
     if folder is None:
-        return dict.fromkeys(("status", "requeues", "step", "loss", "folder"))
-    summary = folder.read_summary()
-    logged = [record for record in folder.read_metrics() if "loss" in record]
-    last: Mapping[str, Any] = logged[-1] if logged else {}
-    return {"status": summary["status"], "requeues": summary.get("requeues"), "step": last.get("step"), "loss": last.get("loss"),
-            "folder": str(folder.path)}  # fmt: skip
+        return dict.fromkeys(("status", "requeues", "step", "steps", "loss", "folder"))
+    summary, metrics = folder.read_summary(), folder.read_metrics()
+    last: Mapping[str, Any] = next((record for record in reversed(metrics) if "loss" in record), {})
+    return {
+        "status": summary["status"], "requeues": summary.get("requeues"), "step": last.get("step"), "steps": summary.get("steps"),
+        "loss": last.get("loss"), "folder": str(folder.path),
+    }  # fmt: skip
 
 
 def template() -> str:
+    """`slurm/train.sbatch`, which `script` fills in."""
     return packaged("slurm/train.sbatch").read_text(encoding="utf-8")

@@ -1,0 +1,244 @@
+"""Real jobs on a real cluster, disturbed in every way that a cluster has: each ends in the adapter of the undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from distft.checkpoint import read_tensors
+from distft.packaged import packaged
+from distft.run import RunFolder
+
+from ..distributed.conftest import environment
+from ..faults.conftest import losses
+from .cluster import Cluster
+
+TINY = ("recipe=tiny", "training.logging_steps=1", "training.eval_strategy=no", "training.save_strategy=steps", "training.save_steps=10",
+        "training.save_total_limit=2", "tracking.report_to=[]", "evaluation.max_samples=8")  # fmt: skip
+STEPS = 60
+LIMIT_S = 300
+
+Whole = Callable[[int], RunFolder]
+
+
+def distft(cluster: Cluster, where: Path, *words: str, check: bool = True) -> str:
+    """The command `distft` on the machine from which jobs are submitted; its standard output."""
+    where.mkdir(exist_ok=True)
+    changes = {"OMP_NUM_THREADS": "1", **{key: cluster.env[key] for key in ("SLURM_CONF", "PATH")}}
+    ended = subprocess.run([sys.executable, "-m", "distft.cli", *words], cwd=where, env=environment(**changes),
+                           capture_output=True, text=True, timeout=LIMIT_S)  # fmt: skip
+    assert not check or ended.returncode == 0, ended.stderr
+    return ended.stdout if check else ended.stderr
+
+
+def submit(cluster: Cluster, where: Path, *overrides: str, steps: int = STEPS) -> str:
+    """The number of a job on two nodes."""
+    said = distft(cluster, where, "submit", *TINY, f"training.max_steps={steps}", "slurm.nodes=2", *overrides)
+    return said.split("job ")[1].split()[0].rstrip(":,")
+
+
+def run_of(where: Path, job: str, limit_s: float = 90) -> RunFolder:
+    """The run folder of a job, once it has one."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        for path in where.glob("runs/*/summary.json"):
+            if RunFolder(path.parent).read_environment().get("job") == job:
+                return RunFolder(path.parent)
+        time.sleep(0.1)
+    raise TimeoutError(f"job {job} has no run folder; {printed(where)}")
+
+
+def wait_for_step(folder: RunFolder, step: int, limit_s: float = 120) -> None:
+    deadline = time.monotonic() + limit_s
+    while not any(record["step"] >= step for record in folder.read_metrics()):
+        assert time.monotonic() < deadline, f"never came to step {step}"
+        time.sleep(0.05)
+
+
+def printed(where: Path) -> str:
+    return "\n".join(path.read_text() for path in where.glob("runs/jobs/*.out"))[-4000:]
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """The folder of a run of two local processes that nothing happens to; each length runs once a session."""
+    known: dict[int, RunFolder] = {}
+
+    def run(steps: int) -> RunFolder:
+        if steps not in known:
+            where = tmp_path_factory.mktemp("whole")
+            command = [
+                sys.executable,
+                "-m",
+                "distft.cli",
+                "train",
+                *TINY,
+                f"training.max_steps={steps}",
+                "--nproc",
+                "2",
+            ]
+            subprocess.run(command, cwd=where, env=environment(OMP_NUM_THREADS="1"), capture_output=True, check=True)
+            known[steps] = RunFolder(where / "runs" / "tiny")
+        return known[steps]
+
+    return run
+
+
+def assert_same(folder: RunFolder, whole: RunFolder, requeues: int | None = None) -> None:
+    """Finished, with the losses and the adapter of `whole` to the bit."""
+    summary = folder.read_summary()
+    assert (summary["status"], summary["world_size"]) == ("finished", 2)
+    assert requeues is None or summary["requeues"] == requeues
+    assert losses(folder) == losses(whole)
+    ours, theirs = read_tensors(folder.adapter), read_tensors(whole.adapter)
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def ranks(folder: RunFolder) -> list[psutil.Process]:
+    """The workers that are at work in the folder of a job."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if (
+                "RANK" in process.environ()
+                and process.cwd() == str(folder.path.parent.parent)
+                and "distft.train" in process.cmdline()
+            ):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_two_jobs_at_once_on_the_same_two_nodes(cluster: Cluster, whole: Whole, tmp_path: Path) -> None:
+    """No clash of ports or folders; each is the run of two local processes."""
+    first, second = [submit(cluster, tmp_path) for _ in range(2)]
+    for job in (first, second):
+        assert cluster.wait(job, limit_s=LIMIT_S) == "COMPLETED", printed(tmp_path)
+    assert cluster.show(first)["NodeList"] == cluster.show(second)["NodeList"]
+    folders = [run_of(tmp_path, job) for job in (first, second)]
+    assert folders[0].path != folders[1].path
+    for folder in folders:
+        assert_same(folder, whole(STEPS), requeues=0)
+        assert {path.name for path in (folder.path / "logs").iterdir()} == {"rank0.log", "rank1.log"}
+    listed = distft(cluster, tmp_path, "jobs")
+    for job, folder in zip((first, second), folders, strict=True):
+        (line,) = [line for line in listed.splitlines() if line.split()[0] == job]
+        assert "COMPLETED" in line and f"{STEPS}/{STEPS}" in line and str(folder.path.relative_to(tmp_path)) in line
+
+
+def test_a_requeue_goes_on_in_the_same_folder_and_a_finished_run_is_left_alone(
+    cluster: Cluster, whole: Whole, tmp_path: Path
+) -> None:
+    job = submit(cluster, tmp_path)
+    folder = run_of(tmp_path, job)
+    wait_for_step(folder, 15)
+    cluster.call("scontrol", "requeue", job)
+    assert cluster.wait(job, limit_s=LIMIT_S) == "COMPLETED", printed(tmp_path)
+    assert_same(folder, whole(STEPS), requeues=1)
+    assert [path.name for path in (tmp_path / "runs").iterdir() if path.name != "jobs"] == ["tiny"]
+    finished = folder.summary.read_text()
+    cluster.call("scontrol", "requeue", job)
+    cluster.wait(job, {"RUNNING"})
+    assert cluster.wait(job, limit_s=LIMIT_S) == "COMPLETED", printed(tmp_path)
+    assert "had finished before it was started again" in printed(tmp_path)
+    assert folder.summary.read_text() == finished
+
+
+def test_the_time_limit_sends_the_job_back_until_the_work_is_done(
+    cluster: Cluster, whole: Whole, tmp_path: Path
+) -> None:
+    steps = 200
+    job = submit(cluster, tmp_path, "slurm.time=00:01:00", "slurm.grace_s=15", steps=steps)
+    assert cluster.wait(job, limit_s=2 * LIMIT_S) == "COMPLETED", printed(tmp_path)
+    folder = run_of(tmp_path, job)
+    assert folder.read_summary()["requeues"] >= 1
+    assert "back into the queue, 1 of 20" in printed(tmp_path)
+    assert_same(folder, whole(steps))
+
+
+def test_a_job_that_is_cancelled_stays_so_until_it_is_submitted_again(
+    cluster: Cluster, whole: Whole, tmp_path: Path
+) -> None:
+    job = submit(cluster, tmp_path)
+    folder = run_of(tmp_path, job)
+    wait_for_step(folder, 15)
+    cluster.call("scancel", job)
+    assert cluster.wait(job) == "CANCELLED"
+    time.sleep(3)
+    assert cluster.state(job) == "CANCELLED" and ranks(folder) == []
+    again = submit(cluster, tmp_path)
+    assert cluster.wait(again, limit_s=LIMIT_S) == "COMPLETED", printed(tmp_path)
+    assert run_of(tmp_path, again).path == folder.path
+    assert_same(folder, whole(STEPS), requeues=0)
+
+
+def test_a_node_that_goes_down_costs_no_work(cluster: Cluster, whole: Whole, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path)
+    folder = run_of(tmp_path, job)
+    wait_for_step(folder, 15)
+    last = cluster.call("scontrol", "show", "hostnames", cluster.show(job)["NodeList"]).split()[-1]
+    cluster.set_node(last, "down")
+    try:
+        assert cluster.wait(job, limit_s=LIMIT_S) == "COMPLETED", printed(tmp_path)
+    finally:
+        cluster.set_node(last, "resume")
+    assert last not in cluster.call("scontrol", "show", "hostnames", cluster.show(job)["NodeList"]).split()
+    assert_same(folder, whole(STEPS), requeues=1)
+
+
+def test_a_killed_rank_of_a_job_submitted_by_hand_comes_back(cluster: Cluster, whole: Whole, tmp_path: Path) -> None:
+    """`sbatch slurm/train.sbatch`, with a fake GPU a node; the job itself does not end."""
+    flags = ("--nodes=2", f"--export=ALL,OMP_NUM_THREADS=1,PATH={Path(sys.executable).parent}:{os.environ['PATH']}")
+    environment_ = {**environment(), **{key: cluster.env[key] for key in ("SLURM_CONF", "PATH")}}
+    command = [
+        "sbatch",
+        "--parsable",
+        *flags,
+        str(packaged("slurm/train.sbatch")),
+        *TINY,
+        f"training.max_steps={STEPS}",
+    ]
+    submitted = subprocess.run(command, cwd=tmp_path, env=environment_, capture_output=True, text=True)
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.strip()
+    folder = run_of(tmp_path, job)
+    wait_for_step(folder, 15)
+    ranks(folder)[-1].kill()
+    assert cluster.wait(job, limit_s=LIMIT_S) == "COMPLETED", (tmp_path / f"slurm-{job}.out").read_text()[-4000:]
+    (fault,) = folder.read_faults()
+    assert "was killed by SIGKILL" in fault["cause"] or "failed" in fault["cause"]
+    assert folder.read_summary()["restarts"] == 1
+    assert_same(folder, whole(STEPS), requeues=0)
+
+
+def test_a_job_of_higher_priority_costs_no_work(cluster: Cluster, whole: Whole, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, "slurm.partition=low")
+    folder = run_of(tmp_path, job)
+    wait_for_step(folder, 15)
+    high = cluster.script("sleep 2\n", "--partition=high", "--nodes=4", "--exclusive", name="high")
+    assert cluster.wait(high, limit_s=LIMIT_S) == "COMPLETED"
+    assert cluster.wait(job, limit_s=LIMIT_S) == "COMPLETED", printed(tmp_path)
+    assert_same(folder, whole(STEPS), requeues=1)
+
+
+def test_a_mistake_ends_the_job_with_two(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, "lora.target_modules=[query]")
+    assert cluster.wait(job, limit_s=LIMIT_S) == "FAILED"
+    assert cluster.show(job)["ExitCode"].startswith("2:") and cluster.show(job)["Restarts"] == "0"
+    assert "has no module that lora.target_modules" in printed(tmp_path)
+
+
+def test_what_slurm_refuses_is_said(cluster: Cluster, tmp_path: Path) -> None:
+    said = distft(cluster, tmp_path, "submit", "recipe=tiny", "slurm.partition=nowhere", check=False)
+    assert "SLURM refuses the job: sbatch: error: invalid partition specified: nowhere" in said
+    assert distft(cluster, tmp_path, "jobs") == "nothing was submitted from here (runs/jobs)\n"
