@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -23,54 +24,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-PACKAGES = "munge slurmctld slurmd slurm-client iproute2"
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "nsenter", "unshare")
+PACKAGES = "munge slurmctld slurmd slurmdbd slurm-client mariadb-server-core iproute2"
+PROGRAMS = ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "nsenter", "unshare")
 START_LIMIT_S = 60
 ENDED = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY"})  # fmt: skip
 MARK = "DISTFT_TEST_CLUSTER"
 """Stands in the environment of every process of a cluster, and of none of its jobs: `down` finds them by it."""
 
-SLURM_CONF = """\
-ClusterName=distft
-SlurmctldHost={host}({network}.254)
-SlurmctldPort={port}
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-CredType=cred/munge
-# A requeued job waits until its old credentials have expired.
-AuthInfo=socket={folder}/munge.socket,cred_expire={credentials_s}
-MpiDefault=none
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SwitchType=switch/none
-JobAcctGatherType=jobacct_gather/linux
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool/%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd-%n.pid
-SlurmctldLogFile={folder}/log/slurmctld.log
-SlurmdLogFile={folder}/log/slurmd-%n.log
-JobCompType=jobcomp/filetxt
-JobCompLoc={folder}/log/jobcomp.log
-SchedulerParameters=sched_interval=1,sched_min_interval=100000,bf_interval=1,batch_sched_delay=1
-SlurmdParameters=config_overrides
-SlurmdTimeout={node_timeout_s}
-ReturnToService=2
-KillWait={kill_wait_s}
-MinJobAge=86400
-JobRequeue=1
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-GresTypes=gpu
-{nodes}
-PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE State=UP PreemptMode=OFF
-PartitionName=cpu Default=YES
-PartitionName=low PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace_s}
-PartitionName=high PriorityTier=2
-"""
+DATABASE_TABLES = Path("/usr/share/mysql/mysql_system_tables.sql")
 
 
 class NoClusterError(Exception):
@@ -155,6 +116,7 @@ class Cluster:
                     _call("ip", "link", "del", link["ifname"], check=False)  # the kernel may be quicker
             _call("ip", "link", "del", bridge, check=False)
             self._link.unlink()
+        shutil.rmtree(self.folder / "database", ignore_errors=True)  # 90 MB; logs and jobs stay
 
     def crash(self, node: str) -> None:
         """Take a node away at once, with every process on it, as a power cut does."""
@@ -240,8 +202,7 @@ class Cluster:
                 states = error
             if states == dict.fromkeys(self.nodes, "idle"):
                 return
-            if dead := [started.args for started in self._started if started.poll() is not None]:
-                raise RuntimeError(f"this ended at once: {dead}")
+            self._check_alive()
             time.sleep(0.2)
         raise RuntimeError(f"nodes are not idle after {START_LIMIT_S} s: {states}")
 
@@ -251,10 +212,10 @@ class Cluster:
         self.call("scontrol", "update", f"nodename={node}", f"state={state}", *reason)
 
     def logs(self, lines: int = 20) -> str:
-        """The ends of the daemons' logs."""
+        """The ends of what the daemons print; `log/*.log` has the same with times."""
         ends = (
             "\n".join([f"--- {path.name}", *path.read_text(errors="replace").splitlines()[-lines:]])
-            for path in sorted((self.folder / "log").glob("*.log"))
+            for path in sorted((self.folder / "log").glob("*.out"))
         )
         return "\n".join(ends)
 
@@ -266,37 +227,84 @@ class Cluster:
         return self.folder / "bridge"
 
     def _start(self) -> None:
-        for name in ("state", "spool", "log", "dev", "jobs"):
+        for name in ("state", "spool", "log", "dev", "jobs", "database"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         network = self._make_network()
-        addresses = {node: f"{network}.{index}" for index, node in enumerate(self.nodes, start=1)}
+        self._write_configuration(network)
+        key = self.folder / "munge.key"
+        key.touch(0o600)
+        key.write_bytes(os.urandom(128))
+        files = {"socket": "munge.socket", "pid-file": "munge.pid", "seed-file": "munge.seed", "log-file": "log/munge.log"}  # fmt: skip
+        options = [f"--{option}={self.folder / path}" for option, path in files.items()]
+        # --force: a folder that others may enter, or root as its user, is a warning for munged.
+        self._daemon("munged", "munged", "-F", "--force", f"--key-file={key}", *options)
+        self._start_accounting(f"{network}.254")
+        self._daemon("slurmctld", "slurmctld", "-D", "-c")
+        self._wait_open(f"{network}.254", self._port)  # a slurmd that finds none asks again only seconds later
+        for node in self.nodes:
+            self.start_node(node)
+
+    def _write_configuration(self, network: str) -> None:
         host = socket.gethostname().split(".")[0]
+        addresses = {node: f"{network}.{index}" for index, node in enumerate(self.nodes, start=1)}
         names = [("127.0.0.1", "localhost"), (f"{network}.254", host), *((at, node) for node, at in addresses.items())]
         (self.folder / "hosts").write_text("".join(f"{address} {name}\n" for address, name in names))
-        with socket.socket() as probe:
-            probe.bind((f"{network}.254", 0))
-            port = probe.getsockname()[1]
+        with contextlib.ExitStack() as stack:
+            probes = [stack.enter_context(socket.create_server((f"{network}.254", 0))) for _ in range(3)]
+            self._port, self._accounting_port, self._database_port = (probe.getsockname()[1] for probe in probes)
         nodes = "\n".join(
             f"NodeName={node} NodeAddr={address} Port=6818 CPUs={self.cpus} RealMemory=64000 Gres=gpu:2"
             for node, address in addresses.items()
         )
-        self.conf.write_text(
-            SLURM_CONF.format(host=host, network=network, port=port, folder=self.folder, nodes=nodes, **self._times)
-        )
+        values = {
+            "host": host, "network": network, "folder": self.folder, "nodes": nodes, **self._times, "port": self._port,
+            "accounting_port": self._accounting_port, "database_port": self._database_port,
+        }  # fmt: skip
+        for name in ("slurm.conf", "slurmdbd.conf"):
+            made = self.folder / name
+            made.touch(0o600)  # slurmdbd takes no other mode
+            made.write_text((Path(__file__).parent / name).read_text().format(**values))
         devices = [self.folder / "dev" / f"gpu{index}" for index in range(2)]
         for device in devices:
             if not device.exists():
-                os.mknod(device, 0o600 | 0o020000, os.makedev(1, 3))
+                os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3))
         (self.folder / "gres.conf").write_text("".join(f"Name=gpu File={device}\n" for device in devices))
-        key = self.folder / "munge.key"
-        key.touch(0o600)
-        key.write_bytes(os.urandom(128))
-        options = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid", "seed-file": "munge.seed", "log-file": "log/munge.log"}  # fmt: skip
-        # --force: a folder that others may enter, or root as its user, is a warning for munged.
-        self._daemon("munged", "munged", "-F", "--force", *(f"--{key}={self.folder / to}" for key, to in options.items()))  # fmt: skip
-        self._daemon("slurmctld", "slurmctld", "-D", "-c", "-f", str(self.conf))
-        for node in self.nodes:
-            self.start_node(node)
+
+    def _start_accounting(self, address: str) -> None:
+        """A database of our own and slurmdbd before it, which slurmctld has to find when it starts."""
+        mariadbd = [
+            "mariadbd", "--no-defaults", "--user=root", f"--datadir={self.folder}/database",
+            "--lc-messages-dir=/usr/share/mysql", "--innodb-log-file-size=4M", "--innodb-flush-log-at-trx-commit=0",
+        ]  # fmt: skip
+        tables = f"create database mysql;\nuse mysql;\n{DATABASE_TABLES.read_text()}"
+        made = subprocess.run([*mariadbd, "--bootstrap"], input=tables, text=True, capture_output=True, env=self.env)
+        if made.returncode:
+            raise RuntimeError(f"mariadbd --bootstrap: {made.stderr}")
+        place = [
+            f"--bind-address={address}",
+            f"--port={self._database_port}",
+            f"--socket={self.folder}/database.socket",
+        ]
+        self._daemon("mariadbd", *mariadbd, *place, "--skip-grant-tables")
+        self._wait_open(address, self._database_port)
+        self._daemon("slurmdbd", "slurmdbd", "-D")
+        self._wait_open(address, self._accounting_port)
+
+    def _wait_open(self, address: str, port: int) -> None:
+        deadline = time.monotonic() + START_LIMIT_S
+        while True:
+            try:
+                socket.create_connection((address, port), timeout=1).close()
+                return
+            except OSError:
+                self._check_alive()
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.05)
+
+    def _check_alive(self) -> None:
+        if dead := [started.args for started in self._started if started.poll() is not None]:
+            raise RuntimeError(f"this ended at once: {dead}")
 
     def _make_network(self) -> str:
         """A bridge and one network namespace a node. The first three numbers of its addresses."""
@@ -325,8 +333,9 @@ class Cluster:
         return network
 
     def _daemon(self, name: str, *command: str) -> None:
-        with (self.folder / "log" / f"{name}.out.log").open("ab") as log:
-            environment = {"PATH": _path(), "LC_ALL": "C.UTF-8", MARK: f"{self.folder}/{name}"}
+        with (self.folder / "log" / f"{name}.out").open("ab") as log:
+            mark = {MARK: f"{self.folder}/{name}"}
+            environment = {"PATH": _path(), "LC_ALL": "C.UTF-8", "SLURM_CONF": str(self.conf), **mark}
             self._started.append(
                 subprocess.Popen(
                     command, cwd=self.folder, env=environment, start_new_session=True,

@@ -46,6 +46,7 @@ def test_a_requeued_job_starts_again(cluster: Cluster) -> None:
     cluster.call("scontrol", "requeue", job)
     assert cluster.wait(job, limit_s=60) == "COMPLETED"
     assert cluster.show(job)["Restarts"] == "1"
+    assert "REQUEUED" in cluster.call("sacct", "--duplicates", "--noheader", "--format=State", f"--jobs={job}")
     printed = cluster.output(job).read_text().split()
     assert printed[-1] == "1", printed  # "first" stands before it where the shell came that far
 
