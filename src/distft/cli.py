@@ -1,18 +1,23 @@
-"""`distft …`: train, recipes, data, merge."""
+"""`distft …`: train, recipes, experiments, report, data, merge."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distft import __version__
-from distft.errors import LaunchError, RunFolderError, UserError
+from distft.errors import LaunchError, RunFolderError, StorageError, UserError
 from distft.outcome import debug_flag, guarded
 from distft.recipe import Recipe
+
+if TYPE_CHECKING:
+    from distft.experiment import Experiment
 
 OVERRIDES = "recipe=NAME and key.path=value …"
 
@@ -76,6 +81,21 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("names", nargs="*", help="names or paths; every recipe where none is given")
     validate.set_defaults(run=_validate)
     recipes.add_parser("schema", help="JSON Schema for editors").set_defaults(run=_schema)
+
+    experiments = commands.add_parser("experiments", help="list, show").add_subparsers(required=True, metavar="ACTION")
+    experiments.add_parser("list", help="every experiment, with its first comment").set_defaults(run=_list_experiments)
+    runs = experiments.add_parser("show", help="the runs of an experiment, each with the arguments of distft train")
+    runs.add_argument("name")
+    runs.add_argument("overrides", nargs="*", help="key.path=value …, for every run")
+    runs.set_defaults(run=_show_experiment)
+
+    report = commands.add_parser("report", help="one report over finished and unfinished runs")
+    report.add_argument(
+        "overrides", nargs="*", metavar="RUN", help="run folders; or experiment=NAME and key.path=value …"
+    )
+    report.add_argument("--output", type=Path, help="file to write; stdout where it is not given")
+    report.add_argument("--json", action="store_true", help="JSON in place of Markdown")
+    report.set_defaults(run=_report)
 
     data = commands.add_parser("data", help="preview").add_subparsers(required=True, metavar="ACTION")
     preview = data.add_parser("preview", help="samples with trained and masked tokens, lengths, what was dropped")
@@ -147,9 +167,14 @@ def _jobs(options: argparse.Namespace) -> None:
 def _list(options: argparse.Namespace) -> None:
     from distft.recipe import list_recipes
 
-    for name, path in list_recipes(Path.cwd()).items():
-        comments = [line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
-        print(f"{name:<16} {next((c for c in comments if 'yaml-language-server' not in c), '')}")
+    _print_list(list_recipes(Path.cwd()))
+
+
+def _print_list(files: Mapping[str, Path]) -> None:
+    from distft.yaml12 import first_comment
+
+    for name, path in files.items():
+        print(f"{name:<16} {first_comment(path.read_text(encoding='utf-8'))}".rstrip())
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -202,6 +227,56 @@ def _schema(options: argparse.Namespace) -> None:
     from distft.recipe import schema
 
     print(json.dumps(schema(), indent=2))
+
+
+def _load_experiment(arguments: Sequence[str]) -> Experiment:
+    from distft import data, strategy
+    from distft.experiment import load_experiment
+
+    return load_experiment(arguments, checks=(strategy.faults, data.faults))
+
+
+def _list_experiments(options: argparse.Namespace) -> None:
+    from distft.experiment_file import list_experiments
+
+    _print_list(list_experiments(Path.cwd()))
+
+
+def _show_experiment(options: argparse.Namespace) -> None:
+    experiment = _load_experiment([f"experiment={options.name}", *options.overrides])
+    count = f"{len(experiment.runs)} runs of {len(experiment.variants)} variants"
+    print(f"# {experiment.name}: {experiment.description}\n# {experiment.path}: {count}")
+    print(f"# must be equal: {', '.join(experiment.equal) or 'nothing is declared'}")
+    for run in experiment.runs:
+        print(f"distft train {shlex.join(run.arguments)}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from distft.markdown import markdown
+    from distft.report import report
+    from distft.run import RunFolder, write_atomically
+
+    words: list[str] = options.overrides
+    if any(word.startswith("experiment=") for word in words):
+        experiment = _load_experiment(words)
+        found = {run.name: RunFolder.named(Path(run.recipe.run.dir).expanduser(), run.name) for run in experiment.runs}
+        made = report(
+            [folders[0] for folders in found.values() if folders],
+            title=f"Experiment {experiment.name}",
+            equal=experiment.equal,
+            missing=[name for name, folders in found.items() if not folders],
+        )
+    else:
+        made = report([RunFolder(Path(word)) for word in words])
+    text = made.to_json() if options.json else markdown(made)
+    if options.output is None:
+        print(text, end="")
+        return
+    try:
+        write_atomically(options.output, text)
+    except OSError as error:
+        raise StorageError(f"the report cannot be written to {options.output}: {error.strerror}") from error
+    print(f"report: {options.output}")
 
 
 def _preview(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 DistftError                 exit code 1: the run failed, and the message says why
 ├── UserError               exit code 2: something to mend in the command, recipe, data or machine
 │   ├── RecipeError         faults in a recipe or its overrides, all of them at once
+│   │   └── ExperimentError in an experiment, or in the recipes of its runs
 │   ├── DataError           the data cannot be used as asked
 │   ├── ModelError          the base model cannot be had, or does not fit the recipe
 │   ├── LaunchError         the processes, devices or launcher flags do not fit the recipe
@@ -59,10 +60,18 @@ class Fault:
 class RecipeError(UserError):
     """All faults of a recipe, gathered before anything is loaded."""
 
+    what = "recipe"
+
     def __init__(self, faults: Sequence[Fault]) -> None:
         self.faults = tuple(faults)
-        head = "the recipe has a fault" if len(faults) == 1 else f"the recipe has {len(faults)} faults"
+        head = f"the {self.what} has " + ("a fault" if len(faults) == 1 else f"{len(faults)} faults")
         super().__init__(head + ":\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+class ExperimentError(RecipeError):
+    """All faults of an experiment and of the recipes that its runs resolve to."""
+
+    what = "experiment"
 
 
 class DataError(UserError):

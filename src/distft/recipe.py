@@ -145,7 +145,7 @@ def load_recipe(
         raise RecipeError(faults)
     for key, value in overrides:
         _assign(merged, key.split("."), value)
-        origins = {k: v for k, v in origins.items() if not _related(k, key)} | {key: COMMAND_LINE}
+        origins = {k: v for k, v in origins.items() if not related(k, key)} | {key: COMMAND_LINE}
     run = merged.setdefault("run", {})
     if isinstance(run, dict) and not run.get("name"):
         run["name"], origins["run.name"] = name, DERIVED
@@ -155,13 +155,14 @@ def load_recipe(
         recipe._source = source
         known = [fault.key for fault in faults]  # what stands in place of a faulty value is no fault of the user's
         found = [fault for check in (recipe_faults, *checks) for fault in check(recipe)]
-        faults += [fault for fault in found if not any(_related(fault.key, key) for key in known)]
+        faults += [fault for fault in found if not any(related(fault.key, key) for key in known)]
     if faults or recipe is None:
         raise RecipeError(faults)
     return recipe
 
 
-def _related(key: str, other: str) -> bool:
+def related(key: str, other: str) -> bool:
+    """Whether one of two dotted keys is the other, or stands above it."""
     return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
 
 
@@ -306,7 +307,7 @@ def _read_files(
     for path, content in reversed(chain):
         merged = _merge(merged, content)
         for key in _leaves(content):
-            origins = {k: v for k, v in origins.items() if not _related(k, key)} | {key: str(path)}
+            origins = {k: v for k, v in origins.items() if not related(k, key)} | {key: str(path)}
     name = chain[0][0].stem if chain else wanted
     return name, tuple(path for path, _ in reversed(chain)), merged, origins
 

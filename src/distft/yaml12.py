@@ -63,3 +63,9 @@ def parse_yaml(text: str) -> Any:
 def dump_yaml(value: Any) -> str:
     """YAML text that `parse_yaml` reads back as the same value; mappings keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def first_comment(text: str) -> str:
+    """The first comment of a YAML file that is not an editor's, or ""."""
+    comments = (line[2:] for line in text.splitlines() if line.startswith("# "))
+    return next((comment for comment in comments if not comment.startswith("yaml-language-server")), "")

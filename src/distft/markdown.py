@@ -1,0 +1,170 @@
+"""A report as Markdown, aligned so that it reads in a terminal as well."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from distft.report import FIGURES, LOSS_TOLERANCE, Comparison, Figure, Report, Spread
+
+UNKNOWN = "–"
+_NAMES_IN_A_ROW = 6
+
+
+def markdown(report: Report) -> str:
+    """The whole report, ending in a newline."""
+    finished = sum(run.finished for run in report.runs)
+    count = f"{_count(len(report.runs), 'run')} of {_count(len(report.variants), 'variant')}, {finished} finished."
+    missing = [f"Not there: {_names(report.missing)}."] if report.missing else []
+    parts = [
+        [f"# {report.title}", count, *missing],
+        _runs(report),
+        _unfinished(report),
+        _variants(report),
+        _comparisons(report),
+        _equality(report),
+        _differences(report),
+    ]
+    return "\n\n".join(block for part in parts for block in part) + "\n"
+
+
+def _runs(report: Report) -> list[str]:
+    known = [figure for figure in FIGURES if any(run.figures[figure.key] is not None for run in report.runs)]
+    head = ["run", "status", "strategy", "processes", *(figure.title for figure in known)]
+    rows = [
+        [run.name, run.status, run.strategy or UNKNOWN, str(run.world_size or UNKNOWN),
+         *(_number(run.figures[figure.key], figure) for figure in known)]
+        for run in report.runs
+    ]  # fmt: skip
+    unknown = [figure.title.split(",")[0] for figure in FIGURES if figure not in known]
+    return ["## Runs", _table(head, rows), *([f"Not known of any run: {', '.join(unknown)}."] if unknown else [])]
+
+
+def _unfinished(report: Report) -> list[str]:
+    lines = [
+        f"- {_names([run.name])}: {run.status}" + (f": {' '.join(run.cause.split())}" if run.cause else "")
+        for run in report.runs
+        if not run.finished
+    ]
+    return ["## Not finished", "\n".join(lines)] if lines else []
+
+
+def _variants(report: Report) -> list[str]:
+    if max((variant.finished for variant in report.variants), default=0) < 2:
+        return []
+    known = [f for f in FIGURES if f.compared and any(variant.spreads[f.key] for variant in report.variants)]
+    rows = [
+        [variant.name, f"{variant.finished} of {len(variant.runs)}",
+         *(_range(variant.spreads[figure.key], figure) for figure in known)]
+        for variant in report.variants
+    ]  # fmt: skip
+    head = ["variant", "finished", *(figure.title for figure in known)]
+    return ["## Variants", "The median of the finished runs, and from the least to the greatest.", _table(head, rows)]
+
+
+def _comparisons(report: Report) -> list[str]:
+    if not report.comparisons:
+        return []
+    found = {(item.variant, item.figure): item for item in report.comparisons}
+    shown = [figure for figure in FIGURES if any(key == figure.key for _, key in found)]
+    names = list(dict.fromkeys(item.variant for item in report.comparisons))
+    rows = [[name, *(_verdict(found.get((name, figure.key))) for figure in shown)] for name in names]
+    verdicts = {item.verdict for item in report.comparisons}
+    legend = {
+        "different": "`× 1.23`: the medians' ratio, where the ranges of both variants' runs are apart.",
+        "no difference": "`no difference`: the ranges touch.",
+        "no spread": "`(× 1.23)`: one run on a side, so that there is no spread to judge by; this may be chance.",
+    }
+    reasons = dict.fromkeys(
+        f"{_names([item.variant])}: its speed is not compared, for it did other work ({item.why})."
+        for item in report.comparisons
+        if item.why
+    )
+    notes = [*(text for verdict, text in legend.items() if verdict in verdicts), *reasons]
+    return [
+        f"## Against {_names([report.comparisons[0].against])}",
+        _table(["variant", *(figure.title.split(",")[0] for figure in shown)], rows),
+        "\n".join(f"- {note}" for note in notes),
+    ]
+
+
+def _verdict(item: Comparison | None) -> str:
+    if item is None or item.verdict == "not compared":
+        return UNKNOWN
+    ratio = UNKNOWN if item.ratio is None else f"× {item.ratio:.3f}"
+    return {"different": ratio, "no spread": f"({ratio})"}.get(item.verdict, item.verdict)
+
+
+def _equality(report: Report) -> list[str]:
+    words = {True: "yes", False: "no", None: UNKNOWN}
+    rows = [[item.what, "yes" if item.declared else "", words[item.equal]] for item in report.equality]
+    facts = {key: values for item in report.equality for key, values in item.unequal.items()}
+    lines = _facts(facts, [variant.name for variant in report.variants])
+    tolerance = f"Losses are equal where the medians are within {LOSS_TOLERANCE:.0%} of the first variant's."
+    return ["## What was equal", _table(["what", "declared", "equal"], rows), tolerance, *lines]
+
+
+def _differences(report: Report) -> list[str]:
+    lines = _facts(report.differences, [variant.name for variant in report.variants])
+    return ["## What differs", *lines] if lines else []
+
+
+def _facts(facts: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """One list with a line for each fact, and one for what a section has where others lack the section."""
+    lines: list[str] = []
+    sections: dict[str, list[str]] = {}
+    for key, values in facts.items():
+        groups: dict[str, list[str]] = {}
+        for name in (name for name in names if name in values):
+            groups.setdefault(_value(values[name]), []).append(name)
+        section, _, leaf = key.partition(".")
+        given = [value for value in groups if value != "null"]
+        if len(given) == 1 and "null" in groups and not section.startswith(("as run", "machine")):
+            line = f"`{section}`: {{}} (in {_names(groups[given[0]])}), not set (in {_names(groups['null'])})"
+            sections.setdefault(line, []).append(f"{leaf} {given[0]}".lstrip())
+        else:
+            lines.append(f"`{key}`: " + ", ".join(f"{value} (in {_names(group)})" for value, group in groups.items()))
+    lines += [line.format(", ".join(parts)) for line, parts in sections.items()]
+    return ["\n".join(f"- {line}" for line in lines)] if lines else []
+
+
+# Words ------------------------------------------------------------------------------------------------------------------
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _names(names: Iterable[str]) -> str:
+    quoted = [f"`{name}`" for name in names]
+    return (
+        ", ".join(quoted) if len(quoted) <= _NAMES_IN_A_ROW else f"{', '.join(quoted[:2])} and {len(quoted) - 2} more"
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
+def _number(value: float | None, figure: Figure) -> str:
+    return UNKNOWN if value is None else f"{value:{figure.form}}"
+
+
+def _range(spread: Spread | None, figure: Figure) -> str:
+    if spread is None:
+        return UNKNOWN
+    median, least, greatest = (f"{value:{figure.form}}" for value in (spread.median, spread.least, spread.greatest))
+    return median if spread.runs == 1 else f"{median} ({least} – {greatest})"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, its columns padded to one width; all but the first stand right."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(head))]
+    padded = [
+        [cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        for row in cells
+    ]  # fmt: skip
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (padded[0], rule, *padded[1:]))
