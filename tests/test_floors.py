@@ -20,7 +20,7 @@ FLOORS = (
     ("recipe", "machine", "samples", "plan", "manifest"),
     ("outcome", "strategy", "tiny", "attention", "loader"),
     ("model", "data", "telemetry", "bad_numbers", "checkpoint", "record", "launch", "stopping"),
-    ("watch", "trainer", "estimate", "probe"),
+    ("watch", "trainer", "estimate", "probe", "fetch"),
     ("memory",),
     ("train", "trial"),
     ("cli",),

@@ -1,4 +1,4 @@
-"""`distft …`: train, recipes, data, merge."""
+"""`distft …`: train, fetch, recipes, data, merge."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", help=OVERRIDES)
     train.add_argument("--nproc", type=int, help="number of processes; as many as there are GPUs where it is not given")
     train.set_defaults(run=_train)
+
+    fetch = commands.add_parser("fetch", help="bring model and data into the cache, for machines without a connection")
+    fetch.add_argument("overrides", nargs="*", help=OVERRIDES)
+    fetch.add_argument("--check", action="store_true", help="only say what is missing; uses no network")
+    fetch.set_defaults(run=_fetch)
 
     recipes = commands.add_parser("recipes", help="list, show, validate, schema").add_subparsers(
         required=True, metavar="ACTION"
@@ -101,6 +106,16 @@ def _train(options: argparse.Namespace) -> int:
         )
     recipe.check_division(processes)
     return run(options.overrides, processes, recipe.run.max_restarts)
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from distft.fetch import fetch, missing
+
+    recipe = _load(options.overrides)
+    lines = missing(recipe) if options.check else fetch(recipe)
+    for line in lines or ["nothing is missing: this recipe runs with the hub offline"]:
+        print(line)
+    return UserError.exit_code if options.check and lines else 0
 
 
 def _list(options: argparse.Namespace) -> None:
