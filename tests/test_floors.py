@@ -20,8 +20,8 @@ FLOORS = (
     ("recipe", "machine", "samples", "plan", "manifest", "markdown"),
     ("outcome", "strategy", "tiny", "attention", "loader", "experiment_file"),
     ("model", "data", "telemetry", "bad_numbers", "checkpoint", "record", "launch", "slurm", "stopping", "experiment"),
-    ("watch", "trainer", "estimate", "probe"),
-    ("memory",),
+    ("watch", "trainer", "estimate", "probe", "fetch"),
+    ("memory", "submission"),
     ("train", "trial"),
     ("cli",),
 )

@@ -1,4 +1,4 @@
-"""`distft …`: train, recipes, experiments, report, data, merge."""
+"""`distft …`: train, submit, jobs, fetch, recipes, experiments, report, data, merge."""
 
 from __future__ import annotations
 
@@ -67,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         "--dir", type=Path, default=Path("runs"), help="folder of the run folders; runs where it is not given"
     )
     jobs.set_defaults(run=_jobs)
+
+    fetch = commands.add_parser("fetch", help="bring model and data into the cache, for machines without a connection")
+    fetch.add_argument("overrides", nargs="*", help=OVERRIDES)
+    fetch.add_argument("--check", action="store_true", help="only say what is missing; uses no network")
+    fetch.set_defaults(run=_fetch)
 
     recipes = commands.add_parser("recipes", help="list, show, validate, schema").add_subparsers(
         required=True, metavar="ACTION"
@@ -143,25 +148,30 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> None:
-    from distft import slurm
+    from distft.submission import Submission
 
-    recipe = _load(options.overrides)
-    jobs = slurm.Jobs.of(Path(recipe.run.dir).expanduser())
-    job = slurm.Job(recipe.run.name, (tuple(options.overrides),))
-    text = slurm.script(recipe.slurm, job, jobs.path, [sys.executable, "-m", "distft.cli"], slurm.template())
-    if options.dry_run:
-        print(text, end="")
-        return
-    number = jobs.submit(job.name, text)
-    print(
-        f"job {number}: {job.name}; its output: {jobs.path / f'{job.name}-{number}.out'}; distft jobs shows where it is"
-    )
+    words: list[str] = options.overrides
+    if any(word.startswith("experiment=") for word in words):
+        submission = Submission.of_experiment(_load_experiment(words), words)
+    else:
+        submission = Submission.of_recipe(_load(words), words)
+    print(submission.script.rstrip() if options.dry_run else "\n".join(submission.submit()))
 
 
 def _jobs(options: argparse.Namespace) -> None:
     from distft.slurm import Jobs
 
     print("\n".join(Jobs.of(options.dir).table()))
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from distft.fetch import fetch, missing
+
+    recipe = _load(options.overrides)
+    lines = missing(recipe) if options.check else fetch(recipe)
+    for line in lines or ["nothing is missing: this recipe runs with the hub offline"]:
+        print(line)
+    return UserError.exit_code if options.check and lines else 0
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -230,10 +240,10 @@ def _schema(options: argparse.Namespace) -> None:
 
 
 def _load_experiment(arguments: Sequence[str]) -> Experiment:
-    from distft import data, strategy
+    from distft import data, slurm, strategy
     from distft.experiment import load_experiment
 
-    return load_experiment(arguments, checks=(strategy.faults, data.faults))
+    return load_experiment(arguments, checks=(strategy.faults, data.faults, slurm.faults))
 
 
 def _list_experiments(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -187,7 +187,8 @@ def prepare(recipe: Recipe, tokenizer: Any) -> Splits:
         raise DataError(
             "the model's tokenizer has no fast version, and distft needs the places of tokens in the text; set model.tokenizer"
         )
-    raw, test = _load(recipe.data)
+    raw, *held_out = map(read, sources(recipe.data))
+    test = held_out[0] if held_out else None
     max_length = recipe.training.get("max_length", 1024)
     key = {
         "version": _VERSION, "data": recipe.data.model_dump(), "sources": [raw._fingerprint, test._fingerprint if test else None],
@@ -260,31 +261,49 @@ def split(rows: Sequence[Any], data: Data, seed: int, *, with_test: bool) -> dic
     return {name: [rows[i] for i in order[low:high]] for name, (low, high) in bounds.items()}
 
 
-def _load(data: Data) -> tuple[Dataset, Dataset | None]:
+class HubSplit(NamedTuple):
+    """One split of a data set on the hub."""
+
+    name: str
+    config: str | None
+    split: str
+
+
+def sources(data: Data) -> list[Path | HubSplit]:
+    """Where the rows come from that are split, and after it the held-out split where it has a place of its own.
+
+    Raises:
+        DataError: `data.name` is nothing that is known.
+    """
     known = KNOWN.get(data.name)
     path = data.path or (str(packaged(known.file)) if known and known.file else None)
-    if path is None and (data.name.startswith((".", "/", "~")) or Path(data.name).suffix in _READERS):
-        path = data.name
-    test = _load_local(Path(data.test_path).expanduser()) if data.test_path else None
-    if path is not None:
-        return _load_local(Path(path).expanduser()), test
+    test = [Path(data.test_path).expanduser()] if data.test_path else []
+    if path or data.name.startswith((".", "/", "~")) or Path(data.name).suffix in _READERS:
+        return [Path(path or data.name).expanduser(), *test]
     hub = known.hub if known else data.name
     if hub is None or (known is None and "/" not in data.name):
         raise DataError(
             f"data.name={data.name} is none of {', '.join(KNOWN)}, no file and no hub id; set data.path to a file or folder"
         )
     test_split = data.test_split or (known.test_split if known else None)
-    train = _load_hub(hub, data.config, data.train_split)
-    return train, test if test is not None or test_split is None else _load_hub(hub, data.config, test_split)
+    official = [HubSplit(hub, data.config, test_split)] if test_split and not test else []
+    return [HubSplit(hub, data.config, data.train_split), *test, *official]
 
 
-def _load_hub(name: str, config: str | None, split_name: str) -> Dataset:
+def read(source: Path | HubSplit) -> Dataset:
+    """The rows of a source, which go to the cache of `datasets` as well.
+
+    Raises:
+        DataError: they cannot be had, or are none.
+    """
+    if isinstance(source, Path):
+        return _load_local(source)
     try:
-        return load_dataset(name, config, split=split_name)
+        return load_dataset(source.name, source.config, split=source.split)
     except Exception as error:  # datasets and the hub client raise many kinds here; all mean that it cannot be had
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{name} ({split_name} split) is not in the cache and cannot be had from the hub: {reason}\n"
-                        "  give a local copy: data.path=FILE.jsonl") from error  # fmt: skip
+        raise DataError(f"{source.name} ({source.split} split) is not in the cache and cannot be had from the hub: {reason}\n"
+                        "  on a machine with a connection: distft fetch, with the same words; or give a local copy: data.path=FILE.jsonl") from error  # fmt: skip
 
 
 def _load_local(path: Path) -> Dataset:

@@ -195,7 +195,7 @@ def _from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
         if _is_missing(text):
             raise ModelError(
                 f"the {what} of {name} is not in the local cache and the hub cannot be reached or does not have it\n"
-                f"  on a machine with a connection: hf download {name}\n  or give a folder: model.name=/path/to/model"
+                f"  on a machine with a connection: distft fetch, with the same words, or hf download {name}\n  or give a folder: model.name=/path/to/model"
             ) from error
         raise
 
