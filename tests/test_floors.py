@@ -19,9 +19,9 @@ FLOORS = (
     ("origin", "launcher"),
     ("recipe", "machine", "samples", "plan", "manifest"),
     ("outcome", "strategy", "tiny", "attention", "loader"),
-    ("model", "data", "telemetry", "bad_numbers", "checkpoint", "record", "launch", "stopping"),
-    ("watch", "trainer", "estimate", "probe"),
-    ("memory",),
+    ("model", "data", "telemetry", "bad_numbers", "checkpoint", "record", "launch", "stopping", "bandwidth"),
+    ("watch", "trainer", "estimate", "probe", "facts"),
+    ("memory", "doctor"),
     ("train", "trial"),
     ("cli",),
 )

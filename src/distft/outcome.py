@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -108,6 +109,18 @@ def _raise_on_signals() -> None:
 
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, handler)
+
+
+def end_with_parent() -> None:
+    """End this process with the one that started it and holds the other end of its standard input, however that ends."""
+
+    def wait() -> None:
+        # Not sys.stdin.read(): a thread that holds its lock while the interpreter shuts down aborts the process.
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def debug_flag(arguments: list[str]) -> list[str]:
