@@ -14,12 +14,12 @@ import pytest
 import distft
 
 FLOORS = (
-    ("errors", "packaged", "yaml12", "kernels", "recompute"),
+    ("errors", "packaged", "batch", "yaml12", "kernels", "recompute"),
     ("sections", "run", "world", "fused"),
     ("origin", "launcher"),
     ("recipe", "machine", "samples", "plan", "manifest"),
     ("outcome", "strategy", "tiny", "attention", "loader"),
-    ("model", "data", "telemetry", "bad_numbers", "checkpoint", "record", "launch", "stopping", "bandwidth"),
+    ("model", "data", "telemetry", "bad_numbers", "checkpoint", "record", "launch", "slurm", "stopping", "bandwidth"),
     ("watch", "trainer", "estimate", "probe", "facts"),
     ("memory", "doctor"),
     ("train", "trial"),

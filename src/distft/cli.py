@@ -43,7 +43,25 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="start accelerate's launcher with the right flags for this machine")
     train.add_argument("overrides", nargs="*", help=OVERRIDES)
     train.add_argument("--nproc", type=int, help="number of processes; as many as there are GPUs where it is not given")
+    train.add_argument("--nnodes", type=int, default=1, help="number of machines; run the same command on each of them")
+    train.add_argument("--node-rank", type=int, default=0, help="which of them this is, from 0")
+    train.add_argument(
+        "--rdzv", default="", metavar="HOST:PORT", help="where they meet: node 0, and a port that is free there"
+    )
     train.set_defaults(run=_train)
+
+    submit = commands.add_parser(
+        "submit", help="a SLURM job that survives preemption; of an experiment, an array of jobs"
+    )
+    submit.add_argument("overrides", nargs="*", help=f"{OVERRIDES}, or experiment=NAME and key.path=value …")
+    submit.add_argument("--dry-run", action="store_true", help="print the sbatch script and submit nothing")
+    submit.set_defaults(run=_submit)
+
+    jobs = commands.add_parser("jobs", help="what was submitted from here: state, last step, loss, run folder")
+    jobs.add_argument(
+        "--dir", type=Path, default=Path("runs"), help="folder of the run folders; runs where it is not given"
+    )
+    jobs.set_defaults(run=_jobs)
 
     recipes = commands.add_parser("recipes", help="list, show, validate, schema").add_subparsers(
         required=True, metavar="ACTION"
@@ -89,16 +107,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(arguments: Sequence[str]) -> Recipe:
-    from distft import data, strategy
+    from distft import data, slurm, strategy
     from distft.recipe import load_recipe
 
-    return load_recipe(arguments, checks=(strategy.faults, data.faults))
+    return load_recipe(arguments, checks=(strategy.faults, data.faults, slurm.faults))
 
 
 def _train(options: argparse.Namespace) -> int:
-    from distft.launch import run
+    from distft.launch import Node, run
     from distft.strategy import visible_devices
 
+    node = Node.of(options.nnodes, options.node_rank, options.rdzv)
     recipe = _load(options.overrides)  # the user's mistakes are found here, before any process is started
     devices = visible_devices()
     processes = options.nproc or (1 if recipe.strategy == "single" else max(devices, 1))
@@ -108,8 +127,30 @@ def _train(options: argparse.Namespace) -> int:
         raise LaunchError(
             f"--nproc {processes} asks for more processes than there are GPUs here ({devices}); ask for {devices} at most"
         )
-    recipe.check_division(processes)
-    return run(options.overrides, processes, recipe.run.max_restarts)
+    recipe.check_division(processes * node.count)
+    return run(options.overrides, processes, recipe.run.max_restarts, node)
+
+
+def _submit(options: argparse.Namespace) -> None:
+    from distft import slurm
+
+    recipe = _load(options.overrides)
+    runs = Path(recipe.run.dir)
+    job = slurm.Job(recipe.run.name, (tuple(options.overrides),))
+    text = slurm.script(
+        recipe.slurm, job, slurm.Jobs.of(runs).path, [sys.executable, "-m", "distft.cli"], slurm.template()
+    )
+    if options.dry_run:
+        print(text, end="")
+    else:
+        print(slurm.Jobs.of(runs).submit(job.name, text))
+
+
+def _jobs(options: argparse.Namespace) -> None:
+    from distft.slurm import jobs
+
+    for line in jobs(options.dir):
+        print(line)
 
 
 def _list(options: argparse.Namespace) -> None:

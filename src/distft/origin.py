@@ -22,6 +22,7 @@ from distft.sections import (
     Quantization,
     Run,
     Section,
+    Slurm,
     Tracking,
     upstream_section,
 )
@@ -31,7 +32,7 @@ DEFAULT = "default"
 DERIVED = "derived"
 SECTIONS: dict[str, type[Section]] = {
     "run": Run, "model": Model, "quantization": Quantization, "data": Data, "batching": Batching, "evaluation": Evaluation,
-    "tracking": Tracking,
+    "tracking": Tracking, "slurm": Slurm,
 }  # fmt: skip
 
 

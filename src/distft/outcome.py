@@ -12,26 +12,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from distft.errors import DistftError, Interrupted
-from distft.world import OUTCOME, World, say_once
+from distft.world import OUTCOME, STOP, World, say, say_once
 
 DEBUG = "DISTFT_DEBUG"
-
-
-@dataclass
-class StopRequest:
-    """A signal to this process. While `deferred` (training does it), the first one is kept in `signum` for the end of a
-    step, and only the next one ends the process at once."""
-
-    deferred: bool = False
-    signum: int | None = None
-
-
-STOP = StopRequest()  # one a process, as signals are
 
 
 def guarded(work: Callable[[], None]) -> int:
@@ -97,8 +84,15 @@ def _leave(code: int, *, restart: bool = False) -> int:
     return code
 
 
+HEARD_S = 10.0
+"""How long a process that does not train yet may take to hear a signal before it is ended without its say."""
+
+
 def _raise_on_signals() -> None:
+    heard = threading.Event()
+
     def handler(signum: int, frame: FrameType | None) -> None:
+        heard.set()
         if STOP.deferred and STOP.signum is None:
             STOP.signum = signum
             return
@@ -107,8 +101,23 @@ def _raise_on_signals() -> None:
         signal.signal(signum, signal.SIG_IGN)  # once; what ends the run writes its summary undisturbed
         raise Interrupted(signal.Signals(signum).name)
 
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    def hear() -> None:
+        """Python runs a handler between two steps of the main thread, which may be stuck in torch, waiting for ranks that never
+        come; the kernel's signal is seen here all the same."""
+        while number := os.read(reading, 1):
+            if number[0] in signums and not STOP.training and not heard.wait(HEARD_S) and not STOP.training:
+                error = Interrupted(signal.Signals(number[0]).name)
+                say(str(error))
+                os._exit(_leave(error.exit_code))
+
+    signums = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    for signum in signums:
         signal.signal(signum, handler)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1) and None)  # a child's signals are its own
+    threading.Thread(target=hear, name="distft-signals", daemon=True).start()
 
 
 def end_with_parent() -> None:

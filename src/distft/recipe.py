@@ -25,6 +25,7 @@ from distft.sections import (
     Quantization,
     Run,
     Section,
+    Slurm,
     StrategyName,
     Tracking,
     upstream_section,
@@ -57,6 +58,8 @@ class Recipe(Section):
     """The held-out split before and after training."""
     tracking: Tracking = Tracking()
     """Where figures go besides metrics.jsonl."""
+    slurm: Slurm = Slurm()
+    """The job of `distft submit`."""
 
     _source: Source = PrivateAttr(default_factory=Source)
 

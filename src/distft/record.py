@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from distft import manifest
+from distft.batch import batch_job, is_queued, requeues
 from distft.errors import AlreadyFinished, DistftError, Interrupted, RankLost, RunFolderError, UserError
 from distft.machine import describe
 from distft.origin import COMMAND_LINE
@@ -41,6 +41,7 @@ _FREE_TO_CHANGE = (
     "batching.offload_checkpoints",
     "training.logging_",
     "training.save_",
+    "slurm.",
     "training.eval_",
     "training.ddp_timeout",
 )
@@ -83,7 +84,7 @@ class Record:
         self._facts: dict[str, Any] = {
             "status": "running", "recipe": recipe.source.name, "strategy": strategy.name, "requested_strategy": strategy.requested,
             "world_size": strategy.world.world_size, "restarts": place.restarts,
-            "changed_for_you": [*strategy.notes, *place.notes],
+            "requeues": requeues(os.environ), "changed_for_you": [*strategy.notes, *place.notes],
         }  # fmt: skip
 
     @classmethod
@@ -120,7 +121,11 @@ class Record:
                 place.folder.keep_metrics(place.step)
                 manifest.drop_after(place.folder.checkpoints, place.step)
             write_atomically(place.folder.recipe, recipe.to_yaml())
-            started = {"launch": record._launch.launcher, "attempt": record._launch.attempt}
+            started = {
+                "launch": record._launch.launcher,
+                "attempt": record._launch.attempt,
+                "job": batch_job(os.environ),
+            }
             write_atomically(place.folder.environment, to_json(describe() | started) + "\n")
             record._write()
         return record
@@ -193,7 +198,9 @@ class Record:
         world, stopped = self._strategy.world, isinstance(error, Interrupted)
         if isinstance(error, UserError) and self.place.claimed and self.step == 0:
             if world.is_main:  # the command that is right will want the name
-                shutil.rmtree(self.folder.path, ignore_errors=True)  # the other ranks clear away their own files beside us
+                shutil.rmtree(
+                    self.folder.path, ignore_errors=True
+                )  # the other ranks clear away their own files beside us
             return
         try:
             self._close(error, stopped)
@@ -226,9 +233,23 @@ def _find(recipe: Recipe, strategy: Strategy, working_folder: Path) -> tuple[Pla
     parent = working_folder / Path(recipe.run.dir).expanduser()
     exact = recipe.source.of("run.name") == COMMAND_LINE
     launch = Launch.of(os.environ)
-    for folder in RunFolder.named(parent, recipe.run.name):
-        ours = launch.attempt > 0 and _started(folder).get("launch") == launch.launcher
+    job = batch_job(os.environ)
+
+    def is_ours(folder: RunFolder) -> bool:
+        started = folder.read_environment()
+        again = launch.attempt > 0 and started.get("launch") == launch.launcher
+        return again or (job is not None and started.get("job") == job)
+
+    for folder in sorted(RunFolder.named(parent, recipe.run.name), key=is_ours, reverse=True):
+        ours = is_ours(folder)
         if not ours and (recipe.run.resume == "never" or (exact and folder.name != recipe.run.name)):
+            continue
+        other = folder.read_environment().get("job")
+        if not ours and other is not None and is_queued(other):
+            if exact:
+                raise RunFolderError(
+                    f"{folder.path} belongs to job {other}, which is still in the queue; wait for it, scancel it, or take another run.name"
+                )
             continue
         lock = FileLock(folder.lock)
         try:
@@ -252,13 +273,6 @@ def _find(recipe: Recipe, strategy: Strategy, working_folder: Path) -> tuple[Pla
     lock = FileLock(folder.lock)
     lock.acquire(timeout=0)
     return Place(folder), lock
-
-
-def _started(folder: RunFolder) -> dict[str, Any]:
-    """What the run folder says of the processes that worked in it last: `launch` and `attempt`, and where they ran."""
-    if not folder.environment.is_file():
-        return {}
-    return dict(json.loads(folder.environment.read_text(encoding="utf-8")))
 
 
 def _resumable(folder: RunFolder, recipe: Recipe, strategy: Strategy) -> Place | None:
@@ -294,7 +308,7 @@ def _why(folder: RunFolder, summary: Mapping[str, Any]) -> str:
     """Why the run in `folder` ended. That a kill left no rank time to say so is recorded here."""
     if summary["status"] != "running":
         return f"{summary['status']}: {summary['cause']}"
-    started, metrics = _started(folder), folder.read_metrics()
+    started, metrics = folder.read_environment(), folder.read_metrics()
     fault = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"), "rank": None, "step": metrics[-1]["step"] if metrics else 0,
         "cause": "all processes ended without a word: killed, or the machine went down",

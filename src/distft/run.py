@@ -34,7 +34,7 @@ SUMMARY_KEYS = (
     "samples", "tokens", "trainable_parameters", "parameters",
     "attn_implementation", "train_loss", "eval_before", "eval_after", "train_time_s", "samples_per_second",
     "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib", "peak_reserved_gib", "host_rss_gib",
-    "energy_j", "restarts", "adapter", "changed_for_you",
+    "energy_j", "restarts", "requeues", "adapter", "changed_for_you",
 )  # fmt: skip
 """Every key of `summary.json`, in order; null where unknown."""
 
@@ -186,6 +186,12 @@ class RunFolder:
             if number.isdigit():
                 numbered.append((int(number), path))
         return [cls(path) for _, path in sorted(numbered, reverse=True) if (path / "summary.json").is_file()]
+
+    def read_environment(self) -> dict[str, Any]:
+        """What `environment.json` says of the processes that worked here last; {} where none has."""
+        if not self.environment.is_file():
+            return {}
+        return dict(json.loads(self.environment.read_text(encoding="utf-8")))
 
     def read_summary(self) -> dict[str, Any]:
         """The summary as a dict.

@@ -102,9 +102,9 @@ class Run(Section):
     max_time: str | None = Field(None, pattern=r"^(\d+-)?\d{1,2}:\d\d:\d\d$")
     """Save and stop before this much time has passed since the start, as SLURM writes it: `[days-]hours:minutes:seconds`."""
     hang_timeout_s: float = Field(900.0, gt=0)
-    """A run that makes no progress inside a step for so many seconds is ended with every rank's Python stacks in its folder.
-    The first step, evaluations and saves are left out. Keep it below training.ddp_timeout (1800 s), at which a collective
-    fails without stacks."""
+    """A run that makes no progress inside a step, a batch of an evaluation or a save for so many seconds is ended with every rank's
+    Python stacks in its folder; the first step is left out. Keep it above the longest save, and below training.ddp_timeout
+    (1800 s), at which a collective fails without stacks."""
 
     @property
     def max_time_s(self) -> float | None:
@@ -265,6 +265,59 @@ class Tracking(Section):
     """Tags in W&B."""
     throughput_warmup_steps: int = Field(3, ge=0)
     """First steps that the run's samples/s and tokens/s leave out (allocator, kernel and cache warm-up)."""
+
+
+_WORD = r"^[^\s\"'\\\\]+$"  # stands in a #SBATCH line as it is
+
+
+class Slurm(Section):
+    """The job of `distft submit`, under sbatch's own names. What is null is left to the cluster. Learns nothing: it may change between
+    two starts of a run."""
+
+    account: str | None = Field(None, pattern=_WORD)
+    """Account to charge."""
+    partition: str | None = Field(None, pattern=_WORD)
+    """Partition, or several by commas."""
+    qos: str | None = Field(None, pattern=_WORD)
+    """Quality of service."""
+    nodes: int = Field(1, ge=1)
+    """Number of nodes."""
+    gpus_per_node: int | None = Field(None, ge=1)
+    """GPUs a node; one process each."""
+    gres: str | None = Field(None, pattern=_WORD)
+    """Generic resources a node where they are asked for in another way, `gpu:h100-47:2` say."""
+    processes_per_node: int | None = Field(None, ge=1)
+    """Processes a node; null: one a GPU, or one where there is none."""
+    cpus_per_task: int | None = Field(None, ge=1)
+    """CPU cores a node; a node has one task, the launcher of its processes."""
+    mem: str | None = Field(None, pattern=_WORD)
+    """Memory a node, `200G` say; `0` for all."""
+    time: str | None = Field(None, pattern=r"^((\d+-)?\d+(:\d\d){0,2}|UNLIMITED)$")
+    """Time limit of one start of the job, `hours:minutes:seconds` or `days-hours`. The work may take several starts."""
+    constraint: str | None = Field(None, pattern=_WORD)
+    """Features that the nodes must have."""
+    exclude: str | None = Field(None, pattern=_WORD)
+    """Nodes to leave out."""
+    reservation: str | None = Field(None, pattern=_WORD)
+    """Reservation to run in."""
+    array: str | None = Field(None, pattern=r"^[\d,:%-]+$")
+    """For an experiment: which of its runs, and how many at a time, as sbatch reads it (`0-7%2`); null for all."""
+    dependency: str | None = Field(None, pattern=_WORD)
+    """When the job may start: `afterok:1234` for a chain, or `singleton`."""
+    container: str | None = Field(None, pattern=_WORD)
+    """Image that distft runs in on the nodes (srun's --container-image, of Pyxis and enroot); it must hold distft."""
+    container_mounts: list[Annotated[str, Field(pattern=_WORD)]] = []
+    """What the container sees besides the working folder: `source:target`."""
+    modules: list[Annotated[str, Field(pattern=_WORD)]] = []
+    """Environment modules to load."""
+    setup: list[Annotated[str, Field(pattern=r"^[^\n\r]*$")]] = []
+    """Shell lines that run on the first node before training, after the modules; what they export reaches all nodes."""
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
+    """Variables for all processes. No secrets: sbatch passes on what you have exported."""
+    grace_s: int = Field(120, ge=10)
+    """Seconds before the time limit at which the run is told to save and stop; a save has to fit."""
+    max_requeues: int = Field(20, ge=0)
+    """How many times a job that was stopped before it had finished goes back into the queue."""
 
 
 @functools.cache

@@ -10,8 +10,7 @@ from torch import distributed
 from transformers import TrainerCallback
 
 from distft.errors import Interrupted
-from distft.outcome import STOP
-from distft.world import World
+from distft.world import STOP, World
 
 _KEY = "distft/stop"
 
@@ -33,7 +32,7 @@ class StopTogether(TrainerCallback):  # type: ignore[misc]
         self._clock = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        STOP.deferred = True
+        STOP.deferred = STOP.training = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._clock = time.monotonic()
@@ -50,7 +49,7 @@ class StopTogether(TrainerCallback):  # type: ignore[misc]
         self._save_s = max(self._save_s, time.monotonic() - self._clock)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        STOP.deferred = False
+        STOP.deferred = STOP.training = False
 
     def _asked(self) -> str | None:
         """What asks this rank to stop, in words."""

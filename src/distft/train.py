@@ -26,7 +26,7 @@ from distft.strategy import Strategy, whole_numel
 from distft.telemetry import Telemetry, closing_trackers, model_flops_per_token, perplexity, trackers
 from distft.trainer import HeldOut, Invariants, Trainer, sft_config
 from distft.watch import Watch
-from distft.world import Launch, World, say, together
+from distft.world import STOP, Launch, World, say, together
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -40,6 +40,7 @@ def train(arguments: Sequence[str]) -> None:
     how = Strategy.choose(recipe, world, os.environ, Launcher.of_parent())
     recipe.check_division(world.world_size)  # before anything is loaded
     how.configure(os.environ)
+    STOP.deferred = world.world_size > 1
 
     tokenizer = together(world, lambda: load_tokenizer(recipe))
     splits = together(world, lambda: data.prepare(recipe, tokenizer))

@@ -31,15 +31,15 @@ SPOKEN = (0, UserError.exit_code, Interrupted.exit_code)
 """Exit codes of a neighbour that has said what there was to say."""
 GRACE_S = 5.0
 """How long the others of a rank that died or hangs have for an orderly end."""
-_HEAD = "rank {rank} (pid {pid} on {host}): step {step}, micro-batch {micro}"
+_HEAD = "rank {rank} (pid {pid} on {host}): step {step}, batch {micro}"
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Heartbeat and watcher of one rank. All ranks enter the context together.
 
-    A heartbeat is the place that this rank has come to, (complete steps, micro-batches begun after them): two numbers that
-    the thread looks at now and then. It costs the training no time and no look at the device. `hang_timeout_s` counts from
-    the first complete step, and stands still in evaluations and saves.
+    A heartbeat is the place that this rank has come to, (complete steps, things begun after them: micro-batches, batches of an
+    evaluation, a save): two numbers that the thread looks at now and then. It costs the training no time and no look at the
+    device. `hang_timeout_s` counts from the first complete step.
 
     Leaving the context raises RankLost in place of the error that a neighbour's death made here.
     """
@@ -60,22 +60,17 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._place = (state.global_step, 1)
         self._armed = state.global_step > self._record.place.step
 
-    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._place = (self._place[0], self._place[1] + 1)
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._place = (state.global_step, 0)
         self._record.step = state.global_step
-        self._pause(control)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._pause(control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._armed = False
 
-    def _pause(self, control: Any) -> None:
-        self._armed = not (control.should_evaluate or control.should_save or control.should_training_stop)
+    def _on(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._place = (self._place[0], self._place[1] + 1)
+
+    on_substep_end = on_prediction_step = on_evaluate = on_save = _on
 
     # Context ----------------------------------------------------------------------------------------------------------
 
@@ -166,7 +161,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         elif behind:
             what += f"{_named(behind)} did not come as far as the others"
         else:
-            what += f"{_named(sorted(places))} stopped in the same micro-batch"
+            what += f"{_named(sorted(places))} stopped at the same place"
         first = self._world.rank == min(places)
         lost = silent or behind or sorted(places)
         error = RankLost(
@@ -206,7 +201,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             with contextlib.suppress(OSError):
                 path = self._file(rank)
                 if path.stat().st_mtime >= self._began and path.stat().st_size:
-                    heads = re.findall(r"^rank .*: step (\d+), micro-batch (\d+)$", path.read_text(), re.MULTILINE)
+                    heads = re.findall(r"^rank .*: step (\d+), batch (\d+)$", path.read_text(), re.MULTILINE)
                     if heads:
                         found[rank] = (int(heads[-1][0]), int(heads[-1][1]))
         return found

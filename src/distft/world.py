@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from typing import Literal, TypeVar
 
 import psutil
 
-from distft.errors import DistftError
+from distft.errors import DistftError, Interrupted
 
 T = TypeVar("T")
 
@@ -27,6 +28,19 @@ ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 OUTCOME = "DISTFT_OUTCOME"
 """Environment variable: folder that `distft train` shares with its workers while they run. They leave their exit code
 there, which an elastic launcher would lose; a file `stop` in it tells workers that are started again not to go on."""
+
+
+@dataclass
+class StopRequest:
+    """A signal to this process. While `deferred`, the first one is kept in `signum` until all ranks can stop together: between two
+    parts of the work, or while `training`, after a step. Only the next one ends the process at once."""
+
+    deferred: bool = False
+    training: bool = False
+    signum: int | None = None
+
+
+STOP = StopRequest()  # one a process, as signals are
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,8 @@ def launcher_name(process: psutil.Process) -> str:
 
 
 def together(world: World, work: Callable[[], T]) -> T:
-    """`work()` on every rank; where it raises on any rank, every rank raises, so that none waits for one that has left.
+    """`work()` on every rank; where it raises on any rank, or a signal to any has come, every rank raises, so that none waits for
+    one that has left.
 
     Starts the process group where there is none yet, after `work`, so that slow work meets no timeout.
 
@@ -129,6 +144,8 @@ def together(world: World, work: Callable[[], T]) -> T:
         result = work()
     except DistftError as caught:
         error = caught
+    if error is None and STOP.deferred and STOP.signum is not None:
+        error = Interrupted(signal.Signals(STOP.signum).name)
     if world.world_size > 1:
         import torch
         from accelerate import PartialState

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from distft import manifest
 from distft.run import RunFolder
 
 from ..distributed.conftest import finish
 from ..distributed.test_guards import wait_for_step
-from .conftest import KINDS, assert_gone, assert_same_run, begin, family, go, ranks
+from .conftest import KINDS, assert_gone, assert_same_run, begin, family, go, ranks, until
 
 Whole = Callable[[str], RunFolder]
 
@@ -60,6 +61,36 @@ def test_a_stopped_process_is_found_and_brought_back(
     assert_gone(everyone)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_process_stopped_during_a_save_is_found_and_brought_back(
+    kind: str, uninterrupted: Whole, tmp_path: Path
+) -> None:
+    whole = uninterrupted(kind)
+    process = begin(tmp_path, kind, "run.hang_timeout_s=6")
+    folder = wait_for_step(tmp_path, 1)
+    everyone = family(process)
+    rank = ranks(process)[1]
+
+    def in_a_save() -> bool:
+        return any(not (path / manifest.NAME).exists() for path in folder.checkpoints.glob("checkpoint-*"))
+
+    def stopped() -> bool:
+        if in_a_save():
+            rank.suspend()
+            if in_a_save():
+                return True
+            rank.resume()
+        return False
+
+    until(stopped, every_s=0.0005)
+    ended = finish(process, tmp_path)
+    assert ended.code == 0, ended.stderr[-3000:]
+    (fault,) = folder.read_faults()
+    assert fault["rank"] == 1 and "rank 1 did not answer" in fault["cause"]
+    assert_same_run(folder, whole)
+    assert_gone(everyone)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rank_that_sleeps_for_ever_is_found_and_brought_back(kind: str, uninterrupted: Whole, tmp_path: Path) -> None:
     whole = uninterrupted(kind)
@@ -79,13 +110,13 @@ def test_a_rank_that_sleeps_for_ever_is_found_and_brought_back(kind: str, uninte
 
 def test_a_long_evaluation_is_no_hang(tmp_path: Path) -> None:
     ended = go(
-        tmp_path, "ddp", "run.hang_timeout_s=1.5", "training.max_steps=4", "training.eval_strategy=steps", "training.eval_steps=2",
-        "evaluation.max_samples=null", "data.max_samples=null", "data.validation_fraction=0.5",
+        tmp_path, "ddp", "run.hang_timeout_s=1.2", "training.max_steps=4", "training.eval_strategy=steps", "training.eval_steps=2",
+        "evaluation.max_samples=null", "data.max_samples=null", "data.validation_fraction=0.8",
         "training.per_device_eval_batch_size=1",
     )  # fmt: skip
     assert ended.code == 0, ended.stderr[-3000:]
     metrics = ended.folder.read_metrics()
-    assert max(record["eval_runtime"] for record in metrics if "eval_runtime" in record) > 1.5, "it was no long one"
+    assert max(record["eval_runtime"] for record in metrics if "eval_runtime" in record) > 1.2, "it was no long one"
     assert ended.folder.read_faults() == []
     assert not ended.folder.stacks.exists()
 

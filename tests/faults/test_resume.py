@@ -135,7 +135,10 @@ def test_a_changed_recipe_is_refused_with_its_differences(tmp_path: Path) -> Non
 
 
 def test_two_runs_at_once_never_share_a_folder(tmp_path: Path) -> None:
-    same = ("run.name=shared", "training.num_train_epochs=1000")  # the first is still at work when the second has started
+    same = (
+        "run.name=shared",
+        "training.num_train_epochs=1000",
+    )  # the first is still at work when the second has started
     first = begin(tmp_path, "single", *same)
     wait_for_step(tmp_path, 4)
     second = go(tmp_path, "single", *same)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,12 @@ import psutil
 import pytest
 
 from distft import manifest
+from distft.probe import free_port
 from distft.run import RunFolder
 
-from ..distributed.conftest import finish
+from ..distributed.conftest import finish, start
 from ..distributed.test_guards import wait_for_step
-from .conftest import assert_gone, assert_same_run, begin, family, go, ranks
+from .conftest import RUN, assert_gone, assert_same_run, begin, family, go, ranks, until
 
 Whole = Callable[[str], RunFolder]
 LONG = ("training.num_train_epochs=200", "training.save_strategy=no", "evaluation.before_and_after=false")
@@ -96,3 +98,33 @@ def test_a_signal_while_the_group_is_started_again_ends_the_run(tmp_path: Path) 
     assert_gone(everyone)
     (path,) = (tmp_path / "runs").iterdir()
     assert json.loads((path / "summary.json").read_text())["status"] != "running"
+
+
+def test_a_signal_is_heard_while_a_rank_waits_for_others_that_never_come(tmp_path: Path) -> None:
+    """torch's C++ holds the main thread, so that Python's own handlers never run."""
+    port = free_port()
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    process = start([sys.executable, "-m", "distft.train", *RUN], tmp_path, MASTER_PORT=str(port), **alone)
+    sockets = psutil.Process(process.pid).net_connections
+    until(lambda: any(socket.laddr.port == port for socket in sockets()))
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    ended = finish(process, tmp_path)
+    assert ended.code == 75, ended.stderr[-3000:]
+    assert "stopped by SIGTERM" in ended.stderr
+    assert time.monotonic() - asked < 20
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+def test_a_signal_before_the_first_step_ends_all_ranks_together(rank: int | None, tmp_path: Path) -> None:
+    process = begin(tmp_path, "ddp")
+    until(lambda: list(tmp_path.glob("runs/*/recipe.yaml")))
+    everyone = family(process)
+    (process if rank is None else ranks(process)[rank]).send_signal(signal.SIGTERM)
+    ended = finish(process, tmp_path)
+    assert ended.code == 75, ended.stderr[-3000:]
+    assert "Traceback" not in ended.stderr
+    assert ended.folder.read_summary()["status"] == "interrupted"
+    assert ended.folder.read_faults() == []
+    assert_gone(everyone)
