@@ -1,4 +1,4 @@
-"""`distft …`: train, submit, jobs, fetch, recipes, experiments, report, data, merge."""
+"""`distft …`: train, submit, jobs, fetch, recipes, experiments, report, data, merge, doctor."""
 
 from __future__ import annotations
 
@@ -119,6 +119,15 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("folder", type=Path, help="run folder")
     merge.add_argument("--output", type=Path, help="folder to write; RUN/merged where it is not given")
     merge.set_defaults(run=_merge)
+
+    doctor = commands.add_parser(
+        "doctor", help="what this machine is, whether training can run on it, and what to mend"
+    )
+    doctor.add_argument("--json", action="store_true", help="the same for programs")
+    doctor.add_argument(
+        "--no-bandwidth", action="store_true", help="start no processes to measure all-reduce and all-gather"
+    )
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -316,6 +325,12 @@ def _merge(options: argparse.Namespace) -> None:
         raise RunFolderError(f"{target} exists, and distft never writes over anything; give another --output")
     merge(_load([f"recipe={folder.recipe}"]), folder.adapter, target, {"": 0} if visible_devices() else None)
     print(f"merged model: {target}")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from distft.doctor import doctor
+
+    return doctor(bandwidth=not options.no_bandwidth, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,18 @@ def _raise_on_signals() -> None:
     threading.Thread(target=hear, name="distft-signals", daemon=True).start()
 
 
+def end_with_parent() -> None:
+    """End this process with the one that started it and holds the other end of its standard input, however that ends."""
+
+    def wait() -> None:
+        # Not sys.stdin.read(): a thread that holds its lock while the interpreter shuts down aborts the process.
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def debug_flag(arguments: list[str]) -> list[str]:
     """`arguments` without `--debug`, which is remembered for this process and those it starts."""
     if "--debug" in arguments:

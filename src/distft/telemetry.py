@@ -279,7 +279,7 @@ def _start_wandb(recipe: Recipe, folder: RunFolder) -> None:
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("WANDB_MODE", "online" if _has_wandb_key() else "offline")
+    os.environ.setdefault("WANDB_MODE", "online" if has_wandb_key() else "offline")
     section = recipe.tracking
     run = wandb.init(
         project=section.project, entity=section.entity, group=section.group, tags=section.tags or None, name=folder.name,
@@ -288,11 +288,12 @@ def _start_wandb(recipe: Recipe, folder: RunFolder) -> None:
         settings=wandb.Settings(finish_timeout=_WANDB_FINISH_S),
     )  # fmt: skip
     if run.settings.mode == "offline":
-        why = "offline" if _has_wandb_key() else "no key, so offline"
+        why = "offline" if has_wandb_key() else "no key, so offline"
         say(f"wandb: {why}; sync later with: wandb sync {os.path.relpath(run.settings.sync_dir)}")
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
+    """Whether W&B would find a key here: in the environment, or in the netrc file where `wandb login` leaves it."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

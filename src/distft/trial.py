@@ -12,7 +12,6 @@ import json
 import os
 import resource
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from distft.loader import Collator
 from distft.machine import GIB, limit_gpu
 from distft.memory import MARGIN, device_memory, is_out_of_memory
 from distft.model import checkpoint, load_model, load_tokenizer, settle_adapter_dtype
+from distft.outcome import end_with_parent
 from distft.plan import Plan
 from distft.recipe import load_recipe
 from distft.run import RunFolder
@@ -140,7 +140,7 @@ def trial(results: Path, arguments: Sequence[str]) -> None:
 
 
 def main() -> int:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     results = Path(sys.argv[1])
     try:
         trial(results, sys.argv[2:])
@@ -151,11 +151,6 @@ def main() -> int:
             file.write(json.dumps({"failed": str(error).strip().splitlines()[0]}) + "\n")
         os._exit(1)  # an orderly end would wait for the others
     return 0
-
-
-def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
-    os._exit(1)
 
 
 if __name__ == "__main__":
