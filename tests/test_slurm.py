@@ -104,6 +104,36 @@ def test_a_time_limit_is_read_as_sbatch_reads_it(text: str | None, expected: flo
     assert seconds(text) == expected
 
 
+def dry_run(where: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "distft.cli", "submit", *words, "--dry-run"]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(where / "nothing")}
+    return subprocess.run(command, cwd=where, env=offline, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("recipe=tiny", "slurm.array=0-3"), "an array has the runs of an experiment"),
+        (("recipe=tiny", "slurm.nodes=3"), "does not divide into micro-batches of 4 on 3 processes"),
+        (("recipe=ddp_qlora", "data.name=tiny"), "meta-llama/Llama-2-7b-hf is not in the cache"),
+        (("experiment=tiny", "run.dir=x", "slurm.nodes=three"), "slurm.nodes"),
+    ],
+)
+def test_what_would_end_a_job_at_its_start_is_found_before_it_queues(
+    words: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    ended = dry_run(tmp_path, *words)
+    assert ended.returncode == 2
+    assert said in ended.stderr
+
+
+def test_an_experiment_is_one_array(tmp_path: Path) -> None:
+    ended = dry_run(tmp_path, "experiment=tiny", "slurm.partition=cpu")
+    assert ended.returncode == 0, ended.stderr
+    assert "#SBATCH --array=0-7" in ended.stdout
+    assert "  7) set -- " in ended.stdout and ended.stdout.count("slurm.partition=cpu") == 8
+
+
 def test_a_dry_run_prints_the_script_and_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "distft.cli", "submit", "recipe=tiny", "slurm.nodes=2", "--dry-run"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

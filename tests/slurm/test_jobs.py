@@ -24,6 +24,13 @@ from .cluster import Cluster
 TINY = ("recipe=tiny", "training.logging_steps=1", "training.eval_strategy=no", "training.save_strategy=steps", "training.save_steps=10",
         "training.save_total_limit=2", "tracking.report_to=[]", "evaluation.max_samples=8")  # fmt: skip
 STEPS = 60
+RANKS = """\
+base: tiny
+variants:
+  r16: {}
+  r4: {lora.r: 4}
+  broken: {lora.target_modules: [query]}
+"""
 LIMIT_S = 300
 
 Whole = Callable[[int], RunFolder]
@@ -229,6 +236,26 @@ def test_a_job_of_higher_priority_costs_no_work(cluster: Cluster, whole: Whole, 
     assert cluster.wait(high, limit_s=LIMIT_S) == "COMPLETED"
     assert cluster.wait(job, limit_s=LIMIT_S) == "COMPLETED", printed(tmp_path)
     assert_same(folder, whole(STEPS), requeues=1)
+
+
+def test_an_experiment_is_an_array_of_jobs_and_a_report_after_them(
+    cluster: Cluster, whole: Whole, tmp_path: Path
+) -> None:
+    file = tmp_path / "recipes" / "experiments" / "ranks.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(RANKS)
+    settings = [*TINY[1:], f"training.max_steps={STEPS}", "slurm.nodes=2"]
+    said = distft(cluster, tmp_path, "submit", "experiment=ranks", *settings)
+    array, report = [line.split()[1].rstrip(":") for line in said.splitlines()]
+    assert cluster.wait(report, limit_s=LIMIT_S) == "COMPLETED", printed(tmp_path)
+    ours = [RunFolder(tmp_path / "runs" / f"ranks-{name}") for name in ("r16", "r4", "broken")]
+    assert_same(ours[0], whole(STEPS), requeues=0)
+    assert ours[1].read_summary()["trainable_parameters"] < ours[0].read_summary()["trainable_parameters"]
+    text = (tmp_path / "runs" / "ranks.md").read_text()
+    assert "ranks-r16" in text and "ranks-r4" in text and "finished" in text
+    assert "ranks-broken" in text, "what did not run is named as missing"
+    states = {line.split()[0]: line.split()[2] for line in distft(cluster, tmp_path, "jobs").splitlines()[1:]}
+    assert states == {f"{array}_0": "COMPLETED", f"{array}_1": "COMPLETED", f"{array}_2": "FAILED", report: "COMPLETED"}
 
 
 def test_a_mistake_ends_the_job_with_two(cluster: Cluster, tmp_path: Path) -> None:
