@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from distft import data, strategy
+from distft import data, slurm, strategy
+from distft.experiment import load_experiment
 from distft.recipe import list_recipes, load_recipe
 from distft.sections import StrategyName
 
@@ -37,7 +38,7 @@ def commands(text: str) -> list[str]:
 
 
 ALL = [command for _, text in blocks("sh") for command in commands(text)]
-ELSEWHERE = [command for command in ALL if re.search(r"# needs (a GPU|the hub|SLURM)", command)]
+ELSEWHERE = [command for command in ALL if re.search(r"# .*needs (a GPU|the hub|SLURM)", command)]
 MAKE = [command for command in ALL if command.startswith("make ")]
 
 
@@ -92,8 +93,12 @@ def test_recipes_of_commands_for_other_machines_load(
 ) -> None:
     monkeypatch.chdir(reader)
     words = shlex.split(command, comments=True)
-    recipe = load_recipe([word for word in words if re.match(r"[\w.]+=", word)], checks=(strategy.faults, data.faults))
-    assert f"recipe={recipe.source.name}" in words
+    settings = [word for word in words if re.match(r"[\w.]+=", word)]
+    checks = (strategy.faults, data.faults, slurm.faults)
+    if "experiment=" in command:
+        assert f"experiment={load_experiment(settings, checks=checks).name}" in words
+    else:
+        assert f"recipe={load_recipe(settings, checks=checks).source.name}" in words
 
 
 @pytest.mark.parametrize("command", ELSEWHERE)
