@@ -9,6 +9,8 @@ runs/<name>/
   faults.jsonl        one record for each time that the run broke down: when, which rank, after which step, why
   probe.json          how much memory each micro-batch takes, where batching.micro_batch is auto
   stacks/             what every rank was doing when the run stood still
+  wandb/              W&B's own files, one folder in it for each start
+  wandb.json          the W&B run that all starts log to: its id, and the last step that went to it before the newest start
   summary.json        status, cause and the figures of the run
 """
 
@@ -127,6 +129,14 @@ class RunFolder:
         return self.path / "stacks"
 
     @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    @property
+    def wandb_run(self) -> Path:
+        return self.path / "wandb.json"
+
+    @property
     def probe(self) -> Path:
         """What each micro-batch takes, where `batching.micro_batch` is auto."""
         return self.path / "probe.json"
@@ -236,10 +246,13 @@ class RunFolder:
         """All records of `faults.jsonl`, oldest first."""
         return _read_lines(self.faults)
 
-    def keep_metrics(self, step: int) -> None:
-        """Drop the records after `step`, and a torn last line: a run that resumes there writes them anew."""
-        kept = [record for record in self.read_metrics() if record["step"] <= step]
+    def keep_metrics(self, step: int) -> int:
+        """Drop the records after `step`, and a torn last line: a run that resumes there writes them anew. Returns the last
+        step that there was a record of; -1 for none."""
+        records = self.read_metrics()
+        kept = [record for record in records if record["step"] <= step]
         write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        return max((int(record["step"]) for record in records), default=-1)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete records of `metrics.jsonl`; a last line torn by a kill is left out."""

@@ -5,13 +5,17 @@ All ranks measure and reduce; rank 0 alone writes metrics.jsonl, the console and
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import netrc
 import os
+import shutil
 import sys
 import time
 import urllib.parse
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +29,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from distft.machine import GIB, EnergyMeter, device_flops
 from distft.plan import Plan
 from distft.recipe import Recipe
-from distft.run import RunFolder, full
+from distft.run import RunFolder, full, to_json, write_atomically
 from distft.world import World, reduce, say
 
 
@@ -227,11 +231,18 @@ def perplexity(loss: float) -> float:
 
 
 class Guarded(TrainerCallback):  # type: ignore[misc]
-    """A tracker's callback whose failures cost one warning and the tracker, never the run."""
+    """A tracker's callback whose failures cost one warning and the tracker, never the run.
 
-    def __init__(self, name: str, inner: TrainerCallback) -> None:
-        self._name = name
+    What a resumed run logs again, of the steps up to `seen`, is left out: the tracker has it from an earlier start. What it
+    lacks of the `records` of earlier starts, for a kill came before it was sent, is made up for.
+    """
+
+    def __init__(
+        self, name: str, inner: TrainerCallback, seen: int = -1, records: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        self._name, self._seen = name, seen
         self._inner: TrainerCallback | None = inner
+        self._lacking = [record for record in records if record["step"] > seen]
 
     def __getattribute__(self, event: str) -> Any:
         if not event.startswith("on_"):
@@ -240,8 +251,16 @@ class Guarded(TrainerCallback):  # type: ignore[misc]
         def call(*args: Any, **kwargs: Any) -> None:
             if self._inner is None:
                 return
+            if event == "on_log" and args[1].global_step <= self._seen and "train_runtime" not in kwargs["logs"]:
+                return
             try:
                 getattr(self._inner, event)(*args, **kwargs)
+                if event == "on_train_begin":
+                    for record in self._lacking:
+                        then = copy.copy(args[1])
+                        then.global_step = record["step"]
+                        logs = {key: value for key, value in record.items() if key != "step"}
+                        self._inner.on_log(args[0], then, args[2], logs=logs)
             except Exception as error:  # whatever a tracker raises, the run goes on
                 self._inner = None
                 say(
@@ -251,19 +270,21 @@ class Guarded(TrainerCallback):  # type: ignore[misc]
         return call
 
 
-def trackers(recipe: Recipe, folder: RunFolder, world: World) -> list[TrainerCallback]:
-    """The trackers that the recipe reports to, on rank 0 alone, each guarded. Starts the W&B run."""
+def trackers(recipe: Recipe, folder: RunFolder, world: World, logged: int) -> list[TrainerCallback]:
+    """The trackers that the recipe reports to, on rank 0 alone, each guarded. Starts the W&B run, or goes on with it:
+    `logged` is the last step that earlier starts have logged (-1: none)."""
     if not world.is_main:
         return []
     found: list[TrainerCallback] = []
     for name in recipe.tracking.report_to:
+        seen, records = -1, []
         try:
             if name == "wandb":
-                _start_wandb(recipe, folder)
+                seen, records = _start_wandb(recipe, folder, logged), folder.read_metrics()
             if name == "tensorboard":
                 os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
             (cls,) = get_reporting_integration_callbacks([name])
-            found.append(Guarded(name, cls()))
+            found.append(Guarded(name, cls(), seen, records))
         except Exception as error:  # whatever a tracker raises, the run goes on
             say(
                 f"warning: {name} cannot be used and is left out; metrics.jsonl has every figure ({type(error).__name__}: {error})"
@@ -272,24 +293,42 @@ def trackers(recipe: Recipe, folder: RunFolder, world: World) -> list[TrainerCal
 
 
 _WANDB_FINISH_S = 60.0
+_WANDB_FLUSH_S = 1.0
+_WANDB_EMPTY = 7  # bytes: the head of a file without a record
 
 
-def _start_wandb(recipe: Recipe, folder: RunFolder) -> None:
-    """One W&B run with the resolved recipe as its config: online where there is a key, else offline."""
+def _start_wandb(recipe: Recipe, folder: RunFolder, logged: int) -> int:
+    """One W&B run for the folder, however often it is started: online where there is a key, else offline, with the resolved
+    recipe as its config. Returns the last step that the W&B run has already; -1 for none.
+
+    W&B's history only grows, and steps that came after the checkpoint are made again by a resumed run, with the same values.
+    Taking them back (`resume_from`) needs a server that can, so they are not sent twice instead. W&B counts its own
+    `_step` on from what it has, online and in `wandb sync`, which takes the folders of one id in the order of their start.
+    """
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_MODE", "online" if has_wandb_key() else "offline")
+    known = json.loads(folder.wandb_run.read_text(encoding="utf-8")) if folder.wandb_run.is_file() else None
+    identity = os.environ.get("WANDB_RUN_ID") or (known["id"] if known else uuid.uuid4().hex[:8])  # a sweep sets it
+    seen = max(known["step"], logged) if known else -1
+    write_atomically(folder.wandb_run, to_json({"id": identity, "step": seen}) + "\n")
+    for file in folder.wandb.glob("offline-run-*/run-*.wandb"):
+        if file.stat().st_size <= _WANDB_EMPTY:  # killed in its first second; `wandb sync` stops at such a file
+            shutil.rmtree(file.parent, ignore_errors=True)
     section = recipe.tracking
     run = wandb.init(
         project=section.project, entity=section.entity, group=section.group, tags=section.tags or None, name=folder.name,
-        dir=str(folder.path), config=recipe.model_dump(),
-        # By default a run whose server is gone never ends: it waits to upload. What is left out stays in `wandb/`.
-        settings=wandb.Settings(finish_timeout=_WANDB_FINISH_S),
+        dir=str(folder.path), config=recipe.model_dump(), id=identity, resume="allow",
+        # By default a run whose server is gone never ends: it waits to upload. What is left out stays in `wandb/`. And a
+        # kill would lose the last 15 s.
+        settings=wandb.Settings(finish_timeout=_WANDB_FINISH_S, x_transaction_log_flush_interval=_WANDB_FLUSH_S),
     )  # fmt: skip
     if run.settings.mode == "offline":
         why = "offline" if has_wandb_key() else "no key, so offline"
-        say(f"wandb: {why}; sync later with: wandb sync {os.path.relpath(run.settings.sync_dir)}")
+        say(f"wandb: {why}; sync later with: wandb sync {os.path.relpath(folder.wandb)}")
+        return seen
+    return int(run.summary.get("train/global_step", -1)) if run.resumed else -1  # the server knows what has come there
 
 
 def has_wandb_key() -> bool:

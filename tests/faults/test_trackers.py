@@ -2,45 +2,56 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from distft.run import RunFolder
 
-from ..distributed.conftest import finish
+from ..distributed.conftest import finish, start
 from ..distributed.test_artefacts import wandb_records
 from ..distributed.test_guards import wait_for_step
-from .conftest import assert_gone, assert_same_run, begin, family, until
+from .conftest import STEPS, assert_gone, assert_same_run, begin, family, ranks, until
 
 Whole = Callable[[str], RunFolder]
 
-# As much of a W&B server as wandb asks for when a run begins; it notes each request on stdout.
+# As much of a W&B server as wandb asks for when a run begins or goes on: it keeps the history of one run, and notes each
+# request on stdout, with the steps of the history that it holds by then.
 SERVER = """
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 PROJECT = {"id": "p", "name": "distft", "entity": {"id": "e", "name": "me"}}
-BUCKET = {"id": "b", "name": "run", "displayName": "run", "config": "{}", "project": PROJECT, "historyLineCount": 0}
-ANSWER = {
-    "viewer": {"id": "v", "entity": "me", "flags": "{}", "teams": {"edges": []}},
-    "upsertBucket": {"bucket": BUCKET, "inserted": True},
-    "createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []},
-}
+BUCKET = {"id": "b", "name": "run", "displayName": "run", "config": "{}", "project": PROJECT, "tags": [],
+          "eventsLineCount": 0, "logLineCount": 0, "eventsTail": "[]", "wandbConfig": json.dumps({"t": 1})}
+HISTORY = {}
 
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        body = json.dumps({"data": ANSWER}).encode()
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        asked = json.loads(content) if content.startswith(b"{") else {}  # wandb's telemetry is protobuf
+        lines = asked.get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
+        HISTORY.update(enumerate(lines["content"], lines["offset"]))
+        last = HISTORY[max(HISTORY)] if HISTORY else "{}"
+        bucket = BUCKET | {"historyLineCount": len(HISTORY), "historyTail": json.dumps([last]), "summaryMetrics": last}
+        body = json.dumps({"data": {
+            "viewer": {"id": "v", "entity": "me", "flags": "{}", "teams": {"edges": []}},
+            "upsertBucket": {"bucket": bucket, "inserted": not HISTORY},
+            "createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []},
+            "model": {"id": "p", "name": "distft", "bucket": bucket if HISTORY else None},
+        }}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-        print(self.path, flush=True)
+        rows = [json.loads(HISTORY[number]) for number in sorted(HISTORY)]
+        print(self.path, json.dumps([[row["_step"], row.get("train/global_step"), "train/loss" in row] for row in rows]), flush=True)
 
     def log_message(self, *words):
         pass
@@ -51,23 +62,36 @@ server.serve_forever()
 """
 
 
-def test_a_server_that_dies_during_the_run(uninterrupted: Whole, tmp_path: Path) -> None:
-    whole = uninterrupted("ddp")
-    requests = tmp_path / "requests"
+@contextmanager
+def wandb_server(where: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """The file in which a server notes its requests, and the environment that sends wandb there."""
+    requests = where / "requests"
     with requests.open("w") as output:
         server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=output)
     try:
         until(lambda: requests.read_text().endswith("\n"))
         port = requests.read_text().split()[0]
-        process = begin(
-            tmp_path, "ddp", "tracking.report_to=[wandb]", WANDB_MODE="online", WANDB_API_KEY="0" * 40,
-            WANDB_BASE_URL=f"http://127.0.0.1:{port}",
-        )  # fmt: skip
-        wait_for_step(tmp_path, 3)
-        until(lambda: "file_stream" in requests.read_text())
+        yield requests, {
+            "WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
+        }  # fmt: skip
     finally:
         server.kill()
         server.wait()
+
+
+def assert_whole_history(requests: Path) -> None:
+    """The server holds every step's loss once, in order, and W&B's own count without a gap."""
+    rows = json.loads(requests.read_text().splitlines()[-1].split(" ", 1)[1])
+    assert [row[0] for row in rows] == list(range(len(rows)))
+    assert [row[1] for row in rows if row[2]] == list(range(1, STEPS + 1))
+
+
+def test_a_server_that_dies_during_the_run(uninterrupted: Whole, tmp_path: Path) -> None:
+    whole = uninterrupted("ddp")
+    with wandb_server(tmp_path) as (requests, environment):
+        process = begin(tmp_path, "ddp", "tracking.report_to=[wandb]", **environment)
+        wait_for_step(tmp_path, 3)
+        until(lambda: "file_stream" in requests.read_text())
     everyone = family(process)
     killed = time.monotonic()
     ended = finish(process, tmp_path)
@@ -85,3 +109,32 @@ def test_an_interrupted_run_is_not_shown_as_finished(tmp_path: Path) -> None:
     assert finish(process, tmp_path).code == 75
     (exit_record,) = [record.exit for record in wandb_records(folder.path / "wandb") if record.HasField("exit")]
     assert exit_record.exit_code == 1
+
+
+def test_restarts_are_one_wandb_run_offline(tmp_path: Path) -> None:
+    """A rank is killed after steps that no checkpoint has: they are made again, and logged once."""
+    process = begin(tmp_path, "ddp", "tracking.report_to=[wandb]", "training.save_steps=8")
+    folder = wait_for_step(tmp_path, 12)
+    ranks(process)[1].send_signal(signal.SIGKILL)
+    ended = finish(process, tmp_path)
+    assert ended.code == 0, ended.stderr[-3000:]
+    identity = json.loads(folder.wandb_run.read_text())["id"]
+    assert [path.name.rpartition("-")[2] for path in folder.wandb.glob("offline-run-*")] == [identity] * 2
+    assert f"wandb sync {folder.wandb.relative_to(tmp_path)}" in ended.stderr
+
+    with wandb_server(tmp_path) as (requests, environment):
+        command = [str(Path(sys.executable).parent / "wandb"), "sync", str(folder.wandb)]
+        ended = finish(start(command, tmp_path, **environment), tmp_path)
+        assert ended.code == 0, ended.stderr
+        assert_whole_history(requests)
+
+
+def test_restarts_are_one_wandb_run_online(tmp_path: Path) -> None:
+    with wandb_server(tmp_path) as (requests, environment):
+        process = begin(tmp_path, "single", "tracking.report_to=[wandb]", "training.save_steps=8", **environment)
+        folder = wait_for_step(tmp_path, 12)
+        ranks(process)[0].send_signal(signal.SIGKILL)
+        ended = finish(process, tmp_path)
+        assert ended.code == 0, ended.stderr[-3000:]
+        assert len(list(folder.wandb.glob("run-*"))) == 2
+        assert_whole_history(requests)
