@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from distft.experiment_file import list_experiments
 from distft.recipe import list_recipes
 
 ROOT = Path(__file__).parents[1]
@@ -39,11 +40,16 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_files_read_at_run_time_travel_in_the_wheel(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    shipped = [*ROOT.glob("recipes/*"), *ROOT.glob("accelerate_configs/*.yaml"), ROOT / "slurm" / "train.sbatch"]
+    shipped = [*ROOT.glob("recipes/**/*"), *ROOT.glob("accelerate_configs/*.yaml"), ROOT / "slurm" / "train.sbatch"]
     expected = {f"distft/{path.relative_to(ROOT).as_posix()}" for path in shipped if path.is_file()}
     assets = [path for path in (ROOT / "src" / "distft" / "assets").iterdir() if path.is_file()]
     expected |= {f"distft/assets/{path.name}" for path in assets} | {"distft/py.typed"}
-    assert {"distft/recipes/tiny.yaml", "distft/recipes/recipe.schema.json", "distft/slurm/train.sbatch"} <= expected
+    assert {
+        "distft/recipes/tiny.yaml",
+        "distft/recipes/experiments/tiny.yaml",
+        "distft/recipes/recipe.schema.json",
+        "distft/slurm/train.sbatch",
+    } <= expected
     assert not expected - names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert not [name for name in names if not name.startswith("distft")]
@@ -59,6 +65,7 @@ def test_an_installed_distft_needs_no_checkout(installed: Path, tmp_path: Path) 
         return ended.stdout
 
     assert [line.split()[0] for line in distft("recipes", "list").splitlines()] == list(list_recipes(tmp_path))
+    assert [line.split()[0] for line in distft("experiments", "list").splitlines()] == list(list_experiments(tmp_path))
     shown = distft("recipes", "show", "tiny")
     assert str(installed / "distft" / "recipes" / "tiny.yaml") in shown
     assert str(ROOT) not in shown

@@ -19,6 +19,7 @@ import pytest
 
 from distft import data, slurm, strategy
 from distft.experiment import load_experiment
+from distft.experiment_file import list_experiments
 from distft.recipe import list_recipes, load_recipe
 from distft.sections import StrategyName
 
@@ -51,7 +52,7 @@ def reader(tmp_path: Path) -> Path:
         rows.writerows([f"What is {n} and {n}?", f"It is {2 * n}."] for n in range(40))
     for _, text in blocks("yaml"):
         path = tmp_path / text.splitlines()[0].removeprefix("# ")
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return tmp_path
 
@@ -126,6 +127,11 @@ def test_messages_are_the_real_ones(reader: Path) -> None:
         assert ended.stderr == shown
 
 
+def test_the_page_s_experiment_is_one(reader: Path) -> None:
+    experiment = load_experiment(["experiment=precision"], checks=(strategy.faults, data.faults), folder=reader)
+    assert [run.variant for run in experiment.runs] == ["bits4", "bits32"] * 3
+
+
 def rows_of(heading: str) -> list[list[str]]:
     """The cells of the table under `## heading`, without its head."""
     section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
@@ -135,6 +141,7 @@ def rows_of(heading: str) -> list[list[str]]:
 
 def test_tables_name_every_shipped_recipe_and_every_strategy(tmp_path: Path) -> None:
     assert {row[0].strip("`") for row in rows_of("Recipes")} == set(list_recipes(tmp_path))
+    assert {row[0].strip("`") for row in rows_of("Experiments and reports")} == set(list_experiments(tmp_path))
     assert [row[0].strip("`") for row in rows_of("Strategies")] == list(StrategyName.__args__)
 
 

@@ -6,10 +6,14 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from distft.report import FIGURES, LOSS_TOLERANCE, Comparison, Figure, Report, Spread
+from distft.report import FIGURES, LOSS_TOLERANCE, ROUNDING, Comparison, Figure, Report, Spread
 
 UNKNOWN = "–"
 _NAMES_IN_A_ROW = 6
+_RANGES = (
+    "The median of the finished runs, and from the least to the greatest. Repeats share the seed: their range is what the "
+    "machine makes of one training, not what another seed would give."
+)
 
 
 def markdown(report: Report) -> str:
@@ -60,7 +64,7 @@ def _variants(report: Report) -> list[str]:
         for variant in report.variants
     ]  # fmt: skip
     head = ["variant", "finished", *(figure.title for figure in known)]
-    return ["## Variants", "The median of the finished runs, and from the least to the greatest.", _table(head, rows)]
+    return ["## Variants", _RANGES, _table(head, rows)]
 
 
 def _comparisons(report: Report) -> list[str]:
@@ -74,6 +78,7 @@ def _comparisons(report: Report) -> list[str]:
     legend = {
         "different": "`× 1.23`: the medians' ratio, where the ranges of both variants' runs are apart.",
         "no difference": "`no difference`: the ranges touch.",
+        "equal": f"`equal`: all runs within {ROUNDING:.2%} of each other.",
         "no spread": "`(× 1.23)`: one run on a side, so that there is no spread to judge by; this may be chance.",
     }
     reasons = dict.fromkeys(

@@ -19,6 +19,9 @@ from distft.yaml12 import parse_yaml
 LOSS_TOLERANCE = 0.01
 """Losses of two variants that are further apart than this share of the first one's are not equal."""
 
+ROUNDING = 1e-4
+"""Figures that all lie within this share of each other are equal: strategies round sums in different orders."""
+
 _NAMES_OF_A_RUN = ("run.name", "run.dir", "run.resume", "run.force", "tracking.")
 """What makes no difference to what a run does."""
 
@@ -135,7 +138,7 @@ class Equality:
 @dataclass(frozen=True)
 class Comparison:
     """A variant beside the first, in one figure. `verdict`: `different` (their ranges are apart), `no difference` (they
-    touch), `equal` (every value is the same), `no spread` (fewer than two runs on a side) or `not compared` (`why` not)."""
+    touch), `equal` (all but for rounding), `no spread` (fewer than two runs on a side) or `not compared` (`why` not)."""
 
     variant: str
     against: str
@@ -216,14 +219,13 @@ def _read(folder: RunFolder) -> Run:
         metrics = folder.read_metrics()
     except ValueError as error:
         raise RunFolderError(f"{folder.metrics} is damaged: {error}") from error
-    losses = [record["loss"] for record in metrics if record.get("loss") is not None]
-    last: Mapping[str, Any] = metrics[-1] if metrics else {}
     before, after = summary.get("eval_before") or {}, summary.get("eval_after") or {}
-    # While a run is not finished its summary has no figures, and its last log is what is known.
-    known = {key: summary.get(key) if summary.get(key) is not None else last.get(key) for key in ("samples", "tokens")}
-    figures = {figure.key: summary.get(figure.key) for figure in FIGURES} | known | {
-        "steps": summary["steps"] if summary.get("steps") is not None else last.get("step"),
-        "final_loss": losses[-1] if losses else None,
+    logged = {key: value for record in metrics for key, value in record.items() if value is not None}
+    # Until a run has finished its summary has no figures; how far it came stands in its log.
+    counts = {key: logged.get(key) if summary.get(key) is None else summary[key] for key in ("samples", "tokens")}
+    steps = logged.get("step") if summary.get("steps") is None else summary["steps"]
+    figures = {figure.key: summary.get(figure.key) for figure in FIGURES} | counts | {
+        "steps": steps, "final_loss": logged.get("loss"),
         "eval_loss_before": before.get("loss"), "eval_loss_after": after.get("loss"),
         "perplexity_before": before.get("perplexity"), "perplexity_after": after.get("perplexity"),
     }  # fmt: skip
@@ -347,7 +349,8 @@ def _compare(first: str, name: str, done: Mapping[str, Sequence[Run]], declared:
 
 def judge(one: Spread, other: Spread) -> str:
     """Whether two variants differ in a figure, by the ranges of their runs."""
-    if one.least == one.greatest == other.least == other.greatest:
+    least, greatest = min(one.least, other.least), max(one.greatest, other.greatest)
+    if greatest - least <= ROUNDING * abs(greatest):
         return "equal"
     if one.runs < 2 or other.runs < 2:
         return "no spread"
