@@ -127,9 +127,7 @@ _BUCKET = 25 * 2**20
 """bytes that DDP reduces at once (torch's bucket_cap_mb)."""
 
 
-def traffic(
-    scheme: Scheme, shape: Shape, trained: int, gpus: int, rounds: float, hardware: Hardware
-) -> Traffic:
+def traffic(scheme: Scheme, shape: Shape, trained: int, gpus: int, rounds: float, hardware: Hardware) -> Traffic:
     """Of a step of `rounds` micro-batches with `trained` parameters trained, whose gradients are fp32; weights are gathered in
     bf16. FSDP2 gathers layer by layer in every micro-batch and copies what it gathered once more, and averages once a step."""
     if gpus == 1:

@@ -24,8 +24,19 @@ from typing import Any
 import numpy as np
 import synthetic
 from cluster import (
-    GB, Compute, Hardware, Load, Scheme, between_failures_s, checkpoint_bytes, read_seconds, save_interval_s, step, steps_needed,
-    store_connections, write_seconds,
+    GB,
+    Compute,
+    Hardware,
+    Load,
+    Scheme,
+    between_failures_s,
+    checkpoint_bytes,
+    read_seconds,
+    save_interval_s,
+    step,
+    steps_needed,
+    store_connections,
+    write_seconds,
 )  # fmt: skip
 
 from distft.estimate import Shape, device_bytes
@@ -45,8 +56,8 @@ SAMPLES, BUDGET = 32, 9_216  # samples a GPU in a step, one pack; batching.micro
 CRITICAL = 256  # samples: an assumption, see the document
 
 # The published config.json of each.
-_LLAMA_3 = {"vocab_size": 128_256, "num_key_value_heads": 8, "tie_word_embeddings": False}
-MODELS = {
+_LLAMA_3: dict[str, Any] = {"vocab_size": 128_256, "num_key_value_heads": 8, "tie_word_embeddings": False}
+MODELS: dict[str, dict[str, Any]] = {
     "Llama-2-7B": synthetic.LLAMA_2_7B,
     "Llama-3.1-8B": _LLAMA_3 | {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "Llama-3.1-70B": _LLAMA_3 | {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64},
@@ -99,13 +110,16 @@ def adapter(name: str) -> int:
 
 @functools.cache
 def load(gpus: int, batch: int) -> Load:
-    """What distft's plan gives to the ranks, in the mean of four steps of `batch` samples of Dolly-15k's lengths."""
+    """What distft's plan gives to the ranks, in the mean of the steps of an epoch of `batch` samples each, of Dolly-15k's lengths, or of four."""
     count = max(DOLLY, 4 * batch)
     lengths = synthetic.sample_lengths(synthetic.SHAPES["llama-2-7b"], count, np.random.default_rng(0))
     recipe = model(LLAMA)[1]["ddp_bf16"]
     batching = recipe.batching.model_copy(update={"global_batch_size": batch, "micro_batch_tokens": BUDGET})
     plan = Plan(lengths, batching, recipe.run.seed)
-    steps = [[[int(lengths[pack].sum()) for pack in ranks] for ranks in plan.micro_batches(n, gpus)] for n in range(4)]
+    steps = [
+        [[int(lengths[pack].sum()) for pack in ranks] for ranks in plan.micro_batches(number, gpus)]
+        for number in range(max(4, DOLLY // batch))
+    ]
     packs = [size for rounds in steps for sizes in rounds for size in sizes]
     return Load(
         sum(map(len, steps)) / len(steps), sum(max(sizes) for rounds in steps for sizes in rounds) / len(steps),
@@ -140,7 +154,9 @@ def duration(seconds: float) -> str:
     return f"{number(seconds)} s"
 
 
-def _rates(scheme: Scheme, gpus: int, batch: int, machine: Hardware, name: str = LLAMA, overlap: float = 0.0) -> tuple[Any, float]:
+def _rates(
+    scheme: Scheme, gpus: int, batch: int, machine: Hardware, name: str = LLAMA, overlap: float = 0.0
+) -> tuple[Any, float]:
     """A step and its samples/s."""
     shape, trained = model(name)[0], adapter(name)
     done = step(scheme, shape, trained, compute().of(shape, model(LLAMA)[0]), load(gpus, batch), gpus, machine, overlap)
@@ -160,7 +176,16 @@ def steps() -> str:
                 number(1e3 * done.compute), number(1e3 * done.traffic.seconds), number(rate),
                 f"{rate / gpus / alone:.0%} – {hidden / gpus / alone:.0%}",
             ])  # fmt: skip
-    head = ("GPUs", "strategy", "sent, GB", "to other nodes, GB", "computing, ms", "communicating, ms", "samples/s", "efficiency")
+    head = (
+        "GPUs",
+        "strategy",
+        "sent, GB",
+        "to other nodes, GB",
+        "computing, ms",
+        "communicating, ms",
+        "samples/s",
+        "efficiency",
+    )
     return table(head, rows)
 
 
@@ -202,7 +227,12 @@ def batches() -> str:
 
 def memories() -> str:
     rows = []
-    kinds = (("LoRA, DDP, 4-bit base", "ddp_qlora"), ("LoRA, DDP", "ddp_bf16"), ("LoRA, FSDP2 or HSDP", "fsdp_bf16"), ("all parameters, FSDP2 or HSDP", "full_fsdp"))
+    kinds = (
+        ("LoRA, DDP, 4-bit base", "ddp_qlora"),
+        ("LoRA, DDP", "ddp_bf16"),
+        ("LoRA, FSDP2 or HSDP", "fsdp_bf16"),
+        ("all parameters, FSDP2 or HSDP", "full_fsdp"),
+    )
     for name in MODELS:
         for kind, recipe in kinds:
             sharded = recipe in ("fsdp_bf16", "full_fsdp")
@@ -236,9 +266,20 @@ def starts() -> str:
     sizes = {name: 2.0 * model(name)[0].parameters for name in (LLAMA, "Llama-3.1-70B")}
     for gpus in GPUS:
         nodes = machine.nodes(gpus)
-        cells = [f"{number(nodes * size / GB)} GB, {duration(read_seconds(size, nodes, machine))}" for size in sizes.values()]
+        cells = [
+            f"{number(nodes * size / GB)} GB, {duration(read_seconds(size, nodes, machine))}" for size in sizes.values()
+        ]
         sent = [duration(size / machine.network) if nodes > 1 else "–" for size in sizes.values()]
-        rows.append([f"{gpus:,}", f"{nodes:,}", f"{store_connections(gpus):,}", f"{nodes:,}", *cells, " / ".join(dict.fromkeys(sent))])
+        rows.append(
+            [
+                f"{gpus:,}",
+                f"{nodes:,}",
+                f"{store_connections(gpus):,}",
+                f"{nodes:,}",
+                *cells,
+                " / ".join(dict.fromkeys(sent)),
+            ]
+        )
     return table(
         ("GPUs", "nodes", "connections to rank 0", "to the rendezvous", *(f"all nodes read {name}" for name in sizes), "or one reads and sends"),
         rows,
@@ -287,7 +328,9 @@ def checks() -> list[Check]:
         tokens = runs[one]["pack_tokens"] or 6_656
         alone = Compute(0.0, 1 / runs[one]["tokens_per_second"])
         done = step(scheme, model(LLAMA)[0], adapter(LLAMA), alone, Load(1, tokens, 0, 0), 2, hardware())
-        return Check(f"tokens/s, {two}, from {one}{remark}", 2 * tokens / done.seconds, runs[two]["tokens_per_second"], tolerance)
+        return Check(
+            f"tokens/s, {two}, from {one}{remark}", 2 * tokens / done.seconds, runs[two]["tokens_per_second"], tolerance
+        )
 
     found = [
         speed("trl_packed_1", "trl_packed_ddp_nf4_2", DDP, 0.05),
@@ -304,7 +347,9 @@ def checks() -> list[Check]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="predicted beside measured; ends 1 where a claim does not hold")
+    parser.add_argument(
+        "--check", action="store_true", help="predicted beside measured; ends 1 where a claim does not hold"
+    )
     parser.add_argument("--update", type=Path, metavar="DOCUMENT", help="put the tables into this document")
     options = parser.parse_args(arguments)
     if options.check:

@@ -77,9 +77,7 @@ def model(work: Path, shape: Shape) -> Path:
     return folder
 
 
-def sample_lengths(
-    shape: Shape, count: int, generator: np.random.Generator
-) -> np.ndarray[Any, np.dtype[np.int64]]:
+def sample_lengths(shape: Shape, count: int, generator: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Tokens of `count` samples: those of Dolly-15k under Llama-2's tokenizer, log-normal with median 115 and mean 205, from 16
     to 1,024."""
     normal = statistics.NormalDist()
