@@ -77,17 +77,20 @@ def model(work: Path, shape: Shape) -> Path:
     return folder
 
 
-def rows(work: Path, shape: Shape, count: int, seed: int = 0) -> tuple[Path, np.ndarray[Any, np.dtype[np.int64]]]:
-    """A .jsonl file of `count` texts, and the tokens of each with its end-of-sequence token.
-
-    The lengths are those of Dolly-15k under Llama-2's tokenizer: log-normal with median 115 and mean 205, from 16 to 1,024.
-    """
-    generator = np.random.default_rng(seed)
+def sample_lengths(shape: Shape, count: int, generator: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Tokens of `count` samples: those of Dolly-15k under Llama-2's tokenizer, log-normal with median 115 and mean 205, from 16
+    to 1,024."""
     normal = statistics.NormalDist()
     # The quantiles themselves, shuffled: few rows have the same median and mean as many. 1.17 gives this mean after clipping.
     quantiles = np.array([normal.inv_cdf((number + 0.5) / count) for number in range(count)])
     drawn = np.exp(np.log(115) + 1.17 * generator.permutation(quantiles))
-    lengths = (np.clip(drawn.round(), 16, 1024) / shape.divisor).astype(np.int64).clip(min=2)
+    return (np.clip(drawn.round(), 16, 1024) / shape.divisor).astype(np.int64).clip(min=2)
+
+
+def rows(work: Path, shape: Shape, count: int, seed: int = 0) -> tuple[Path, np.ndarray[Any, np.dtype[np.int64]]]:
+    """A .jsonl file of `count` texts of `sample_lengths`, and the tokens of each with its end-of-sequence token."""
+    generator = np.random.default_rng(seed)
+    lengths = sample_lengths(shape, count, generator)
     path = work / f"rows-{shape.name}-{count}.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for length in lengths:

@@ -1,0 +1,247 @@
+"""A model of training on many GPUs: seconds of computation and communication in a step, bytes on the wire, checkpoints, start-up.
+
+Pure functions over small types; `scaling.py` prints what they say and compares it with what was measured. Sources:
+collectives cost latency + bytes / bandwidth (Thakur, Rabenseifner, Gropp, "Optimization of collective communication operations in
+MPICH", IJHPCA 19, 2005), with the bytes of NCCL's rings (github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md) and the latencies of
+NCCL's own model (github.com/NVIDIA/nccl, v2.20, src/graph/tuning.cc); what is sent when is FSDP's (Zhao et al. 2023,
+arXiv:2304.11277) and ZeRO's (Rajbhandari et al. 2020, arXiv:1910.02054).
+
+Not in the model: stragglers and jitter, other jobs on the network, in-network reduction (SHARP), the host's time beyond
+what one GPU showed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from distft.estimate import Shape
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Nodes of GPUs. Bandwidths are bytes/s of one GPU in one direction, as a large collective reaches them."""
+
+    nvlink: float
+    """Within a node; measured on two GPUs."""
+    network: float = 0.8 * 400e9 / 8
+    """Between nodes. One 400 Gb/s adapter a GPU (NVIDIA DGX H200 data sheet), of which 80% is assumed to be reached."""
+    memory_bandwidth: float = 4.8e12
+    """bytes/s (NVIDIA H200 data sheet)."""
+    gpus_per_node: int = 8
+    node_storage: float = 2 * GB
+    """bytes/s between one node and the shared file system: an assumption, to be measured."""
+    storage: float = 20 * GB
+    """bytes/s that the shared file system gives to all nodes together: an assumption, to be measured."""
+    hashing: float = 1 * GB
+    """bytes/s of SHA-256 on one core: an assumption; 0.6 were seen on an old one."""
+
+    def nodes(self, gpus: int) -> int:
+        return math.ceil(gpus / self.gpus_per_node)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks of one collective and the nodes that they are spread over evenly."""
+
+    ranks: int
+    nodes: int
+
+    def bandwidth(self, hardware: Hardware) -> float:
+        """Of each rank's ring: a ring over k GPUs of a node is k rings, and leaves the node through k adapters."""
+        if self.nodes == 1:
+            return hardware.nvlink
+        return min(hardware.nvlink, hardware.network * self.ranks / self.nodes)
+
+
+# Protocol: seconds a hop within a node, seconds a hop between nodes, share of the bandwidth. NCCL takes what is quickest.
+_RING = {"Simple": (3.4e-6, 14e-6, 1.0), "LL128": (1.9e-6, 4.0e-6, 0.92)}
+_TREE = {"Simple": (28e-6, 28e-6, 0.92), "LL128": (1.25e-6, 8.5e-6, 0.86)}
+
+
+def ring(size: float, group: Group, hardware: Hardware) -> float:
+    """Seconds of an all-gather or reduce-scatter of `size` bytes in all: n - 1 hops, (n - 1) / n of the bytes."""
+    between = group.nodes - 1
+    within = group.ranks - 1 - between
+    wire = size * (group.ranks - 1) / group.ranks / group.bandwidth(hardware)
+    return min(within * near + between * far + wire / share for near, far, share in _RING.values())
+
+
+def tree(size: float, group: Group, hardware: Hardware) -> float:
+    """Seconds of an all-reduce of `size` bytes up and down a double binary tree over nodes, a chain in each."""
+    if group.ranks == 1:
+        return 0.0
+    within, between = group.ranks / group.nodes - 1, math.log2(group.nodes)
+    wire = size / group.bandwidth(hardware)
+    return min(2 * (within * near + between * far + wire / share) for near, far, share in _TREE.values())
+
+
+def all_reduce(size: float, group: Group, hardware: Hardware) -> float:
+    """Seconds: a ring is a reduce-scatter and an all-gather."""
+    return min(2 * ring(size, group, hardware), tree(size, group, hardware))
+
+
+Sharded = Literal["nothing", "optimizer", "world", "node"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A recipe, and over what its base model, gradients and optimizer states are sharded: DDP nothing, ZeRO-2 the last two over
+    the world, FSDP2 and ZeRO-3 all over the world, HSDP all over a node's GPUs, with whole copies on the nodes."""
+
+    name: str
+    recipe: str
+    sharded: Sharded
+    reshard: bool = True
+    """Whether weights are dropped after the forward pass and gathered again for the backward pass."""
+
+    def shards(self, gpus: int, hardware: Hardware) -> int:
+        """Ranks that share one copy of the base model."""
+        return {"nothing": 1, "optimizer": 1, "world": gpus, "node": min(gpus, hardware.gpus_per_node)}[self.sharded]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one GPU does in a step for the sake of the others: bytes sent, those of them that leave its node, and seconds."""
+
+    sent: float = 0.0
+    leaving: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.sent + other.sent, self.leaving + other.leaving, self.seconds + other.seconds)
+
+    def __mul__(self, times: float) -> Traffic:
+        return Traffic(self.sent * times, self.leaving * times, self.seconds * times)
+
+
+def _traffic(size: float, group: Group, seconds: float, passes: int) -> Traffic:
+    sent = passes * size * (group.ranks - 1) / group.ranks
+    return Traffic(sent, sent * group.nodes / group.ranks if group.nodes > 1 else 0.0, seconds)
+
+
+_BUCKET = 25 * 2**20
+"""bytes that DDP reduces at once (torch's bucket_cap_mb)."""
+
+
+def traffic(scheme: Scheme, shape: Shape, trained: int, gpus: int, rounds: float, hardware: Hardware) -> Traffic:
+    """Of a step of `rounds` micro-batches with `trained` parameters trained, whose gradients are fp32; weights are gathered in
+    bf16. FSDP2 gathers layer by layer in every micro-batch and copies what it gathered once more, and averages once a step."""
+    if gpus == 1:
+        return Traffic()
+    world = Group(gpus, hardware.nodes(gpus))
+    gradients = 4.0 * trained
+    if scheme.sharded == "nothing":
+        buckets = math.ceil(gradients / _BUCKET)
+        return _traffic(gradients / buckets, world, all_reduce(gradients / buckets, world, hardware), 2) * buckets
+    if scheme.sharded == "optimizer":
+        one = _traffic(gradients, world, ring(gradients, world, hardware), 1)
+        return one * (rounds + 1)  # DeepSpeed reduces in every micro-batch, and gathers what it has updated
+    shards = scheme.shards(gpus, hardware)
+    group = world if shards == gpus else Group(shards, 1)
+    units = shape.layers + 2  # the embeddings, and the last norm with the head, are units of their own
+    weights = 2.0 * (shape.parameters + (0 if trained == shape.parameters else trained)) / units
+    gathered = _traffic(weights, group, ring(weights, group, hardware) + 2 * weights / hardware.memory_bandwidth, 1)
+    averaged = _traffic(gradients / units, group, ring(gradients / units, group, hardware), 1)
+    if shards < gpus:
+        copies, part = Group(gpus // shards, gpus // shards), gradients / units / shards
+        averaged += _traffic(part, copies, all_reduce(part, copies, hardware), 2)
+    return (gathered * (rounds * (2 if scheme.reshard else 1)) + averaged) * units
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Seconds of a pack on one GPU: some for each pack, whatever is in it, and some for each token."""
+
+    pack_s: float
+    token_s: float
+
+    def of(self, shape: Shape, reference: Shape, *, full: bool = False) -> Compute:
+        """The same GPU with another model: kernels go with the layers, products with the parameters; training all of them is
+        6 FLOPs a parameter and token in place of 4."""
+        return Compute(
+            self.pack_s * shape.layers / reference.layers,
+            self.token_s * products(shape) / products(reference) * (1.5 if full else 1.0),
+        )
+
+
+def products(shape: Shape) -> float:
+    """Parameters that take part in matrix products: the linear layers and the head, which is as large as the embeddings."""
+    linear = sum(i * o for _, i, o in shape.linears)
+    return linear + (shape.parameters - linear) / 2
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a step gives the ranks: micro-batches, the tokens of the rank that has most in each (summed over them), the share of
+    packs that are spare, samples in all."""
+
+    rounds: float
+    heaviest: float
+    spare: float
+    samples: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of a step and what they are."""
+
+    compute: float
+    traffic: Traffic
+    overlap: float = 0.0
+    """Share of the communication that runs beside the computation, where there is as much computation. 0 is what two GPUs showed."""
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.traffic.seconds - self.overlap * min(self.compute, self.traffic.seconds)
+
+
+def step(
+    scheme: Scheme, shape: Shape, trained: int, compute: Compute, load: Load, gpus: int, hardware: Hardware, overlap: float = 0.0
+) -> Step:  # fmt: skip
+    busy = compute.pack_s * load.rounds + compute.token_s * load.heaviest
+    return Step(busy, traffic(scheme, shape, trained, gpus, load.rounds, hardware), overlap)
+
+
+# ---- around the steps ------------------------------------------------------------------------------------------------
+
+
+def checkpoint_bytes(trained: int) -> float:
+    """fp32 weights of what is trained and AdamW's two fp32 states."""
+    return 12.0 * trained
+
+
+def write_seconds(size: float, nodes: int, hardware: Hardware) -> float:
+    """Of `size` bytes that `nodes` nodes write, each a part."""
+    return size / min(hardware.storage, nodes * hardware.node_storage)
+
+
+def read_seconds(size: float, nodes: int, hardware: Hardware) -> float:
+    """Until each of `nodes` nodes has read all `size` bytes from the shared file system."""
+    return max(size / hardware.node_storage, nodes * size / hardware.storage)
+
+
+def between_failures_s(gpus: int) -> float:
+    """Mean time between unexpected interruptions of a job. Llama 3 saw 419 in 54 days on 16,384 H100 (Grattafiori et al. 2024,
+    arXiv:2407.21783, section 3.3.4); taken to go with the number of GPUs."""
+    return 54 * 86_400 * 16_384 / 419 / gpus
+
+
+def save_interval_s(save_s: float, failures_s: float) -> float:
+    """Between saves, so that saving and lost work together are least (Young, CACM 17, 1974)."""
+    return math.sqrt(2 * save_s * failures_s)
+
+
+def steps_needed(batch: float, critical: float, small: float) -> float:
+    """Optimizer steps to the same loss with `batch` samples a step, over those with `small`: both make the loss fall as
+    1 + critical / batch says (McCandlish et al. 2018, arXiv:1812.06162)."""
+    return (1 + critical / batch) / (1 + critical / small)
+
+
+def store_connections(gpus: int) -> int:
+    """File descriptors for clients in rank 0, which holds the process group's TCPStore: one a rank. The launcher's rendezvous is a
+    store of its own, with one a node."""
+    return gpus
