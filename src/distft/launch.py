@@ -104,7 +104,7 @@ def worker_command(arguments: Sequence[str], processes: int, restarts: int, node
 
 def worker_environment(environment: Mapping[str, str], processes: int, outcome: Path, node: Node) -> dict[str, str]:
     """The environment of the launcher: ours, the size that was asked for, and where workers leave their exit code."""
-    threads = str(max(1, (os.cpu_count() or 1) // processes))  # torchrun would set 1 and warn
+    threads = str(max(1, len(os.sched_getaffinity(0)) // processes))  # torchrun would set 1 and warn
     # A store that lives in the launcher keeps the keys of the group that died, and the next one hangs on them.
     store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     if node.count == 1:

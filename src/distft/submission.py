@@ -72,19 +72,23 @@ class Submission:
         Raises:
             LaunchError: there is no SLURM here, or it refuses a job.
         """
-        name, output = self.job.name, self.jobs.path
+        name, output, processes = self.job.name, self.jobs.path, _processes(self.slurm)
         number = self.jobs.submit(name, self.script)
+        lines = []
+        if self.slurm.cpus_per_task is None and processes > 1:
+            lines.append(
+                f"slurm.cpus_per_task is null: many clusters then give one core to the {processes} processes of a node"
+            )
         if self.report is None:
-            return [
-                f"job {number}: {name}; its output: {output / f'{name}-{number}.out'}; distft jobs shows where it is"
-            ]
-        report = self.jobs.submit(
-            f"{name}-report", report_script(self.slurm, name, number, self.report, output, DISTFT)
-        )
+            file = output / f"{name}-{number}.out"
+            return [*lines, f"job {number}: {name}; its output: {file}; distft jobs shows where it is"]
+        report = report_script(self.slurm, name, number, self.report, output, DISTFT)
+        after = self.jobs.submit(f"{name}-report", report)
+        files = output / f"{name}-{number}_*.out"
         return [
-            f"job {number}: the {len(self.job.runs)} runs of {name}; their output: {output / f'{name}-{number}_*.out'}",
-            f"job {report}: the report, once they have ended: {self.report[-1]}; distft jobs shows where they are",
-        ]
+            *lines, f"job {number}: the {len(self.job.runs)} runs of {name}; their output: {files}",
+            f"job {after}: the report, once they have ended: {self.report[-1]}; distft jobs shows where they are",
+        ]  # fmt: skip
 
 
 def _runs(recipe: Recipe) -> Path:
