@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,8 @@ def run(arguments: Sequence[str], processes: int, restarts: int, node: Node) -> 
                 rank, who = (0, "rank 0") if alone else (None, "the launcher")
                 _record_kill(rank, f"{who} was killed by {signal.Signals(-code).name}", attempt, outcome)
         exit_code = told("exit-code", outcome)
+        if node.count > 1 and (code != 0 or exit_code != "0"):
+            time.sleep(3)  # the other nodes are about to end as well, and srun kills them at the first that ends badly
         if code == 0 and exit_code is not None:
             return int(exit_code)
         return Interrupted.exit_code if stopped else min(abs(code), 1)

@@ -71,7 +71,7 @@ def wait_for_step(folder: RunFolder, step: int, limit_s: float = 120) -> None:
 
 
 def printed(where: Path) -> str:
-    return "\n".join(path.read_text() for path in where.glob("runs/jobs/*.out"))[-4000:]
+    return "\n".join(path.read_text() for path in where.glob("runs/jobs/*.out"))
 
 
 @pytest.fixture(scope="session")
