@@ -151,11 +151,17 @@ def run(arguments: Sequence[str], processes: int, restarts: int, node: Node) -> 
                 rank, who = (0, "rank 0") if alone else (None, "the launcher")
                 _record_kill(rank, f"{who} was killed by {signal.Signals(-code).name}", attempt, outcome)
         exit_code = told("exit-code", outcome)
-        if node.count > 1 and (code != 0 or exit_code != "0"):
-            time.sleep(3)  # the other nodes are about to end as well, and srun kills them at the first that ends badly
         if code == 0 and exit_code is not None:
-            return int(exit_code)
-        return Interrupted.exit_code if stopped else min(abs(code), 1)
+            ended = int(exit_code)
+        else:
+            ended = Interrupted.exit_code if stopped else min(abs(code), 1)
+    if node.count > 1 and ended != 0:
+        # srun kills the other nodes at the first that ends badly. They are about to end by themselves; and what it sends here
+        # changes nothing any more, not even while Python shuts down.
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(signum, signal.SIG_IGN)
+        time.sleep(3)
+    return ended
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str], outcome: Path) -> tuple[int, bool]:
