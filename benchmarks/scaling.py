@@ -294,8 +294,8 @@ TABLES: dict[str, Callable[[], str]] = {
 def updated(document: str) -> str:
     """`document` with every table between `<!-- table: NAME -->` and `<!-- end -->` as it is now."""
     return re.sub(
-        r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)",
-        lambda found: found[1] + TABLES[found[2]]() + found[3], document, flags=re.DOTALL,
+        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", document, flags=re.DOTALL,
     )  # fmt: skip
 
 

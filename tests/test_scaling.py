@@ -30,6 +30,12 @@ def test_the_document_has_the_tables_that_the_program_prints() -> None:
     assert scaling.updated(document) == document, "run python benchmarks/scaling.py --update docs/scaling.md"
 
 
+def test_an_update_fills_every_table_and_leaves_the_text_alone() -> None:
+    empty = "a\n<!-- table: starts -->\n<!-- end -->\nb\n<!-- table: memories -->\nold\n<!-- end -->\nc\n"
+    filled = f"a\n<!-- table: starts -->\n{scaling.starts()}\n<!-- end -->\nb\n<!-- table: memories -->\n{scaling.memories()}\n<!-- end -->\nc\n"
+    assert scaling.updated(empty) == filled == scaling.updated(filled)
+
+
 def test_two_gpus_are_predicted_from_one() -> None:
     checks = scaling.checks()
     assert len([check for check in checks if check.tolerance]) == 8
