@@ -226,7 +226,9 @@ def test_a_killed_rank_of_a_job_submitted_by_hand_comes_back(cluster: Cluster, w
     rank.kill()
     assert cluster.wait(job, limit_s=LIMIT_S) == "COMPLETED", (tmp_path / f"slurm-{job}.out").read_text()[-4000:]
     (fault,) = folder.read_faults()
-    assert fault["rank"] == 1 - killed or "was killed by SIGKILL" in fault["cause"], "the other rank told, from its own node"
+    assert fault["rank"] == 1 - killed or "was killed by SIGKILL" in fault["cause"], (
+        "the other rank told, from its own node"
+    )
     assert folder.read_summary()["restarts"] == 1
     assert_same(folder, whole(STEPS), requeues=0)
 
