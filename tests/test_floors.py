@@ -18,7 +18,7 @@ FLOORS = (
     ("sections", "run", "world", "fused"),
     ("origin", "launcher", "report"),
     ("recipe", "machine", "samples", "plan", "manifest", "markdown"),
-    ("outcome", "strategy", "tiny", "attention", "loader", "experiment_file"),
+    ("outcome", "strategy", "tiny", "attention", "loader", "logs", "experiment_file"),
     (
         "model",
         "data",

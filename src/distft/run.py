@@ -9,6 +9,7 @@ runs/<name>/
   faults.jsonl        one record for each time that the run broke down: when, which rank, after which step, why
   probe.json          how much memory each micro-batch takes, where batching.micro_batch is auto
   stacks/             what every rank was doing when the run stood still
+  logs/               what each rank printed, rank<N>.log, where there are several
   wandb/              W&B's own files, one folder in it for each start
   wandb.json          the W&B run that all starts log to: its id, and the last step that went to it before the newest start
   summary.json        status, cause and the figures of the run
@@ -127,6 +128,14 @@ class RunFolder:
     @property
     def stacks(self) -> Path:
         return self.path / "stacks"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def log(self, rank: int) -> Path:
+        """What `rank`, counted over all nodes, printed; appended to at each start."""
+        return self.logs / f"rank{rank}.log"
 
     @property
     def wandb(self) -> Path:

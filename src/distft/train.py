@@ -14,6 +14,7 @@ from distft import data, strategy
 from distft.bad_numbers import BadNumbers
 from distft.checkpoint import Checkpoints, save_result
 from distft.launcher import Launcher
+from distft.logs import rank_log
 from distft.memory import Memory
 from distft.model import checkpoint, load_model, load_tokenizer, non_embedding_parameters, settle_adapter_dtype
 from distft.outcome import debug_flag, guarded
@@ -48,6 +49,7 @@ def train(arguments: Sequence[str]) -> None:
     with (
         closing_trackers(),
         Record.open(recipe, how, Path.cwd()) as record,
+        rank_log(record.folder, world),
         Watch(world, record, recipe.run.hang_timeout_s) as watch,
         Memory(recipe, how, lengths, record) as memory,
     ):

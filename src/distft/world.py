@@ -172,8 +172,10 @@ def reduce(numbers: Sequence[float], how: Literal["max", "sum"], world: World) -
 
 
 def say(message: str) -> None:
-    """One line of distft's own on stderr."""
-    print(f"distft: {message}", file=sys.stderr, flush=True)
+    """One line of distft's own on stderr, and on the console where `distft.logs` keeps stderr from it."""
+    for stream in (sys.stderr, getattr(sys.stderr, "console", None)):
+        if stream is not None:
+            print(f"distft: {message}", file=stream, flush=True)
 
 
 def say_once(message: str, world: World, environment: Mapping[str, str]) -> None:

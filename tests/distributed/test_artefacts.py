@@ -53,6 +53,14 @@ def test_metrics_have_a_record_for_every_step(finished: Ended) -> None:
     assert any("eval_perplexity" in record for record in finished.folder.read_metrics())
 
 
+def test_each_rank_has_its_log(finished: Ended) -> None:
+    first, second = (path.read_text() for path in sorted(finished.folder.logs.glob("rank*.log")))
+    assert first.count("── ") == second.count("── ") == 1, "one start"
+    assert "distft: run folder: " in first and "distft: saved and read back: " in first
+    assert "distft: run folder: " not in second
+    assert "step/s" in finished.stderr and "step/s" not in first, "the progress bar is the console's"
+
+
 def test_the_resolved_recipe_runs_again(finished: Ended) -> None:
     again = load_recipe([f"recipe={finished.folder.recipe}"])
     assert again.training["max_steps"] == 12

@@ -164,6 +164,23 @@ def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path) -> No
     assert not alive
 
 
+def test_an_error_of_another_rank_stands_on_the_console_and_in_its_log(tmp_path: Path) -> None:
+    code, stderr = run_without(tmp_path, "trainer", (
+        "import os\n"
+        "original = module.Trainer.training_step\n"
+        "def fail(self, *args, **kwargs):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        print('a word of rank 1')\n"
+        "        raise RuntimeError('the card is on fire')\n"
+        "    return original(self, *args, **kwargs)\n"
+        "module.Trainer.training_step = fail"
+    ), "recipe=tiny", *QUICK)  # fmt: skip
+    assert code != 0
+    assert "distft: rank 1 failed: RuntimeError: the card is on fire" in stderr and "Traceback" in stderr
+    log = (tmp_path / "runs" / "tiny" / "logs" / "rank1.log").read_text()
+    assert "a word of rank 1\n" in log and "RuntimeError: the card is on fire\n" in log
+
+
 def test_an_exception_leaves_its_cause_in_the_summary(tmp_path: Path) -> None:
     code, stderr = run_without(tmp_path, "trainer", (
         "def fail(self, *args, **kwargs):\n"

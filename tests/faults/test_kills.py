@@ -38,6 +38,8 @@ def test_a_rank_killed_at_a_random_step_comes_back(kind: str, uninterrupted: Who
     assert "killed by SIGKILL" in fault["cause"]
     assert "killed by SIGKILL" in ended.stderr and f"resuming {folder.path}" in ended.stderr
     assert ended.folder.path == folder.path, "the same folder, and no other"
+    for path in folder.logs.glob("rank*.log"):
+        assert path.read_text().count("── ") == 2, "each start has a line"
     assert_gone(everyone)
 
 
