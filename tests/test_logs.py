@@ -64,7 +64,7 @@ def test_another_rank_has_its_output_in_its_log_alone(tmp_path: Path) -> None:
 def test_rank_0_stands_in_both(tmp_path: Path) -> None:
     ended = rank(tmp_path, 0)
     assert ended.stdout == "printed\nfrom below after\n"
-    assert ended.stderr == "from below\n\r 50%|█████     |logged\ndistft: said\nlogged after\ndistft: said after\n"
+    assert ended.stderr == "from below\n\n 50%|█████     |logged\ndistft: said\nlogged after\ndistft: said after\n"
     text = (tmp_path / "run" / "logs" / "rank0.log").read_text()
     assert text.splitlines()[1:4] == ["printed", "logged", "distft: said"]
     assert text.endswith("ZeroDivisionError: division by zero\n")
