@@ -287,7 +287,7 @@ def starts() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "steps": steps, "networks": networks, "batches": batches, "memories": memories, "checkpoints": checkpoints, "starts": starts,
+    "steps": steps, "networks": networks, "memories": memories, "batches": batches, "checkpoints": checkpoints, "starts": starts,
 }  # fmt: skip
 
 
