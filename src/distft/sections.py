@@ -314,8 +314,8 @@ class Slurm(Section):
     """Shell lines that run on the first node before training, after the modules; what they export reaches all nodes."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
     """Variables for all processes. No secrets: sbatch passes on what you have exported."""
-    grace_s: int = Field(120, ge=10)
-    """Seconds before the time limit at which the run is told to save and stop; a save has to fit."""
+    grace_s: int = Field(120, ge=30)
+    """Seconds before the time limit at which the run is told to save and stop; a save has to fit. SLURM may be 30 s early."""
     max_requeues: int = Field(20, ge=0)
     """How many times a job that was stopped before it had finished goes back into the queue."""
 

@@ -164,8 +164,8 @@ def test_a_requeue_goes_on_in_the_same_folder_and_a_finished_run_is_left_alone(
 def test_the_time_limit_sends_the_job_back_until_the_work_is_done(
     cluster: Cluster, whole: Whole, tmp_path: Path
 ) -> None:
-    steps = 140
-    job = submit(cluster, tmp_path, "slurm.time=00:01:00", "slurm.grace_s=15", steps=steps)
+    steps = 300  # SLURM looks every 30 s, so that the signal comes 30 to 60 s after the start
+    job = submit(cluster, tmp_path, "slurm.time=00:02:00", "slurm.grace_s=60", steps=steps)
     assert cluster.wait(job, limit_s=2 * LIMIT_S) == "COMPLETED", printed(tmp_path)
     folder = run_of(tmp_path, job)
     assert folder.read_summary()["requeues"] >= 1
