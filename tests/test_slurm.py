@@ -90,6 +90,18 @@ def test_a_section_that_no_cluster_could_take_is_refused(override: str, said: st
     assert "abc" not in str(caught.value)
 
 
+def test_a_variable_with_a_harmless_name_is_no_secret() -> None:
+    recipe = load_recipe(["recipe=tiny", "slurm.environment={TOKENIZERS_PARALLELISM: 'false'}"], checks=(faults,))
+    assert recipe.slurm.environment == {"TOKENIZERS_PARALLELISM": "false"}
+
+
+def test_a_report_runs_in_the_container_as_well() -> None:
+    slurm = load_recipe(WHOLE).slurm
+    text = report_script(slurm, "rank", "1", ["experiment=rank"], Path("runs/jobs"), DISTFT)
+    assert '"--container-image=registry.example.org#lab/distft:1.0"' in text
+    assert text.splitlines()[-1] == '"${srun[@]}" python -m distft.cli report experiment=rank'
+
+
 def test_gpus_are_asked_for_once() -> None:
     with pytest.raises(RecipeError, match="GPUs are asked for twice"):
         load_recipe(["recipe=tiny", "slurm.gpus_per_node=2", "slurm.gres=gpu:2"], checks=(faults,))

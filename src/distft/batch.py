@@ -9,6 +9,8 @@ from collections.abc import Mapping
 JOB = "DISTFT_JOB"
 """Environment variable: SLURM's number of the job whose one run this is, the same over its requeues. Unset in an interactive
 allocation, in which many runs may follow each other."""
+LIMIT_S = 30
+"""How long SLURM may take to answer a question."""
 
 
 def batch_job(environment: Mapping[str, str]) -> str | None:
@@ -24,5 +26,9 @@ def is_queued(job: str) -> bool:
     """Whether SLURM still has `job` to do: it runs, or waits in the queue, perhaps to be started again."""
     if shutil.which("squeue") is None:
         return False
-    answer = subprocess.run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True)
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return True  # its run is left alone, rather than taken from it
     return answer.returncode == 0 and bool(answer.stdout.strip())

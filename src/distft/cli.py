@@ -7,12 +7,12 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distft import __version__
-from distft.errors import LaunchError, RunFolderError, StorageError, UserError
+from distft.errors import Fault, LaunchError, RunFolderError, StorageError, UserError
 from distft.outcome import debug_flag, guarded
 from distft.recipe import Recipe
 
@@ -131,11 +131,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(arguments: Sequence[str]) -> Recipe:
+def _checks() -> tuple[Callable[[Recipe], list[Fault]], ...]:
     from distft import data, slurm, strategy
+
+    return strategy.faults, data.faults, slurm.faults
+
+
+def _load(arguments: Sequence[str]) -> Recipe:
     from distft.recipe import load_recipe
 
-    return load_recipe(arguments, checks=(strategy.faults, data.faults, slurm.faults))
+    return load_recipe(arguments, checks=_checks())
+
+
+def _load_experiment(arguments: Sequence[str]) -> Experiment:
+    from distft.experiment import load_experiment
+
+    return load_experiment(arguments, checks=_checks())
+
+
+def _is_experiment(words: Sequence[str]) -> bool:
+    return any(word.startswith("experiment=") for word in words)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -160,7 +175,7 @@ def _submit(options: argparse.Namespace) -> None:
     from distft.submission import Submission
 
     words: list[str] = options.overrides
-    if any(word.startswith("experiment=") for word in words):
+    if _is_experiment(words):
         submission = Submission.of_experiment(_load_experiment(words), words)
     else:
         submission = Submission.of_recipe(_load(words), words)
@@ -248,13 +263,6 @@ def _schema(options: argparse.Namespace) -> None:
     print(json.dumps(schema(), indent=2))
 
 
-def _load_experiment(arguments: Sequence[str]) -> Experiment:
-    from distft import data, slurm, strategy
-    from distft.experiment import load_experiment
-
-    return load_experiment(arguments, checks=(strategy.faults, data.faults, slurm.faults))
-
-
 def _list_experiments(options: argparse.Namespace) -> None:
     from distft.experiment_file import list_experiments
 
@@ -276,7 +284,7 @@ def _report(options: argparse.Namespace) -> None:
     from distft.run import RunFolder, write_atomically
 
     words: list[str] = options.overrides
-    if any(word.startswith("experiment=") for word in words):
+    if _is_experiment(words):
         experiment = _load_experiment(words)
         found = {run.name: RunFolder.named(Path(run.recipe.run.dir).expanduser(), run.name) for run in experiment.runs}
         made = report(

@@ -113,8 +113,9 @@ def worker_environment(environment: Mapping[str, str], processes: int, outcome: 
         own = {"PET_RDZV_ENDPOINT": "127.0.0.1:0", "PET_RDZV_ID": uuid.uuid4().hex}
     else:
         # torch's and gloo's own guess, the address of the machine's name, is loopback or nothing on many machines.
-        own = {"PET_RDZV_ID": node.meeting, "PET_LOCAL_ADDR": node.address()}
-        interface = _interface(node.address())
+        address = node.address()
+        own = {"PET_RDZV_ID": node.meeting, "PET_LOCAL_ADDR": address}
+        interface = _interface(address)
         if interface is not None:
             environment = {"GLOO_SOCKET_IFNAME": interface, **environment}
     size = {NPROC: str(processes * node.count), OUTCOME: str(outcome)}

@@ -237,16 +237,14 @@ def _find(recipe: Recipe, strategy: Strategy, working_folder: Path) -> tuple[Pla
     launch = Launch.of(os.environ)
     job = batch_job(os.environ)
 
-    def is_ours(folder: RunFolder) -> bool:
+    found = []
+    for folder in RunFolder.named(parent, recipe.run.name):
         started = folder.read_environment()
         again = launch.attempt > 0 and started.get("launch") == launch.launcher
-        return again or (job is not None and started.get("job") == job)
-
-    for folder in sorted(RunFolder.named(parent, recipe.run.name), key=is_ours, reverse=True):
-        ours = is_ours(folder)
+        found.append((folder, again or (job is not None and started.get("job") == job), started.get("job")))
+    for folder, ours, other in sorted(found, key=lambda each: not each[1]):  # ours first, then the newest
         if not ours and (recipe.run.resume == "never" or (exact and folder.name != recipe.run.name)):
             continue
-        other = folder.read_environment().get("job")
         if not ours and other is not None and is_queued(other):
             if exact:
                 raise RunFolderError(

@@ -236,7 +236,7 @@ class RunFolder:
     def append_metrics(self, *records: Mapping[str, Any]) -> None:
         """Append each record to `metrics.jsonl` as one line, in a single write, so that a kill or a full disk tears at most
         the last line; a line that was torn before is cut off first."""
-        _append_lines(self.metrics, records)
+        append_lines(self.metrics, records)
 
     def append_fault(self, fault: Mapping[str, Any]) -> bool:
         """Append one record to `faults.jsonl`; or return False where its `launch` and `attempt` have one already: what comes
@@ -248,12 +248,12 @@ class RunFolder:
                 for known in self.read_faults()
             ):
                 return False
-            _append_lines(self.faults, [fault])
+            append_lines(self.faults, [fault])
             return True
 
     def read_faults(self) -> list[dict[str, Any]]:
         """All records of `faults.jsonl`, oldest first."""
-        return _read_lines(self.faults)
+        return read_lines(self.faults)
 
     def keep_metrics(self, step: int) -> int:
         """Drop the records after `step`, and a torn last line: a run that resumes there writes them anew. Returns the last
@@ -265,10 +265,11 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete records of `metrics.jsonl`; a last line torn by a kill is left out."""
-        return _read_lines(self.metrics)
+        return read_lines(self.metrics)
 
 
-def _append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append each record to a JSON-lines file, in a single write; a line that was torn before is cut off first."""
     lines = "".join(json.dumps(_finite(record), allow_nan=False, default=str) + "\n" for record in records)
     with path.open("a+b") as file:
         if file.tell():
@@ -279,7 +280,8 @@ def _append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         file.write(lines.encode())
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All complete records of a JSON-lines file; none where there is no file."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

@@ -8,7 +8,6 @@ is `distft train`, and torchrun's rendezvous brings the nodes together.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
@@ -19,13 +18,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from distft.batch import LIMIT_S
 from distft.errors import Fault, LaunchError
 from distft.packaged import packaged
 from distft.recipe import Recipe
-from distft.run import RunFolder, write_atomically
+from distft.run import RunFolder, append_lines, read_lines, write_atomically
 from distft.sections import Slurm
 
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+_SECRET = re.compile(r"TOKEN(?!IZ)|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 _HERE = "# distft submit puts the recipe's values, modules, set-up lines, variables and arguments here"
 _OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
@@ -73,47 +73,24 @@ class Job:
     is_array: bool = False
 
 
-def options(slurm: Slurm, job: Job, output: Path) -> list[str]:
-    """sbatch's options, in the order in which they stand in the script."""
+def script(slurm: Slurm, job: Job, output: Path, distft: Sequence[str], template: str) -> str:
+    """`template` (slurm/train.sbatch) with everything that the job needs in it. `distft` is the command that starts distft on
+    a node, `output` the folder of the jobs' own output."""
     given = {
-        "job-name": job.name, "output": str(output / ("%x-%A_%a.out" if job.is_array else "%x-%j.out")),
-        "account": slurm.account, "partition": slurm.partition, "qos": slurm.qos, "reservation": slurm.reservation,
+        "job-name": job.name, "output": output / ("%x-%A_%a.out" if job.is_array else "%x-%j.out"), **_place(slurm),
         "nodes": slurm.nodes, "ntasks-per-node": 1, "gpus-per-node": slurm.gpus_per_node, "gres": slurm.gres,
         "cpus-per-task": slurm.cpus_per_task, "mem": slurm.mem, "time": slurm.time, "constraint": slurm.constraint,
         "exclude": slurm.exclude, "dependency": slurm.dependency,
         "array": (slurm.array or f"0-{len(job.runs) - 1}") if job.is_array else None,
-        "signal": f"B:USR1@{slurm.grace_s}",
+        "signal": f"B:USR1@{slurm.grace_s}", "requeue": True, "open-mode": "append",
     }  # fmt: skip
-    return [
-        *(f"--{key}={value}" for key, value in given.items() if value is not None),
-        "--requeue",
-        "--open-mode=append",
-    ]
-
-
-def script(slurm: Slurm, job: Job, output: Path, distft: Sequence[str], template: str) -> str:
-    """`template` (slurm/train.sbatch) with everything that the job needs in it. `distft` is the command that starts distft on
-    a node, `output` the folder of the jobs' own output."""
-    srun = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     train = [*distft, "train"]
     if slurm.processes_per_node is not None:
         train += ["--nproc", str(slurm.processes_per_node)]
     here = [
-        f"grace={slurm.grace_s}",
-        f"max_requeues={slurm.max_requeues}",
-        f"srun=({shlex.join(srun)})",
-        f"train=({shlex.join(train)})",
-    ]
-    if slurm.container is not None:
-        more = [
-            f"--container-image={slurm.container}",
-            f"--container-mounts={','.join(['$PWD:$PWD', *slurm.container_mounts])}",
-        ]
-        here.append("srun+=(" + " ".join(f'"{word}"' for word in [*more, "--container-workdir=$PWD"]) + ")")
-    if slurm.modules:
-        here.append("module load " + shlex.join(slurm.modules))
-    here += slurm.setup
-    here += [f"export {key}={shlex.quote(value)}" for key, value in {**_OFFLINE, **slurm.environment}.items()]
+        f"grace={slurm.grace_s}", f"max_requeues={slurm.max_requeues}",
+        *_srun(slurm, "--ntasks-per-node=1", "--kill-on-bad-exit=1"), f"train=({shlex.join(train)})", *_set_up(slurm),
+    ]  # fmt: skip
     if job.is_array:
         cases = [f"  {number}) set -- {shlex.join(arguments)} ;;" for number, arguments in enumerate(job.runs)]
         here += ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
@@ -121,7 +98,7 @@ def script(slurm: Slurm, job: Job, output: Path, distft: Sequence[str], template
         here.append(f"set -- {shlex.join(job.runs[0])}")
     lines = template.splitlines()
     body = lines[lines.index(_HERE) + 1 :]
-    return "\n".join([lines[0], *(f"#SBATCH {option}" for option in options(slurm, job, output)), *here, *body]) + "\n"
+    return "\n".join([lines[0], *_options(given), *here, *body]) + "\n"
 
 
 def report_script(
@@ -129,16 +106,44 @@ def report_script(
 ) -> str:
     """The job that writes the report of an experiment once the array job `after` has ended, however its runs ended."""
     given = {
-        "job-name": f"{name}-report", "output": str(output / "%x-%j.out"), "account": slurm.account,
-        "partition": slurm.partition, "qos": slurm.qos, "reservation": slurm.reservation, "nodes": 1, "ntasks": 1,
+        "job-name": f"{name}-report", "output": output / "%x-%j.out", **_place(slurm), "nodes": 1, "ntasks": 1,
         "dependency": f"afterany:{after}",
     }  # fmt: skip
-    head = [f"#SBATCH --{key}={value}" for key, value in given.items() if value is not None]
-    load = ["module load " + shlex.join(slurm.modules)] if slurm.modules else []
+    report = f'"${{srun[@]}}" {shlex.join([*distft, "report", *arguments])}'
     return (
-        "\n".join(["#!/usr/bin/env bash", *head, *load, *slurm.setup, shlex.join([*distft, "report", *arguments])])
+        "\n".join(["#!/usr/bin/env bash", *_options(given), *_srun(slurm, "--ntasks=1"), *_set_up(slurm), report])
         + "\n"
     )
+
+
+def _place(slurm: Slurm) -> dict[str, str | None]:
+    """Where any job of the section goes, and who pays."""
+    return {"account": slurm.account, "partition": slurm.partition, "qos": slurm.qos, "reservation": slurm.reservation}
+
+
+def _options(given: Mapping[str, object]) -> list[str]:
+    """sbatch's options as the lines of a script; null ones are left out, True has no value."""
+    return [
+        f"#SBATCH --{key}" + ("" if value is True else f"={value}") for key, value in given.items() if value is not None
+    ]
+
+
+def _srun(slurm: Slurm, *flags: str) -> list[str]:
+    """Lines that set `srun` to the command that runs something on the job's nodes, in the container where there is one."""
+    lines = [f"srun=({shlex.join(['srun', *flags])})"]
+    if slurm.container is not None:
+        mounts = ",".join(["$PWD:$PWD", *slurm.container_mounts])
+        lines.append(
+            f'srun+=("--container-image={slurm.container}" "--container-mounts={mounts}" "--container-workdir=$PWD")'
+        )
+    return lines
+
+
+def _set_up(slurm: Slurm) -> list[str]:
+    """Modules, set-up lines and variables."""
+    modules = ["module load " + shlex.join(slurm.modules)] if slurm.modules else []
+    variables = {**_OFFLINE, **slurm.environment}
+    return [*modules, *slurm.setup, *(f"export {key}={shlex.quote(value)}" for key, value in variables.items())]
 
 
 # Submission ---------------------------------------------------------------------------------------------------------------
@@ -158,7 +163,7 @@ class Jobs:
     def listing(self) -> Path:
         return self.path / "jobs.jsonl"
 
-    def submit(self, name: str, text: str, **facts: Any) -> str:
+    def submit(self, name: str, text: str) -> str:
         """Write the script `text`, hand it to sbatch, note the job, and return its number.
 
         Raises:
@@ -175,17 +180,12 @@ class Jobs:
             raise LaunchError(f"SLURM refuses the job: {done.stderr.strip()}\n  the script: {file}")
         number = done.stdout.strip().partition(";")[0]
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        with self.listing.open("a", encoding="utf-8") as listing:
-            listing.write(
-                json.dumps({"job": number, "name": name, "submitted": now, "script": str(file), **facts}) + "\n"
-            )
+        append_lines(self.listing, [{"job": number, "name": name, "submitted": now, "script": str(file)}])
         return number
 
     def submitted(self) -> list[dict[str, Any]]:
         """What was submitted from here, oldest first."""
-        if not self.listing.is_file():
-            return []
-        return [json.loads(line) for line in self.listing.read_text(encoding="utf-8").splitlines()]
+        return read_lines(self.listing)
 
     def now(self) -> list[dict[str, Any]]:
         """One record for each job that was submitted from here, and for each member of an array, oldest first: `job`, `name`,
@@ -228,28 +228,16 @@ def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
     if not jobs:
         return {}
     found: dict[str, tuple[str, str]] = {}
-    asked = (
-        [
-            "squeue",
-            "--me",
-            "--array",
-            "--states=all",
-            "--noheader",
-            "--format=%i|%A|%T",
-        ],  # for some minutes after the end as well
-        [
-            "sacct",
-            "--allocations",
-            "--noheader",
-            "--parsable2",
-            "--format=JobID,JobIDRaw,State",
-            f"--jobs={','.join(jobs)}",
-        ],
-    )
-    for command in asked:
+    # squeue knows a job for some minutes after its end, the accounting for good
+    listed = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%A|%T"]
+    kept = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,JobIDRaw,State"]
+    for command in (listed, [*kept, f"--jobs={','.join(jobs)}"]):
         if shutil.which(command[0]) is None:
             continue
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+        except subprocess.TimeoutExpired as error:
+            raise LaunchError(f"SLURM gives no answer within {LIMIT_S} s ({command[0]})") from error
         for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
             number, own, state = line.split("|")
             if number.partition("_")[0] in jobs:

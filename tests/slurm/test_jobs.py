@@ -99,6 +99,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return run
 
 
+def submit_and_watch(cluster: Cluster, where: Path, *overrides: str) -> tuple[str, RunFolder]:
+    """A job that has come to its fifteenth step, and its run."""
+    job = submit(cluster, where, *overrides)
+    folder = run_of(where, job)
+    wait_for_step(folder, 15)
+    return job, folder
+
+
 def assert_same(folder: RunFolder, whole: RunFolder, requeues: int | None = None) -> None:
     """Finished, with the losses and the adapter of `whole` to the bit."""
     summary = folder.read_summary()
@@ -146,9 +154,7 @@ def test_two_jobs_at_once_on_the_same_two_nodes(cluster: Cluster, whole: Whole, 
 def test_a_requeue_goes_on_in_the_same_folder_and_a_finished_run_is_left_alone(
     cluster: Cluster, whole: Whole, tmp_path: Path
 ) -> None:
-    job = submit(cluster, tmp_path)
-    folder = run_of(tmp_path, job)
-    wait_for_step(folder, 15)
+    job, folder = submit_and_watch(cluster, tmp_path)
     cluster.call("scontrol", "requeue", job)
     assert cluster.wait(job, limit_s=LIMIT_S) == "COMPLETED", printed(tmp_path)
     assert_same(folder, whole(STEPS), requeues=1)
@@ -176,9 +182,7 @@ def test_the_time_limit_sends_the_job_back_until_the_work_is_done(
 def test_a_job_that_is_cancelled_stays_so_until_it_is_submitted_again(
     cluster: Cluster, whole: Whole, tmp_path: Path
 ) -> None:
-    job = submit(cluster, tmp_path)
-    folder = run_of(tmp_path, job)
-    wait_for_step(folder, 15)
+    job, folder = submit_and_watch(cluster, tmp_path)
     cluster.call("scancel", job)
     assert cluster.wait(job) == "CANCELLED"
     time.sleep(3)
@@ -190,9 +194,7 @@ def test_a_job_that_is_cancelled_stays_so_until_it_is_submitted_again(
 
 
 def test_a_node_that_goes_down_costs_no_work(cluster: Cluster, whole: Whole, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path)
-    folder = run_of(tmp_path, job)
-    wait_for_step(folder, 15)
+    job, folder = submit_and_watch(cluster, tmp_path)
     last = cluster.call("scontrol", "show", "hostnames", cluster.show(job)["NodeList"]).split()[-1]
     cluster.set_node(last, "down")
     try:
@@ -234,9 +236,7 @@ def test_a_killed_rank_of_a_job_submitted_by_hand_comes_back(cluster: Cluster, w
 
 
 def test_a_job_of_higher_priority_costs_no_work(cluster: Cluster, whole: Whole, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path, "slurm.partition=low")
-    folder = run_of(tmp_path, job)
-    wait_for_step(folder, 15)
+    job, folder = submit_and_watch(cluster, tmp_path, "slurm.partition=low")
     high = cluster.script("sleep 2\n", "--partition=high", "--nodes=4", "--exclusive", name="high")
     assert cluster.wait(high, limit_s=LIMIT_S) == "COMPLETED"
     assert cluster.wait(job, limit_s=LIMIT_S) == "COMPLETED", printed(tmp_path)
