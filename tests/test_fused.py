@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1MLP
 
-from distft.fused import LoraLinears, LoraMlp, Origin, Spec, fuse
+from distft.fused import LoraLinears, LoraMlp, Origin, Spec, TiledLoraMlp, fuse
 from distft.kernels import dropout
 
 SEEDS = (1234, 99)
@@ -101,12 +101,39 @@ def test_the_mlp_has_the_gradients_of_finite_differences(
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
 
     def node(x: torch.Tensor, *trained: torch.Tensor) -> Any:
-        return LoraMlp.apply(x, Origin(), True, specs, p, SEEDS, *with_trained(tensors, trained))
+        return LoraMlp.apply(x, Origin(), specs, p, SEEDS, *with_trained(tensors, trained))
 
     assert torch.autograd.gradcheck(node, (x, *trained))
     gate, up = (by_hand(x, specs[i].scaling, tensors[4 * i : 4 * i + 4], p[0], SEEDS[0]) for i in range(2))
     expected = by_hand(silu(gate) * up, specs[2].scaling, tensors[8:], p[1], SEEDS[1])
     torch.testing.assert_close(node(x, *trained), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tile", [2, 4, 6, 9])
+def test_the_mlp_in_tiles_is_the_mlp(tile: int) -> None:
+    """Six tokens, in tiles that fill, leave a rest, or hold them all; and what a second forward without a result keeps will do."""
+    specs, tensors, trained = mlp([2, 3, 1], [2.0, 0.5, 1.0], bias=True)
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    none = (0.0, 0.0)
+    whole = LoraMlp.apply(x, Origin(), specs, none, SEEDS, *with_trained(tensors, trained))
+    grad = torch.randn_like(whole)
+    expected = torch.autograd.grad(whole, (x, *trained), grad)
+    for given in (True, False):
+        tiled = TiledLoraMlp.apply(x, Origin(), given, tile, specs, none, SEEDS, *with_trained(tensors, trained))
+        if given:
+            torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-12)
+        for found, gradient in zip(torch.autograd.grad(tiled, (x, *trained), grad), expected, strict=True):
+            torch.testing.assert_close(found, gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_the_mlp_in_tiles_drops_the_same_places_in_its_backward() -> None:
+    specs, tensors, trained = mlp([2, 3, 1], [2.0, 0.5, 1.0], bias=False)
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def node(x: torch.Tensor, *trained: torch.Tensor) -> Any:
+        return TiledLoraMlp.apply(x, Origin(), True, 4, specs, (0.3, 0.5), SEEDS, *with_trained(tensors, trained))
+
+    assert torch.autograd.gradcheck(node, (x, *trained))
 
 
 def test_an_output_that_nothing_uses_has_no_part_in_the_gradient() -> None:

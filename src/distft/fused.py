@@ -25,6 +25,8 @@ from distft.recompute import is_pre_norm, recomputing
 
 _SIBLINGS = ("q_proj", "k_proj", "v_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+TILE = 4_096
+"""Tokens that the MLP of a checkpointed layer takes at once."""
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))  # transformers has a class of its own
 
 
@@ -117,26 +119,48 @@ class LoraLinears(torch.autograd.Function):
         return grad_x.view(ctx.shape), None, None, None, None, *group.grad_adapters(rows, low, flat, grad_low)
 
 
-class LoraMlp(torch.autograd.Function):
-    """down(silu(gate(x)) · up(x)) of x [..., in]; silu(gate) · up is made again in the backward and not kept.
+@dataclass(frozen=True)
+class Mlp:
+    """down(silu(gate(x)) · up(x)): its linears in this order, dropout's rates and seeds of x and of the hidden activation."""
 
-    Without `whole` the last product is left out, and what comes back has the shape alone: for the second forward of a
-    checkpointed layer, after which nothing looks at it.
-    """
+    specs: tuple[Spec, ...]
+    p: tuple[float, float]
+    seeds: tuple[int, int]
+    tensors: Sequence[Any]
+
+    def groups(self, number: int = 0) -> tuple[Group, Group]:
+        """Gate and up, and down; each tile of tokens drops places of its own."""
+        return (
+            Group(self.specs[:2], self.tensors[:8], self.p[0], self.seeds[0] + number),
+            Group(self.specs[2:], self.tensors[8:], self.p[1], self.seeds[1] + number),
+        )
+
+    @staticmethod
+    def backward(
+        pair: Group, down: Group, rows: torch.Tensor, low: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, low_down: torch.Tensor,
+        grad: torch.Tensor,
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:  # fmt: skip
+        """The gradients of x and of the adapters from that of the output."""
+        grad_hidden, grad_low_down = down.grad_input([grad])
+        grad_gate, grad_up, hidden = swiglu_backward(grad_hidden, gate, up)
+        of_down = down.grad_adapters(hidden, low_down, [grad], grad_low_down)
+        del hidden, grad_hidden
+        grad_x, grad_low = pair.grad_input([grad_gate, grad_up])
+        return grad_x, [*pair.grad_adapters(rows, low, [grad_gate, grad_up], grad_low), *of_down]
+
+
+class LoraMlp(torch.autograd.Function):
+    """The MLP of x [..., in]; silu(gate) · up is made again in the backward and not kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, origin: Origin, whole: bool, specs: tuple[Spec, ...], p: tuple[float, float],
-        seeds: tuple[int, int], *tensors: Any,
+        ctx: Any, x: torch.Tensor, origin: Origin, specs: tuple[Spec, ...], p: tuple[float, float], seeds: tuple[int, int], *tensors: Any
     ) -> Any:  # fmt: skip
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1])
-            (gate, up), low = Group(specs[:2], tensors[:8], p[0], seeds[0]).forward(rows)
-            down = Group(specs[2:], tensors[8:], p[1], seeds[1])
-            if whole:
-                (out,), low_down = down.forward(swiglu(gate, up))
-            else:
-                low_down, out = down.low(swiglu(gate, up)), torch.empty_like(rows)
+            pair, down = Mlp(specs, p, seeds, tensors).groups()
+            (gate, up), low = pair.forward(rows)
+            (out,), low_down = down.forward(swiglu(gate, up))
         ctx.origin, ctx.specs, ctx.p, ctx.seeds, ctx.shape = origin.norm, specs, p, seeds, x.shape
         ctx.save_for_backward(origin.kept(rows), low, gate, up, low_down, *tensors)
         return out.view(*x.shape[:-1], -1)
@@ -145,17 +169,66 @@ class LoraMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         kept, low, gate, up, low_down, *tensors = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
-        down = Group(ctx.specs[2:], tensors[8:], ctx.p[1], ctx.seeds[1])
-        grad_hidden, grad_low_down = down.grad_input([grad])
-        grad_gate, grad_up, hidden = swiglu_backward(grad_hidden, gate, up)
-        of_down = down.grad_adapters(hidden, low_down, [grad], grad_low_down)
-        del hidden, grad_hidden
-        pair = Group(ctx.specs[:2], tensors[:8], ctx.p[0], ctx.seeds[0])
-        grad_x, grad_low = pair.grad_input([grad_gate, grad_up])
         rows = remade(ctx.origin, kept, ctx.shape)
-        of_pair = pair.grad_adapters(rows, low, [grad_gate, grad_up], grad_low)
-        return grad_x.view(ctx.shape), None, None, None, None, None, *of_pair, *of_down
+        grad_x, of_adapters = Mlp.backward(
+            *Mlp(ctx.specs, ctx.p, ctx.seeds, tensors).groups(),
+            rows,
+            low,
+            gate,
+            up,
+            low_down,
+            grad.reshape(-1, grad.shape[-1]),
+        )
+        return grad_x.view(ctx.shape), None, None, None, None, *of_adapters
+
+
+class TiledLoraMlp(torch.autograd.Function):
+    """The same `tile` tokens at a time, of which nothing is kept but x: for a layer that is computed again in the backward.
+
+    There the second forward has nothing to do (without `whole` what comes back has the shape alone, and nothing looks at it),
+    and the backward makes each tile's gate and up once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, origin: Origin, whole: bool, tile: int, specs: tuple[Spec, ...], p: tuple[float, float],
+        seeds: tuple[int, int], *tensors: Any,
+    ) -> Any:  # fmt: skip
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty_like(rows)
+        if whole:
+            with torch.autocast(x.device.type, enabled=False):
+                mlp = Mlp(specs, p, seeds, tensors)
+                for number, (part, into) in enumerate(
+                    zip(torch.split(rows, tile), torch.split(out, tile), strict=True)
+                ):
+                    pair, down = mlp.groups(number)
+                    into.copy_(down.forward(swiglu(*pair.forward(part)[0]))[0][0])
+        ctx.origin, ctx.specs, ctx.p, ctx.seeds, ctx.tile, ctx.shape = origin.norm, specs, p, seeds, tile, x.shape
+        ctx.save_for_backward(origin.kept(rows), *tensors)
+        return out.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        kept, *tensors = ctx.saved_tensors
+        rows, grad = remade(ctx.origin, kept, ctx.shape), grad.reshape(-1, grad.shape[-1])
+        mlp = Mlp(ctx.specs, ctx.p, ctx.seeds, tensors)
+        total: list[torch.Tensor | None] = []
+        grad_x = torch.empty_like(rows)
+        for number, (part, grad_part, into) in enumerate(
+            zip(torch.split(rows, ctx.tile), torch.split(grad, ctx.tile), torch.split(grad_x, ctx.tile), strict=True)
+        ):
+            pair, down = mlp.groups(number)
+            (gate, up), low = pair.forward(part)
+            low_down = down.low(swiglu(gate, up))
+            grad_of_part, of_adapters = Mlp.backward(pair, down, part, low, gate, up, low_down, grad_part)
+            into.copy_(grad_of_part)
+            before = total or [None] * len(of_adapters)
+            total = [
+                new if old is None or new is None else old + new for old, new in zip(before, of_adapters, strict=True)
+            ]
+        return grad_x.view(ctx.shape), None, None, None, None, None, None, *total
 
 
 @dataclass(frozen=True)
@@ -286,16 +359,11 @@ def _mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
         return out
     specs, tensors, p = _parts(members[:2])
     more_specs, more_tensors, p_down = _parts(members[2:])
-    whole = not (getattr(module, "output_ends_checkpoint", False) and recomputing())
-    out = LoraMlp.apply(  # type: ignore[no-untyped-call]
-        *_input(x, specs[0].dtype),
-        whole,
-        specs + more_specs,
-        (p, p_down),
-        (_seed(p), _seed(p_down)),
-        *tensors,
-        *more_tensors,
-    )
+    arguments = (specs + more_specs, (p, p_down), (_seed(p), _seed(p_down)), *tensors, *more_tensors)
+    if getattr(module, "output_ends_checkpoint", False):
+        out = TiledLoraMlp.apply(*_input(x, specs[0].dtype), not recomputing(), TILE, *arguments)  # type: ignore[no-untyped-call]
+    else:
+        out = LoraMlp.apply(*_input(x, specs[0].dtype), *arguments)  # type: ignore[no-untyped-call]
     return out.to(x.dtype)
 
 
