@@ -67,6 +67,10 @@ OFF = "training.gradient_checkpointing=false"
 ON = ("training.gradient_checkpointing=true", "batching.checkpoint_layers=null")
 OFFLOAD = (*ON, "batching.offload_checkpoints=true", "training.optim=adamw_8bit")
 SINGLE = ("strategy=single",)
+# One sample of 16,384 tokens a step, for --shape qwen2-1.5b.
+LONG = Batch(16_384, global_samples=1)
+SMALL_CARD = (*SINGLE, "training.max_length=16384", "lora.r=8", "lora.lora_alpha=16", "training.optim=adamw_8bit", *ON)
+EIGHT = ("quantization.load_in_4bit=false", "quantization.load_in_8bit=true")
 CASES = {
     "ddp_qlora": Case(2, "ddp_qlora", TWO_GPUS, (OFF,), ("r1", "trl_packed_4bit")),
     "ddp_qlora_6656": Case(2, "ddp_qlora", Batch(6_656), (OFF,), ("r1", "trl_packed_4bit")),
@@ -74,9 +78,19 @@ CASES = {
     "fsdp_bf16": Case(2, "fsdp_bf16", TWO_GPUS, (OFF,), ("r2_fsdp2", "r2_fsdp1")),
     "ddp_bf16": Case(2, "ddp_bf16", TWO_GPUS, (OFF,), ("r1", "trl_packed_bf16")),
     "single_13312": Case(1, "ddp_qlora", ONE_PACK, (*SINGLE, OFF, "lora.lora_dropout=0.0"), ("unsloth_13312", "trl_packed_single")),
+    "single_13312_dequantized": Case(
+        1, "ddp_qlora", ONE_PACK, (*SINGLE, OFF, "lora.lora_dropout=0.0", "quantization.dequantize_at_load=true"), ("unsloth_13312",)
+    ),
     "single_6656": Case(1, "ddp_qlora", TWO_PACKS, (*SINGLE, OFF), ("unsloth_6656",)),
     "single_checkpointed": Case(1, "ddp_qlora", OFFLOADED, (*SINGLE, *OFFLOAD, "lora.lora_dropout=0.0"), ("unsloth_checkpointed",)),
     "single_checkpointed_dropout": Case(1, "ddp_qlora", OFFLOADED, (*SINGLE, *OFFLOAD), ("unsloth_checkpointed_dropout",)),
+    "long_4bit": Case(1, "ddp_qlora", LONG, (*SMALL_CARD, "batching.offload_checkpoints=true"), ()),
+    "long_4bit_on_device": Case(1, "ddp_qlora", LONG, SMALL_CARD, ()),
+    "long_4bit_plain": Case(1, "ddp_qlora", LONG, (*SMALL_CARD, "model.kernels=plain"), ()),
+    "long_8bit": Case(1, "ddp_qlora", LONG, (*SMALL_CARD, *EIGHT, "batching.offload_checkpoints=true"), ()),
+    "long_8bit_plain": Case(1, "ddp_qlora", LONG, (*SMALL_CARD, *EIGHT, "model.kernels=plain"), ()),
+    "long_bf16": Case(1, "ddp_bf16", LONG, (*SMALL_CARD, "batching.offload_checkpoints=true"), ()),
+    "long_bf16_plain": Case(1, "ddp_bf16", LONG, (*SMALL_CARD, "model.kernels=plain"), ()),
 }  # fmt: skip
 BESIDE = {
     "r1": Reference(2, "r1_ddp_qlora.py"),

@@ -1,11 +1,11 @@
-"""What the benchmarks train: a Llama with random weights, a tokenizer whose words are one token each, and rows of known length."""
+"""What the benchmarks train: a model with random weights, a tokenizer whose words are one token each, and rows of known length."""
 
 from __future__ import annotations
 
 import functools
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +21,42 @@ _SPECIAL = ["<unk>", "<s>", "</s>"]
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's shape, and the number that divides all lengths and token budgets for it."""
+    """A model's shape, and the number that divides all lengths and token budgets for it; `row` where all samples are as long."""
 
     name: str
     config: dict[str, Any]
     divisor: int = 1
+    kind: str = "llama"
+    row: int | None = None
 
     def with_layers(self, layers: int | None) -> Shape:
-        return self if layers is None else Shape(self.name, {**self.config, "num_hidden_layers": layers}, self.divisor)
+        return self if layers is None else replace(self, config={**self.config, "num_hidden_layers": layers})
 
     def tokens(self, number: int) -> int:
         return number // self.divisor
 
     @functools.cached_property
     def parameters(self) -> int:
-        """All but the input embeddings: N of the model FLOPs."""
-        from transformers import LlamaConfig, LlamaForCausalLM
-
+        """All but input embeddings that are not the output's as well: N of the model FLOPs."""
         with torch.device("meta"):
-            model = LlamaForCausalLM(LlamaConfig(**self.config))
-        return sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+            model = self.model()
+        embeddings = 0 if self.config["tie_word_embeddings"] else model.get_input_embeddings().weight.numel()
+        return sum(p.numel() for p in model.parameters()) - embeddings
+
+    def model(self) -> Any:
+        """With random bf16 weights, on the device of the context."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(self.kind, **self.config), dtype=torch.bfloat16)
 
 
 SHAPES = {
     # Longer positions than Llama-2's change nothing here, and keep a peer from stretching RoPE for a pack that is longer.
     "llama-2-7b": Shape("llama-2-7b", LLAMA_2_7B | {"max_position_embeddings": 16_384}),
+    "qwen2-1.5b": Shape("qwen2-1.5b", {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+        "vocab_size": 151_936, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True,
+    }, kind="qwen2", row=16_384),
     "tiny": Shape("tiny", LLAMA_2_7B | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
                                         "num_attention_heads": 4, "vocab_size": 512}, divisor=16),
 }  # fmt: skip
@@ -54,7 +65,7 @@ SHAPES = {
 def model(work: Path, shape: Shape) -> Path:
     """Folder of the shape with random bf16 weights (seed 0) and its tokenizer, saved once under `work`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     folder = work / f"{shape.name}-{shape.config['num_hidden_layers']}-layers"
     if folder.exists():
@@ -68,7 +79,7 @@ def model(work: Path, shape: Shape) -> Path:
     ).save_pretrained(aside)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        weights = LlamaForCausalLM._from_config(LlamaConfig(**shape.config), dtype=torch.bfloat16)
+        weights = shape.model()
     weights.save_pretrained(aside)
     del weights
     if torch.cuda.is_available():
@@ -90,7 +101,7 @@ def sample_lengths(shape: Shape, count: int, generator: np.random.Generator) -> 
 def rows(work: Path, shape: Shape, count: int, seed: int = 0) -> tuple[Path, np.ndarray[Any, np.dtype[np.int64]]]:
     """A .jsonl file of `count` texts of `sample_lengths`, and the tokens of each with its end-of-sequence token."""
     generator = np.random.default_rng(seed)
-    lengths = sample_lengths(shape, count, generator)
+    lengths = sample_lengths(shape, count, generator) if shape.row is None else np.full(count, shape.row)
     path = work / f"rows-{shape.name}-{count}.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for length in lengths:

@@ -144,6 +144,7 @@ class Runner:
             "samples": samples, "tokens": tokens, "seconds": samples / summary["samples_per_second"],
             "peak_memory_gib": summary["peak_memory_gib"], "energy_j": joules, "train_loss": summary["train_loss"],
             "settings": {key: summary[key] for key in kept},
+            **({"profile": json.loads(folder.profile.read_text(encoding="utf-8"))} if folder.profile.is_file() else {}),
         }  # fmt: skip
 
     def reference(self, name: str, reference: Reference) -> dict[str, Any]:

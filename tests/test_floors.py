@@ -23,6 +23,7 @@ FLOORS = (
         "model",
         "data",
         "telemetry",
+        "profile",
         "bad_numbers",
         "checkpoint",
         "record",

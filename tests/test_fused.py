@@ -166,14 +166,17 @@ WHOLE = {"attention": LAYERS, "mlp": LAYERS, "linear": LAYERS}
 def base_of(
     config: Any, folder: Path, *, bits: int = 16, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Any:
-    """A model of random weights, dense or with bitsandbytes' 4-bit ones."""
+    """A model of random weights, dense or with bitsandbytes' 4-bit or 8-bit ones."""
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    quantised = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+    quantised = {
+        8: BitsAndBytesConfig(load_in_8bit=True),
+        4: BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        ),
+    }
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=quantised if bits == 4 else None, device_map={"": device}
+        folder, dtype=dtype, quantization_config=quantised.get(bits), device_map={"": device}
     )
     if config.model_type == "qwen2":  # biases start as zeros, which would hide them
         for name, parameter in model.named_parameters():
@@ -225,7 +228,7 @@ MODELS = [
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["kept", "checkpointed", "reentrant"])
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("config", MODELS)
 def test_a_fused_model_learns_what_the_plain_one_does(
     config: Callable[[], Any], bits: int, checkpointing: bool | None, tmp_path: Path
@@ -253,7 +256,7 @@ def test_checkpointing_drops_the_same_places_again(reentrant: bool, device: str,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 def test_in_bf16_a_fused_model_is_as_near_to_fp32_as_the_plain_one(bits: int, tmp_path: Path) -> None:
     """Of all gradients together, relative in norm."""
     exact = learn(adapted(base_of(LlamaConfig(**SHAPE), tmp_path, bits=bits, device="cuda")))

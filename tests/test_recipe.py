@@ -482,6 +482,21 @@ def test_what_is_required_and_not_set_is_a_fault_of_the_file(tmp_path: Path) -> 
             "quantization.load_in_8bit",
             "cannot be sharded by ZeRO-3",
         ),
+        (
+            "recipe=fsdp_bf16 quantization.dequantize_at_load=true",
+            "quantization.dequantize_at_load",
+            "no 4-bit weights",
+        ),
+        (
+            "recipe=fsdp_qlora quantization.dequantize_at_load=true",
+            "quantization.dequantize_at_load",
+            "FSDP2 would unpack the whole model on every device",
+        ),
+        (
+            "recipe=ddp_qlora lora=null quantization.dequantize_at_load=true",
+            "lora",
+            "4-bit weights cannot be trained without an adapter",
+        ),
         ("model.attn_implementation=varlen", "model.attn_implementation", "these micro-batches are padded"),
         ("data.validation_fraction=0 training.eval_strategy=steps", "training.eval_strategy", "no validation split"),
         ("data.validation_fraction=0.5 data.test_fraction=0.5", "data", "leave nothing to train on"),

@@ -35,12 +35,15 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("count", [1, 2, LAYERS, LAYERS + 3])
-def test_checkpointing_changes_no_gradient(count: int, offload: bool) -> None:
+def test_checkpointing_changes_no_gradient(count: int, offload: bool, reentrant: bool) -> None:
     model = model_of("cpu")
     kept = gradients(model)
-    assert checkpoint_layers(model, count, offload=offload) == min(count, LAYERS)
+    if reentrant:
+        model.enable_input_require_grads()
+    assert checkpoint_layers(model, count, offload=offload, reentrant=reentrant) == min(count, LAYERS)
     assert sum(layer.gradient_checkpointing for layer in layers_of(model)) == min(count, LAYERS)
     for name, gradient in gradients(model).items():
         assert torch.allclose(gradient, kept[name], rtol=1e-12, atol=1e-14), name

@@ -32,14 +32,31 @@ _SILU = (nn.SiLU, type(ACT2FN["silu"]))  # transformers has a class of its own
 
 @dataclass(frozen=True)
 class Spec:
-    """What a node needs of a linear beside its tensors: LoRA's scaling, and the state of 4-bit weights."""
+    """What a node needs of a linear beside its tensors: LoRA's scaling, and the state of 4-bit weights or the module of 8-bit
+    ones (which have no weight and no bias among the tensors)."""
 
     scaling: float
     quant_state: Any
     dtype: torch.dtype
+    int8: Any = None
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """W x + bias [tokens, out], by LLM.int8()'s own product where the weights are such."""
+        out: torch.Tensor
+        if self.int8 is not None:
+            out = self.int8(x)
+        elif bias is None:
+            out = x @ self.dense(weight).t()
+        else:
+            out = torch.addmm(bias.to(self.dtype), x, self.dense(weight).t())
+        return out
 
     def dense(self, weight: torch.Tensor) -> torch.Tensor:
         """The frozen weight [out, in]."""
+        if self.int8 is not None:  # as bitsandbytes' own backward: Dettmers et al. 2022 (arXiv:2208.07339)
+            state = self.int8.state
+            codes: torch.Tensor = state.CB.to(self.dtype)
+            return codes.mul_(state.SCB.unsqueeze(1) / 127)
         return weight.to(self.dtype) if self.quant_state is None else dequantize(weight, self.quant_state, self.dtype)
 
 
@@ -63,9 +80,7 @@ class Group:
         """Of x [tokens, in] the outputs [tokens, out] of each linear, and A x [tokens, sum of the ranks]."""
         low, outputs = self.low(x), []
         for spec, weight, bias, b, part in zip(self.specs, self.weights, self.biases, self.b, torch.split(low, self.ranks, 1), strict=True):  # fmt: skip
-            dense = spec.dense(weight).t()
-            out = x @ dense if bias is None else torch.addmm(bias.to(spec.dtype), x, dense)
-            outputs.append(out.addmm_(part, b.t()))
+            outputs.append(spec.product(x, weight, bias).addmm_(part, b.t()))
         return outputs, low
 
     def low(self, x: torch.Tensor) -> torch.Tensor:
@@ -263,14 +278,15 @@ def fuse(model: nn.Module) -> dict[str, int]:
     """Give the LoRA linears of `model` the nodes above, where they are of a kind that these know. Returns how many modules of
     each kind there are: `attention` (queries, keys and values together), `mlp`, `linear` (alone)."""
     found = {"attention": 0, "mlp": 0, "linear": 0}
+    module: Any
     for module in list(model.modules()):
-        children = dict(module.named_children())
+        children: dict[str, Any] = dict(module.named_children())
         if all(_fits(children.get(name)) for name in _SIBLINGS):
             Siblings([children.pop(name) for name in _SIBLINGS])
             found["attention"] += 1
         if _gated(module) and all(_fits(children.get(name)) for name in _MLP):
             for name in _MLP:
-                children.pop(name)
+                children.pop(name).is_fused = True
             module.forward = types.MethodType(_mlp, module)
             found["mlp"] += 1
         for child in children.values():
@@ -286,23 +302,33 @@ def fuse(model: nn.Module) -> dict[str, int]:
     return found
 
 
+def keeps_int8_products(model: nn.Module) -> bool:
+    """Whether any 8-bit linear runs in bitsandbytes' own node, which holds on to what it has computed beside the tensors that
+    checkpointing knows of: only the reentrant kind, whose first forward builds no graph, is rid of it."""
+    ours = {id(module.base_layer) for module in model.modules() if getattr(module, "is_fused", False)}
+    return any(
+        type(m).__name__ == "Linear8bitLt" and not hasattr(m, "base_layer") and id(m) not in ours
+        for m in model.modules()
+    )
+
+
 def _fits(module: Any) -> bool:
-    """A LoRA linear of one adapter over a frozen dense or 4-bit linear, and nothing that only PEFT's own forward does."""
+    """A LoRA linear of one adapter over a frozen dense, 4-bit or 8-bit linear, and nothing that only PEFT's own forward does."""
     from peft.tuners.lora import Linear
 
     kinds: tuple[type, ...] = (Linear,)
     try:
-        from peft.tuners.lora.bnb import Linear4bit
+        from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
     except ImportError:
         pass
     else:
-        kinds = (Linear, Linear4bit)
+        kinds = (Linear, Linear4bit, Linear8bitLt)
     if type(module) not in kinds:
         return False
     adapters = list(module.lora_A)
     return (
         module.active_adapters == adapters and len(adapters) == 1 and not module.lora_variant and not module.fan_in_fan_out
-        and type(module.base_layer).__name__ in ("Linear", "Linear4bit") and isinstance(module.lora_A[adapters[0]], nn.Linear)
+        and type(module.base_layer).__name__ in ("Linear", "Linear4bit", "Linear8bitLt") and isinstance(module.lora_A[adapters[0]], nn.Linear)
         and module.lora_B[adapters[0]].bias is None and not any(p.requires_grad for p in module.base_layer.parameters())
     )  # fmt: skip
 
@@ -324,6 +350,7 @@ class Siblings:
         self._ready: dict[Any, torch.Tensor] = {}
         for member in members:  # each holds what its forward needs, so that a copy of the model has its own
             member.siblings, member.forward = self, types.MethodType(_linear, member)
+            member.is_fused = True
 
     def output_of(self, member: Any, x: torch.Tensor) -> torch.Tensor:
         if self._input is not x or member not in self._ready:
@@ -344,7 +371,7 @@ def _linear(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
 
 
 def _linears(members: list[Any], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    specs, tensors, p = _parts(members)
+    specs, tensors, p = _parts(members, x.dtype)
     y: tuple[torch.Tensor, ...] = LoraLinears.apply(  # type: ignore[no-untyped-call]
         *_input(x, specs[0].dtype), specs, p, _seed(p), *tensors
     )
@@ -357,8 +384,8 @@ def _mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
     if any(getattr(member, "disable_adapters", True) or member.merged for member in members):
         out: torch.Tensor = type(module).forward(module, x)
         return out
-    specs, tensors, p = _parts(members[:2])
-    more_specs, more_tensors, p_down = _parts(members[2:])
+    specs, tensors, p = _parts(members[:2], x.dtype)
+    more_specs, more_tensors, p_down = _parts(members[2:], x.dtype)
     arguments = (specs + more_specs, (p, p_down), (_seed(p), _seed(p_down)), *tensors, *more_tensors)
     if getattr(module, "output_ends_checkpoint", False):
         out = TiledLoraMlp.apply(*_input(x, specs[0].dtype), not recomputing(), TILE, *arguments)  # type: ignore[no-untyped-call]
@@ -371,16 +398,21 @@ def _input(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Origin]:
     return (x, getattr(x, "origin", None) or Origin()) if x.dtype == dtype else (x.to(dtype), Origin())
 
 
-def _parts(members: list[Any]) -> tuple[tuple[Spec, ...], list[Any], float]:
+def _parts(members: list[Any], computing: torch.dtype) -> tuple[tuple[Spec, ...], list[Any], float]:
     """Of PEFT's modules as they are now (FSDP2 puts the whole parameters in place for the time of a layer's forward)."""
     specs, tensors, p = [], [], 0.0
     for member in members:
         (adapter,) = member.lora_A
         base = member.base_layer
         state = getattr(base, "quant_state", None) or getattr(base.weight, "quant_state", None)
-        dtype = base.weight.dtype if state is None else getattr(base, "compute_dtype", None) or state.dtype
-        specs.append(Spec(member.scaling[adapter], state, dtype))
-        tensors += [base.weight, base.bias, member.lora_A[adapter].weight, member.lora_B[adapter].weight]
+        int8 = base if base.weight.dtype == torch.int8 and state is None else None
+        if int8 is not None:
+            dtype, frozen = computing, [None, None]
+        else:
+            dtype = base.weight.dtype if state is None else getattr(base, "compute_dtype", None) or state.dtype
+            frozen = [base.weight, base.bias]
+        specs.append(Spec(member.scaling[adapter], state, dtype, int8))
+        tensors += [*frozen, member.lora_A[adapter].weight, member.lora_B[adapter].weight]
         drop = member.lora_dropout[adapter]
         p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
     return tuple(specs), tensors, p

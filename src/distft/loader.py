@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,11 +28,28 @@ class Collator:
         return batch
 
 
+class Loader(DataLoaderShard):  # type: ignore[misc]
+    """A rank's batches, and the seconds that it has waited for them."""
+
+    waited_s = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = super().__iter__()
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited_s += time.perf_counter() - start
+            yield batch
+
+
 def loader(
     samples: Dataset, plan: Plan, collator: Collator, rank: int, world_size: int, accumulation: int, device: torch.device, workers: int
-) -> DataLoaderShard:  # fmt: skip
+) -> Loader:  # fmt: skip
     """The micro-batches that `plan` gives to `rank`, each moved to `device` while the one before it is worked on."""
-    return DataLoaderShard(
+    return Loader(
         samples, device=device, _non_blocking=True, batch_sampler=RankBatches(plan, rank, world_size, accumulation),
         collate_fn=collator, num_workers=workers, pin_memory=device.type == "cuda",
     )  # fmt: skip

@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from distft import attention
 from distft.errors import ModelError
-from distft.fused import fuse
+from distft.fused import fuse, keeps_int8_products
 from distft.recipe import Recipe
 from distft.recompute import checkpoint_layers, layers_of, layers_to_checkpoint
 from distft.strategy import Strategy, whole_numel
@@ -47,9 +47,7 @@ def load_tokenizer(recipe: Recipe) -> Any:
 
 def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     section = recipe.quantization
-    if section is None or section.bits == 16:
-        return None
-    return BitsAndBytesConfig(**section.model_dump(exclude_none=True))
+    return BitsAndBytesConfig(**section.arguments()) if section is not None and section.is_quantized else None
 
 
 def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
@@ -108,7 +106,12 @@ def checkpoint(model: Any, recipe: Recipe, strategy: Strategy, tokens: int | Non
             free = torch.cuda.mem_get_info()[0] - coming // strategy.world.world_size
             count = layers_to_checkpoint(model, tokens, free, trainable, offload=offload)
         count = int(reduce([count], "max", strategy.world)[0])
-    return checkpoint_layers(model, len(layers_of(model)) if count is None else count, offload=offload)
+    reentrant = keeps_int8_products(model)
+    if reentrant:
+        model.enable_input_require_grads()
+    return checkpoint_layers(
+        model, len(layers_of(model)) if count is None else count, offload=offload, reentrant=reentrant
+    )
 
 
 def _use_liger(base: Any) -> None:
@@ -125,7 +128,7 @@ def _use_liger(base: Any) -> None:
 def load_base(
     recipe: Recipe, *, device_map: dict[str, int] | None = None, attn_implementation: str | None = None
 ) -> Any:
-    """The base alone, quantised as the recipe says.
+    """The base alone, quantised (and unpacked again) as the recipe says.
 
     Raises:
         ModelError: it cannot be had.
@@ -136,6 +139,9 @@ def load_base(
         quantization_config=quantization_config(recipe), device_map=device_map, use_safetensors=True,
         **({"attn_implementation": attn_implementation} if attn_implementation else {}),
     )  # fmt: skip
+    if recipe.quantization is not None and recipe.quantization.dequantize_at_load:
+        base = base.dequantize(dtype=getattr(torch, recipe.model.dtype))
+        base.is_loaded_in_4bit = False
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On such CPUs bitsandbytes repacks 4-bit weights for good at the first evaluation, for a kernel without a

@@ -69,7 +69,7 @@ class Recipe(Section):
 
     @property
     def bits(self) -> int:
-        """Bits a weight of the frozen base: 4, 8 or 16 (not quantised)."""
+        """Bits that a weight of the base takes in memory: 4, 8 or 16 (not quantised, or unpacked at load)."""
         return self.quantization.bits if self.quantization else 16
 
     @property
@@ -176,10 +176,14 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
     quantization, training = recipe.quantization, recipe.training
     if quantization and quantization.load_in_4bit and quantization.load_in_8bit:
         fault("quantization", "load_in_4bit and load_in_8bit exclude each other")
-    if recipe.bits < 16 and recipe.lora is None:
+    if quantization and quantization.dequantize_at_load and not quantization.load_in_4bit:
+        fault(
+            "quantization.dequantize_at_load", "there are no 4-bit weights to unpack", "set quantization.load_in_4bit"
+        )
+    if quantization and quantization.is_quantized and recipe.lora is None:
         fault(
             "lora",
-            f"{recipe.bits}-bit weights cannot be trained without an adapter",
+            f"{4 if quantization.load_in_4bit else 8}-bit weights cannot be trained without an adapter",
             "add a lora section, or quantization=null",
         )
     if training.get("bf16") and training.get("fp16"):

@@ -29,8 +29,9 @@ def layers_of(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def checkpoint_layers(model: nn.Module, count: int, *, offload: bool) -> int:
-    """Checkpoint `count` layers of `model`, evenly spread over its depth, and no other. Returns how many there are.
+def checkpoint_layers(model: nn.Module, count: int, *, offload: bool, reentrant: bool = False) -> int:
+    """Checkpoint `count` layers of `model`, evenly spread over its depth, and no other. Returns how many there are. With
+    `reentrant` the embeddings' output has to require a gradient.
 
     Where a layer ends with its MLP, the MLP's last product is left out when the layer is computed again: nothing in the
     backward looks at it.
@@ -42,7 +43,7 @@ def checkpoint_layers(model: nn.Module, count: int, *, offload: bool) -> int:
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index in chosen
         if index in chosen:
-            layer._gradient_checkpointing_func = functools.partial(_checkpoint, keeper)
+            layer._gradient_checkpointing_func = functools.partial(_checkpoint, keeper, reentrant)
             if is_pre_norm(layer):
                 layer.mlp.output_ends_checkpoint = True
     return len(chosen)
@@ -56,11 +57,11 @@ def is_pre_norm(layer: nn.Module) -> bool:
     return {name for name in names if isinstance(getattr(layer, name, None), nn.Module)} == _PRE_NORM
 
 
-def _checkpoint(keeper: HostMemory | None, function: Callable[..., Any], *args: Any) -> Any:
+def _checkpoint(keeper: HostMemory | None, reentrant: bool, function: Callable[..., Any], *args: Any) -> Any:
     if keeper is None:
-        return checkpoint(function, *args, use_reentrant=False)
+        return checkpoint(function, *args, use_reentrant=reentrant)
     with saved_tensors_hooks(keeper.put, keeper.get):
-        return checkpoint(function, *args, use_reentrant=False)
+        return checkpoint(function, *args, use_reentrant=reentrant)
 
 
 def recomputing() -> bool:

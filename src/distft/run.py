@@ -11,6 +11,7 @@ runs/<name>/
   stacks/             what every rank was doing when the run stood still
   logs/               what each rank printed, rank<N>.log, where there are several
   wandb/              W&B's own files, one folder in it for each start
+  profile.json        where the time of some steps went
   wandb.json          the W&B run that all starts log to: its id, and the last step that went to it before the newest start
   summary.json        status, cause and the figures of the run
 """
@@ -136,6 +137,10 @@ class RunFolder:
     def log(self, rank: int) -> Path:
         """What `rank`, counted over all nodes, printed; appended to at each start."""
         return self.logs / f"rank{rank}.log"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile.json"
 
     @property
     def wandb(self) -> Path:

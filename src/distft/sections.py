@@ -157,11 +157,23 @@ class Quantization(Section):
     """Outlier threshold of LLM.int8()."""
     llm_int8_skip_modules: list[str] | None = None
     """Modules to leave unquantised (the output head always is)."""
+    dequantize_at_load: bool = False
+    """Unpack 4-bit weights once, to model.dtype, when they have been loaded: QLoRA's numbers with the speed of a 16-bit base,
+    and its memory."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are those of 4 or 8 bits, however they lie in memory."""
+        return self.load_in_4bit or self.load_in_8bit
 
     @property
     def bits(self) -> int:
-        """Bits a weight: 4, 8 or 16 (not quantised)."""
-        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else 16
+        """Bits that a weight takes while it trains: 4, 8, or 16 where it is not quantised or was unpacked at load."""
+        return 4 if self.load_in_4bit and not self.dequantize_at_load else 8 if self.load_in_8bit else 16
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of `transformers.BitsAndBytesConfig`."""
+        return self.model_dump(exclude_none=True, exclude={"dequantize_at_load"})
 
 
 class Format(Section):
@@ -265,6 +277,9 @@ class Tracking(Section):
     """Tags in W&B."""
     throughput_warmup_steps: int = Field(3, ge=0)
     """First steps that the run's samples/s and tokens/s leave out (allocator, kernel and cache warm-up)."""
+    profile_steps: int = Field(0, ge=0)
+    """Steps after those that run under torch.profiler: how much of them the device computed, waited for other ranks, copied and
+    was idle goes to profile.json. It slows them down."""
 
 
 _WORD = r"^[^\s\"'\\\\`$]+$"  # stands in a #SBATCH line, or between a script's double quotes, as it is

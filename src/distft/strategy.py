@@ -36,6 +36,12 @@ def faults(recipe: Recipe) -> list[Fault]:
 
     quantization, optimizer = recipe.quantization, str(recipe.training.get("optim", ""))
     sharder = {"fsdp": "FSDP2", "zero3": "ZeRO-3"}.get(recipe.strategy)
+    if sharder and quantization and quantization.load_in_4bit and quantization.dequantize_at_load:
+        fault(
+            "quantization.dequantize_at_load",
+            f"{sharder} would unpack the whole model on every device before it shards it",
+            "strategy=ddp, or leave the weights in 4 bits",
+        )
     if sharder and recipe.bits == 8:
         fault("quantization.load_in_8bit", f"8-bit weights cannot be sharded by {sharder}", "strategy=ddp, or 4-bit")
     if sharder and recipe.bits == 4 and quantization and quantization.bnb_4bit_quant_storage != recipe.model.dtype:
@@ -191,11 +197,11 @@ class Strategy:
         return self.name == "zero3"
 
     def checkpoints_by_layer(self, recipe: Recipe) -> bool:
-        """Whether activation checkpointing is ours (`recompute`) and not the trainer's: ZeRO-3 and LLM.int8() want the reentrant
-        kind, and gradient_checkpointing_kwargs are the trainer's own."""
+        """Whether activation checkpointing is ours (`recompute`) and not the trainer's: ZeRO-3 wants the reentrant kind, and
+        gradient_checkpointing_kwargs are the trainer's own."""
         training = recipe.training
         asked = bool(training.get("gradient_checkpointing")) and "gradient_checkpointing_kwargs" not in training
-        return asked and self.name != "zero3" and recipe.bits != 8
+        return asked and self.name != "zero3"
 
     def like(self, recipe: Recipe) -> Strategy:
         """What these processes would do with another recipe."""

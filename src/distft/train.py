@@ -19,6 +19,7 @@ from distft.memory import Memory
 from distft.model import checkpoint, load_model, load_tokenizer, non_embedding_parameters, settle_adapter_dtype
 from distft.outcome import debug_flag, guarded
 from distft.plan import Plan
+from distft.profile import Profile
 from distft.recipe import load_recipe
 from distft.record import Record
 from distft.samples import at_most, lengths_of
@@ -84,8 +85,7 @@ def train(arguments: Sequence[str]) -> None:
             callbacks=[
                 Invariants(how, recipe, trainable, numbers), stop, telemetry, *trackers(recipe, record.folder, world, record.logged),
                 *([held_out] if recipe.evaluation.before_and_after and splits.test is not None else []),
-                checkpoints,
-                watch,
+                checkpoints, watch, Profile(record.folder, recipe, world),
             ],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)

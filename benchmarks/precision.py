@@ -1,0 +1,110 @@
+"""What lower precision costs in loss: the same training in fp32 throughout, as shipped, with PEFT's own modules, and with bf16 masters.
+
+    python benchmarks/precision.py --steps 200 --seeds 1 2 3 --output result.json
+
+Real text on the embedded model, 4-bit base, one process. Each seed draws other adapters, another split and another order, the same for
+all variants, so that a variant is compared with fp32 seed by seed: what is reported is the difference of held-out losses (nats a token).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distft import train
+from distft.machine import describe
+from distft.run import RunFolder, to_json, write_atomically
+
+BF16 = ["model.dtype=bfloat16", "training.bf16=true", "quantization.bnb_4bit_compute_dtype=bfloat16"]
+FP32 = ["model.dtype=float32", "training.bf16=false", "quantization.bnb_4bit_compute_dtype=float32"]
+VARIANTS = {
+    "fp32": FP32,
+    "shipped": BF16,  # bf16 products in fused nodes, fp32 masters and optimizer states
+    "plain": [*BF16, "model.kernels=plain"],  # PEFT's modules under autocast, fp32 masters
+    "bf16_masters": BF16,  # the adapter itself in bf16, which distft does not offer
+}
+
+
+def in_bf16(model: Any, *_: Any) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def run(variant: str, seed: int, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    arguments = [
+        "recipe=tiny", "strategy=single", f"run.seed={seed}", f"run.dir={work}", f"run.name={variant}-{seed}", "tracking.report_to=[]",
+        f"training.max_steps={options.steps}", "training.eval_strategy=no", "training.save_strategy=no", "lora.lora_dropout=0.0",
+        f"training.learning_rate={options.learning_rate}", *VARIANTS[variant], *options.set,
+    ]  # fmt: skip
+    command = [sys.executable, __file__, "--train", variant, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit)
+    if done.returncode:
+        raise SystemExit(f"{variant}, seed {seed}: {done.stderr[-3000:]}")
+    summary = RunFolder(work / f"{variant}-{seed}").read_summary()
+    return {
+        "variant": variant, "seed": seed, "arguments": [word for word in arguments if not word.startswith("run.dir=")],
+        "loss_before": summary["eval_before"]["loss"], "loss_after": summary["eval_after"]["loss"], "train_loss": summary["train_loss"],
+        "tokens_per_second": summary["tokens_per_second"],
+    }  # fmt: skip
+
+
+def differences(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each variant: the held-out loss after training, less that of fp32 with the same seed."""
+    exact = {each["seed"]: each["loss_after"] for each in runs if each["variant"] == "fp32"}
+    found = {}
+    for variant in dict.fromkeys(each["variant"] for each in runs):
+        own = [each["loss_after"] - exact[each["seed"]] for each in runs if each["variant"] == variant]
+        learned = [each["loss_before"] - each["loss_after"] for each in runs if each["variant"] == variant]
+        found[variant] = {
+            "mean": statistics.mean(own), "min": min(own), "max": max(own), "learned": statistics.mean(learned), "seeds": len(own),
+        }  # fmt: skip
+    return found
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--train"]:
+        variant, sys.argv[1:] = sys.argv[2], sys.argv[3:]
+        if variant == "bf16_masters":
+            train.settle_adapter_dtype = in_bf16
+        return train.main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--learning-rate", default="1e-3")
+    parser.add_argument("--set", nargs="*", default=[], help="more overrides for every run")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for one run")
+    parser.add_argument("--commit", default="", help="the commit measured, where there is no git")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = options.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as work:
+        for seed in options.seeds:
+            for variant in VARIANTS:
+                runs.append(run(variant, seed, options, Path(work)))
+                record = {
+                    "program": "benchmarks/precision.py", "commit": commit, "steps": options.steps,
+                    "environment": {key: value for key, value in describe().items() if key not in ("command", "working_folder")},
+                    "difference_from_fp32": differences(runs) if variant != "fp32" or len(runs) > 1 else {}, "runs": runs,
+                }  # fmt: skip
+                write_atomically(options.output, to_json(record) + "\n")
+                print(json.dumps(runs[-1] | {"arguments": None}), flush=True)
+    for variant, found in differences(runs).items():
+        print(
+            f"{variant}: {found['mean']:+.5f} ({found['min']:+.5f} to {found['max']:+.5f}), learned {found['learned']:.3f}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

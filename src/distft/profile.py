@@ -1,0 +1,135 @@
+"""Where the time of a step goes: `tracking.profile_steps: 3` puts `profile.json` into the run folder.
+
+The steps after the warm-up run under torch.profiler. What the device did is laid out on one line of time, each moment counted
+once: for computation where any runs, else for communication (the exposed part of it), else for copies, else as idle.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity
+from transformers import TrainerCallback
+
+from distft.recipe import Recipe
+from distft.run import RunFolder, to_json, write_atomically
+from distft.world import World, say
+
+KINDS = ("compute", "communication", "copy")
+"""From the one that hides the others to the one that hides none."""
+_COMMUNICATION = ("nccl", "gloo:", "c10d::")
+_COPY = ("memcpy", "memset", "[memory]")
+_LISTED = 15
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Something that the device did, from `start` to `end` in seconds on any one clock."""
+
+    name: str
+    start: float
+    end: float
+
+    @property
+    def kind(self) -> str:
+        name = self.name.lower()
+        if name.startswith(_COMMUNICATION):
+            return "communication"
+        return "copy" if name.startswith(_COPY) else "compute"
+
+
+def shares(activities: Iterable[Activity], seconds: float) -> dict[str, float]:
+    """Of `seconds` in which `activities` ran: `compute_s`, `communication_exposed_s`, `copy_exposed_s` and `idle_s`, which add up
+    to it, and `communication_s`, hidden or not."""
+    spans: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+    for activity in activities:
+        spans[activity.kind].append((activity.start, activity.end))
+    alone = {kind: _covered(spans[kind]) for kind in KINDS}
+    until = [_covered([span for kind in KINDS[: number + 1] for span in spans[kind]]) for number in range(len(KINDS))]
+    return {
+        "compute_s": until[0], "communication_exposed_s": until[1] - until[0], "copy_exposed_s": until[2] - until[1],
+        "idle_s": max(seconds - until[2], 0.0), "communication_s": alone["communication"],
+    }  # fmt: skip
+
+
+def _covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of `spans`."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return total
+
+
+def longest(activities: Iterable[Activity], seconds: float) -> list[dict[str, Any]]:
+    """What took most, by name: its share of `seconds` and how often it ran."""
+    spent: dict[str, list[float]] = defaultdict(list)
+    for activity in activities:
+        spent[activity.name].append(activity.end - activity.start)
+    ordered = sorted(spent.items(), key=lambda item: -sum(item[1]))[:_LISTED]
+    return [{"name": name[:200], "share": sum(times) / seconds, "count": len(times)} for name, times in ordered]
+
+
+class Profile(TrainerCallback):  # type: ignore[misc]
+    """Profiles `tracking.profile_steps` steps from the end of the last step of the warm-up on. All ranks take part."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, world: World) -> None:
+        self._folder, self._world = folder, world
+        self._steps, self._wanted = recipe.tracking.profile_steps, max(recipe.tracking.throughput_warmup_steps, 1)
+        self._profiler: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
+        if self._profiler is None and self._steps and self._wanted <= state.global_step < state.max_steps:
+            self._first, self._steps = state.global_step, min(self._steps, state.max_steps - state.global_step)
+            on_gpu = torch.cuda.is_available() and not args.use_cpu
+            self._profiler = torch.profiler.profile(
+                activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+            )
+            self._profiler.start()
+            self._waited, self._clock = train_dataloader.waited_s, self._now()
+        elif self._profiler is not None and self._steps and state.global_step == self._first + self._steps:
+            seconds = self._now() - self._clock
+            self._profiler.stop()
+            self._write(seconds, train_dataloader.waited_s - self._waited)
+            self._steps, self._profiler = 0, None
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _write(self, seconds: float, waited: float) -> None:
+        found = [
+            Activity(event.name, event.time_range.start / 1e6, event.time_range.end / 1e6)
+            for event in self._profiler.events()
+            if not event.is_user_annotation
+        ]
+        mine = {
+            "rank": self._world.rank, "step_time_s": seconds / self._steps,
+            **{key: value / self._steps for key, value in shares(found, seconds).items()}, "data_wait_s": waited / self._steps,
+            "longest": longest(found, seconds),
+        }  # fmt: skip
+        ranks: list[Any] = [mine]
+        if self._world.world_size > 1:
+            ranks = [None] * self._world.world_size
+            dist.all_gather_object(ranks, mine)
+        if self._world.is_main:
+            steps = [self._first + 1, self._first + self._steps]
+            write_atomically(self._folder.profile, to_json({"steps": steps, "ranks": ranks}) + "\n")
+            worst = max(ranks, key=lambda rank: rank["idle_s"])
+            parts = {
+                "compute": "compute_s",
+                "exposed communication": "communication_exposed_s",
+                "copies": "copy_exposed_s",
+                "idle": "idle_s",
+            }
+            line = ", ".join(f"{label} {worst[key] / worst['step_time_s']:.1%}" for label, key in parts.items())
+            say(
+                f"profile of steps {steps[0]} to {steps[1]}, the rank that was idle most: {line}; {self._folder.profile}"
+            )

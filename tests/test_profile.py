@@ -1,0 +1,83 @@
+"""Where the time of a step goes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distft.profile import Activity, longest, shares
+
+NAMES = (
+    "sgemm_128x64",
+    "ncclDevKernel_AllReduce_Sum_bf16_RING_LL",
+    "Memcpy HtoD (Pinned -> Device)",
+    "gloo:all_reduce",
+    "aten::mm",
+)
+
+
+def test_each_moment_is_counted_once() -> None:
+    found = shares(
+        [
+            Activity("gemm", 0.0, 4.0), Activity("gemm", 1.0, 3.0),  # on another stream at the same time
+            Activity("ncclDevKernel_AllReduce", 3.0, 6.0),  # a second of it hidden
+            Activity("Memcpy DtoH (Device -> Pinned)", 5.0, 7.0), Activity("Memset (Device)", 8.0, 8.5),
+        ],
+        10.0,
+    )  # fmt: skip
+    expected = {
+        "compute_s": 4.0,
+        "communication_exposed_s": 2.0,
+        "copy_exposed_s": 1.5,
+        "idle_s": 2.5,
+        "communication_s": 3.0,
+    }
+    assert found == pytest.approx(expected)
+
+
+def test_nothing_is_idle() -> None:
+    assert shares([], 2.0)["idle_s"] == 2.0
+
+
+def test_what_took_longest_comes_first() -> None:
+    activities = [Activity("a", 0, 1), Activity("b", 1, 4), Activity("a", 4, 5)]
+    assert longest(activities, 10.0) == [
+        {"name": "b", "share": 0.3, "count": 1},
+        {"name": "a", "share": 0.2, "count": 2},
+    ]
+
+
+@given(st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 40), st.integers(0, 10)), max_size=12))
+def test_the_parts_are_those_of_every_moment(drawn: list[tuple[str, int, int]]) -> None:
+    """Beside a count of whole seconds, one at a time."""
+    activities = [Activity(name, start, start + length) for name, start, length in drawn]
+    counted = dict.fromkeys(("compute", "communication", "copy", "idle"), 0)
+    for second in range(50):
+        kinds = {activity.kind for activity in activities if activity.start <= second < activity.end}
+        counted[next((kind for kind in ("compute", "communication", "copy") if kind in kinds), "idle")] += 1
+    found = shares(activities, 50)
+    keys = ("compute_s", "communication_exposed_s", "copy_exposed_s", "idle_s")
+    assert [found[key] for key in keys] == pytest.approx(list(counted.values()))
+
+
+def test_a_run_says_where_its_time_went(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "distft.cli", "train", "--nproc", "2", "recipe=tiny", "training.max_steps=5", "run.dir=runs",
+        "tracking.profile_steps=2", "tracking.throughput_warmup_steps=1", "tracking.report_to=[]", "evaluation.before_and_after=false",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "profile of steps 2 to 3, the rank that was idle most: compute" in done.stdout + done.stderr
+    record = json.loads((tmp_path / "runs" / "tiny" / "profile.json").read_text())
+    assert record["steps"] == [2, 3] and [rank["rank"] for rank in record["ranks"]] == [0, 1]
+    for rank in record["ranks"]:
+        parts = [rank[key] for key in ("compute_s", "communication_exposed_s", "copy_exposed_s", "idle_s")]
+        assert all(part >= 0 for part in parts) and sum(parts) == pytest.approx(rank["step_time_s"], rel=0.02)
+        assert rank["compute_s"] > 0.2 * rank["step_time_s"] and rank["communication_s"] > 0 and rank["data_wait_s"] > 0
+        assert {"aten::mm", "LoraMlpBackward"} <= {each["name"] for each in rank["longest"]}
