@@ -74,9 +74,14 @@ def model(work: Path, shape: Shape) -> Path:
     words = {word: number for number, word in enumerate([*_SPECIAL, *map(_word, range(3, shape.config["vocab_size"]))])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(aside)
+    )
+    for place in (
+        aside,
+        aside / "tokenizer",
+    ):  # beside the config of some models, transformers takes their own class for it
+        made.save_pretrained(place)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         weights = shape.model()

@@ -58,7 +58,7 @@ class Inputs:
         """Of a recipe, so that it trains on this and on nothing else."""
         on_cpu = ["model.dtype=float32", "training.bf16=false"] if not torch.cuda.is_available() else []
         return [
-            f"model.name={self.model}", f"data.name={self.rows}", "data.format.text=text", "data.validation_fraction=0.0",
+            f"model.name={self.model}", f"model.tokenizer={self.model / 'tokenizer'}", f"data.name={self.rows}", "data.format.text=text", "data.validation_fraction=0.0",
             "data.test_fraction=0.0", "evaluation.before_and_after=false", "training.eval_strategy=no", "training.save_strategy=no",
             "tracking.report_to=[]", *batch.overrides(self.shape), *on_cpu,
         ]  # fmt: skip
