@@ -74,7 +74,7 @@ EIGHT = ("quantization.load_in_4bit=false", "quantization.load_in_8bit=true")
 CASES = {
     "ddp_qlora": Case(2, "ddp_qlora", TWO_GPUS, (OFF,), ("r1", "trl_packed_4bit")),
     "ddp_qlora_6656": Case(2, "ddp_qlora", Batch(6_656), (OFF,), ("r1", "trl_packed_4bit")),
-    "ddp_qlora_checkpointed": Case(2, "ddp_qlora", Batch(6_656), ON, ("r1",)),
+    "ddp_qlora_checkpointed": Case(2, "ddp_qlora", Batch(8_192), ON, ("r1",)),  # as large as 9 GB allow
     "fsdp_bf16": Case(2, "fsdp_bf16", TWO_GPUS, (OFF,), ("r2_fsdp2", "r2_fsdp1")),
     "ddp_bf16": Case(2, "ddp_bf16", TWO_GPUS, (OFF,), ("r1", "trl_packed_bf16")),
     "single_13312": Case(1, "ddp_qlora", ONE_PACK, (*SINGLE, OFF, "lora.lora_dropout=0.0"), ("unsloth_13312", "trl_packed_single")),

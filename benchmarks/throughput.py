@@ -150,7 +150,7 @@ class Runner:
     def reference(self, name: str, reference: Reference) -> dict[str, Any]:
         """A run of a reference; its figures are those of the line that it prints."""
         options = self.options
-        total = options.warmup + options.reference_steps
+        total = options.reference_warmup + options.reference_steps
         processes = self.processes(reference.gpus)
         recipe = load_recipe(
             ["recipe=ddp_qlora", *self.inputs.overrides(reference.batch), f"training.max_steps={total}"]
@@ -161,7 +161,7 @@ class Runner:
         script = str(REFERENCES / reference.script)
         arguments = [
             *reference.command(self.inputs.shape), "--model", str(self.inputs.model), "--rows", str(self.inputs.rows), "--order", str(file),
-            "--steps", str(options.reference_steps), "--warmup", str(options.warmup),
+            "--steps", str(options.reference_steps), "--warmup", str(options.reference_warmup),
         ]  # fmt: skip
         environment: dict[str, str] = {}
         if "unsloth" in reference.script:
@@ -292,6 +292,7 @@ def main() -> int:
     parser.add_argument("--warmup", type=int, default=3, help="first optimizer steps of a run, which are not measured")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps measured in a run")
     parser.add_argument("--reference-steps", type=int, help="the same for references, where they are slow (as many)")
+    parser.add_argument("--reference-warmup", type=int, help="likewise its warm-up (as many)")
     parser.add_argument("--shape", choices=synthetic.SHAPES, default="llama-2-7b")
     parser.add_argument("--layers", type=int, help="fewer for a trial")
     parser.add_argument("--rows", type=int, default=4096, help="rows of the data; an epoch has a 64th as many steps")
@@ -307,6 +308,7 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, help="a .md file with the tables")
     options = parser.parse_args()
     options.reference_steps = options.reference_steps or options.steps
+    options.reference_warmup = options.warmup if options.reference_warmup is None else options.reference_warmup
     options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
 
@@ -328,7 +330,7 @@ def main() -> int:
         "program": "benchmarks/throughput.py", "commit": commit,
         "environment": {key: value for key, value in describe().items() if key not in ("command", "working_folder")},
         "shape": shape.name, "layers": shape.config["num_hidden_layers"], "parameters_without_embeddings": shape.parameters,
-        "device_flops": runner.flops, "warmup_steps": options.warmup, "steps": options.steps, "reference_steps": options.reference_steps,
+        "device_flops": runner.flops, "warmup_steps": options.warmup, "steps": options.steps, "reference_steps": options.reference_steps, "reference_warmup_steps": options.reference_warmup,
         "mean_tokens_of_a_sample": statistics.mean(inputs.lengths.tolist()), "comparisons": [], "summary": {}, "runs": [],
     }  # fmt: skip
     runs: list[dict[str, Any]] = []

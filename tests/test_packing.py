@@ -192,9 +192,9 @@ def test_padding_weighs_nothing_and_can_be_to_a_multiple() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 2, 0], [7, 2, 0, 0]]
     assert batch["labels"].tolist() == [[IGNORED, 6, 2, IGNORED], [IGNORED, 2, IGNORED, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
-    assert Collator(0, packed=True, multiple=4)(ROWS)["labels"].tolist() == [
-        [IGNORED, 6, 2, IGNORED, 2, *[IGNORED] * 3]
-    ]
+    batch = Collator(0, packed=True, multiple=4)(ROWS)
+    assert batch["labels"].tolist() == [[IGNORED, 6, 2, IGNORED, 2, *[IGNORED] * 3]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 8], "what fills up a pack is one more sample"
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -25,8 +25,10 @@ _SHOWN = 8  # samples that a message names
 class BadNumbers:
     """Whether a step's losses and gradient norm are finite, and what to do where they are not (`run.on_bad_numbers`).
 
-    The losses stay on the device until the step's gradients are whole; then one small gather and one wait tell every
-    rank the losses of all, so that all of them decide alike. `skipped` counts the steps of the run that were left out.
+    The losses stay on the device until the step's gradients are whole; then one small gather tells every rank the losses of
+    all, so that all of them decide alike. Where bad numbers stop the run, nothing waits for that: the numbers are looked at a
+    step later, or before anything of their step is saved, logged or evaluated (`settle`). Only to skip a step must the device
+    be waited for in each. `skipped` counts the steps of the run that were left out.
     """
 
     recipe: Recipe
@@ -36,6 +38,7 @@ class BadNumbers:
     skipped: int = 0
     in_a_row: int = 0
     _losses: list[torch.Tensor] = field(default_factory=list)
+    _waiting: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
 
     def watch(self, loss: torch.Tensor) -> None:
         """Take the loss of one micro-batch of this rank, on its device."""
@@ -47,8 +50,9 @@ class BadNumbers:
         Under fp16 an infinite norm is the loss scaler's way to find its scale, and bad only where that has come to its end.
 
         Raises:
-            BadNumbersError: on every rank, where the recipe says stop or the last steps were all skipped.
+            BadNumbersError: on every rank, where the recipe says stop (of the step before) or the last steps were all skipped.
         """
+        self.settle()
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         scaler = accelerator.scaler
         if norm is None or (scaler is not None and scaler.get_scale() >= 1):
@@ -57,6 +61,24 @@ class BadNumbers:
         device = losses[0].device
         mine = torch.stack([*losses, torch.as_tensor(norm, dtype=torch.float32, device=device)])
         everywhere = accelerator.gather(mine[None]) if self.world.world_size > 1 else mine[None]
+        if self.recipe.run.on_bad_numbers == "stop":
+            self._waiting = step, *_on_host(everywhere)
+            return True
+        return self._judge(step, everywhere)
+
+    def settle(self) -> None:
+        """Look at the numbers of the last step, if that is still to be done. All ranks enter.
+
+        Raises:
+            BadNumbersError: on every rank, where they are bad.
+        """
+        if self._waiting is not None:
+            (step, everywhere, copied), self._waiting = self._waiting, None
+            if copied is not None:
+                copied.synchronize()
+            self._judge(step, everywhere)
+
+    def _judge(self, step: int, everywhere: torch.Tensor) -> bool:
         if bool(everywhere.isfinite().all()):
             self.in_a_row = 0
             return True
@@ -98,3 +120,14 @@ class BadNumbers:
             f"step {step}: {'; '.join(found[:_SHOWN])}. Samples of the train split in it: {shown}{more}; look at them with "
             f"`distft data preview recipe={recipe} --rows {shown}`"
         ), rows
+
+
+def _on_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """A copy in host memory, and what says that it is there; nothing waits for it here."""
+    if not tensor.is_cuda:
+        return tensor, None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return host, event

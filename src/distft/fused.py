@@ -10,6 +10,7 @@ With LoRA dropout the linears of a group drop the same places of their shared in
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ from distft.recompute import is_pre_norm, recomputing
 
 _SIBLINGS = ("q_proj", "k_proj", "v_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
-TILE = 4_096
-"""Tokens that the MLP of a checkpointed layer takes at once."""
+TILE = 12_288
+"""Tokens that the MLP of a checkpointed layer takes at once, at most. 4-bit weights are unpacked for each tile: at 10,752 tokens of a 7B
+model, tiles of 4,096 cost 6.5% of the speed for 0.2 GB."""
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))  # transformers has a class of its own
 
 
@@ -210,6 +212,7 @@ class TiledLoraMlp(torch.autograd.Function):
         seeds: tuple[int, int], *tensors: Any,
     ) -> Any:  # fmt: skip
         rows = x.reshape(-1, x.shape[-1])
+        tile = math.ceil(len(rows) / max(math.ceil(len(rows) / tile), 1))  # tiles of one size
         out = torch.empty_like(rows)
         if whole:
             with torch.autocast(x.device.type, enabled=False):

@@ -17,14 +17,20 @@ from distft.samples import IGNORED
 
 class Collator:
     """Rows to one micro-batch: packed into one row with the bounds of the samples, or padded; its width a multiple of `multiple`,
-    if any. No rows give one token that the loss does not look at, so that a rank with nothing to do enters every collective."""
+    if any (in a pack one more sample, which the loss does not look at). No rows give one token that the loss does not look at, so
+    that a rank with nothing to do enters every collective."""
 
     def __init__(self, pad_token: int, *, packed: bool, multiple: int | None = None) -> None:
-        self._collate = DataCollatorForLanguageModeling(pad_token, padding_free=packed, pad_to_multiple_of=multiple)
-        self._empty = [{"input_ids": [pad_token], "labels": [IGNORED]}]
+        self._pad_token, self._fill_to = pad_token, (multiple or 1) if packed else 1
+        self._collate = DataCollatorForLanguageModeling(
+            pad_token, padding_free=packed, pad_to_multiple_of=None if packed else multiple
+        )
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = self._collate(rows or self._empty)
+        lacking = -sum(len(row["input_ids"]) for row in rows) % self._fill_to if rows else 1
+        if lacking:
+            rows = [*rows, {"input_ids": [self._pad_token] * lacking, "labels": [IGNORED] * lacking}]
+        batch: dict[str, Any] = self._collate(rows)
         return batch
 
 

@@ -105,10 +105,12 @@ class Profile(TrainerCallback):  # type: ignore[misc]
         return time.perf_counter()
 
     def _write(self, seconds: float, waited: float) -> None:
+        events = self._profiler.events()
+        device = "CUDA" if any(event.device_type.name == "CUDA" for event in events) else "CPU"
         found = [
             Activity(event.name, event.time_range.start / 1e6, event.time_range.end / 1e6)
-            for event in self._profiler.events()
-            if not event.is_user_annotation
+            for event in events
+            if event.device_type.name == device and not event.is_user_annotation
         ]
         mine = {
             "rank": self._world.rank, "step_time_s": seconds / self._steps,
