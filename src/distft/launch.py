@@ -175,10 +175,11 @@ def _start(command: Sequence[str], environment: Mapping[str, str], outcome: Path
         passed.append(signum)
         (outcome / "stop").touch()
         workers = _workers(child.pid)
+        sent = signal.SIGTERM if again else signum  # to a worker that cannot run just now, two of one kind would be one
         for worker in workers:
             with contextlib.suppress(psutil.NoSuchProcess):
-                if _catches(worker.pid, signum):
-                    worker.send_signal(signum)
+                if _catches(worker.pid, sent):
+                    worker.send_signal(sent)
         if not workers:
             _end_all(outcome)
         elif again:

@@ -99,7 +99,7 @@ def _raise_on_signals() -> None:
         if STOP.signum == signum != signal.SIGINT:
             return  # launchers repeat themselves; a person who means it presses Ctrl-C again
         signal.signal(signum, signal.SIG_IGN)  # once; what ends the run writes its summary undisturbed
-        raise Interrupted(signal.Signals(signum).name)
+        raise Interrupted(signal.Signals(STOP.signum or signum).name)
 
     def hear() -> None:
         """Python runs a handler between two steps of the main thread, which may be stuck in torch, waiting for ranks that never
