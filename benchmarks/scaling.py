@@ -337,6 +337,14 @@ def checks() -> list[Check]:
         speed("trl_packed_1", "trl_packed_fsdp2_bf16_2", FSDP, 0.05),
         speed("r1_1", "r1_ddp_nf4_2", DDP, None, " (it waits for the host, which is not in the model)"),
     ]
+    ours, two = (result(f"throughput_h200{name}.json") for name in ("", "_two_gpus"))
+    tokens = two["mean_tokens_of_a_sample"] * 32  # of a rank: half of 64 samples
+    alone = Compute(0.0, 1 / ours["summary"]["single_6656"]["tokens_per_second"]["median"])
+    done = step(DDP, model(LLAMA)[0], adapter(LLAMA), alone, Load(1, tokens, 0, 0), 2, hardware())
+    measured = two["summary"]["ddp_qlora"]["tokens_per_second"]["median"]
+    found.append(
+        Check("tokens/s, distft's ddp_qlora on 2 GPUs, from single_6656", 2 * tokens / done.seconds, measured, 0.1)
+    )
     for run in result("main_job_2xh200.json")["runs"]:
         summary = run["summary"]
         if summary["peak_memory_gib"]:

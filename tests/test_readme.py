@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,11 +133,18 @@ def test_the_page_s_experiment_is_one(reader: Path) -> None:
     assert [run.variant for run in experiment.runs] == ["bits4", "bits32"] * 3
 
 
-def rows_of(heading: str) -> list[list[str]]:
-    """The cells of the table under `## heading`, without its head."""
+def tables_of(heading: str) -> list[list[list[str]]]:
+    """The cells of the tables under `## heading`, without their heads."""
     section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
-    return cells[2:]
+    tables = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    return [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]] for table in tables
+    ]
+
+
+def rows_of(heading: str) -> list[list[str]]:
+    (table,) = tables_of(heading)
+    return table
 
 
 def test_tables_name_every_shipped_recipe_and_every_strategy(tmp_path: Path) -> None:
@@ -145,10 +153,15 @@ def test_tables_name_every_shipped_recipe_and_every_strategy(tmp_path: Path) -> 
     assert [row[0].strip("`") for row in rows_of("Strategies")] == list(StrategyName.__args__)
 
 
+def measured(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def test_measured_figures_are_those_of_the_record() -> None:
-    record = json.loads((ROOT / "benchmarks" / "results" / "throughput_h200.json").read_text(encoding="utf-8"))
+    one, two, long = tables_of("Measured")
+    record = measured("throughput_h200")
     pairs = {pair["case"]: pair for pair in record["comparisons"] if pair["reference"].startswith("unsloth")}
-    for name, *cells in rows_of("Measured"):
+    for name, *cells in one:
         pair = pairs[name.strip("`")]
         ours, theirs = record["summary"][pair["case"]], record["summary"][pair["reference"]]
         assert pair["same_work"]
@@ -157,6 +170,24 @@ def test_measured_figures_are_those_of_the_record() -> None:
             f"× {pair['ratio']['samples_per_second']['of_medians']:.2f}", f"{ours['mfu']['median']:.3f}",
             f"{ours['peak_memory_gb']['median']:.1f}", f"{theirs['peak_memory_gb']['median']:.1f}",
         ]  # fmt: skip
+
+    record = measured("throughput_h200_two_gpus")
+    both = {(pair["case"], pair["reference"]): pair for pair in record["comparisons"]}
+    for row in two:
+        pair = both[row[0].strip("`"), row[2].strip("`")]
+        ours, theirs = record["summary"][pair["case"]], record["summary"][pair["reference"]]
+        ratios = [pair["ratio"][figure]["of_medians"] for figure in ("samples_per_second", "tokens_per_second")]
+        rates = [side["samples_per_second"]["median"] for side in (ours, theirs)]
+        peaks = [side["peak_memory_gb"]["median"] for side in (ours, theirs)]
+        assert pair["same_work"]
+        assert [row[1], row[3]] == [f"{rate:.1f}" for rate in rates]
+        assert row[4:] == [*(f"× {ratio:.1f}" for ratio in ratios), *(f"{peak:.1f}" for peak in peaks)]
+
+    summary = measured("long_context_h200")["summary"]
+    for name, *cells in long:
+        sides = [summary[name.strip("`")], summary[name.strip("`") + "_plain"]]
+        peaks = [f"{side['peak_memory_gb']['median']:.2f}" for side in sides]
+        assert cells == [*peaks, *(f"{side['tokens_per_second']['median']:,.0f}" for side in sides)]
 
 
 def test_links_and_pictures_are_there() -> None:

@@ -38,7 +38,7 @@ def test_an_update_fills_every_table_and_leaves_the_text_alone() -> None:
 
 def test_two_gpus_are_predicted_from_one() -> None:
     checks = scaling.checks()
-    assert len([check for check in checks if check.tolerance]) == 8
+    assert len([check for check in checks if check.tolerance]) == 9
     assert [f"{check.what}: {check.error:+.1%}" for check in checks if not check.holds] == []
 
 
