@@ -305,3 +305,27 @@ def test_the_command_lists_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert shown[1].endswith("8 runs of 4 variants")
     assert shown[3].startswith("distft train recipe=tiny ")
     assert shown[3].endswith(" lora.r=2 run.name=tiny-ddp_4bit tracking.group=tiny")
+
+
+def test_recipes_by_their_names_make_an_experiment() -> None:
+    made = load_experiment(["tiny", "ddp_qlora", "training.max_steps=4"], checks=CHECKS)
+    assert (made.name, made.equal) == ("tiny-ddp_qlora", ("samples", "order", "global_batch"))
+    assert [run.name for run in made.runs] == [
+        f"tiny-ddp_qlora-{name}{repeat}" for repeat in ("", "-r2", "-r3") for name in ("tiny", "ddp_qlora")
+    ]
+    assert {run.recipe.training["max_steps"] for run in made.runs} == {4}
+    assert len(load_experiment(["tiny", "ddp_qlora"], repeats=1).runs) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tiny", "tiny"], "tiny: is named twice"),
+        (["tiny", "experiment=rank"], "experiment: beside recipes (tiny)"),
+        (["tiny", "ddp_qlorra"], "there is no recipe 'ddp_qlorra'"),
+    ],
+)
+def test_recipes_that_make_none_are_refused(words: list[str], said: str) -> None:
+    with pytest.raises(ExperimentError) as caught:
+        load_experiment(words)
+    assert said in str(caught.value)

@@ -34,7 +34,7 @@ FLOORS = (
         "bandwidth",
     ),
     ("watch", "trainer", "estimate", "probe", "fetch", "facts"),
-    ("memory", "submission", "doctor"),
+    ("memory", "submission", "doctor", "compare"),
     ("train", "trial"),
     ("cli",),
 )

@@ -94,6 +94,20 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("overrides", nargs="*", help="key.path=value …, for every run")
     runs.set_defaults(run=_show_experiment)
 
+    compare = commands.add_parser("compare", help="run recipes or an experiment here, one after the other, and report")
+    compare.add_argument(
+        "overrides",
+        nargs="+",
+        metavar="RECIPE",
+        help="names of recipes, or experiment=NAME; key.path=value … for all runs",
+    )
+    compare.add_argument(
+        "--nproc", type=int, help="processes of every run that is not single; one a GPU, or two without"
+    )
+    compare.add_argument("--repeats", type=int, help="how often each variant runs; as the experiment says, or 3")
+    compare.add_argument("--resume", action="store_true", help="make only the runs that have not finished")
+    compare.set_defaults(run=_compare)
+
     report = commands.add_parser("report", help="one report over finished and unfinished runs")
     report.add_argument(
         "overrides", nargs="*", metavar="RUN", help="run folders; or experiment=NAME and key.path=value …"
@@ -143,10 +157,10 @@ def _load(arguments: Sequence[str]) -> Recipe:
     return load_recipe(arguments, checks=_checks())
 
 
-def _load_experiment(arguments: Sequence[str]) -> Experiment:
+def _load_experiment(arguments: Sequence[str], repeats: int | None = None) -> Experiment:
     from distft.experiment import load_experiment
 
-    return load_experiment(arguments, checks=_checks())
+    return load_experiment(arguments, checks=_checks(), repeats=repeats)
 
 
 def _is_experiment(words: Sequence[str]) -> bool:
@@ -276,6 +290,20 @@ def _show_experiment(options: argparse.Namespace) -> None:
     print(f"# must be equal: {', '.join(experiment.equal) or 'nothing is declared'}")
     for run in experiment.runs:
         print(f"distft train {shlex.join(run.arguments)}")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from distft.compare import Comparison
+    from distft.markdown import markdown
+
+    for number, what in ((options.nproc, "--nproc"), (options.repeats, "--repeats")):
+        if number is not None and number < 1:
+            raise LaunchError(f"{what} {number} starts nothing")
+    comparison = Comparison(_load_experiment(options.overrides, options.repeats), options.nproc)
+    made = comparison.run(resume=options.resume)
+    print(markdown(made), end="")
+    print(f"\nreport: {comparison.parent / comparison.experiment.name}.md and .json")
+    return 0 if all(run.finished for run in made.runs) and not made.missing else 1
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -18,8 +18,11 @@ from distft.errors import ExperimentError, Fault, RecipeError
 from distft.experiment_file import Budget, Equal, ExperimentFile, find_experiment, read_experiment
 from distft.origin import COMMAND_LINE
 from distft.recipe import Recipe, load_recipe, related
+from distft.report import BY_DEFAULT
 from distft.yaml12 import first_comment, parse_yaml
 
+REPEATS = 3
+"""Of each recipe, where recipes are compared without a file."""
 Checks = Iterable[Callable[[Recipe], list[Fault]]]
 
 
@@ -69,8 +72,11 @@ class _Variant:
     told: str = ""
 
 
-def load_experiment(arguments: Sequence[str], *, checks: Checks = (), folder: Path | None = None) -> Experiment:
-    """The experiment that `arguments` (`experiment=NAME key.path=value …`) ask for.
+def load_experiment(
+    arguments: Sequence[str], *, checks: Checks = (), folder: Path | None = None, repeats: int | None = None
+) -> Experiment:
+    """The experiment that `arguments` (`experiment=NAME key.path=value …`) ask for, or that recipes as they are make (`ddp_qlora
+    fsdp_bf16 key.path=value …`): each a variant, REPEATS times, with what BY_DEFAULT names equal. `repeats` overrules the file.
 
     `experiment=` is a name (searched in `folder`/recipes/experiments, the working folder where it is None, then among the
     shipped ones) or a path. The other arguments apply to every run, after what the file says. `checks` as in `load_recipe`.
@@ -79,9 +85,18 @@ def load_experiment(arguments: Sequence[str], *, checks: Checks = (), folder: Pa
         ExperimentError: all faults at once, those of the file and those of the recipes that its runs resolve to.
     """
     folder, checks = folder or Path.cwd(), tuple(checks)
-    wanted, given, faults = _read_arguments(arguments)
-    path = find_experiment(wanted, folder)
-    content = read_experiment(path, faults)
+    recipes = [argument for argument in arguments if "=" not in argument]
+    wanted, given, faults = _read_arguments([argument for argument in arguments if "=" in argument])
+    if recipes and wanted:
+        raise ExperimentError(
+            [Fault(COMMAND_LINE, "experiment", f"beside recipes ({', '.join(recipes)})", "give one or the other")]
+        )
+    if recipes:
+        path, content = _of_recipes(recipes, folder)
+    else:
+        path = find_experiment(wanted, folder)
+        content = read_experiment(path, faults)
+    content = content if repeats is None else content.model_copy(update={"repeats": repeats})
     variants = _variants(content, path, folder, faults)
     found = {(fault.where, fault.key, fault.problem): fault for fault in faults}
     runs = []
@@ -101,7 +116,7 @@ def load_experiment(arguments: Sequence[str], *, checks: Checks = (), folder: Pa
     faults = [*found.values()] or _clashes([run.name for run in runs], path)
     if faults:
         raise ExperimentError(faults)
-    description = first_comment(path.read_text(encoding="utf-8"))
+    description = "recipes as they are" if recipes else first_comment(path.read_text(encoding="utf-8"))
     return Experiment(path.stem, tuple(runs), tuple(content.equal), description, path)
 
 
@@ -121,6 +136,17 @@ def _read_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, str], list
     }
     faults = [Fault(COMMAND_LINE, key, "is not set here", refused[key]) for key in refused if given.pop(key, None)]
     return given.pop("experiment", "").partition("=")[2], given, faults
+
+
+def _of_recipes(recipes: Sequence[str], folder: Path) -> tuple[Path, ExperimentFile]:
+    """What a file would say that names `recipes` alone, and what it would be called."""
+    names = [Path(recipe).stem for recipe in recipes]
+    doubled = {name for name in names if names.count(name) > 1}
+    if doubled:
+        raise ExperimentError([Fault(COMMAND_LINE, name, "is named twice", "give each recipe once; --repeats says how often each runs")
+                               for name in sorted(doubled)])  # fmt: skip
+    variants = {name: {"recipe": recipe} for name, recipe in zip(names, recipes, strict=True)}
+    return folder / "-".join(names), ExperimentFile(variants=variants, repeats=REPEATS, equal=list(BY_DEFAULT))
 
 
 def _variants(content: ExperimentFile, path: Path, folder: Path, faults: list[Fault]) -> list[_Variant]:

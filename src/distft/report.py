@@ -10,7 +10,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from distft.errors import RunFolderError
 from distft.run import RunFolder, to_json
@@ -69,7 +69,7 @@ EQUAL: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """What can be equal, and the facts that have to be for it, by the beginnings of their names; losses are compared instead."""
 
-BY_DEFAULT = ("samples", "order", "global_batch")
+BY_DEFAULT: tuple[Literal["samples", "order", "global_batch"], ...] = ("samples", "order", "global_batch")
 """What must be equal for speeds to be compared, where nothing else is declared."""
 
 _AS_RUN = (

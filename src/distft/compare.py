@@ -1,0 +1,150 @@
+"""`distft compare`: the runs of an experiment on this machine, one after the other, and the report on them.
+
+Every run is a `distft train` of its own, so that one that fails leaves the others alone. Repeats take turns (the order is the
+experiment's), so that a machine that grows slower meets all variants alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from distft.errors import Interrupted, RunFolderError
+from distft.experiment import Experiment, ExperimentRun
+from distft.markdown import markdown
+from distft.recipe import Recipe
+from distft.report import Report, report
+from distft.run import RunFolder, write_atomically
+from distft.strategy import visible_devices
+from distft.world import say
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An experiment on this machine. `processes` is for every run whose strategy is not `single`; None for one a GPU, or two on a
+    machine without any."""
+
+    experiment: Experiment
+    processes: int | None = None
+
+    def run(self, *, resume: bool) -> Report:
+        """Make the runs, or with `resume` those that have not finished, and write the report beside them. What a run printed
+        stands in `<experiment>-logs/`.
+
+        Raises:
+            RunFolderError: runs of this experiment are there, and `resume` is off.
+            RecipeError: a global batch does not divide over the processes.
+            Interrupted: a signal came; the runs that are left can be made with `resume`.
+        """
+        there = [run.name for run in self.experiment.runs if self._folder(run) is not None]
+        if there and not resume:
+            raise RunFolderError(
+                f"{len(there)} of {len(self.experiment.runs)} runs of {self.experiment.name} are there already ({', '.join(there[:3])}"
+                f"{', …' if len(there) > 3 else ''}); --resume makes those that have not finished, run.dir=FOLDER starts apart"
+            )
+        for run in self.experiment.runs:
+            run.recipe.check_division(self.processes_of(run.recipe))
+        try:
+            for number, run in enumerate(self.experiment.runs, 1):
+                place = f"{number}/{len(self.experiment.runs)} {run.name}"
+                if self._status(run) == "finished":
+                    say(f"{place}: had finished")
+                else:
+                    self._make(run, place)
+        except Interrupted:
+            if any(self._folder(run) is not None for run in self.experiment.runs):
+                self.write()
+            raise
+        return self.write()
+
+    def processes_of(self, recipe: Recipe) -> int:
+        """How many processes a run of `recipe` has here."""
+        if recipe.strategy == "single":
+            return 1
+        return self.processes or visible_devices() or min(2, os.cpu_count() or 1)
+
+    def write(self) -> Report:
+        """The report on the runs that are there, as Markdown and as JSON."""
+        folders = {run.name: self._folder(run) for run in self.experiment.runs}
+        made = report(
+            [folder for folder in folders.values() if folder is not None], title=f"Experiment {self.experiment.name}",
+            equal=self.experiment.equal, missing=[name for name, folder in folders.items() if folder is None],
+        )  # fmt: skip
+        write_atomically(self.parent / f"{self.experiment.name}.md", markdown(made))
+        write_atomically(self.parent / f"{self.experiment.name}.json", made.to_json())
+        return made
+
+    @property
+    def parent(self) -> Path:
+        """Where the report goes: the folder of the first run's folder."""
+        return _parent(self.experiment.runs[0])
+
+    def _folder(self, run: ExperimentRun) -> RunFolder | None:
+        return next(iter(RunFolder.named(_parent(run), run.name)), None)
+
+    def _status(self, run: ExperimentRun) -> str | None:
+        folder = self._folder(run)
+        return None if folder is None else str(folder.read_summary()["status"])
+
+    def _make(self, run: ExperimentRun, place: str) -> None:
+        log = self.parent / f"{self.experiment.name}-logs" / f"{run.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable, "-m", "distft.cli", "train", "--nproc", str(self.processes_of(run.recipe)), *run.arguments,
+        ]  # fmt: skip
+        say(f"{place}: starts; what it prints goes to {log}")
+        began = time.monotonic()
+        with log.open("w", encoding="utf-8") as output:
+            child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            with _passed_on(child) as signums:
+                code = child.wait()
+        folder = self._folder(run)
+        summary: dict[str, Any] = {} if folder is None else folder.read_summary()
+        if summary.get("status") == "finished":
+            rate = summary.get("samples_per_second")
+            shown = "" if rate is None else f", {rate:,.1f} samples/s"
+            say(f"{place}: finished in {time.monotonic() - began:.0f} s{shown}")
+        else:
+            cause = summary.get("cause") or _last_line(log)
+            say(f"{place}: {summary.get('status', 'failed')} (exit code {code}): {' '.join(str(cause).split())}")
+        if signums:
+            raise Interrupted(
+                signal.Signals(signums[0]).name,
+                f"in {run.name}; the same command with --resume makes the runs that are left",
+            )
+
+
+def _parent(run: ExperimentRun) -> Path:
+    return Path(run.recipe.run.dir).expanduser()
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it printed nothing"
+
+
+@contextlib.contextmanager
+def _passed_on(child: subprocess.Popen[Any]) -> Iterator[list[int]]:
+    """The signals that came meanwhile, each passed on to `child`, which knows how to stop."""
+    came: list[int] = []
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        came.append(signum)
+        with contextlib.suppress(ProcessLookupError):
+            child.send_signal(signum)
+
+    previous = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield came
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
