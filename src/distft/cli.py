@@ -191,6 +191,8 @@ def _submit(options: argparse.Namespace) -> None:
     words: list[str] = options.overrides
     if _is_experiment(words):
         submission = Submission.of_experiment(_load_experiment(words), words)
+    elif not any(word.startswith("recipe=") for word in words):
+        raise LaunchError("say what to submit: recipe=NAME, or experiment=NAME")
     else:
         submission = Submission.of_recipe(_load(words), words)
     print(submission.script.rstrip() if options.dry_run else "\n".join(submission.submit()))
@@ -247,12 +249,8 @@ def _print_section(values: dict[str, object], recipe: Recipe, prefix: str) -> No
             print(f"{depth}{key}:")
             _print_section(value, recipe, f"{prefix}{key}.")
         else:
-            text = (
-                yaml.safe_dump({key: value}, default_flow_style=None, width=1000, allow_unicode=True)
-                .strip()
-                .removeprefix("{")
-                .removesuffix("}")
-            )
+            text = yaml.safe_dump({key: value}, default_flow_style=None, width=1000, allow_unicode=True).strip()
+            text = text[1:-1] if text.startswith("{") else text
             print(f"{depth}{text:<{58 - len(depth)}}  # {recipe.source.of(prefix + key)}")
 
 

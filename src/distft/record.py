@@ -286,7 +286,7 @@ def _resumable(folder: RunFolder, recipe: Recipe, strategy: Strategy) -> Place |
     if changed and not recipe.run.force:
         raise RunFolderError(
             f"{folder.path} was interrupted with another recipe:\n" + "\n".join(f"  {line}" for line in changed)
-            + "\ntake the old values to go on, run.force=true to go on with the new ones, or another run.name to start anew"
+            + "\ntake the old values to go on, run.force=true to go on with the new ones, or start anew: run.resume=never, or another run.name"
         )  # fmt: skip
     facts = {"carried": {}} if checkpoint is None else manifest.read(checkpoint)
     if facts.get("format", strategy.checkpoint_format) != strategy.checkpoint_format:

@@ -107,7 +107,7 @@ def _check(recipes: Sequence[Recipe]) -> None:
     if offline and (lacking := list(dict.fromkeys(line for recipe in recipes for line in missing(recipe)))):
         raise LaunchError(
             "the job would run with the hub offline, and lack:\n" + "\n".join(f"  {line}" for line in lacking)
-            + "\nor set slurm.environment.HF_HUB_OFFLINE=\"'0'\" where nodes have a connection"
+            + ("\nor set slurm.environment.HF_HUB_OFFLINE=\"'0'\" where nodes have a connection" if any("distft fetch" in line for line in lacking) else "")
         )  # fmt: skip
 
 
