@@ -15,6 +15,7 @@ import pytest
 from distft.errors import RecipeError
 from distft.recipe import load_recipe
 from distft.slurm import Job, faults, report_script, script, seconds, template
+from distft.submission import Submission
 
 GOLDEN = Path(__file__).parent / "golden"
 DISTFT = ("python", "-m", "distft.cli")
@@ -161,3 +162,23 @@ def test_without_slurm_a_submission_says_so(tmp_path: Path) -> None:
     )
     assert ended.returncode == 2
     assert "there is no sbatch here" in ended.stderr
+
+
+def test_what_one_process_makes_of_a_strategy_is_said(tmp_path: Path) -> None:
+    recipe = load_recipe(["recipe=tiny"])
+    submission = Submission.of_recipe(recipe, ["recipe=tiny"])
+    assert submission.notes == [
+        "one process: ddp will fall back to single; slurm.gpus_per_node or slurm.processes_per_node says how many there are"
+    ]
+    two = load_recipe(["recipe=tiny", "slurm.nodes=2"])
+    assert Submission.of_recipe(two, ["recipe=tiny"]).notes == []
+    cores = load_recipe(["recipe=tiny", "slurm.processes_per_node=2"])
+    (line,) = Submission.of_recipe(cores, ["recipe=tiny"]).notes
+    assert line.startswith("slurm.cpus_per_task is null")
+
+
+def test_a_time_that_slurm_could_not_read_is_told_how_it_is_written() -> None:
+    with pytest.raises(
+        RecipeError, match=r"slurm.time: '4h' is not written as it has to be \(Time limit .*`hours:minutes:seconds`"
+    ):
+        load_recipe(["recipe=tiny", "slurm.time=4h"])

@@ -91,6 +91,11 @@ def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) ->
             return Fault(where, key, "is not set here", OWNED[section][leaf])
         return Fault(where, key, "unknown key", _suggestion(leaf, section))
     expected = error["msg"].removeprefix("Input should be ")
+    if error["type"] == "string_pattern_mismatch":
+        cls = SECTIONS.get(str(location[0]))
+        field = cls.model_fields.get(leaf) if cls is not None else None
+        told = (field.description or "") if field is not None else ""
+        return Fault(where, key, f"{error['input']!r} is not written as it has to be", told.strip())
     value = error["input"]
     got = "null" if value is None else f"{value!r} ({type(value).__name__})"
     return Fault(where, key, f"expected {expected}, got {got}")

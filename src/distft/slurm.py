@@ -199,8 +199,14 @@ class Jobs:
         for record in self.submitted():
             number = record["job"]
             for member in [key for key in known if key.partition("_")[0] == number] or [number]:
-                own, state = known.get(member, (member, None))
-                found.append({"job": member, "name": record["name"], "state": state, **_progress(folders.get(own))})
+                found.append(
+                    {
+                        "job": member,
+                        "name": record["name"],
+                        "state": known.get(member),
+                        **_progress(folders.get(member)),
+                    }
+                )
         return found
 
     def table(self) -> list[str]:
@@ -222,15 +228,14 @@ class Jobs:
 # What became of it --------------------------------------------------------------------------------------------------------
 
 
-def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Of each job, and of each that belongs to an array job: SLURM's number for it as `12` or `12_3`, to its own number
-    (which it finds in SLURM_JOB_ID) and its state. Jobs that SLURM has forgotten are left out."""
+def states(jobs: Sequence[str]) -> dict[str, str]:
+    """SLURM's state of each job, and of each that belongs to an array job (`12_3`). Jobs that SLURM has forgotten are left out."""
     if not jobs:
         return {}
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, str] = {}
     # squeue knows a job for some minutes after its end, the accounting for good
-    listed = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%A|%T"]
-    kept = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,JobIDRaw,State"]
+    listed = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T"]
+    kept = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,State"]
     for command in (listed, [*kept, f"--jobs={','.join(jobs)}"]):
         if shutil.which(command[0]) is None:
             continue
@@ -239,9 +244,9 @@ def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
         except subprocess.TimeoutExpired as error:
             raise LaunchError(f"SLURM gives no answer within {LIMIT_S} s ({command[0]})") from error
         for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
-            number, own, state = line.split("|")
+            number, _, state = line.partition("|")
             if number.partition("_")[0] in jobs:
-                found.setdefault(number, (own, state.split()[0]))
+                found.setdefault(number, state.split()[0])
     return found
 
 

@@ -20,11 +20,12 @@ DISTFT = (sys.executable, "-m", "distft.cli")
 
 @dataclass(frozen=True)
 class Submission:
-    """What is handed to SLURM: one job, or an array of jobs and the job of its report."""
+    """What is handed to SLURM: one job, or an array of jobs and the job of its report. `strategies` are those of its runs."""
 
     job: Job
     slurm: Slurm
     jobs: Jobs
+    strategies: frozenset[str]
     report: tuple[str, ...] | None = None
 
     @classmethod
@@ -41,7 +42,12 @@ class Submission:
                 [Fault(where, "slurm.array", "an array has the runs of an experiment", "experiment=NAME")]
             )
         _check([recipe])
-        return cls(Job(recipe.run.name, (tuple(arguments),)), recipe.slurm, Jobs.of(_runs(recipe)))
+        return cls(
+            Job(recipe.run.name, (tuple(arguments),)),
+            recipe.slurm,
+            Jobs.of(_runs(recipe)),
+            frozenset({recipe.strategy}),
+        )
 
     @classmethod
     def of_experiment(cls, experiment: Experiment, arguments: Sequence[str]) -> Submission:
@@ -63,7 +69,7 @@ class Submission:
         slurm = first.slurm
         if any(recipe.run.max_time is not None for recipe in recipes):  # a budget in minutes is that of one start
             slurm = slurm.model_copy(update={"max_requeues": 0})
-        return cls(job, slurm, Jobs.of(_runs(first)), report)
+        return cls(job, slurm, Jobs.of(_runs(first)), frozenset(recipe.strategy for recipe in recipes), report)
 
     @property
     def script(self) -> str:
@@ -75,13 +81,8 @@ class Submission:
         Raises:
             LaunchError: there is no SLURM here, or it refuses a job.
         """
-        name, output, processes = self.job.name, self.jobs.path, _processes(self.slurm)
+        name, output, lines = self.job.name, self.jobs.path, self.notes
         number = self.jobs.submit(name, self.script)
-        lines = []
-        if self.slurm.cpus_per_task is None and processes > 1:
-            lines.append(
-                f"slurm.cpus_per_task is null: many clusters then give one core to the {processes} processes of a node"
-            )
         if self.report is None:
             file = output / f"{name}-{number}.out"
             return [*lines, f"job {number}: {name}; its output: {file}; distft jobs shows where it is"]
@@ -89,9 +90,29 @@ class Submission:
         after = self.jobs.submit(f"{name}-report", report)
         files = output / f"{name}-{number}_*.out"
         return [
-            *lines, f"job {number}: the {len(self.job.runs)} runs of {name}; their output: {files}",
+            *lines, f"job {number}: {self._which()} of {name}; their output: {files}",
             f"job {after}: the report, once they have ended: {self.report[-1]}; distft jobs shows where they are",
         ]  # fmt: skip
+
+    @property
+    def notes(self) -> list[str]:
+        """What is no mistake, and perhaps not meant."""
+        processes, lines = _processes(self.slurm), []
+        falling = self.strategies - {"single"}
+        if falling and processes * self.slurm.nodes == 1:
+            lines.append(
+                f"one process: {' and '.join(sorted(falling))} will fall back to single; slurm.gpus_per_node or slurm.processes_per_node"
+                " says how many there are"
+            )
+        if self.slurm.cpus_per_task is None and processes > 1:
+            lines.append(
+                f"slurm.cpus_per_task is null: many clusters then give one core to the {processes} processes of a node"
+            )
+        return lines
+
+    def _which(self) -> str:
+        chosen = self.slurm.array
+        return f"the {len(self.job.runs)} runs" if chosen is None else f"runs {chosen} of the {len(self.job.runs)}"
 
 
 def _runs(recipe: Recipe) -> Path:
