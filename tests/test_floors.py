@@ -14,7 +14,7 @@ import pytest
 import distft
 
 FLOORS = (
-    ("errors", "packaged", "batch", "yaml12", "kernels", "recompute"),
+    ("errors", "packaged", "batch", "yaml12", "kernels", "recompute", "offline"),
     ("sections", "run", "world", "fused"),
     ("origin", "launcher", "report"),
     ("recipe", "machine", "samples", "plan", "manifest", "markdown"),

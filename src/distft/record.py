@@ -80,8 +80,6 @@ class Record:
     def __init__(self, place: Place, recipe: Recipe, strategy: Strategy, lock: FileLock | None) -> None:
         self.place, self.folder, self._strategy, self._lock = place, place.folder, strategy, lock
         self.step = place.step
-        self.logged = -1
-        """The last step that earlier starts of this run have logged; on rank 0 alone, -1 for none."""
         self._launch = Launch.of(os.environ)
         self._facts: dict[str, Any] = {
             "status": "running", "recipe": recipe.source.name, "strategy": strategy.name, "requested_strategy": strategy.requested,
@@ -120,7 +118,7 @@ class Record:
         if world.is_main:
             tell("folder", str(place.folder.path))
             if not place.claimed:
-                record.logged = place.folder.keep_metrics(place.step)
+                place.folder.keep_metrics(place.step)
                 manifest.drop_after(place.folder.checkpoints, place.step)
             write_atomically(place.folder.recipe, recipe.to_yaml())
             started = {

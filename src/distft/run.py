@@ -12,7 +12,7 @@ runs/<name>/
   logs/               what each rank printed, rank<N>.log, where there are several
   wandb/              W&B's own files, one folder in it for each start
   profile.json        where the time of some steps went
-  wandb.json          the W&B run that all starts log to: its id, and the last step that went to it before the newest start
+  wandb.json          the id of the W&B run that all starts log to
   summary.json        status, cause and the figures of the run
 """
 
@@ -260,13 +260,10 @@ class RunFolder:
         """All records of `faults.jsonl`, oldest first."""
         return read_lines(self.faults)
 
-    def keep_metrics(self, step: int) -> int:
-        """Drop the records after `step`, and a torn last line: a run that resumes there writes them anew. Returns the last
-        step that there was a record of; -1 for none."""
-        records = self.read_metrics()
-        kept = [record for record in records if record["step"] <= step]
+    def keep_metrics(self, step: int) -> None:
+        """Drop the records after `step`, and a torn last line: a run that resumes there writes them anew."""
+        kept = [record for record in self.read_metrics() if record["step"] <= step]
         write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
-        return max((int(record["step"]) for record in records), default=-1)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete records of `metrics.jsonl`; a last line torn by a kill is left out."""

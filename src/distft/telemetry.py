@@ -16,7 +16,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,10 +27,11 @@ from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from distft.machine import GIB, EnergyMeter, device_flops
+from distft.offline import last_step
 from distft.plan import Plan
 from distft.recipe import Recipe
 from distft.run import RunFolder, full, to_json, write_atomically
-from distft.world import World, reduce, say
+from distft.world import STOP, World, reduce, say
 
 
 def model_flops_per_token(parameters: int, *, frozen_base: bool) -> float:
@@ -263,6 +264,11 @@ class Guarded(TrainerCallback):  # type: ignore[misc]
                         self._inner.on_log(args[0], then, args[2], logs=logs)
             except Exception as error:  # whatever a tracker raises, the run goes on
                 self._inner = None
+                if _ended_by_signal(error):
+                    say(
+                        f"the signal has ended {self._name}'s service as well; what it lacks is sent when the run goes on"
+                    )
+                    return
                 say(
                     f"warning: {self._name} failed and is left out from here on; metrics.jsonl goes on ({type(error).__name__}: {error})"
                 )
@@ -270,9 +276,8 @@ class Guarded(TrainerCallback):  # type: ignore[misc]
         return call
 
 
-def trackers(recipe: Recipe, folder: RunFolder, world: World, logged: int) -> list[TrainerCallback]:
-    """The trackers that the recipe reports to, on rank 0 alone, each guarded. Starts the W&B run, or goes on with it:
-    `logged` is the last step that earlier starts have logged (-1: none)."""
+def trackers(recipe: Recipe, folder: RunFolder, world: World) -> list[TrainerCallback]:
+    """The trackers that the recipe reports to, on rank 0 alone, each guarded. Starts the W&B run, or goes on with it."""
     if not world.is_main:
         return []
     found: list[TrainerCallback] = []
@@ -280,7 +285,7 @@ def trackers(recipe: Recipe, folder: RunFolder, world: World, logged: int) -> li
         seen, records = -1, []
         try:
             if name == "wandb":
-                seen, records = _start_wandb(recipe, folder, logged), folder.read_metrics()
+                seen, records = _start_wandb(recipe, folder), folder.read_metrics()
             if name == "tensorboard":
                 os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
             (cls,) = get_reporting_integration_callbacks([name])
@@ -297,7 +302,7 @@ _WANDB_FLUSH_S = 1.0
 _WANDB_EMPTY = 7  # bytes: the head of a file without a record
 
 
-def _start_wandb(recipe: Recipe, folder: RunFolder, logged: int) -> int:
+def _start_wandb(recipe: Recipe, folder: RunFolder) -> int:
     """One W&B run for the folder, however often it is started: online where there is a key, else offline, with the resolved
     recipe as its config. Returns the last step that the W&B run has already; -1 for none.
 
@@ -311,11 +316,13 @@ def _start_wandb(recipe: Recipe, folder: RunFolder, logged: int) -> int:
     os.environ.setdefault("WANDB_MODE", "online" if has_wandb_key() else "offline")
     known = json.loads(folder.wandb_run.read_text(encoding="utf-8")) if folder.wandb_run.is_file() else None
     identity = os.environ.get("WANDB_RUN_ID") or (known["id"] if known else uuid.uuid4().hex[:8])  # a sweep sets it
-    seen = max(known["step"], logged) if known else -1
-    write_atomically(folder.wandb_run, to_json({"id": identity, "step": seen}) + "\n")
+    write_atomically(folder.wandb_run, to_json({"id": identity}) + "\n")
+    seen = -1
     for file in folder.wandb.glob("offline-run-*/run-*.wandb"):
         if file.stat().st_size <= _WANDB_EMPTY:  # killed in its first second; `wandb sync` stops at such a file
             shutil.rmtree(file.parent, ignore_errors=True)
+        else:
+            seen = max(seen, last_step(file))
     section = recipe.tracking
     run = wandb.init(
         project=section.project, entity=section.entity, group=section.group, tags=section.tags or None, name=folder.name,
@@ -355,4 +362,12 @@ def closing_trackers() -> Iterator[None]:
             try:
                 wandb.finish(exit_code=1 if failed else 0)
             except Exception as error:  # whatever a tracker raises, the run goes on
-                say(f"warning: wandb did not close cleanly ({type(error).__name__}: {error})")
+                if not _ended_by_signal(error):
+                    say(f"warning: wandb did not close cleanly ({type(error).__name__}: {error})")
+                with suppress(Exception, SystemExit):  # or it tries once more at exit, and fails in a traceback
+                    wandb.teardown()
+
+
+def _ended_by_signal(error: Exception) -> bool:
+    """Whether a tracker's service is gone because the signal that stops this run went to every process, as schedulers send it."""
+    return STOP.signum is not None and isinstance(error, ConnectionError)

@@ -83,7 +83,7 @@ def train(arguments: Sequence[str]) -> None:
             skips_spare_rounds=how.skips_spare_rounds, train_dataset=splits.train,
             eval_dataset=at_most(splits.validation, recipe.evaluation.max_samples),
             callbacks=[
-                Invariants(how, recipe, trainable, numbers), stop, telemetry, *trackers(recipe, record.folder, world, record.logged),
+                Invariants(how, recipe, trainable, numbers), stop, telemetry, *trackers(recipe, record.folder, world),
                 *([held_out] if recipe.evaluation.before_and_after and splits.test is not None else []),
                 checkpoints, watch, Profile(record.folder, recipe, world),
             ],

@@ -138,3 +138,25 @@ def test_restarts_are_one_wandb_run_online(tmp_path: Path) -> None:
         assert ended.code == 0, ended.stderr[-3000:]
         assert len(list(folder.wandb.glob("run-*"))) == 2
         assert_whole_history(requests)
+
+
+def test_a_signal_to_all_processes_costs_no_record(uninterrupted: Whole, tmp_path: Path) -> None:
+    """As a scheduler sends it: W&B's own service gets it as well, and dies of it."""
+    whole = uninterrupted("single")
+    process = begin(tmp_path, "single", "tracking.report_to=[wandb]")
+    folder = wait_for_step(tmp_path, 5)
+    everyone = family(process)
+    for member in [*(other for other in everyone if "wandb-core" in other.name()), *ranks(process).values()]:
+        member.send_signal(signal.SIGTERM)
+    stopped = finish(process, tmp_path)
+    assert stopped.code == 75, stopped.stderr[-3000:]
+    assert "Traceback" not in stopped.stderr and "warning: wandb" not in stopped.stderr
+    again = finish(begin(tmp_path, "single", "tracking.report_to=[wandb]"), tmp_path)
+    assert again.code == 0, again.stderr[-3000:]
+    assert_same_run(folder, whole)
+    assert_gone(everyone)
+    with wandb_server(tmp_path) as (requests, environment):
+        command = [str(Path(sys.executable).parent / "wandb"), "sync", str(folder.wandb)]
+        ended = finish(start(command, tmp_path, **environment), tmp_path)
+        assert ended.code == 0, ended.stderr
+        assert_whole_history(requests)
