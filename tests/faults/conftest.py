@@ -110,6 +110,8 @@ EVERY_TIME = {
     "test_a_signal_is_heard_while_a_rank_waits_for_others_that_never_come",
     "test_a_signal_before_the_first_step_ends_all_ranks_together[1]",
     "test_a_process_stopped_during_a_save_is_found_and_brought_back[fsdp]",
+    "test_a_long_evaluation_is_no_hang",
+    "test_ctrl_c_twice_stops_now[single]",
     "test_a_time_in_another_spelling_is_a_fault",
     "test_a_nan_stops_all_ranks_and_names_step_rank_and_samples[ddp]",
     "test_a_skipped_step_leaves_weights_and_optimizer_to_the_bit[fsdp]",
