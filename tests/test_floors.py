@@ -16,9 +16,9 @@ import distft
 FLOORS = (
     ("errors", "packaged", "batch", "yaml12", "kernels", "recompute", "offline"),
     ("sections", "run", "world", "fused"),
-    ("origin", "launcher", "report"),
-    ("recipe", "machine", "samples", "plan", "manifest", "markdown"),
-    ("outcome", "strategy", "tiny", "attention", "loader", "logs", "experiment_file"),
+    ("origin", "launcher", "report", "history"),
+    ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts"),
+    ("outcome", "strategy", "tiny", "attention", "loader", "logs", "experiment_file", "page"),
     (
         "model",
         "data",

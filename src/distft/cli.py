@@ -110,9 +110,14 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="one report over finished and unfinished runs")
     report.add_argument(
-        "overrides", nargs="*", metavar="RUN", help="run folders; or experiment=NAME and key.path=value …"
+        "overrides",
+        nargs="*",
+        metavar="RUN",
+        help="run folders; or experiment=NAME and key.path=value …; or trainer_state.json files",
     )
-    report.add_argument("--output", type=Path, help="file to write; stdout where it is not given")
+    report.add_argument(
+        "--output", type=Path, help="file to write, .md, .json or .html; Markdown on stdout where it is not given"
+    )
     report.add_argument("--json", action="store_true", help="JSON in place of Markdown")
     report.set_defaults(run=_report)
 
@@ -305,11 +310,20 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from distft.history import History
     from distft.markdown import markdown
+    from distft.page import histories, page
     from distft.report import report
-    from distft.run import RunFolder, write_atomically
+    from distft.run import RunFolder
 
     words: list[str] = options.overrides
+    if words and all(word.endswith(".json") for word in words):  # what anybody's Trainer has logged
+        logged = [History.of_log(Path(word)) for word in words]
+        _hand_over(
+            page(" and ".join(each.name for each in logged), logged),
+            options.output or Path(words[0]).with_suffix(".html"),
+        )
+        return
     if _is_experiment(words):
         experiment = _load_experiment(words)
         found = {run.name: RunFolder.named(Path(run.recipe.run.dir).expanduser(), run.name) for run in experiment.runs}
@@ -321,15 +335,25 @@ def _report(options: argparse.Namespace) -> None:
         )
     else:
         made = report([RunFolder(Path(word)) for word in words])
-    text = made.to_json() if options.json else markdown(made)
-    if options.output is None:
+    kind = ".json" if options.json else "" if options.output is None else options.output.suffix
+    if kind == ".html":
+        text = page(made.title, histories(made), made)
+    else:
+        text = made.to_json() if kind == ".json" else markdown(made)
+    _hand_over(text, options.output)
+
+
+def _hand_over(text: str, output: Path | None) -> None:
+    from distft.run import write_atomically
+
+    if output is None:
         print(text, end="")
         return
     try:
-        write_atomically(options.output, text)
+        write_atomically(output, text)
     except OSError as error:
-        raise StorageError(f"the report cannot be written to {options.output}: {error.strerror}") from error
-    print(f"report: {options.output}")
+        raise StorageError(f"the report cannot be written to {output}: {error.strerror}") from error
+    print(f"report: {output}")
 
 
 def _preview(options: argparse.Namespace) -> None:

@@ -18,9 +18,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from distft.errors import Interrupted, RunFolderError
+from distft.errors import Interrupted, MissingExtraError, RunFolderError
 from distft.experiment import Experiment, ExperimentRun
 from distft.markdown import markdown
+from distft.page import histories, page
 from distft.recipe import Recipe
 from distft.report import Report, report
 from distft.run import RunFolder, write_atomically
@@ -73,7 +74,7 @@ class Comparison:
         return self.processes or visible_devices() or min(2, os.cpu_count() or 1)
 
     def write(self) -> Report:
-        """The report on the runs that are there, as Markdown and as JSON."""
+        """The report on the runs that are there, as Markdown, as JSON and as a page."""
         folders = {run.name: self._folder(run) for run in self.experiment.runs}
         made = report(
             [folder for folder in folders.values() if folder is not None], title=f"Experiment {self.experiment.name}",
@@ -81,6 +82,10 @@ class Comparison:
         )  # fmt: skip
         write_atomically(self.parent / f"{self.experiment.name}.md", markdown(made))
         write_atomically(self.parent / f"{self.experiment.name}.json", made.to_json())
+        try:
+            write_atomically(self.parent / f"{self.experiment.name}.html", page(made.title, histories(made), made))
+        except MissingExtraError as error:
+            say(f"no page with charts: {error}")
         return made
 
     @property

@@ -8,7 +8,8 @@ DistftError                 exit code 1: the run failed, and the message says wh
 │   ├── ModelError          the base model cannot be had, or does not fit the recipe
 │   ├── LaunchError         the processes, devices or launcher flags do not fit the recipe
 │   ├── RunFolderError      the run folder is in use or unreadable
-│   └── StorageError        the disk is full
+│   ├── StorageError        the disk is full
+│   └── MissingExtraError   a package is not installed that only a part of distft needs
 ├── InvariantError          an assertion about a distributed run did not hold
 ├── BadNumbersError         a loss or a gradient norm is NaN or infinite
 ├── OutOfMemory             a device's memory does not hold what the recipe asks of it
@@ -92,6 +93,15 @@ class RunFolderError(UserError):
 
 class StorageError(UserError):
     """What must be kept cannot be written: the disk is full, or a quota or a limit on file sizes is reached."""
+
+
+class MissingExtraError(UserError):
+    """Something needs a package that comes with an extra of distft."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(
+            f"{what} need {package}, which is not installed: pip install 'distft[{extra}]', or {package} itself"
+        )
 
 
 class InvariantError(DistftError):

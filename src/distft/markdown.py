@@ -33,7 +33,8 @@ def markdown(report: Report) -> str:
     return "\n\n".join(block for part in parts for block in part) + "\n"
 
 
-def _runs(report: Report) -> list[str]:
+def run_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the table of runs, without figures that no run has."""
     known = [figure for figure in FIGURES if any(run.figures[figure.key] is not None for run in report.runs)]
     head = ["run", "status", "strategy", "processes", *(figure.title for figure in known)]
     rows = [
@@ -41,6 +42,12 @@ def _runs(report: Report) -> list[str]:
          *(_number(run.figures[figure.key], figure) for figure in known)]
         for run in report.runs
     ]  # fmt: skip
+    return head, rows
+
+
+def _runs(report: Report) -> list[str]:
+    head, rows = run_rows(report)
+    known = [figure for figure in FIGURES if figure.title in head]
     unknown = [figure.title.split(",")[0] for figure in FIGURES if figure not in known]
     return ["## Runs", _table(head, rows), *([f"Not known of any run: {', '.join(unknown)}."] if unknown else [])]
 
@@ -54,22 +61,25 @@ def _unfinished(report: Report) -> list[str]:
     return ["## Not finished", "\n".join(lines)] if lines else []
 
 
-def _variants(report: Report) -> list[str]:
-    if max((variant.finished for variant in report.variants), default=0) < 2:
-        return []
+def variant_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the table of variants: medians, and ranges where there are several runs."""
     known = [f for f in FIGURES if f.compared and any(variant.spreads[f.key] for variant in report.variants)]
     rows = [
         [variant.name, f"{variant.finished} of {len(variant.runs)}",
          *(_range(variant.spreads[figure.key], figure) for figure in known)]
         for variant in report.variants
     ]  # fmt: skip
-    head = ["variant", "finished", *(figure.title for figure in known)]
-    return ["## Variants", _RANGES, _table(head, rows)]
+    return ["variant", "finished", *(figure.title for figure in known)], rows
 
 
-def _comparisons(report: Report) -> list[str]:
-    if not report.comparisons:
+def _variants(report: Report) -> list[str]:
+    if max((variant.finished for variant in report.variants), default=0) < 2:
         return []
+    return ["## Variants", _RANGES, _table(*variant_rows(report))]
+
+
+def comparison_rows(report: Report) -> tuple[list[str], list[list[str]], list[str]]:
+    """Head and cells of the table of comparisons, and what its words mean."""
     found = {(item.variant, item.figure): item for item in report.comparisons}
     shown = [figure for figure in FIGURES if any(key == figure.key for _, key in found)]
     names = list(dict.fromkeys(item.variant for item in report.comparisons))
@@ -87,9 +97,16 @@ def _comparisons(report: Report) -> list[str]:
         if item.why
     )
     notes = [*(text for verdict, text in legend.items() if verdict in verdicts), *reasons]
+    return ["variant", *(figure.title.split(",")[0] for figure in shown)], rows, notes
+
+
+def _comparisons(report: Report) -> list[str]:
+    if not report.comparisons:
+        return []
+    head, rows, notes = comparison_rows(report)
     return [
         f"## Against {_names([report.comparisons[0].against])}",
-        _table(["variant", *(figure.title.split(",")[0] for figure in shown)], rows),
+        _table(head, rows),
         "\n".join(f"- {note}" for note in notes),
     ]
 
@@ -101,13 +118,18 @@ def _verdict(item: Comparison | None) -> str:
     return {"different": ratio, "no spread": f"({ratio})"}.get(item.verdict, item.verdict)
 
 
-def _equality(report: Report) -> list[str]:
+def equality_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the table of what was equal."""
     words = {True: "yes", False: "no", None: UNKNOWN}
     rows = [[item.what, "yes" if item.declared else "", words[item.equal]] for item in report.equality]
+    return ["what", "declared", "equal"], rows
+
+
+def _equality(report: Report) -> list[str]:
     facts = {key: values for item in report.equality for key, values in item.unequal.items()}
     lines = _facts(facts, [variant.name for variant in report.variants])
     tolerance = f"Losses are equal where the medians are within {LOSS_TOLERANCE:.0%} of the first variant's."
-    return ["## What was equal", _table(["what", "declared", "equal"], rows), tolerance, *lines]
+    return ["## What was equal", _table(*equality_rows(report)), tolerance, *lines]
 
 
 def _differences(report: Report) -> list[str]:

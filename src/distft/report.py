@@ -356,3 +356,24 @@ def judge(one: Spread, other: Spread) -> str:
         return "no spread"
     apart = one.greatest < other.least or other.greatest < one.least
     return "different" if apart else "no difference"
+
+
+def verdict(report: Report) -> str:
+    """The answer in one sentence: how fast each variant is beside the first, or why that is not said."""
+    speeds = [item for item in report.comparisons if item.figure == "samples_per_second"]
+    if not speeds:
+        return "There is nothing to compare: fewer than two variants have finished runs that say how fast they were."
+    told = []
+    for item in speeds:
+        if item.verdict == "different" and item.ratio:
+            faster = item.ratio > 1
+            told.append(
+                f"{item.variant} is {item.ratio if faster else 1 / item.ratio:.2f} times as {'fast' if faster else 'slow'} as {item.against}"
+            )
+        elif item.verdict == "not compared":
+            told.append(f"{item.variant} is not compared with {item.against} ({item.why})")
+        elif item.verdict == "no spread":
+            told.append(f"{item.variant} ran once or {item.against} did, so that a difference could be chance")
+        else:
+            told.append(f"{item.variant} is as fast as {item.against}, as far as the repeats can tell")
+    return "; ".join(told) + "."

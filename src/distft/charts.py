@@ -1,0 +1,203 @@
+"""The charts of a report, drawn by matplotlib as SVG that a page puts in place: its text is text, its ink the page's own."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distft.errors import MissingExtraError
+from distft.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = tuple(f"#0a0b{number:02x}" for number in range(7))
+"""Stand in the drawing for the page's `--series-0` to `--series-6`, which are others on a dark ground than on a light one. Lines differ in
+their dashes as well, points in their marks."""
+_DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+_INK, _GRID = "#010203", "#010204"
+"""Stand in the drawing for the page's `currentColor` and for its fainter lines."""
+_ROWS = 40
+"""Of the table beside a chart; longer curves are thinned out in it."""
+_STYLE: Any = {
+    "svg.fonttype": "none", "font.size": 9, "axes.edgecolor": _GRID, "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK,
+    "ytick.color": _INK, "grid.color": _GRID, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.linewidth": 0.5, "lines.linewidth": 1.6, "font.family": "sans-serif", "svg.hashsalt": "distft",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing, what it shows in words, and its figures as a table."""
+
+    key: str
+    title: str
+    description: str
+    svg: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class _Curves:
+    """A chart of one figure of the records over another."""
+
+    key: str
+    title: str
+    x: str
+    x_title: str
+    y: str
+    y_title: str
+
+
+_CURVES = (
+    _Curves("loss_step", "Training loss by step", "step", "step", "loss", "loss, nats a token"),
+    _Curves("loss_time", "Training loss by time", "time_s", "seconds of training", "loss", "loss, nats a token"),
+    _Curves("eval_perplexity", "Evaluation perplexity", "step", "step", "eval_perplexity", "perplexity"),
+    _Curves("learning_rate", "Learning rate", "step", "step", "learning_rate", "learning rate"),
+    _Curves("speed", "Speed", "step", "step", "samples_per_second", "samples/s"),
+    _Curves("memory", "Peak memory of the worst rank", "step", "step", "peak_memory_gib", "GiB"),
+    _Curves("host_memory", "Host memory of the worst rank", "step", "step", "host_rss_gib", "GiB"),
+)
+_PARTS = {
+    "compute": "compute_s", "exposed communication": "communication_exposed_s", "copies": "copy_exposed_s", "idle": "idle_s",
+}  # fmt: skip
+
+
+def charts(histories: Sequence[History], speeds: Mapping[str, tuple[float, float]] | None = None) -> list[Chart]:
+    """Every chart that the histories have figures for; `speeds` gives the memory (GiB) and the speed (samples/s) of each variant.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    found = [_curves(chart, histories) for chart in _CURVES]
+    found += [_split(histories), _pareto(speeds or {})]
+    return [chart for chart in found if chart is not None]
+
+
+def _curves(chart: _Curves, histories: Sequence[History]) -> Chart | None:
+    known = [(history, points) for history in histories if (points := _finite(history.points(chart.x, chart.y)))]
+    if not known:
+        return None
+    variants = list(dict.fromkeys(history.variant for history in histories))
+
+    def draw(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        named: set[str] = set()
+        for history, points in known:
+            number = variants.index(history.variant)
+            label = None if history.variant in named else history.variant
+            named.add(history.variant)
+            axes.plot(
+                *zip(*points, strict=True), label=label, color=COLOURS[number % len(COLOURS)], linestyle=_DASHES[number % len(_DASHES)],
+                marker="o" if len(points) < 3 else None, markersize=4,
+            )  # fmt: skip
+        if chart.x == "step":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(chart.x_title)
+        axes.set_ylabel(chart.y_title)
+
+    ends = [f"{history.name} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for history, points in known]
+    rows = [(history.name, f"{x:,.6g}", f"{y:,.6g}") for history, points in known for x, y in _thinned(points)]
+    return Chart(
+        chart.key, chart.title, f"{chart.y_title} over {chart.x_title}: {'; '.join(ends)}.", _svg(draw, len(variants)),
+        ("run", chart.x_title, chart.y_title), tuple(rows),
+    )  # fmt: skip
+
+
+def _split(histories: Sequence[History]) -> Chart | None:
+    """Where the time of a step went, of the rank that was idle most, as stacked bars."""
+    bars: dict[str, list[float]] = {}
+    for history in histories:
+        if history.profile and history.variant not in bars:
+            worst = max(history.profile["ranks"], key=lambda rank: rank["idle_s"])
+            bars[history.variant] = [float(worst[key]) for key in _PARTS.values()]
+    if not bars:
+        return None
+
+    def draw(axes: Axes) -> None:
+        left = [0.0] * len(bars)
+        for number, part in enumerate(_PARTS):
+            values = [shares[number] * 1e3 for shares in bars.values()]
+            axes.barh(
+                list(bars), values, left=left, label=part, color=COLOURS[number], hatch=("", "//", "..", "xx")[number]
+            )
+            left = [start + value for start, value in zip(left, values, strict=True)]
+        axes.invert_yaxis()
+        axes.set_xlabel("milliseconds a step")
+
+    rows = tuple((name, *(f"{value * 1e3:,.1f}" for value in shares)) for name, shares in bars.items())
+    told = "; ".join(f"{name} idle {shares[-1] / sum(shares):.0%}" for name, shares in bars.items() if sum(shares))
+    return Chart("time_split", "Where the time of a step goes", f"Of each variant's rank that was idle most: {told}.", _svg(draw, len(_PARTS)),
+                 ("variant", *(f"{part}, ms" for part in _PARTS)), rows)  # fmt: skip
+
+
+def _pareto(speeds: Mapping[str, tuple[float, float]]) -> Chart | None:
+    """Memory against speed; the front are those that no other beats in both."""
+    if len(speeds) < 2:
+        return None
+    front = sorted(
+        (memory, speed)
+        for memory, speed in speeds.values()
+        if not any(m <= memory and s >= speed and (m, s) != (memory, speed) for m, s in speeds.values())
+    )
+
+    def draw(axes: Axes) -> None:
+        for number, (name, (memory, speed)) in enumerate(speeds.items()):
+            axes.plot(
+                [memory],
+                [speed],
+                "os^vDPX"[number % 7],
+                color=COLOURS[number % len(COLOURS)],
+                label=name,
+                linestyle="none",
+            )
+        axes.plot(*zip(*front, strict=True), color=_INK, linewidth=0.8, zorder=0)
+        axes.set_xlabel("peak memory, GiB")
+        axes.set_ylabel("samples/s")
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
+
+    best = [name for name, point in speeds.items() if point in front]
+    rows = tuple(
+        (name, f"{memory:,.2f}", f"{speed:,.2f}", "yes" if name in best else "no")
+        for name, (memory, speed) in speeds.items()
+    )
+    return Chart("pareto", "Memory against speed", f"No variant is both smaller and faster than {', '.join(best)}.", _svg(draw, len(speeds)),
+                 ("variant", "peak memory, GiB", "samples/s", "on the front"), rows)  # fmt: skip
+
+
+def _svg(draw: Callable[[Axes], None], entries: int) -> str:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("the charts of a report", "matplotlib", "report") from error
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.2, 2.7 + 0.17 * math.ceil(entries / 2)), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        if entries > 1:
+            figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(_GRID, "var(--faint)")
+    for number, colour in enumerate(COLOURS):
+        svg = svg.replace(colour, f"var(--series-{number})")
+    return svg
+
+
+def _finite(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [point for point in points if all(map(math.isfinite, point))]
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most so many points, the first and the last among them."""
+    if len(points) <= _ROWS:
+        return list(points)
+    return [points[round(number * (len(points) - 1) / (_ROWS - 1))] for number in range(_ROWS)]

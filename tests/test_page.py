@@ -1,0 +1,183 @@
+"""The page of a report, in a real browser: no script, no request, legible on a phone and in the dark, with the figures of its JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+from distft.run import RunFolder
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+STEPS = 30
+KEYS = {
+    "loss_step",
+    "loss_time",
+    "eval_perplexity",
+    "learning_rate",
+    "speed",
+    "memory",
+    "host_memory",
+    "time_split",
+    "pareto",
+}
+
+
+def run_folder(parent: Path, name: str, strategy: str, speed: float, memory: float) -> RunFolder:
+    """What a run leaves behind, with its figures drawn from a formula."""
+    folder = RunFolder(parent / name)
+    folder.path.mkdir(parents=True)
+    folder.recipe.write_text(f"strategy: {strategy}\nrun: {{name: {name}, seed: 1}}\n")
+    folder.environment.write_text(json.dumps({"gpus": ["H200"]}))
+    records: list[dict[str, Any]] = [
+        {"step": step, "loss": 3 / step**0.3, "learning_rate": 1e-4 * (1 - step / STEPS), "samples": 8 * step, "tokens": 800 * step,
+         "time_s": 8 * step / speed, "samples_per_second": speed + step % 3, "peak_memory_gib": memory, "host_rss_gib": 2.0}
+        for step in range(1, STEPS + 1)
+    ]  # fmt: skip
+    records += [{"step": step, "eval_loss": 2.0, "eval_perplexity": 20 - step / 3} for step in (10, 20, 30)]
+    folder.append_metrics(*records)
+    summary = {
+        "status": "finished", "cause": None, "strategy": strategy, "world_size": 2, "steps": STEPS, "samples": 8 * STEPS, "tokens": 800 * STEPS,
+        "global_batch_size": 8, "train_loss": 1.5, "train_time_s": 8 * STEPS / speed, "samples_per_second": speed, "tokens_per_second": 100 * speed,
+        "peak_memory_gib": memory, "eval_before": {"loss": 3.0, "perplexity": 20.1}, "eval_after": {"loss": 2.0, "perplexity": 7.4}, "restarts": 0,
+    }  # fmt: skip
+    folder.summary.write_text(json.dumps(summary))
+    ranks = [{"rank": rank, "step_time_s": 0.5, "compute_s": 0.4, "communication_exposed_s": 0.05, "copy_exposed_s": 0.01, "idle_s": 0.04}
+             for rank in (0, 1)]  # fmt: skip
+    folder.profile.write_text(json.dumps({"steps": [4, 6], "ranks": ranks}))
+    return folder
+
+
+def report(where: Path, *words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "distft.cli", "report", *words], cwd=where, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two variants, twice each, one with a name that HTML would take for its own; page.html and page.json."""
+    where = tmp_path_factory.mktemp("report")
+    folders = [
+        run_folder(where, f"{name}{repeat}", strategy, speed + repeat / 10, memory)
+        for name, strategy, speed, memory in (("a<b>&c", "ddp", 20.0, 30.0), ("sharded", "fsdp", 15.0, 12.0))
+        for repeat in (1, 2)
+    ]
+    for kind in ("html", "json"):
+        report(where, *(str(folder.path) for folder in folders), "--output", f"page.{kind}")
+    return where
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        if os.environ.get("DISTFT_CI"):
+            pytest.fail("there is no Chromium, and continuous integration brings it")
+        pytest.skip("there is no Chromium here (apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def opened(browser: Browser, file: Path, **options: Any) -> tuple[Any, list[str]]:
+    """The page, and what went wrong or went out while it was opened."""
+    page = browser.new_context(offline=True, **options).new_page()
+    told: list[str] = []
+    page.on("console", lambda message: told.append(message.text))
+    page.on("pageerror", lambda error: told.append(str(error)))
+    page.on("request", lambda request: told.append(request.url) if request.url != file.as_uri() else None)
+    page.goto(file.as_uri())
+    return page, told
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1280])
+def test_every_chart_is_drawn_and_nothing_is_asked_of_the_network(
+    browser: Browser, made: Path, width: int, scheme: Any
+) -> None:
+    page, told = opened(browser, made / "page.html", viewport={"width": width, "height": 800}, color_scheme=scheme)
+    assert told == []
+    assert {figure.get_attribute("id").removeprefix("chart-") for figure in page.query_selector_all("figure")} == KEYS
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page itself never scrolls sideways"
+    for figure in page.query_selector_all("figure"):
+        box = figure.query_selector("svg").bounding_box()
+        assert box["width"] > 300 and box["height"] > 150
+        texts = figure.query_selector_all("svg text")
+        assert (
+            len(texts) > 4 and min(text.bounding_box()["height"] for text in texts if text.text_content().strip()) >= 8
+        )
+        assert figure.query_selector("[role=img]").get_attribute("aria-labelledby")
+    contrast = page.evaluate("""() => {
+        const light = colour => { const [r, g, b] = colour.match(/[\\d.]+/g).map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+                                  return .2126 * r + .7152 * g + .0722 * b; };
+        const ground = light(getComputedStyle(document.body).backgroundColor);
+        const against = colour => { const [a, b] = [light(colour), ground].sort((x, y) => y - x); return (a + .05) / (b + .05); };
+        const lines = [...document.querySelectorAll('figure path')].map(p => getComputedStyle(p)).filter(s => s.stroke.startsWith('rgb'));
+        const series = lines.filter(s => parseFloat(s.strokeWidth) > 1.2).map(s => against(s.stroke));
+        const texts = [...document.querySelectorAll('p, td, th, figcaption, figure text')].map(t => getComputedStyle(t)).map(s => against(s.fill !== 'rgb(0, 0, 0)' ? s.fill : s.color));
+        return [Math.min(...series), Math.min(...texts)];
+    }""")
+    assert 3 <= contrast[0] <= 21 and 4.5 <= contrast[1] <= 21, "WCAG 2.1: 3 for graphics, 4.5 for text"
+
+
+def test_the_figures_of_the_page_are_those_of_the_json(browser: Browser, made: Path) -> None:
+    page, _ = opened(browser, made / "page.html")
+    record = json.loads((made / "page.json").read_text())
+    rows = page.evaluate(
+        "[...document.querySelectorAll('section')].map(s => [s.getAttribute('aria-labelledby'), [...s.querySelectorAll(':scope > .scroll tr')].map(r => [...r.cells].map(c => c.textContent))])"
+    )
+    tables = {key: cells for key, cells in rows if cells}
+    head, *body = tables["variants"]
+    assert [row[0] for row in body] == [variant["name"] for variant in record["variants"]] == ["a<b>&c1", "sharded1"]
+    for row, variant in zip(body, record["variants"], strict=True):
+        shown = row[head.index("samples/s")]
+        spread = variant["spreads"]["samples_per_second"]
+        assert shown == f"{spread['median']:,.2f} ({spread['least']:,.2f} – {spread['greatest']:,.2f})"
+    head, *body = tables["runs"]
+    assert [float(row[head.index("peak memory, GiB")]) for row in body] == [
+        run["figures"]["peak_memory_gib"] for run in record["runs"]
+    ]
+    assert "sharded1 is 1.33 times as slow as a<b>&c1" in page.text_content(".verdict")
+    drawn = page.evaluate(
+        "[...document.querySelectorAll('#chart-loss_step details tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    )
+    assert len(drawn) == 4 * STEPS and drawn[0] == ["a<b>&c1", "1", "3"]
+
+
+def test_a_page_holds_all_that_it_needs(made: Path) -> None:
+    text = (made / "page.html").read_text()
+    assert "<script" not in text and "a<b>&c" not in text
+    assert re.findall(r"(?:src|href)=\"(?!#)", text) == [] and "@import" not in text
+    assert re.findall(r"url\((?!#)", text) == []
+
+
+def test_a_log_of_anybody_s_trainer_has_a_page(browser: Browser, tmp_path: Path) -> None:
+    history = [
+        {"step": step, "epoch": step / 10, "loss": 2 / step, "learning_rate": 1e-4, "grad_norm": 1.0}
+        for step in range(1, 9)
+    ]
+    history.append({"step": 8, "eval_loss": 1.0, "eval_runtime": 3.0})
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": 8}))
+    (tmp_path / "bare.json").write_text(json.dumps(history))
+    report(tmp_path, "trainer_state.json", "bare.json", "--output", "log.html")
+    page, told = opened(browser, tmp_path / "log.html")
+    assert told == []
+    assert {"chart-loss_step", "chart-learning_rate"} == {
+        figure.get_attribute("id") for figure in page.query_selector_all("figure")
+    }
+    (tmp_path / "no.json").write_text('{"a": 1}')
+    done = subprocess.run(
+        [sys.executable, "-m", "distft.cli", "report", "no.json"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "holds no log_history" in done.stderr
