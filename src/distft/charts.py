@@ -120,11 +120,18 @@ def _split(histories: Sequence[History]) -> Chart | None:
         return None
 
     def draw(axes: Axes) -> None:
+        axes.set_axisbelow(True)
         left = [0.0] * len(bars)
         for number, part in enumerate(_PARTS):
             values = [shares[number] * 1e3 for shares in bars.values()]
             axes.barh(
-                list(bars), values, left=left, label=part, color=COLOURS[number], hatch=("", "//", "..", "xx")[number]
+                list(bars),
+                values,
+                left=left,
+                height=0.6,
+                label=part,
+                color=COLOURS[number],
+                hatch=("", "//", "..", "xx")[number],
             )
             left = [start + value for start, value in zip(left, values, strict=True)]
         axes.invert_yaxis()
