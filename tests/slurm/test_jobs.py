@@ -71,7 +71,8 @@ def wait_for_step(folder: RunFolder, step: int, limit_s: float = 120) -> None:
 
 
 def printed(where: Path) -> str:
-    return "\n".join(path.read_text() for path in where.glob("runs/jobs/*.out"))
+    """What the jobs said; a kill may have torn a character of a progress bar."""
+    return "\n".join(path.read_text(errors="replace") for path in where.glob("runs/jobs/*.out"))
 
 
 @pytest.fixture(scope="session")
