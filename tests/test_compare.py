@@ -79,7 +79,7 @@ def test_a_signal_stops_the_run_at_hand_and_resume_goes_on_with_it(tmp_path: Pat
     process = subprocess.Popen([*COMPARE, "training.logging_steps=1", "data.max_samples=null"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)  # fmt: skip
     run = RunFolder(tmp_path / "runs" / "mine-four")
     end = time.monotonic() + 120
-    while not run.path.exists() and time.monotonic() < end:
+    while not run.summary.exists() and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)

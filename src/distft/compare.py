@@ -94,7 +94,8 @@ class Comparison:
         return _parent(self.experiment.runs[0])
 
     def _folder(self, run: ExperimentRun) -> RunFolder | None:
-        return next(iter(RunFolder.named(_parent(run), run.name)), None)
+        """None as well where a run was stopped before it wrote its first record."""
+        return next((folder for folder in RunFolder.named(_parent(run), run.name) if folder.summary.is_file()), None)
 
     def _status(self, run: ExperimentRun) -> str | None:
         folder = self._folder(run)
