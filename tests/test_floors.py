@@ -15,8 +15,8 @@ import distft
 
 FLOORS = (
     ("errors", "packaged", "batch", "yaml12", "kernels", "recompute", "offline"),
-    ("sections", "run", "world", "fused"),
-    ("origin", "launcher", "report", "history"),
+    ("sections", "run", "world", "lora_nodes"),
+    ("origin", "launcher", "report", "history", "fused"),
     ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts"),
     ("outcome", "strategy", "tiny", "attention", "loader", "logs", "experiment_file", "page"),
     (

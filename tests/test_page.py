@@ -181,3 +181,15 @@ def test_a_log_of_anybody_s_trainer_has_a_page(browser: Browser, tmp_path: Path)
         [sys.executable, "-m", "distft.cli", "report", "no.json"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 2 and "holds no log_history" in done.stderr
+
+
+def test_without_matplotlib_it_is_said_what_to_install(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
+    command = [sys.executable, "-m", "distft.cli", "report", str(next(made.glob("sharded*"))), "--output", "page.html"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    )
+    assert done.returncode == 2 and not (tmp_path / "page.html").exists()
+    assert done.stderr == (
+        "distft: the charts of a report need matplotlib, which is not installed: pip install 'distft[report]', or matplotlib itself\n"
+    )

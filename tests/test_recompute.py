@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distft import fused
+from distft import fused, lora_nodes
 from distft.recompute import checkpoint_layers, layers_of, layers_to_checkpoint
 
 LAYERS = 4
@@ -53,14 +53,14 @@ def test_checkpointing_changes_no_gradient(count: int, offload: bool, reentrant:
 
 def test_the_last_product_of_a_checkpointed_layer_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     made = 0
-    forward = fused.Group.forward
+    forward = lora_nodes.Group.forward
 
-    def counted(group: fused.Group, x: torch.Tensor) -> Any:
+    def counted(group: lora_nodes.Group, x: torch.Tensor) -> Any:
         nonlocal made
         made += 1
         return forward(group, x)
 
-    monkeypatch.setattr(fused.Group, "forward", counted)
+    monkeypatch.setattr(lora_nodes.Group, "forward", counted)
     model = model_of("cpu")
     gradients(model)
     groups = 4  # queries, keys and values; the attention's output; gate and up; down

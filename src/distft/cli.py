@@ -305,11 +305,12 @@ def _compare(options: argparse.Namespace) -> int:
     comparison = Comparison(_load_experiment(options.overrides, options.repeats), options.nproc)
     made = comparison.run(resume=options.resume)
     print(markdown(made), end="")
-    print(f"\nreport: {comparison.parent / comparison.experiment.name}.md and .json")
+    print("\nreport: " + ", ".join(map(str, comparison.files)))
     return 0 if all(run.finished for run in made.runs) and not made.missing else 1
 
 
 def _report(options: argparse.Namespace) -> None:
+    from distft.compare import report_on
     from distft.history import History
     from distft.markdown import markdown
     from distft.page import histories, page
@@ -325,14 +326,7 @@ def _report(options: argparse.Namespace) -> None:
         )
         return
     if _is_experiment(words):
-        experiment = _load_experiment(words)
-        found = {run.name: RunFolder.named(Path(run.recipe.run.dir).expanduser(), run.name) for run in experiment.runs}
-        made = report(
-            [folders[0] for folders in found.values() if folders],
-            title=f"Experiment {experiment.name}",
-            equal=experiment.equal,
-            missing=[name for name, folders in found.items() if not folders],
-        )
+        made = report_on(_load_experiment(words))
     else:
         made = report([RunFolder(Path(word)) for word in words])
     kind = ".json" if options.json else "" if options.output is None else options.output.suffix

@@ -46,7 +46,7 @@ class Comparison:
             RecipeError: a global batch does not divide over the processes.
             Interrupted: a signal came; the runs that are left can be made with `resume`.
         """
-        there = [run.name for run in self.experiment.runs if self._folder(run) is not None]
+        there = [run.name for run in self.experiment.runs if folder_of(run) is not None]
         if there and not resume:
             raise RunFolderError(
                 f"{len(there)} of {len(self.experiment.runs)} runs of {self.experiment.name} are there already ({', '.join(there[:3])}"
@@ -62,7 +62,7 @@ class Comparison:
                 else:
                     self._make(run, place)
         except Interrupted:
-            if any(self._folder(run) is not None for run in self.experiment.runs):
+            if any(folder_of(run) is not None for run in self.experiment.runs):
                 self.write()
             raise
         return self.write()
@@ -75,11 +75,7 @@ class Comparison:
 
     def write(self) -> Report:
         """The report on the runs that are there, as Markdown, as JSON and as a page."""
-        folders = {run.name: self._folder(run) for run in self.experiment.runs}
-        made = report(
-            [folder for folder in folders.values() if folder is not None], title=f"Experiment {self.experiment.name}",
-            equal=self.experiment.equal, missing=[name for name, folder in folders.items() if folder is None],
-        )  # fmt: skip
+        made = report_on(self.experiment)
         write_atomically(self.parent / f"{self.experiment.name}.md", markdown(made))
         write_atomically(self.parent / f"{self.experiment.name}.json", made.to_json())
         try:
@@ -89,16 +85,18 @@ class Comparison:
         return made
 
     @property
+    def files(self) -> list[Path]:
+        """What `write` has written."""
+        files = [self.parent / f"{self.experiment.name}.{kind}" for kind in ("md", "json", "html")]
+        return [file for file in files if file.is_file()]
+
+    @property
     def parent(self) -> Path:
         """Where the report goes: the folder of the first run's folder."""
         return _parent(self.experiment.runs[0])
 
-    def _folder(self, run: ExperimentRun) -> RunFolder | None:
-        """None as well where a run was stopped before it wrote its first record."""
-        return next((folder for folder in RunFolder.named(_parent(run), run.name) if folder.summary.is_file()), None)
-
     def _status(self, run: ExperimentRun) -> str | None:
-        folder = self._folder(run)
+        folder = folder_of(run)
         return None if folder is None else str(folder.read_summary()["status"])
 
     def _make(self, run: ExperimentRun, place: str) -> None:
@@ -113,7 +111,7 @@ class Comparison:
             child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
             with _passed_on(child) as signums:
                 code = child.wait()
-        folder = self._folder(run)
+        folder = folder_of(run)
         summary: dict[str, Any] = {} if folder is None else folder.read_summary()
         if summary.get("status") == "finished":
             rate = summary.get("samples_per_second")
@@ -127,6 +125,24 @@ class Comparison:
                 signal.Signals(signums[0]).name,
                 f"in {run.name}; the same command with --resume makes the runs that are left",
             )
+
+
+def report_on(experiment: Experiment) -> Report:
+    """The report on those runs of `experiment` that are there.
+
+    Raises:
+        RunFolderError: none is, or one is damaged.
+    """
+    folders = {run.name: folder_of(run) for run in experiment.runs}
+    return report(
+        [folder for folder in folders.values() if folder is not None], title=f"Experiment {experiment.name}",
+        equal=experiment.equal, missing=[name for name, folder in folders.items() if folder is None],
+    )  # fmt: skip
+
+
+def folder_of(run: ExperimentRun) -> RunFolder | None:
+    """The newest folder of a run; None as well where it was stopped before it wrote its first record."""
+    return next((folder for folder in RunFolder.named(_parent(run), run.name) if folder.summary.is_file()), None)
 
 
 def _parent(run: ExperimentRun) -> Path:

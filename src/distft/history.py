@@ -51,7 +51,7 @@ class History:
             raise RunFolderError(f"{path} holds no log_history: a list of records, or a trainer_state.json")
         steps = [record for record in records if isinstance(record.get("step"), int)]
         name = path.parent.name if path.stem == "trainer_state" else path.stem
-        return cls(name, name, [_in_our_words(record) for record in steps])
+        return cls(name, name, steps)
 
     def points(self, x: str, y: str) -> list[tuple[float, float]]:
         """The values of two keys in the records that have both."""
@@ -60,9 +60,3 @@ class History:
             for record in self.records
             if isinstance(record.get(x), int | float) and isinstance(record.get(y), int | float)
         ]
-
-
-def _in_our_words(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A Trainer's record with the keys of ours where it says the same: `train_samples_per_second` only ends a log there."""
-    renamed = {"num_tokens": "tokens", "eval_runtime": "eval_time_s"}
-    return {renamed.get(key, key): value for key, value in record.items()}

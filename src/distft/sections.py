@@ -132,7 +132,7 @@ class Model(Section):
     ] = "auto"
     """Attention kernel as transformers names it, or `varlen`, PyTorch's own for packs; `auto` takes the fastest that fits."""
     kernels: Literal["auto", "plain"] = "auto"
-    """`auto` fuses LoRA linears into the autograd nodes of distft.fused and takes liger's norms and rotary embedding on a GPU
+    """`auto` fuses LoRA linears into the autograd nodes of distft.lora_nodes and takes liger's norms and rotary embedding on a GPU
     where liger-kernel is installed; `plain` leaves PEFT's and transformers' modules as they are."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""

@@ -126,10 +126,10 @@ def _check(recipes: Sequence[Recipe]) -> None:
     # Jobs run with the hub offline. What a container holds cannot be seen from here.
     offline = recipes[0].slurm.environment.get("HF_HUB_OFFLINE", "1") != "0" and recipes[0].slurm.container is None
     if offline and (lacking := list(dict.fromkeys(line for recipe in recipes for line in missing(recipe)))):
-        raise LaunchError(
-            "the job would run with the hub offline, and lack:\n" + "\n".join(f"  {line}" for line in lacking)
-            + ("\nor set slurm.environment.HF_HUB_OFFLINE=\"'0'\" where nodes have a connection" if any("distft fetch" in line for line in lacking) else "")
-        )  # fmt: skip
+        told = ["the job would run with the hub offline, and lack:", *(f"  {line}" for line in lacking)]
+        if any("distft fetch" in line for line in lacking):  # not a folder or a file that is named and not there
+            told.append("or set slurm.environment.HF_HUB_OFFLINE=\"'0'\" where nodes have a connection")
+        raise LaunchError("\n".join(told))
 
 
 def _processes(slurm: Slurm) -> int:
