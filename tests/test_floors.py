@@ -14,7 +14,7 @@ import pytest
 import distft
 
 FLOORS = (
-    ("errors", "packaged", "batch", "yaml12", "kernels", "recompute", "offline"),
+    ("errors", "packaged", "batch", "yaml12", "kernels", "recompute", "offline", "head"),
     ("sections", "run", "world", "lora_nodes"),
     ("origin", "launcher", "report", "history", "fused"),
     ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts"),

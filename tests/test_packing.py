@@ -13,7 +13,7 @@ from distft import attention, data
 from distft.bad_numbers import BadNumbers
 from distft.checkpoint import Checkpoints
 from distft.launcher import Launcher
-from distft.loader import Collator
+from distft.loader import Collator, scored
 from distft.model import load_model, load_tokenizer, settle_adapter_dtype
 from distft.plan import Plan
 from distft.recipe import load_recipe
@@ -113,6 +113,27 @@ def test_a_spare_pack_weighs_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(gradients[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize("way", [PADDED, (*PACKED, "training.pad_to_multiple_of=16")], ids=["padded", "packed"])
+def test_the_head_sees_the_trained_tokens_alone_and_the_loss_is_that_of_all(
+    way: tuple[str, ...], tmp_path: Path
+) -> None:
+    trainer = trainer_of(tmp_path, *way)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    everything = {key: value for key, value in batch.items() if key not in ("scored", "targets")}
+    losses, gradients = [], []
+    for inputs in (everything, batch):
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(100))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert error(gradients[1], gradients[0]) < 1e-5
+    trained = int((batch["labels"][:, 1:] != IGNORED).sum())
+    assert 0 < trained <= batch["targets"].shape[1] < batch["labels"].numel(), "the prompts are left out"
+    assert int((batch["targets"] != IGNORED).sum()) == trained
+
+
 def test_an_evaluation_of_packs_is_that_of_padded_rows(tmp_path: Path) -> None:
     losses = [
         trainer_of(tmp_path, "data.validation_fraction=0.4", *way).evaluate()["eval_loss"] for way in (PADDED, PACKED)
@@ -186,6 +207,23 @@ def test_a_pack_is_one_row_with_the_bounds_of_its_samples() -> None:
     assert "attention_mask" not in batch
 
 
+@pytest.mark.parametrize(
+    ("labels", "multiple", "positions", "targets"),
+    [
+        ([[IGNORED, 6, 2, IGNORED, 2]], 1, [0, 1, 3], [6, 2, 2]),
+        ([[IGNORED, 6, 2, IGNORED, 2]], 4, [0, 1, 3, 0], [6, 2, 2, IGNORED]),
+        ([[IGNORED, 5, 6], [7, 8, IGNORED]], 1, [0, 1, 3], [5, 6, 8]),  # of a row's first token nothing is asked
+        ([[IGNORED, IGNORED]], 1, [0], [IGNORED]),
+        ([[IGNORED, IGNORED]], 4, [0] * 4, [IGNORED] * 4),
+    ],
+)
+def test_the_positions_that_the_loss_looks_at(
+    labels: list[list[int]], multiple: int, positions: list[int], targets: list[int]
+) -> None:
+    found = scored(torch.tensor(labels), multiple)
+    assert (found[0].tolist(), found[1].tolist()) == (positions, [targets])
+
+
 def test_padding_weighs_nothing_and_can_be_to_a_multiple() -> None:
     assert Collator(0, packed=False)(ROWS)["input_ids"].tolist() == [[5, 6, 2], [7, 2, 0]]
     batch = Collator(0, packed=False, multiple=4)(ROWS)
@@ -230,6 +268,22 @@ def test_packs_in_bf16_are_as_near_to_fp32_as_padded_rows(tmp_path: Path) -> Non
     )
     assert error(packed[1], exact[1]) < 1.5 * error(padded[1], exact[1]) < 0.1
     assert packed[0] == pytest.approx(exact[0], rel=max(2 * abs(padded[0] / exact[0] - 1), 1e-3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+def test_forward_and_backward_never_wait_for_the_device(kernels: str, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, *GPU, *PACKED, f"model.kernels={kernels}")
+    batches = iter(trainer.get_train_dataloader())
+    trained = torch.tensor(100, device="cuda")
+    trainer.training_step(trainer.model, next(batches), trained)  # kernels are compiled here
+    inputs = next(batches)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.training_step(trainer.model, inputs, trained)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -60,14 +60,15 @@ class Group:
         dtype = self.specs[0].dtype
         self.weights, self.biases = self.tensors[0::4], self.tensors[1::4]
         self.a = torch.cat([a.to(dtype) for a in self.tensors[2::4]])
-        self.b = [(b * spec.scaling).to(dtype) for spec, b in zip(self.specs, self.tensors[3::4], strict=True)]
+        self.b = [b.to(dtype) for b in self.tensors[3::4]]
+        self.scalings = [spec.scaling for spec in self.specs]  # applied within the products, which costs nothing
         self.ranks = [b.shape[1] for b in self.b]
 
     def forward(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Of x [tokens, in] the outputs [tokens, out] of each linear, and A x [tokens, sum of the ranks]."""
         low, outputs = self.low(x), []
         for spec, weight, bias, b, part in zip(self.specs, self.weights, self.biases, self.b, torch.split(low, self.ranks, 1), strict=True):  # fmt: skip
-            outputs.append(spec.product(x, weight, bias).addmm_(part, b.t()))
+            outputs.append(spec.product(x, weight, bias).addmm_(part, b.t(), alpha=spec.scaling))
         return outputs, low
 
     def low(self, x: torch.Tensor) -> torch.Tensor:
@@ -76,7 +77,9 @@ class Group:
 
     def grad_input(self, grads: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of x and of A x from those of the outputs."""
-        grad_low = torch.cat([grad @ b for grad, b in zip(grads, self.b, strict=True)], 1)
+        grad_low = torch.cat(
+            [_scaled_product(grad, b, s) for grad, b, s in zip(grads, self.b, self.scalings, strict=True)], 1
+        )
         grad_x = torch.zeros(())
         for number, (spec, weight, grad) in enumerate(zip(self.specs, self.weights, grads, strict=True)):
             dense = spec.dense(weight)
@@ -93,9 +96,14 @@ class Group:
         found: list[torch.Tensor | None] = []
         for number, part in enumerate(torch.split(low, self.ranks, 1)):
             a, b = self.tensors[4 * number + 2], self.tensors[4 * number + 3]
-            grad_b = (grads[number].t() @ part).to(b.dtype) * self.specs[number].scaling
-            found += [None, None, grad_a[number].to(a.dtype), grad_b]
+            grad_b = _scaled_product(grads[number].t(), part, self.scalings[number])
+            found += [None, None, grad_a[number].to(a.dtype), grad_b.to(b.dtype)]
         return found
+
+
+def _scaled_product(one: torch.Tensor, other: torch.Tensor, scaling: float) -> torch.Tensor:
+    """scaling · one @ other, as one operation."""
+    return torch.addmm(one.new_empty(()), one, other, beta=0, alpha=scaling)
 
 
 class LoraLinears(torch.autograd.Function):

@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from distft.bad_numbers import BadNumbers
 from distft.checkpoint import Checkpoints
+from distft.head import Selection
 from distft.loader import Collator, loader
 from distft.plan import Plan
 from distft.recipe import Recipe
@@ -73,8 +74,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._collate = Collator(
             self.processing_class.pad_token_id, packed=plan.batching.micro_batch_tokens is not None,
-            multiple=self.args.pad_to_multiple_of,
+            multiple=self.args.pad_to_multiple_of, for_head=True,
         )  # fmt: skip
+        self._selection = Selection(self.accelerator.unwrap_model(self.model))
         self._spare = 0  # rounds of the optimizer step at hand that are still to be left out
         # Entropy, right predictions and trained tokens since the last log.
         self._sums = torch.zeros(3, device=self.args.device)
@@ -132,8 +134,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
         The negative log-likelihood (nats) summed over the trained tokens, divided by those of the whole global batch.
         """
+        ours = ("scored", "targets")
+        scored, targets = map(inputs.get, ours)
+        inputs = {key: value for key, value in inputs.items() if key not in ours}
         if self.aux_loss_enabled or self.label_smoother is not None or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if scored is not None:
+            del inputs["labels"]
+            inputs["shift_labels"] = targets
+            self._selection.of_next_call(scored)
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         loss = -outputs.log_probs  # zero where the label is ignored
         if self.args.loss_type == "dft":  # Wu et al. 2025 (arXiv:2508.05629)
