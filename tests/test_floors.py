@@ -15,7 +15,7 @@ import distft
 
 FLOORS = (
     ("errors", "packaged", "batch", "yaml12", "kernels", "recompute", "offline", "head"),
-    ("sections", "run", "world", "lora_nodes"),
+    ("sections", "run", "world", "lora_nodes", "fsdp2"),
     ("origin", "launcher", "report", "history", "fused"),
     ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts"),
     ("outcome", "strategy", "tiny", "attention", "loader", "logs", "experiment_file", "page"),

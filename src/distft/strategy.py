@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from distft.errors import Fault, InvariantError, LaunchError
+from distft.fsdp2 import make_real_on_cpu, prefetch
 from distft.launcher import Launcher
 from distft.packaged import packaged
 from distft.recipe import Recipe, read_yaml
@@ -161,7 +162,7 @@ class Strategy:
         for key, value in accelerate_environment(read_yaml(packaged(f"accelerate_configs/{self.name}.yaml"))).items():
             environment.setdefault(key, value)  # a --config_file of the user's own for this strategy goes first
         if self.name == "fsdp" and not self.on_gpu:
-            _make_fsdp_real_on_cpu()
+            make_real_on_cpu()
         if self.on_gpu:  # packs differ in length; fixed segments would fragment
             torch.cuda.memory._set_allocator_settings("expandable_segments:True")
         else:  # accelerate imports DeepSpeed wherever it is installed, and it warns where it has to guess
@@ -279,6 +280,11 @@ class Strategy:
             or os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") != "none"
         )
 
+    def prefetch(self, model: nn.Module) -> None:
+        """Have the parts of a model that are gathered one after the other gathered in time. After the model is prepared."""
+        if self.name == "fsdp":
+            prefetch(model)
+
     def fingerprint(self, model: nn.Module) -> dict[str, int]:
         """A checksum of the bits of every trainable tensor, whole (gathered where sharded). All ranks enter."""
         return {name: _checksum(tensor) for name, tensor in self._whole(model)}
@@ -371,36 +377,3 @@ def _checksum(tensor: torch.Tensor) -> int:
     )
     weights = torch.arange(bits.numel(), device=bits.device).remainder_(1_000_003).add_(1)
     return int((bits.to(torch.int64) * weights).sum())
-
-
-def _make_fsdp_real_on_cpu() -> None:
-    """Let accelerate shard on CPU, where it would run DDP though FSDP is asked for (seen in 1.15).
-
-    Its state knows the FSDP plugin for CUDA devices alone; on CPU the type stays MULTI_CPU and nothing is sharded.
-
-    Raises:
-        LaunchError: accelerate's state has changed and this correction does not fit any more.
-    """
-    import inspect
-
-    from accelerate import __version__, state
-    from accelerate.utils import DistributedType
-
-    original = state.AcceleratorState.__init__
-    if getattr(original, "corrected", False):
-        return
-    if "fsdp_plugin" not in inspect.signature(original).parameters or not hasattr(DistributedType, "MULTI_CPU"):
-        raise LaunchError(f"FSDP2 on CPU is not possible with accelerate {__version__}; use 1.15, or strategy=ddp")
-
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        plugin = kwargs.get("fsdp_plugin")
-        if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            if self._mixed_precision != "no":
-                plugin.set_mixed_precision(self._mixed_precision)
-            self.fsdp_plugin = plugin
-            self.distributed_type = DistributedType.FSDP
-            state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    init.corrected = True  # type: ignore[attr-defined]
-    state.AcceleratorState.__init__ = init

@@ -212,6 +212,7 @@ class Invariants(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self._strategy.check_prepared(model, self._recipe, self._trainable)
+        self._strategy.prefetch(model)
         self._before = self._strategy.fingerprint(model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
