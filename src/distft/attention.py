@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedConfig
-from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.utils import is_flash_attn_2_available
 
 from distft.errors import ModelError
@@ -75,9 +74,11 @@ def _options() -> frozenset[str]:
 
 
 def register() -> None:
-    """Make `attn_implementation="varlen"` known to transformers."""
+    """Make `attn_implementation="varlen"` known to transformers.
+
+    Without a mask of its own: transformers would look for the bounds of the samples in every forward, and wait for the device.
+    """
     AttentionInterface.register(VARLEN, varlen_attention)
-    AttentionMaskInterface.register(VARLEN, flash_attention_mask)
 
 
 def varlen_attention(
@@ -94,8 +95,8 @@ def varlen_attention(
     Raises:
         ModelError: padded rows, attention dropout, soft-capping, or a sliding window that this PyTorch cannot do.
     """
-    if query.shape[0] != 1 or attention_mask is not None:
-        raise ModelError("varlen attention takes one packed row; use sdpa for padded batches")
+    if query.shape[0] != 1 or attention_mask is not None or key.shape[2] != query.shape[2]:
+        raise ModelError("varlen attention takes one packed row; use sdpa for padded batches and for generation")
     if dropout or softcap:
         raise ModelError("varlen attention has no dropout and no soft-capping; use sdpa")
     tokens = query.shape[2]

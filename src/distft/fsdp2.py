@@ -13,6 +13,28 @@ AHEAD = 2
 """Layers that are gathered beyond the one at work."""
 
 
+KEPT = 1 / 8
+"""Of a device's memory, what whole layers may take from the forward to the backward."""
+
+
+def layers_of(model: nn.Module) -> list[Any]:
+    """The layers of a prepared model, each sharded for itself, in their order."""
+    stacks = (m for m in model.modules() if isinstance(m, nn.ModuleList) and all(isinstance(x, FSDPModule) for x in m))
+    return list(max(stacks, key=len, default=()))
+
+
+def keep_layers(model: nn.Module, memory: float) -> int | None:
+    """Let the layers stay whole from the forward to the backward, so that they are gathered once a step and not twice, where all of
+    them take no more than `KEPT` of `memory` bytes. Returns the bytes that they take, None where they do not stay."""
+    parameters = [parameter for layer in layers_of(model) for parameter in layer.parameters()]
+    whole = sum(parameter.to_local().nbytes * parameter.device_mesh.size() for parameter in parameters)
+    if not parameters or whole > KEPT * memory:
+        return None
+    for layer in layers_of(model):
+        layer.set_reshard_after_forward(False)
+    return int(whole)
+
+
 def prefetch(model: nn.Module) -> None:
     """Issue the all-gather of each layer of `model` while the layer `AHEAD` of it is at work, in the forward and in the backward.
 
@@ -20,8 +42,7 @@ def prefetch(model: nn.Module) -> None:
     With LoRA's many small operations it is not, and every layer then waited for its weights: 3 ms each of a 7B model on two H200.
     Costs the memory of as many whole layers.
     """
-    stacks = (m for m in model.modules() if isinstance(m, nn.ModuleList) and all(isinstance(x, FSDPModule) for x in m))
-    layers: list[Any] = list(max(stacks, key=len, default=()))
+    layers = layers_of(model)
     for number, layer in enumerate(layers):
         layer.set_modules_to_forward_prefetch(layers[number + 1 : number + 1 + AHEAD])
         layer.set_modules_to_backward_prefetch(layers[max(number - AHEAD, 0) : number][::-1])

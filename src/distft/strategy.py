@@ -6,6 +6,7 @@ state that `accelerate launch --config_file` would have put it into, so that no 
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping, MutableMapping
@@ -18,12 +19,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from distft.errors import Fault, InvariantError, LaunchError
-from distft.fsdp2 import make_real_on_cpu, prefetch
+from distft.fsdp2 import keep_layers, make_real_on_cpu, prefetch
 from distft.launcher import Launcher
 from distft.packaged import packaged
 from distft.recipe import Recipe, read_yaml
 from distft.sections import StrategyName
-from distft.world import World
+from distft.world import World, reduce
 
 _BITSANDBYTES_OPTIMIZERS = ("paged_", "adamw_bnb", "lion_8bit", "lion_32bit", "adamw_8bit", "rmsprop_bnb", "ademamix")
 
@@ -99,6 +100,8 @@ class Strategy:
     requested: StrategyName
     world: World
     on_gpu: bool
+    may_keep_layers: bool = True
+    """Whether nobody has said when FSDP2 is to shard a layer again."""
 
     @classmethod
     def choose(cls, recipe: Recipe, world: World, environment: Mapping[str, str], launcher: Launcher) -> Strategy:
@@ -130,7 +133,7 @@ class Strategy:
             raise LaunchError(
                 "DeepSpeed compiles a part of itself at first use and finds no C++ compiler; install g++ (build-essential)"
             )
-        return cls(name, recipe.strategy, world, devices > 0)
+        return cls(name, recipe.strategy, world, devices > 0, "FSDP_RESHARD_AFTER_FORWARD" not in environment)
 
     @property
     def notes(self) -> list[str]:
@@ -280,10 +283,20 @@ class Strategy:
             or os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") != "none"
         )
 
-    def prefetch(self, model: nn.Module) -> None:
-        """Have the parts of a model that are gathered one after the other gathered in time. After the model is prepared."""
+    def gather_in_time(self, model: nn.Module, memory_limit_gib: float | None) -> str | None:
+        """Have the layers of a prepared model whole before they are needed, and where there is memory only once a step; returns
+        what to say of it. All ranks enter."""
+        kept = None
         if self.name == "fsdp":
             prefetch(model)
+            if self.on_gpu and self.may_keep_layers:
+                memory = min(torch.cuda.mem_get_info()[1], (memory_limit_gib or math.inf) * 2**30)
+                (less,) = reduce([-memory], "max", self.world)  # all must do the same
+                kept = keep_layers(model, -less)
+        return None if kept is None else (
+            f"FSDP2: the layers stay whole from the forward to the backward, {kept / 2**30:.1f} GiB a GPU "
+            "(a --config_file with fsdp_reshard_after_forward gathers them twice)"
+        )  # fmt: skip
 
     def fingerprint(self, model: nn.Module) -> dict[str, int]:
         """A checksum of the bits of every trainable tensor, whole (gathered where sharded). All ranks enter."""

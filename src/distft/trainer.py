@@ -19,6 +19,7 @@ from distft.recipe import Recipe
 from distft.run import RunFolder
 from distft.samples import IGNORED, lengths_of
 from distft.strategy import Strategy
+from distft.world import say
 
 PACK_MULTIPLE = 512
 """On GPUs packs are filled up to a multiple of so many tokens, or of a sixteenth of the budget where that is less. cuBLAS looks for the
@@ -212,7 +213,9 @@ class Invariants(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self._strategy.check_prepared(model, self._recipe, self._trainable)
-        self._strategy.prefetch(model)
+        note = self._strategy.gather_in_time(model, self._recipe.batching.memory_limit_gib)
+        if note and self._strategy.world.is_main:
+            say(note)
         self._before = self._strategy.fingerprint(model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
