@@ -158,7 +158,7 @@ def measured(name: str) -> Any:
 
 
 def test_measured_figures_are_those_of_the_record() -> None:
-    one, two, long = tables_of("Measured")
+    one, two, strategies, long = tables_of("Measured")
     record = measured("throughput_h200")
     pairs = {pair["case"]: pair for pair in record["comparisons"] if pair["reference"].startswith("unsloth")}
     for name, *cells in one:
@@ -182,6 +182,12 @@ def test_measured_figures_are_those_of_the_record() -> None:
         assert pair["same_work"]
         assert [row[1], row[3]] == [f"{rate:.1f}" for rate in rates]
         assert row[4:] == [*(f"× {ratio:.1f}" for ratio in ratios), *(f"{peak:.1f}" for peak in peaks)]
+
+    summary = measured("throughput_h200_strategies")["summary"]
+    forms = {"samples_per_second": ".1f", "tokens_per_second": ",.0f", "mfu": ".3f", "peak_memory_gb": ".1f", "joules_per_1000_samples": ",.0f"}  # fmt: skip
+    for name, *cells in strategies:
+        found = summary[name.strip("`")]
+        assert cells == [format(found[figure]["median"], form) for figure, form in forms.items()]
 
     summary = measured("long_context_h200")["summary"]
     for name, *cells in long:

@@ -183,14 +183,27 @@ def test_a_kill_during_the_probe_leaves_no_process(tmp_path: Path) -> None:
     assert not alive
 
 
-GPU = ("batching.global_batch_size=256", "batching.memory_limit_gib=2", "data.max_samples=null", "training.max_steps=3")
+GPU = ("batching.global_batch_size=256", "data.max_samples=null", "training.max_steps=3")
+
+
+def too_little(tmp_path: Path, nproc: int, *more: str) -> str:
+    """An override that holds the allocator to less than a rank's whole share takes, and to more than an eighth of it."""
+    (tmp_path / "free").mkdir()
+    free = go(tmp_path / "free", *GPU, *more, "batching.micro_batch=auto", "training.save_strategy=no", nproc=nproc)
+    assert free.code == 0, free.stderr[-3000:]
+    trials = json.loads(free.folder.probe.read_text())["trials"]
+    took = {trial["micro_batch"]: trial["peak_bytes"] for trial in trials}
+    share = 256 // nproc
+    assert took[share] > 1.5 * took[share // 8], "what the samples take is no small part of the whole"
+    return f"batching.memory_limit_gib={(took[share] + took[share // 8]) / 2 / 2**30:.4f}"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.gpu(2))])
 def test_a_full_gpu_halves_the_micro_batch_until_it_fits(nproc: int, tmp_path: Path) -> None:
-    """The allocator is held to 2 GiB, so that the error is CUDA's own."""
-    ended = go(tmp_path, *GPU, f"batching.micro_batch={256 // nproc}", "run.max_restarts=6", nproc=nproc)
+    """The allocator is held to a limit, so that the error is CUDA's own."""
+    limit = too_little(tmp_path, nproc)
+    ended = go(tmp_path, *GPU, limit, f"batching.micro_batch={256 // nproc}", "run.max_restarts=6", nproc=nproc)
     assert ended.code == 0, ended.stderr[-3000:]
     summary, faults = ended.folder.read_summary(), ended.folder.read_faults()
     assert faults and all("GiB were asked for" in fault["cause"] and "too little" in fault["cause"] for fault in faults)
@@ -202,10 +215,11 @@ def test_a_full_gpu_halves_the_micro_batch_until_it_fits(nproc: int, tmp_path: P
 @pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.gpu(2))])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_auto_fills_a_gpu_and_never_runs_out(kind: str, nproc: int, tmp_path: Path) -> None:
-    ended = go(tmp_path, *GPU, *KINDS[kind], "batching.micro_batch=auto", nproc=nproc)
+    limit = too_little(tmp_path, nproc, *KINDS[kind])
+    ended = go(tmp_path, *GPU, *KINDS[kind], limit, "batching.micro_batch=auto", nproc=nproc)
     assert ended.code == 0, ended.stderr[-3000:]
     summary, found = ended.folder.read_summary(), json.loads(ended.folder.probe.read_text())
-    assert 1 <= summary["micro_batch"] < 256 // nproc, "2 GiB do not hold the whole share"
+    assert 1 <= summary["micro_batch"] < 256 // nproc, "the limit does not hold the whole share"
     assert ended.folder.read_faults() == []
     (best,) = (trial for trial in found["trials"] if trial["micro_batch"] == summary["micro_batch"])
     assert summary["peak_reserved_gib"] * 2**30 <= best["limit_bytes"], "the probe saw the worst of it"
