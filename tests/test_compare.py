@@ -42,13 +42,16 @@ def test_one_that_fails_leaves_the_others_alone_and_is_made_up_for(tmp_path: Pat
     done = call(folder_with(tmp_path))
     assert done.returncode == 1, done.stderr
     assert "1/3 mine-four: finished in" in done.stderr and "2/3 mine-full: finished in" in done.stderr
-    assert "3/3 mine-broken: failed (exit code 2): distft: there is no data file or folder rows.jsonl" in done.stderr
+    assert "3/3 mine-broken: failed (exit code 2): there is no data file or folder rows.jsonl" in done.stderr
     report = json.loads((tmp_path / "runs" / "mine.json").read_text())
     assert [(run["name"], run["status"]) for run in report["runs"]] == [
         ("mine-four", "finished"),
         ("mine-full", "finished"),
     ]
-    assert report["missing"] == ["mine-broken"]
+    assert report["missing"].keys() == {"mine-broken"}
+    assert report["missing"]["mine-broken"].startswith("there is no data file or folder rows.jsonl")
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("| mine-broken ")]
+    assert "not there: there is no data file or folder rows.jsonl" in row
     assert {each["what"]: each["equal"] for each in report["equality"] if each["declared"]} == {
         "order": True,
         "global_batch": True,
@@ -70,7 +73,7 @@ def test_one_that_fails_leaves_the_others_alone_and_is_made_up_for(tmp_path: Pat
     assert rest.returncode == 0, rest.stderr
     assert rest.stderr.count("had finished") == 2 and "3/3 mine-broken: finished in" in rest.stderr
     assert RunFolder(tmp_path / "runs" / "mine-four").summary.read_text() == before
-    assert json.loads((tmp_path / "runs" / "mine.json").read_text())["missing"] == []
+    assert json.loads((tmp_path / "runs" / "mine.json").read_text())["missing"] == {}
 
 
 def test_a_signal_stops_the_run_at_hand_and_resume_goes_on_with_it(tmp_path: Path) -> None:

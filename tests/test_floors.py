@@ -14,8 +14,8 @@ import pytest
 import distft
 
 FLOORS = (
-    ("errors", "packaged", "batch", "yaml12", "kernels", "recompute", "offline"),
-    ("sections", "run", "world", "lora_nodes"),
+    ("errors", "packaged", "batch", "yaml12", "kernels", "recompute", "offline", "intervals"),
+    ("sections", "run", "world", "lora_nodes", "verdict"),
     ("origin", "launcher", "report", "history", "fused"),
     ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts"),
     ("outcome", "strategy", "tiny", "attention", "loader", "logs", "experiment_file", "page"),

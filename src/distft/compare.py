@@ -100,7 +100,7 @@ class Comparison:
         return None if folder is None else str(folder.read_summary()["status"])
 
     def _make(self, run: ExperimentRun, place: str) -> None:
-        log = self.parent / f"{self.experiment.name}-logs" / f"{run.name}.log"
+        log = log_of(self.experiment, run)
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable, "-m", "distft.cli", "train", "--nproc", str(self.processes_of(run.recipe)), *run.arguments,
@@ -134,10 +134,17 @@ def report_on(experiment: Experiment) -> Report:
         RunFolderError: none is, or one is damaged.
     """
     folders = {run.name: folder_of(run) for run in experiment.runs}
+    logs = {run.name: log_of(experiment, run) for run in experiment.runs}
     return report(
         [folder for folder in folders.values() if folder is not None], title=f"Experiment {experiment.name}",
-        equal=experiment.equal, missing=[name for name, folder in folders.items() if folder is None],
+        equal=experiment.equal, loss_tolerance=experiment.loss_tolerance,
+        missing={name: _last_line(logs[name]) if logs[name].is_file() else "" for name, folder in folders.items() if folder is None},
     )  # fmt: skip
+
+
+def log_of(experiment: Experiment, run: ExperimentRun) -> Path:
+    """Where `distft compare` puts what a run prints."""
+    return _parent(experiment.runs[0]) / f"{experiment.name}-logs" / f"{run.name}.log"
 
 
 def folder_of(run: ExperimentRun) -> RunFolder | None:
@@ -150,8 +157,10 @@ def _parent(run: ExperimentRun) -> Path:
 
 
 def _last_line(log: Path) -> str:
+    """What distft said last, or else the last line that there is."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it printed nothing"
+    said = [line.removeprefix("distft: ") for line in lines if line.startswith("distft: ")]
+    return (said or lines or ["it printed nothing"])[-1]
 
 
 @contextlib.contextmanager
