@@ -69,8 +69,9 @@ def test_one_that_fails_leaves_the_others_alone_and_is_made_up_for(tmp_path: Pat
         "".join(json.dumps({"body": f"row {n} says {n * n}"}) + "\n" for n in range(200))
     )
     before = RunFolder(tmp_path / "runs" / "mine-four").summary.read_text()
-    rest = call(tmp_path, "--resume")
+    rest = call(tmp_path, "--resume", "--watch")
     assert rest.returncode == 0, rest.stderr
+    assert "\x1b" not in rest.stdout + rest.stderr  # no terminal, no table: plain lines
     assert rest.stderr.count("had finished") == 2 and "3/3 mine-broken: finished in" in rest.stderr
     assert RunFolder(tmp_path / "runs" / "mine-four").summary.read_text() == before
     assert json.loads((tmp_path / "runs" / "mine.json").read_text())["missing"] == {}

@@ -33,7 +33,7 @@ FLOORS = (
         "experiment",
         "bandwidth",
     ),
-    ("watch", "trainer", "estimate", "probe", "fetch", "facts"),
+    ("watch", "trainer", "estimate", "probe", "fetch", "facts", "live"),
     ("memory", "submission", "doctor", "compare"),
     ("train", "trial"),
     ("cli",),

@@ -106,9 +106,12 @@ class Run:
     @property
     def outcome(self) -> str:
         """The status, or `out of memory`, which is a result as well: the run does not fit."""
-        return (
-            "out of memory" if self.status == "failed" and (self.cause or "").startswith("OutOfMemory") else self.status
-        )
+        return outcome(self.status, self.cause)
+
+
+def outcome(status: str, cause: str | None) -> str:
+    """How a run of this status and cause ended, as `Run.outcome` says it."""
+    return "out of memory" if status == "failed" and (cause or "").startswith("OutOfMemory") else status
 
 
 @dataclass(frozen=True)
