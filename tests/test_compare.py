@@ -114,5 +114,5 @@ def test_out_of_memory_is_a_result_where_no_restart_is_allowed(tmp_path: Path) -
     assert "2 runs of 2 variants, 0 finished, 2 out of memory." in done.stdout
     assert not (tmp_path / "runs" / "mine-logs").exists()
     (row,) = [line for line in done.stdout.splitlines() if line.startswith("| mine-big ")]
-    assert "| out of memory: on rank 0 with a micro-batch of 4 samples: 3.00 GiB were asked for… |" in row
+    assert "| out of memory: on rank 0 with a micro-batch of 4 samples: 3.00… |" in row
     assert f"- `mine-big`: out of memory: {cause.removeprefix('OutOfMemory: out of memory ')}\n" in done.stdout

@@ -93,6 +93,9 @@ def test_a_run_that_did_not_finish_stands_there_with_its_cause_and_what_is_known
     made = report([failed, started, make(tmp_path, "good", "lora.r=2")])
     text = markdown(made)
     assert "3 runs of 3 variants, 1 finished, 1 out of memory." in text
+    assert made.verdict.endswith(
+        "how fast they were; bad has no finished run (out of memory); new has no finished run (running)."
+    )
     assert "- `bad`: out of memory: 3 | 4 GiB less\n- `new`: running\n" in text
     assert row(text, "Runs", "new")["status"] == "running"
     assert "| out of memory: 3 \\| 4 GiB less |" in text
@@ -258,7 +261,7 @@ def test_where_losses_that_must_be_equal_diverge_the_verdict_on_speed_is_withhel
     assert {verdicts(made, figure)["b-r1"] for figure in ("samples_per_second", "train_time_s")} == {"withheld"}
     assert verdicts(made, "peak_memory_gib") == {"b-r1": "equal"}
     words = (
-        "the verdict on the speed of b-r1 against a-r1 is withheld: the losses were declared equal and diverge by more than 1.00% "
+        "The verdict on the speed of b-r1 against a-r1 is withheld: the losses were declared equal and diverge by more than 1.00% "
         "(mean train loss 2.5500 against 2.5000, 2.00% apart)"
     )
     assert made.verdict == f"{words}."
@@ -306,11 +309,20 @@ def test_models_with_tokenizers_of_their_own_are_judged_by_time_and_by_the_task(
     assert unknown.verdict.endswith("), in time to the same samples; how well they solve the task no run has measured.")
 
 
+def test_of_many_that_did_not_finish_the_sentence_names_three(tmp_path: Path) -> None:
+    bad = [
+        make(tmp_path, f"bad{r}", f"lora.r={r}", status="failed", cause="OutOfMemory: no", samples_per_second=None)
+        for r in range(1, 6)
+    ]
+    told = report([*bad, make(tmp_path, "good")]).verdict
+    assert "bad3 has no finished run (out of memory); 2 more have none either." in told and "bad4" not in told
+
+
 def test_what_never_began_stands_in_its_row_with_its_cause(tmp_path: Path) -> None:
     why = "there is no data file " + "x" * 100
     made = report([make(tmp_path, "a")], missing={"gone": why, "later": ""})
     text = markdown(made)
-    assert row(text, "Runs", "gone")["status"] == f"not there: {why}"[:79] + "…"
+    assert row(text, "Runs", "gone")["status"] == f"not there: {why}"[:63] + "…"
     assert row(text, "Runs", "later")["status"] == "not there"
     assert f"- `gone`: not there: {why}\n- `later`: not there\n" in text
     assert json.loads(made.to_json())["missing"] == {"gone": why, "later": ""}

@@ -12,7 +12,7 @@ from distft.verdict import ROUNDING, Comparison, bounds
 
 UNKNOWN = "–"
 _NAMES_IN_A_ROW = 6
-_CELL = 80
+_CELL = 64
 """Characters of a cell that says how a run ended; the whole stands below the table."""
 _RANGES = (
     "The median of the finished runs, and from the least to the greatest. Repeats share the seed: their range is what the "

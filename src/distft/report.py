@@ -173,7 +173,13 @@ class Report:
     @property
     def verdict(self) -> str:
         """The answer in one sentence."""
-        return sentence(self.comparisons, [figure.key for figure in FIGURES if figure.quality])
+        outcomes = {run.name: run.outcome for run in self.runs}
+        ended = {
+            variant.name: ", ".join(dict.fromkeys(outcomes[run] for run in variant.runs))
+            for variant in self.variants
+            if not variant.finished
+        }
+        return sentence(self.comparisons, [figure.key for figure in FIGURES if figure.quality], ended)
 
     def to_json(self) -> str:
         """The report as a JSON object; a run's facts stand in its folder."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distft.intervals import Interval, difference, ratio
 
 ROUNDING = 1e-4
 """Figures that all lie within this share of each other are equal: strategies round sums in different orders."""
+
+
+_NAMED = 3
+"""Variants without a finished run that the sentence names; the table has all."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +50,26 @@ def judge(one: Sequence[float], other: Sequence[float], together: int = 1) -> tu
     return found, "different" if apart else "no difference"
 
 
-def sentence(comparisons: Iterable[Comparison], quality: Sequence[str] = ()) -> str:
+def sentence(
+    comparisons: Iterable[Comparison], quality: Sequence[str] = (), ended: Mapping[str, str] | None = None
+) -> str:
     """How fast each variant is beside the first, or why that is not said. `quality` are the figures of how well a task is solved, which
-    belong to the answer where the variants' losses cannot be compared."""
+    belong to the answer where the variants' losses cannot be compared; `ended` are variants that have no finished run, with how theirs
+    ended."""
     found = list(comparisons)
+    unfinished = [*(ended or {}).items()]
+    named = [f"{name} has no finished run ({how})" for name, how in unfinished[:_NAMED]]
+    named += [f"{len(unfinished) - _NAMED} more have none either"] if len(unfinished) > _NAMED else []
     speeds = [item for item in found if item.figure == "samples_per_second"]
     if not speeds:
-        return "There is nothing to compare: fewer than two variants have finished runs that say how fast they were."
+        nothing = "There is nothing to compare: fewer than two variants have finished runs that say how fast they were"
+        return "; ".join([nothing, *named]) + "."
     told = []
     for item in speeds:
         beside = [other for other in found if other.variant == item.variant]
         told.append(_speed(item) + _quality(item, beside, quality))
-    return "; ".join(told) + "."
+    text = "; ".join([*told, *named]) + "."
+    return text if text.startswith(speeds[0].variant) else text[0].upper() + text[1:]  # a variant is called as it is
 
 
 def _speed(item: Comparison) -> str:
