@@ -275,6 +275,25 @@ def test_where_losses_that_must_be_equal_diverge_the_verdict_on_speed_is_withhel
     assert "within 3.00% of the first" in markdown(wider)
 
 
+def test_an_experiment_states_its_tolerance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipes" / "experiments" / "mine.yaml"
+    path.parent.mkdir(parents=True)
+    text = "base: tiny\nvariants: {a: {lora.r: 1}, b: {lora.r: 2}}\nrepeats: 2\nequal: [samples, loss]\n"
+    for turn in ("", "-r2"):
+        make(tmp_path / "runs", f"mine-a{turn}", "lora.r=1")
+        make(tmp_path / "runs", f"mine-b{turn}", "lora.r=2", train_loss=2.55)
+    told = {}
+    for tolerance in ("", "loss_tolerance: 0.03\n", "loss_tolerance: 0\n"):
+        path.write_text(text + tolerance)
+        code = main(["report", "experiment=mine", "--json"])
+        shown = capsys.readouterr()
+        told[tolerance] = json.loads(shown.out)["verdict"] if code == 0 else shown.err
+    assert told[""].startswith("The verdict on the speed of mine-b against mine-a is withheld")
+    assert told["loss_tolerance: 0.03\n"].startswith("mine-b is as fast as mine-a")
+    assert "loss_tolerance: expected" in told["loss_tolerance: 0\n"]
+
+
 @pytest.mark.parametrize("loss", [float("nan"), None])
 def test_a_loss_that_one_variant_lacks_is_not_equal(loss: float | None, tmp_path: Path) -> None:
     made = report([make(tmp_path, "a"), make(tmp_path, "b", "lora.r=4", train_loss=loss)], equal=["loss"])

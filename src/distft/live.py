@@ -145,5 +145,5 @@ def watched(
     if not sys.stdout.isatty() or console.is_dumb_terminal:
         yield None
         return
-    with Live(console=console, auto_refresh=False) as live:
+    with Live(console=console, auto_refresh=False, redirect_stderr=sys.stderr.isatty()) as live:
         yield Watched(runs, folders, logs, live)
