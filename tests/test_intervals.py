@@ -29,6 +29,7 @@ Draw = Callable[[random.Random], list[float]]
     ("one", "other"),
     [([40.0, 41.0], [50.0, 52.0, 51.0]), ([1.0, 1.5, 0.8, 1.1], [3.0, 9.0]), ([2.0, 2.0, 2.0], [3.0, 3.1, 3.3]), ([1e-9, 2e-9], [1e9, 3e9])],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Precision loss")  # scipy's, of a side without any spread
 def test_it_is_welch_s_as_scipy_has_it(one: list[float], other: list[float]) -> None:
     logs = [[math.log(value) for value in side] for side in (other, one)]
     known = stats.ttest_ind(*logs, equal_var=False)
@@ -64,6 +65,11 @@ def test_one_run_on_a_side_has_a_ratio_and_no_bounds() -> None:
 def test_without_any_spread_the_bounds_are_the_estimate() -> None:
     found = ratio([8.0] * 3, [6.0] * 3)
     assert found == Interval(pytest.approx(0.75), pytest.approx(0.75), pytest.approx(0.75)) and found.excludes(1)
+
+
+def test_two_runs_far_apart_leave_the_ratio_open() -> None:
+    found = ratio([1e-90, 1.0], [1e-90, 2.0], together=35)
+    assert (found.low, found.high) == (0.0, math.inf) and not found.excludes(1)
 
 
 @pytest.mark.parametrize("values", [[0.0, 1.0], [-1.0, 2.0]])

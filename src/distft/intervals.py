@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
 """Of all intervals that are read together."""
+_GREATEST = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -63,5 +65,10 @@ def ratio(one: Sequence[float], other: Sequence[float], together: int = 1) -> In
         ValueError: a value is 0 or negative.
     """
     found = difference([math.log(value) for value in one], [math.log(value) for value in other], together)
-    centre, low, high = (None if it is None else math.exp(it) for it in (found.centre, found.low, found.high))
+    centre, low, high = (None if it is None else _exp(it) for it in (found.centre, found.low, found.high))
     return Interval(centre, low, high)
+
+
+def _exp(value: float) -> float:
+    """Infinite where `math.exp` overflows: two runs that lie far apart leave a ratio all but open."""
+    return math.inf if value > _GREATEST else math.exp(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -91,10 +92,14 @@ def _times(item: Comparison) -> str:
     """`1.29 times as fast as a (1.24–1.34)`; what is slower is said from its own side."""
     assert item.ratio is not None
     slow = item.ratio < 1
-    centre, low, high = (
-        (None if value is None else 1 / value if slow else value) for value in (item.ratio, item.low, item.high)
-    )
-    bounds = "" if low is None or high is None else f" ({min(low, high):.2f}–{max(low, high):.2f})"
+    centre, low, high = item.ratio, item.low, item.high
+    if slow:  # `high` is below 1 as well, or there would be nothing to say; `low` may be as good as 0
+        centre, low, high = (
+            1 / centre,
+            None if high is None else 1 / high,
+            None if low is None else 1 / low if low else math.inf,
+        )
+    bounds = "" if low is None or high is None else f" ({low:.2f}–{high:.2f})"
     return f"{centre:.2f} times as {'slow' if slow else 'fast'} as {item.against}{bounds}"
 
 
