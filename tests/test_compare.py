@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from distft.experiment import load_experiment
 from distft.run import RunFolder
 
 EXPERIMENT = """
@@ -42,13 +43,16 @@ def test_one_that_fails_leaves_the_others_alone_and_is_made_up_for(tmp_path: Pat
     done = call(folder_with(tmp_path))
     assert done.returncode == 1, done.stderr
     assert "1/3 mine-four: finished in" in done.stderr and "2/3 mine-full: finished in" in done.stderr
-    assert "3/3 mine-broken: failed (exit code 2): distft: there is no data file or folder rows.jsonl" in done.stderr
+    assert "3/3 mine-broken: failed (exit code 2): there is no data file or folder rows.jsonl" in done.stderr
     report = json.loads((tmp_path / "runs" / "mine.json").read_text())
     assert [(run["name"], run["status"]) for run in report["runs"]] == [
         ("mine-four", "finished"),
         ("mine-full", "finished"),
     ]
-    assert report["missing"] == ["mine-broken"]
+    assert report["missing"].keys() == {"mine-broken"}
+    assert report["missing"]["mine-broken"].startswith("there is no data file or folder rows.jsonl")
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("| mine-broken ")]
+    assert "not there: there is no data file or folder rows.jsonl" in row
     assert {each["what"]: each["equal"] for each in report["equality"] if each["declared"]} == {
         "order": True,
         "global_batch": True,
@@ -66,11 +70,12 @@ def test_one_that_fails_leaves_the_others_alone_and_is_made_up_for(tmp_path: Pat
         "".join(json.dumps({"body": f"row {n} says {n * n}"}) + "\n" for n in range(200))
     )
     before = RunFolder(tmp_path / "runs" / "mine-four").summary.read_text()
-    rest = call(tmp_path, "--resume")
+    rest = call(tmp_path, "--resume", "--watch")
     assert rest.returncode == 0, rest.stderr
+    assert "\x1b" not in rest.stdout + rest.stderr  # no terminal, no table: plain lines
     assert rest.stderr.count("had finished") == 2 and "3/3 mine-broken: finished in" in rest.stderr
     assert RunFolder(tmp_path / "runs" / "mine-four").summary.read_text() == before
-    assert json.loads((tmp_path / "runs" / "mine.json").read_text())["missing"] == []
+    assert json.loads((tmp_path / "runs" / "mine.json").read_text())["missing"] == {}
 
 
 def test_a_signal_stops_the_run_at_hand_and_resume_goes_on_with_it(tmp_path: Path) -> None:
@@ -90,3 +95,24 @@ def test_a_signal_stops_the_run_at_hand_and_resume_goes_on_with_it(tmp_path: Pat
     assert "2/3 mine-full: finished in" in rest.stderr, rest.stderr
     assert run.read_summary()["status"] == "finished"
     assert not list((tmp_path / "runs").glob("mine-four-*"))
+
+
+def test_out_of_memory_is_a_result_where_no_restart_is_allowed(tmp_path: Path) -> None:
+    """Started again, the run would halve its micro-batch and be another one."""
+    path = folder_with(tmp_path) / "recipes" / "experiments" / "mine.yaml"
+    path.write_text(
+        "base: tiny\noverrides: {run.max_restarts: 0}\nvariants: {big: {}, none: {quantization: null}}\nbudget: {steps: 1}\n"
+    )
+    cause = "OutOfMemory: out of memory on rank 0 with a micro-batch of 4 samples: 3.00 GiB were asked for, 1.00 of the GPU's 8.00 GiB are free."
+    for run in load_experiment(["experiment=mine", "tracking.report_to=[]"], folder=tmp_path).runs:
+        folder = RunFolder.claim(tmp_path / "runs", run.name, exact=True)
+        folder.recipe.write_text(run.recipe.to_yaml())
+        folder.write_summary({"status": "failed", "cause": cause, "strategy": "ddp", "world_size": 2})
+    done = call(tmp_path, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("had run out of memory, which is its result") == 2
+    assert "2 runs of 2 variants, 0 finished, 2 out of memory." in done.stdout
+    assert not (tmp_path / "runs" / "mine-logs").exists()
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("| mine-big ")]
+    assert "| out of memory: on rank 0 with a micro-batch of 4 samples: 3.00… |" in row
+    assert f"- `mine-big`: out of memory: {cause.removeprefix('OutOfMemory: out of memory ')}\n" in done.stdout

@@ -311,7 +311,9 @@ def test_recipes_by_their_names_make_an_experiment() -> None:
     made = load_experiment(["tiny", "ddp_qlora", "training.max_steps=4"], checks=CHECKS)
     assert (made.name, made.equal) == ("tiny-ddp_qlora", ("samples", "order", "global_batch"))
     assert [run.name for run in made.runs] == [
-        f"tiny-ddp_qlora-{name}{repeat}" for repeat in ("", "-r2", "-r3") for name in ("tiny", "ddp_qlora")
+        f"tiny-ddp_qlora-{name}{repeat}"
+        for repeat in ("", "-r2", "-r3", "-r4", "-r5")
+        for name in ("tiny", "ddp_qlora")
     ]
     assert {run.recipe.training["max_steps"] for run in made.runs} == {4}
     assert len(load_experiment(["tiny", "ddp_qlora"], repeats=1).runs) == 2

@@ -14,8 +14,8 @@ import pytest
 import distft
 
 FLOORS = (
-    ("errors", "packaged", "batch", "yaml12", "kernels", "recompute", "offline", "head"),
-    ("sections", "run", "world", "lora_nodes", "fsdp2"),
+    ("errors", "packaged", "batch", "yaml12", "kernels", "recompute", "offline", "head", "intervals"),
+    ("sections", "run", "world", "lora_nodes", "fsdp2", "verdict"),
     ("origin", "launcher", "report", "history", "fused"),
     ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts"),
     ("outcome", "strategy", "tiny", "attention", "loader", "logs", "experiment_file", "page"),
@@ -33,7 +33,7 @@ FLOORS = (
         "experiment",
         "bandwidth",
     ),
-    ("watch", "trainer", "estimate", "probe", "fetch", "facts"),
+    ("watch", "trainer", "estimate", "probe", "fetch", "facts", "live"),
     ("memory", "submission", "doctor", "compare"),
     ("train", "trial"),
     ("cli",),

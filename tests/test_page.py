@@ -155,6 +155,61 @@ def test_the_figures_of_the_page_are_those_of_the_json(browser: Browser, made: P
     assert len(drawn) == 4 * STEPS and drawn[0] == ["a<b>&c1", "1", "3"]
 
 
+def test_the_page_tells_why_a_run_has_no_figures_and_why_a_verdict_is_withheld(
+    browser: Browser, tmp_path: Path
+) -> None:
+    folders = [run_folder(tmp_path, f"{name}{turn}", strategy, speed + turn / 10, 12.0)
+               for name, strategy, speed in (("plain", "ddp", 20.0), ("sharded", "fsdp", 15.0)) for turn in (1, 2, 3)]  # fmt: skip
+    big = run_folder(tmp_path, "big", "single", 1.0, 140.0)
+    cause = "OutOfMemory: out of memory on rank 0 with a micro-batch of 16 samples: 3.00 GiB were asked for, <1.00> of the GPU's 8.00 GiB are free."
+    big.summary.write_text(json.dumps({"status": "failed", "cause": cause, "strategy": "single", "world_size": 1}))
+    report(tmp_path, *(str(folder.path) for folder in (*folders, big)), "--output", "page.html")
+    report(tmp_path, *(str(folder.path) for folder in (*folders, big)), "--output", "page.json")
+    for width in (375, 1280):
+        page, told = opened(browser, tmp_path / "page.html", viewport={"width": width, "height": 800})
+        assert told == [] and page.evaluate("document.documentElement.scrollWidth") <= width
+    whole = cause.removeprefix("OutOfMemory: out of memory ")
+    shown = page.locator("section[aria-labelledby=runs] td", has_text="out of memory")
+    assert (
+        shown.text_content() == f"out of memory: {whole}"[:63].rstrip() + "…" and shown.get_attribute("title") == cause
+    )
+    assert (
+        page.locator("section[aria-labelledby=variants] tr", has_text="big")
+        .locator("td")
+        .first.text_content()
+        .startswith("0 of 1; out of memory: on")
+    )
+    assert page.locator("section[aria-labelledby=unfinished] td", has_text="3.00 GiB").text_content() == whole
+    assert "7 runs of 3 variants, 6 finished, 1 out of memory." in page.text_content("main")
+    record = json.loads((tmp_path / "page.json").read_text())
+    (item,) = [item for item in record["comparisons"] if item["figure"] == "samples_per_second"]
+    assert item["low"] < item["ratio"] < item["high"] < 1
+    assert page.text_content(".verdict") == record["verdict"]
+    assert (
+        record["verdict"]
+        == f"sharded1 is {1 / item['ratio']:.2f} times as slow as plain1 ({1 / item['high']:.2f}–{1 / item['low']:.2f}); big has no finished run (out of memory)."
+    )
+    against = page.locator("section[aria-labelledby=against] tbody tr").first.locator("td").all_text_contents()
+    assert f"× {item['ratio']:.3f} ({item['low']:.3f} – {item['high']:.3f})" in against
+
+    summary = json.loads(folders[-1].summary.read_text())
+    for folder in folders[3:]:
+        folder.summary.write_text(json.dumps({**summary, "train_loss": 1.8}))
+    program = (
+        "import sys; from pathlib import Path; from distft.page import histories, page; from distft.report import report; from distft.run import RunFolder\n"
+        "made = report([RunFolder(Path(word)) for word in sys.argv[1:]], equal=['samples', 'loss'])\n"
+        "Path('withheld.html').write_text(page(made.title, histories(made), made))"
+    )
+    subprocess.run([sys.executable, "-c", program, *(str(folder.path) for folder in folders)], cwd=tmp_path, check=True)
+    page, told = opened(browser, tmp_path / "withheld.html", viewport={"width": 375, "height": 800})
+    assert told == [] and page.evaluate("document.documentElement.scrollWidth") <= 375
+    words = page.text_content(".verdict")
+    assert words.startswith(
+        "The verdict on the speed of sharded1 against plain1 is withheld: the losses were declared equal and diverge by more than 1.00%"
+    )
+    assert "times as" not in page.text_content("main") and page.locator("td", has_text="withheld").count() >= 3
+
+
 def test_a_page_holds_all_that_it_needs(made: Path) -> None:
     text = (made / "page.html").read_text()
     assert "<script" not in text and "a<b>&c" not in text

@@ -130,7 +130,7 @@ def test_messages_are_the_real_ones(reader: Path) -> None:
 
 def test_the_page_s_experiment_is_one(reader: Path) -> None:
     experiment = load_experiment(["experiment=precision"], checks=(strategy.faults, data.faults), folder=reader)
-    assert [run.variant for run in experiment.runs] == ["bits4", "bits32"] * 3
+    assert [run.variant for run in experiment.runs] == ["bits4", "bits32"] * 5
 
 
 def tables_of(heading: str) -> list[list[list[str]]]:

@@ -69,7 +69,7 @@ def test_a_run_s_figures_are_those_of_its_folder(tmp_path: Path) -> None:
         "steps": 10, "samples": 160, "tokens": 8000, "train_loss": 2.5, "final_loss": 2.25, "eval_loss_before": 4.0,
         "eval_loss_after": 2.0, "perplexity_before": 54.6, "perplexity_after": 7.39, "train_time_s": 4.0,
         "samples_per_second": 40.0, "tokens_per_second": 2000.0, "mfu": 0.5, "peak_memory_gib": 8.0, "energy_j": 1234.5,
-        "restarts": 2,
+        "restarts": 2, "accuracy": None, "f1": None,
     }  # fmt: skip
     shown = row(markdown(made), "Runs", "a")
     assert (shown["strategy"], shown["processes"], shown["last train loss"], shown["MFU"]) == (
@@ -92,11 +92,19 @@ def test_a_run_that_did_not_finish_stands_there_with_its_cause_and_what_is_known
         file.write('{"step": 11, "lo')  # torn by a kill
     made = report([failed, started, make(tmp_path, "good", "lora.r=2")])
     text = markdown(made)
-    assert "3 runs of 3 variants, 1 finished." in text
-    assert "- `bad`: failed: OutOfMemory: 3 | 4 GiB less\n- `new`: running\n" in text
-    assert row(text, "Runs", "bad")["samples"] == "160"
+    assert "3 runs of 3 variants, 1 finished, 1 out of memory." in text
+    assert made.verdict.endswith(
+        "how fast they were; bad has no finished run (out of memory); new has no finished run (running)."
+    )
+    assert "- `bad`: out of memory: 3 | 4 GiB less\n- `new`: running\n" in text
+    assert row(text, "Runs", "new")["status"] == "running"
+    assert "| out of memory: 3 \\| 4 GiB less |" in text
+    outcomes = {run["name"]: (run["outcome"], run["cause"]) for run in json.loads(made.to_json())["runs"]}
+    assert outcomes["bad"] == ("out of memory", "OutOfMemory: 3 | 4 GiB\nless")
+    assert (outcomes["new"], outcomes["good"]) == (("running", None), ("finished", None))
+    assert row(text.replace("\\|", "//"), "Runs", "bad")["samples"] == "160"
     assert row(text, "Runs", "new")["samples"] == "–"
-    assert row(text, "Runs", "bad")["samples/s"] == "–"
+    assert row(text.replace("\\|", "//"), "Runs", "bad")["samples/s"] == "–"
     assert made.comparisons == ()
     assert "as run.samples" not in made.differences
 
@@ -118,7 +126,7 @@ def test_runs_of_one_recipe_are_one_variant_with_its_median_and_range(tmp_path: 
         make(tmp_path, "x-b", "lora.r=4", samples_per_second=50.0),
         make(tmp_path, "x-a-r2", "tracking.group=x", "run.resume=never", samples_per_second=44.0),
         make(tmp_path, "x-a-r3", samples_per_second=41.0),
-        make(tmp_path, "x-b-r2", "lora.r=4", status="failed", samples_per_second=None),
+        make(tmp_path, "x-b-r2", "lora.r=4", status="failed", cause="RuntimeError: no", samples_per_second=None),
     ]
     made = report([*folders, RunFolder(tmp_path / "." / "x-a")])  # the same folder again is no repeat
     assert {variant.name: variant.runs for variant in made.variants} == {
@@ -127,7 +135,7 @@ def test_runs_of_one_recipe_are_one_variant_with_its_median_and_range(tmp_path: 
     }
     text = markdown(made)
     assert row(text, "Variants", "x-a")["samples/s"] == "41.00 (40.00 – 44.00)"
-    assert row(text, "Variants", "x-b")["finished"] == "1 of 2"
+    assert row(text, "Variants", "x-b")["finished"] == "1 of 2; failed: RuntimeError: no"
     assert row(text, "Variants", "x-b")["samples/s"] == "50.00"
     assert "- `lora.r`: 16 (in `x-a`), 4 (in `x-b`)" in text
     assert "tracking.group" not in text
@@ -143,22 +151,58 @@ def test_other_processes_or_another_machine_are_another_variant(tmp_path: Path) 
     assert set(made.differences) == {"as run.world_size", "machine.gpus"}
 
 
-def test_a_difference_inside_the_spread_is_not_called_one(tmp_path: Path) -> None:
-    def runs(name: str, r: int, *speeds: float) -> list[RunFolder]:
-        return [make(tmp_path, f"{name}-r{n}", f"lora.r={r}", samples_per_second=speed) for n, speed in enumerate(speeds, 1)]  # fmt: skip
+def runs(parent: Path, name: str, r: int, *speeds: float | None, **figures: Any) -> list[RunFolder]:
+    return [make(parent, f"{name}-r{n}", f"lora.r={r}", samples_per_second=speed, **figures) for n, speed in enumerate(speeds, 1)]  # fmt: skip
 
-    made = report([*runs("base", 1, 40, 44), *runs("near", 2, 43, 60), *runs("fast", 3, 45, 47), *runs("once", 4, 80)])
+
+def test_a_difference_inside_the_spread_is_not_called_one(tmp_path: Path) -> None:
+    folders = [
+        *runs(tmp_path, "base", 1, 40, 40.4, 39.6), *runs(tmp_path, "near", 2, 40.2, 41, 40.1), *runs(tmp_path, "fast", 3, 52, 51.5, 51.8),
+        *runs(tmp_path, "slow", 5, 20, 20.1, 20.2), *runs(tmp_path, "once", 4, 80),
+    ]  # fmt: skip
+    made = report(folders)
     assert verdicts(made, "samples_per_second") == {
-        "near-r1": "no difference",
-        "fast-r1": "different",
-        "once-r1": "no spread",
-    }
+        "near-r1": "no difference", "fast-r1": "different", "slow-r1": "different", "once-r1": "no spread",
+    }  # fmt: skip
     assert set(verdicts(made, "train_loss").values()) == {"equal"}
+    found = {item.variant: item for item in made.comparisons if item.figure == "samples_per_second"}
+    near, fast = found["near-r1"], found["fast-r1"]
+    assert near.low is not None and near.high is not None and near.low < 1 < near.high
+    assert fast.low is not None and fast.high is not None and 1 < fast.low < fast.ratio < fast.high  # type: ignore[operator]
     text = markdown(made)
-    assert row(text, "Against `base-r1`", "fast-r1")["samples/s"] == "× 1.095"
-    assert row(text, "Against `base-r1`", "near-r1")["samples/s"] == "no difference"
-    assert row(text, "Against `base-r1`", "once-r1")["samples/s"] == "(× 1.905)"
-    assert "no spread to judge by" in text
+    assert (
+        row(text, "Against `base-r1`", "fast-r1")["samples/s"]
+        == f"× {fast.ratio:.3f} ({fast.low:.3f} – {fast.high:.3f})"
+    )
+    assert row(text, "Against `base-r1`", "near-r1")["samples/s"] == f"no difference ({near.low:.3f} – {near.high:.3f})"
+    assert row(text, "Against `base-r1`", "once-r1")["samples/s"] == "(× 2.000)"
+    assert "no spread to judge by" in text and "together for the 3 variants of a column (Bonferroni)" in text
+    assert (
+        f"fast-r1 is 1.29 times as fast as base-r1 ({fast.low:.2f}–{fast.high:.2f}); slow-r1 is 1.99 times as slow as base-r1 ("
+        in text
+    )
+    assert (
+        f"near-r1 is as fast as base-r1, as far as the repeats can tell ({near.low:.2f}–{near.high:.2f} times)" in text
+    )
+    assert (
+        "once-r1 ran once or base-r1 did, so that a difference could be chance (here 2.00 times as fast as base-r1)"
+        in text
+    )
+    record = json.loads(made.to_json())
+    assert f"**{record['verdict']}**" in text.splitlines()
+    assert record["comparisons"][0].keys() >= {"ratio", "low", "high", "verdict"} and record["confidence"] == 0.95
+
+
+def test_a_figure_that_is_not_known_or_not_positive_breaks_no_comparison(tmp_path: Path) -> None:
+    made = report([
+        *runs(tmp_path, "a", 1, 40, float("nan"), None, energy_j=0.0), *runs(tmp_path, "b", 2, 44, 44.2, 44.1, energy_j=5.0),
+        *runs(tmp_path, "c", 3, None, None, energy_j=0.0),
+    ])  # fmt: skip
+    assert verdicts(made, "samples_per_second") == {"b-r1": "no spread"}
+    assert verdicts(made, "energy_j") == {"b-r1": "different", "c-r1": "equal"}
+    (energy,) = [item for item in made.comparisons if (item.variant, item.figure) == ("b-r1", "energy_j")]
+    assert (energy.ratio, energy.low, energy.high) == (None, None, None)
+    assert row(markdown(made), "Against `a-r1`", "b-r1")["energy"] == "different"
 
 
 def test_losses_that_differ_by_rounding_alone_are_equal(tmp_path: Path) -> None:
@@ -208,6 +252,101 @@ def test_speed_is_compared_only_where_what_must_be_equal_was(tmp_path: Path) -> 
     assert [item.what for item in made.equality if item.declared] == ["samples", "tokens"]
 
 
+def test_where_losses_that_must_be_equal_diverge_the_verdict_on_speed_is_withheld(tmp_path: Path) -> None:
+    folders = [*runs(tmp_path, "a", 1, 40, 40.1, 40.2), *runs(tmp_path, "b", 2, 80, 80.1, 80.2, train_loss=2.55)]
+    assert verdicts(report(folders), "samples_per_second") == {
+        "b-r1": "different"
+    }  # nobody said that losses must be equal
+    made = report(folders, equal=["samples", "loss"])
+    assert {verdicts(made, figure)["b-r1"] for figure in ("samples_per_second", "train_time_s")} == {"withheld"}
+    assert verdicts(made, "peak_memory_gib") == {"b-r1": "equal"}
+    words = (
+        "The verdict on the speed of b-r1 against a-r1 is withheld: the losses were declared equal and diverge by more than 1.00% "
+        "(mean train loss 2.5500 against 2.5000, 2.00% apart)"
+    )
+    assert made.verdict == f"{words}."
+    text = markdown(made)
+    assert f"**{words}.**" in text and "times as" not in text
+    assert row(text, "Against `a-r1`", "b-r1")["samples/s"] == "withheld"
+    assert row(text, "What was equal", "loss") == {"what": "loss", "declared": "yes", "equal": "no"}
+    assert all(item.ratio is None for item in made.comparisons if item.verdict == "withheld")
+    wider = report(folders, equal=["samples", "loss"], loss_tolerance=0.03)
+    assert verdicts(wider, "samples_per_second") == {"b-r1": "different"} and equal(wider)["loss"]
+    assert "within 3.00% of the first" in markdown(wider)
+
+
+def test_an_experiment_states_its_tolerance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipes" / "experiments" / "mine.yaml"
+    path.parent.mkdir(parents=True)
+    text = "base: tiny\nvariants: {a: {lora.r: 1}, b: {lora.r: 2}}\nrepeats: 2\nequal: [samples, loss]\n"
+    for turn in ("", "-r2"):
+        make(tmp_path / "runs", f"mine-a{turn}", "lora.r=1")
+        make(tmp_path / "runs", f"mine-b{turn}", "lora.r=2", train_loss=2.55)
+    told = {}
+    for tolerance in ("", "loss_tolerance: 0.03\n", "loss_tolerance: 0\n"):
+        path.write_text(text + tolerance)
+        code = main(["report", "experiment=mine", "--json"])
+        shown = capsys.readouterr()
+        told[tolerance] = json.loads(shown.out)["verdict"] if code == 0 else shown.err
+    assert told[""].startswith("The verdict on the speed of mine-b against mine-a is withheld")
+    assert told["loss_tolerance: 0.03\n"].startswith("mine-b is as fast as mine-a")
+    assert "loss_tolerance: expected" in told["loss_tolerance: 0\n"]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), None])
+def test_a_loss_that_one_variant_lacks_is_not_equal(loss: float | None, tmp_path: Path) -> None:
+    made = report([make(tmp_path, "a"), make(tmp_path, "b", "lora.r=4", train_loss=loss)], equal=["loss"])
+    assert verdicts(made, "samples_per_second") == {"b": "withheld"}
+    assert "mean train loss is known of one alone" in made.verdict
+
+
+def test_models_with_tokenizers_of_their_own_are_judged_by_time_and_by_the_task(tmp_path: Path) -> None:
+    """As the experiment `duel` declares: the samples alone."""
+    after = {"loss": 2.0, "perplexity": 7.39}
+
+    def duel(parent: Path, *accuracies: float | None) -> Report:
+        folders = []
+        for name, model, speed, tokens, accuracy in (
+            ("a", "one", 40, 8000, accuracies[0]),
+            ("b", "two", 50, 7000, accuracies[1]),
+        ):
+            for turn in (1, 2, 3):
+                quality = {} if accuracy is None else {"accuracy": accuracy + turn / 1000}
+                folders.append(make(parent, f"{name}{turn}", f"model.name={model}", samples_per_second=speed + turn / 10, tokens=tokens,
+                                    train_loss=2.5 if name == "a" else 1.5, eval_after={**after, **quality}))  # fmt: skip
+        return report(folders, equal=["samples"])
+
+    made = duel(tmp_path / "known", 0.90, 0.95)
+    assert verdicts(made, "samples_per_second") == {"b1": "different"} == verdicts(made, "accuracy")
+    for figure in ("train_loss", "eval_loss_after", "perplexity_after", "tokens_per_second"):
+        assert verdicts(made, figure) == {"b1": "not compared"}
+    assert made.verdict.startswith("b1 is 1.25 times as fast as a1 (")
+    assert "), in time to the same samples, and on the task: accuracy × 1.055 (" in made.verdict
+    assert "mean train loss is not compared: the tokenizers differ" in markdown(made)
+    unknown = duel(tmp_path / "unknown", None, None)
+    assert unknown.verdict.endswith("), in time to the same samples; how well they solve the task no run has measured.")
+
+
+def test_of_many_that_did_not_finish_the_sentence_names_three(tmp_path: Path) -> None:
+    bad = [
+        make(tmp_path, f"bad{r}", f"lora.r={r}", status="failed", cause="OutOfMemory: no", samples_per_second=None)
+        for r in range(1, 6)
+    ]
+    told = report([*bad, make(tmp_path, "good")]).verdict
+    assert "bad3 has no finished run (out of memory); 2 more have none either." in told and "bad4" not in told
+
+
+def test_what_never_began_stands_in_its_row_with_its_cause(tmp_path: Path) -> None:
+    why = "there is no data file " + "x" * 100
+    made = report([make(tmp_path, "a")], missing={"gone": why, "later": ""})
+    text = markdown(made)
+    assert row(text, "Runs", "gone")["status"] == f"not there: {why}"[:63] + "…"
+    assert row(text, "Runs", "later")["status"] == "not there"
+    assert f"- `gone`: not there: {why}\n- `later`: not there\n" in text
+    assert json.loads(made.to_json())["missing"] == {"gone": why, "later": ""}
+
+
 def test_a_section_that_one_lacks_is_one_line(tmp_path: Path) -> None:
     text = markdown(report([make(tmp_path, "a"), make(tmp_path, "b", "quantization=null")]))
     (line,) = [line for line in text.split("## What differs")[1].splitlines() if "quantization" in line]
@@ -222,7 +361,9 @@ def test_the_command_prints_or_writes_markdown_or_json(tmp_path: Path, capsys: A
     words = [str(make(tmp_path, name, f"lora.r={r}").path) for r, name in enumerate("ab", 1)]
     assert main(["report", *words]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("# 2 runs\n\n2 runs of 2 variants, 2 finished.\n")
+    assert text.startswith(
+        "# 2 runs\n\n**b is as fast as a, as far as the repeats can tell.**\n\n2 runs of 2 variants, 2 finished.\n"
+    )
     target = tmp_path / "out" / "report.md"
     assert main(["report", *words, "--output", str(target)]) == 0
     assert target.read_text(encoding="utf-8") == text

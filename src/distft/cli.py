@@ -104,8 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--nproc", type=int, help="processes of every run that is not single; one a GPU, or two without"
     )
-    compare.add_argument("--repeats", type=int, help="how often each variant runs; as the experiment says, or 3")
-    compare.add_argument("--resume", action="store_true", help="make only the runs that have not finished")
+    compare.add_argument("--repeats", type=int, help="how often each variant runs; as the experiment says, or 5")
+    compare.add_argument("--resume", action="store_true", help="make only the runs that have no result yet")
+    compare.add_argument("--watch", action="store_true", help="follow the runs in a table, where this is a terminal")
     compare.set_defaults(run=_compare)
 
     report = commands.add_parser("report", help="one report over finished and unfinished runs")
@@ -303,10 +304,10 @@ def _compare(options: argparse.Namespace) -> int:
         if number is not None and number < 1:
             raise LaunchError(f"{what} {number} starts nothing")
     comparison = Comparison(_load_experiment(options.overrides, options.repeats), options.nproc)
-    made = comparison.run(resume=options.resume)
+    made = comparison.run(resume=options.resume, watch=options.watch)
     print(markdown(made), end="")
     print("\nreport: " + ", ".join(map(str, comparison.files)))
-    return 0 if all(run.finished for run in made.runs) and not made.missing else 1
+    return 0 if comparison.complete else 1
 
 
 def _report(options: argparse.Namespace) -> None:

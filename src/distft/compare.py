@@ -20,13 +20,17 @@ from typing import Any
 
 from distft.errors import Interrupted, MissingExtraError, RunFolderError
 from distft.experiment import Experiment, ExperimentRun
+from distft.live import Watched, watched
 from distft.markdown import markdown
 from distft.page import histories, page
 from distft.recipe import Recipe
-from distft.report import Report, report
+from distft.report import Report, outcome, report
 from distft.run import RunFolder, write_atomically
 from distft.strategy import visible_devices
 from distft.world import say
+
+_EVERY_S = 0.5
+"""How often the table of the runs is drawn anew."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,9 @@ class Comparison:
     experiment: Experiment
     processes: int | None = None
 
-    def run(self, *, resume: bool) -> Report:
-        """Make the runs, or with `resume` those that have not finished, and write the report beside them. What a run printed
-        stands in `<experiment>-logs/`.
+    def run(self, *, resume: bool, watch: bool = False) -> Report:
+        """Make the runs, or with `resume` those without a result, and write the report beside them. What a run printed stands in
+        `<experiment>-logs/`. With `watch` a table in the terminal follows them.
 
         Raises:
             RunFolderError: runs of this experiment are there, and `resume` is off.
@@ -54,13 +58,18 @@ class Comparison:
             )
         for run in self.experiment.runs:
             run.recipe.check_division(self.processes_of(run.recipe))
+        folders = {run.name: folder_of(run) for run in self.experiment.runs}
+        logs = log_of(self.experiment, self.experiment.runs[0]).parent
         try:
-            for number, run in enumerate(self.experiment.runs, 1):
-                place = f"{number}/{len(self.experiment.runs)} {run.name}"
-                if self._status(run) == "finished":
-                    say(f"{place}: had finished")
-                else:
-                    self._make(run, place)
+            with watched(self.experiment.runs, folders, logs) if watch else contextlib.nullcontext() as table:
+                for number, run in enumerate(self.experiment.runs, 1):
+                    place = f"{number}/{len(self.experiment.runs)} {run.name}"
+                    if (result := self._result(run)) is None:
+                        self._make(run, place, table)
+                    else:
+                        say(
+                            f"{place}: had {'finished' if result == 'finished' else 'run out of memory, which is its result'}"
+                        )
         except Interrupted:
             if any(folder_of(run) is not None for run in self.experiment.runs):
                 self.write()
@@ -95,23 +104,38 @@ class Comparison:
         """Where the report goes: the folder of the first run's folder."""
         return _parent(self.experiment.runs[0])
 
-    def _status(self, run: ExperimentRun) -> str | None:
-        folder = folder_of(run)
-        return None if folder is None else str(folder.read_summary()["status"])
+    @property
+    def complete(self) -> bool:
+        """Whether every run has a result."""
+        return all(self._result(run) is not None for run in self.experiment.runs)
 
-    def _make(self, run: ExperimentRun, place: str) -> None:
-        log = self.parent / f"{self.experiment.name}-logs" / f"{run.name}.log"
+    def _result(self, run: ExperimentRun) -> str | None:
+        """`finished`, `out of memory`, or None where it has to be made. Going out of memory is a result where the recipe allows no restart:
+        started again, the run would take a smaller micro-batch and be another."""
+        folder = folder_of(run)
+        if folder is None:
+            return None
+        summary = folder.read_summary()
+        ended = outcome(str(summary["status"]), summary.get("cause"))
+        fixed = ended == "out of memory" and run.recipe.run.max_restarts == 0
+        return ended if ended == "finished" or fixed else None
+
+    def _make(self, run: ExperimentRun, place: str, table: Watched | None) -> None:
+        log = log_of(self.experiment, run)
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable, "-m", "distft.cli", "train", "--nproc", str(self.processes_of(run.recipe)), *run.arguments,
         ]  # fmt: skip
-        say(f"{place}: starts; what it prints goes to {log}")
+        if table is None:
+            say(f"{place}: starts; what it prints goes to {log}")
         began = time.monotonic()
         with log.open("w", encoding="utf-8") as output:
             child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
             with _passed_on(child) as signums:
-                code = child.wait()
+                code = child.wait() if table is None else _follow(child, run, table)
         folder = folder_of(run)
+        if table is not None:
+            table.look(run, folder, "not there" if folder is None else None)
         summary: dict[str, Any] = {} if folder is None else folder.read_summary()
         if summary.get("status") == "finished":
             rate = summary.get("samples_per_second")
@@ -119,12 +143,26 @@ class Comparison:
             say(f"{place}: finished in {time.monotonic() - began:.0f} s{shown}")
         else:
             cause = summary.get("cause") or _last_line(log)
-            say(f"{place}: {summary.get('status', 'failed')} (exit code {code}): {' '.join(str(cause).split())}")
+            how = outcome(str(summary.get("status", "failed")), cause)
+            say(f"{place}: {how} (exit code {code}): {' '.join(str(cause).split())}")
         if signums:
             raise Interrupted(
                 signal.Signals(signums[0]).name,
                 f"in {run.name}; the same command with --resume makes the runs that are left",
             )
+
+
+def _follow(child: subprocess.Popen[Any], run: ExperimentRun, table: Watched) -> int:
+    """The exit code of `child`; until it ends the table shows how far `run` is."""
+    before = folder_of(run)
+    began = time.time()
+    while True:
+        folder = folder_of(run)
+        # What an earlier start has left says nothing of this one until it is written to.
+        fresh = folder is not None and (folder != before or folder.summary.stat().st_mtime >= began)
+        table.look(run, folder, None if fresh else "starting")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(_EVERY_S)
 
 
 def report_on(experiment: Experiment) -> Report:
@@ -134,10 +172,17 @@ def report_on(experiment: Experiment) -> Report:
         RunFolderError: none is, or one is damaged.
     """
     folders = {run.name: folder_of(run) for run in experiment.runs}
+    logs = {run.name: log_of(experiment, run) for run in experiment.runs}
     return report(
         [folder for folder in folders.values() if folder is not None], title=f"Experiment {experiment.name}",
-        equal=experiment.equal, missing=[name for name, folder in folders.items() if folder is None],
+        equal=experiment.equal, loss_tolerance=experiment.loss_tolerance,
+        missing={name: _last_line(logs[name]) if logs[name].is_file() else "" for name, folder in folders.items() if folder is None},
     )  # fmt: skip
+
+
+def log_of(experiment: Experiment, run: ExperimentRun) -> Path:
+    """Where `distft compare` puts what a run prints."""
+    return _parent(experiment.runs[0]) / f"{experiment.name}-logs" / f"{run.name}.log"
 
 
 def folder_of(run: ExperimentRun) -> RunFolder | None:
@@ -150,8 +195,10 @@ def _parent(run: ExperimentRun) -> Path:
 
 
 def _last_line(log: Path) -> str:
+    """What distft said last, or else the last line that there is."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it printed nothing"
+    said = [line.removeprefix("distft: ") for line in lines if line.startswith("distft: ")]
+    return (said or lines or ["it printed nothing"])[-1]
 
 
 @contextlib.contextmanager

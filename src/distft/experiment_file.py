@@ -11,6 +11,7 @@ from distft.errors import ExperimentError, Fault, RecipeError
 from distft.origin import COMMAND_LINE, SECTIONS, Source, faults_of, nearest
 from distft.packaged import packaged
 from distft.recipe import read_yaml
+from distft.report import LOSS_TOLERANCE
 from distft.sections import Section
 
 Equal = Literal["samples", "order", "global_batch", "tokens", "base_weights", "loss"]
@@ -46,6 +47,8 @@ class ExperimentFile(Section):
     """How long every run trains; as its recipe says where there is none."""
     equal: list[Equal] = Field(default_factory=list)
     """What must be equal in all runs for their speeds to be compared."""
+    loss_tolerance: float = Field(LOSS_TOLERANCE, gt=0)
+    """Where loss is declared equal, the share of the first variant's by which another's may be off."""
 
 
 def list_experiments(folder: Path) -> dict[str, Path]:

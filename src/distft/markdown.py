@@ -6,10 +6,14 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from distft.report import FIGURES, LOSS_TOLERANCE, ROUNDING, Comparison, Figure, Report, Spread
+from distft.intervals import CONFIDENCE
+from distft.report import FIGURES, Figure, Report, Run, Spread
+from distft.verdict import ROUNDING, Comparison, bounds
 
 UNKNOWN = "–"
 _NAMES_IN_A_ROW = 6
+_CELL = 64
+"""Characters of a cell that says how a run ended; the whole stands below the table."""
 _RANGES = (
     "The median of the finished runs, and from the least to the greatest. Repeats share the seed: their range is what the "
     "machine makes of one training, not what another seed would give."
@@ -18,11 +22,11 @@ _RANGES = (
 
 def markdown(report: Report) -> str:
     """The whole report, ending in a newline."""
-    finished = sum(run.finished for run in report.runs)
-    count = f"{_count(len(report.runs), 'run')} of {_count(len(report.variants), 'variant')}, {finished} finished."
+    count = count_of_runs(report)
+    answer = [f"**{report.verdict}**"] if len(report.variants) > 1 else []
     missing = [f"Not there: {_names(report.missing)}."] if report.missing else []
     parts = [
-        [f"# {report.title}", count, *missing],
+        [f"# {report.title}", *answer, count, *missing],
         _runs(report),
         _unfinished(report),
         _variants(report),
@@ -33,16 +37,52 @@ def markdown(report: Report) -> str:
     return "\n\n".join(block for part in parts for block in part) + "\n"
 
 
+def count_of_runs(report: Report) -> str:
+    """How many runs of how many variants there are, and how many of them finished or did not fit."""
+    ended = [run.outcome for run in report.runs]
+    unfit = f", {ended.count('out of memory')} out of memory" if "out of memory" in ended else ""
+    return f"{_count(len(ended), 'run')} of {_count(len(report.variants), 'variant')}, {ended.count('finished')} finished{unfit}."
+
+
 def run_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table of runs, without figures that no run has."""
     known = [figure for figure in FIGURES if any(run.figures[figure.key] is not None for run in report.runs)]
     head = ["run", "status", "strategy", "processes", *(figure.title for figure in known)]
     rows = [
-        [run.name, run.status, run.strategy or UNKNOWN, str(run.world_size or UNKNOWN),
+        [run.name, how_it_ended(run), run.strategy or UNKNOWN, str(run.world_size or UNKNOWN),
          *(_number(run.figures[figure.key], figure) for figure in known)]
         for run in report.runs
     ]  # fmt: skip
+    rows += [
+        [name, _short(f"not there: {why}" if why else "not there"), *[UNKNOWN] * (len(head) - 2)]
+        for name, why in report.missing.items()
+    ]
     return head, rows
+
+
+def how_it_ended(run: Run) -> str:
+    """`finished`, or what stopped it and the cause, on one short line."""
+    return _short(f"{run.outcome}: {_cause(run)}" if run.cause else run.outcome)
+
+
+def _cause(run: Run) -> str:
+    """The cause on one line, without what the outcome says already."""
+    cause = " ".join((run.cause or "").split())
+    return (
+        cause.removeprefix("OutOfMemory: ").removeprefix("out of memory ") if run.outcome == "out of memory" else cause
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _CELL else f"{text[: _CELL - 1].rstrip()}…"
+
+
+def unfinished_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the table of runs without figures: how each ended, and the whole cause."""
+    rows = [[run.name, run.outcome, _cause(run) or UNKNOWN] for run in report.runs if not run.finished]
+    return ["run", "outcome", "cause"], rows + [
+        [name, "not there", why or UNKNOWN] for name, why in report.missing.items()
+    ]
 
 
 def _runs(report: Report) -> list[str]:
@@ -53,10 +93,9 @@ def _runs(report: Report) -> list[str]:
 
 
 def _unfinished(report: Report) -> list[str]:
+    _, rows = unfinished_rows(report)
     lines = [
-        f"- {_names([run.name])}: {run.status}" + (f": {' '.join(run.cause.split())}" if run.cause else "")
-        for run in report.runs
-        if not run.finished
+        f"- {_names([name])}: {outcome}" + (f": {cause}" if cause != UNKNOWN else "") for name, outcome, cause in rows
     ]
     return ["## Not finished", "\n".join(lines)] if lines else []
 
@@ -64,8 +103,9 @@ def _unfinished(report: Report) -> list[str]:
 def variant_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table of variants: medians, and ranges where there are several runs."""
     known = [f for f in FIGURES if f.compared and any(variant.spreads[f.key] for variant in report.variants)]
+    ended = {run.name: how_it_ended(run) for run in report.runs if not run.finished}
     rows = [
-        [variant.name, f"{variant.finished} of {len(variant.runs)}",
+        [variant.name, "; ".join(dict.fromkeys([f"{variant.finished} of {len(variant.runs)}", *(ended[run] for run in variant.runs if run in ended)])),
          *(_range(variant.spreads[figure.key], figure) for figure in known)]
         for variant in report.variants
     ]  # fmt: skip
@@ -86,18 +126,30 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]], list[st
     rows = [[name, *(_verdict(found.get((name, figure.key))) for figure in shown)] for name in names]
     verdicts = {item.verdict for item in report.comparisons}
     legend = {
-        "different": "`× 1.23`: the medians' ratio, where the ranges of both variants' runs are apart.",
-        "no difference": "`no difference`: the ranges touch.",
+        "different": "`× 1.23 (1.20 – 1.26)`: the ratio of the geometric means and its interval, which excludes 1.",
+        "no difference": "`no difference (0.97 – 1.03)`: the interval of the ratio holds 1, so that this may be chance.",
         "equal": f"`equal`: all runs within {ROUNDING:.2%} of each other.",
         "no spread": "`(× 1.23)`: one run on a side, so that there is no spread to judge by; this may be chance.",
     }
-    reasons = dict.fromkeys(
-        f"{_names([item.variant])}: its speed is not compared, for it did other work ({item.why})."
-        for item in report.comparisons
-        if item.why
-    )
+    if verdicts & {"different", "no difference"}:
+        among = (
+            ""
+            if report.together == 1
+            else f", together for the {report.together} variants of a column (Bonferroni), not for several columns"
+        )
+        legend["interval"] = f"Intervals are Welch's, of the logarithms, at {CONFIDENCE:.0%}{among}."
+        verdicts.add("interval")
+    reasons = dict.fromkeys(f"{_names([item.variant])}: {_reason(item)}." for item in report.comparisons if item.why)
     notes = [*(text for verdict, text in legend.items() if verdict in verdicts), *reasons]
     return ["variant", *(figure.title.split(",")[0] for figure in shown)], rows, notes
+
+
+def _reason(item: Comparison) -> str:
+    if item.verdict == "withheld":
+        return f"the verdict on its speed is withheld: {item.why}"
+    if item.why.startswith("not equal"):
+        return f"its speed is not compared, for it did other work ({item.why})"
+    return f"{next(figure.title.split(',')[0] for figure in FIGURES if figure.key == item.figure)} is not compared: {item.why}"
 
 
 def _comparisons(report: Report) -> list[str]:
@@ -114,8 +166,13 @@ def _comparisons(report: Report) -> list[str]:
 def _verdict(item: Comparison | None) -> str:
     if item is None or item.verdict == "not compared":
         return UNKNOWN
-    ratio = UNKNOWN if item.ratio is None else f"× {item.ratio:.3f}"
-    return {"different": ratio, "no spread": f"({ratio})"}.get(item.verdict, item.verdict)
+    ratio = "different" if item.ratio is None else f"× {item.ratio:.3f}{bounds(item)}"
+    words = {
+        "different": ratio,
+        "no spread": UNKNOWN if item.ratio is None else f"({ratio})",
+        "no difference": f"no difference{bounds(item)}",
+    }
+    return words.get(item.verdict, item.verdict)
 
 
 def equality_rows(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -128,7 +185,7 @@ def equality_rows(report: Report) -> tuple[list[str], list[list[str]]]:
 def _equality(report: Report) -> list[str]:
     facts = {key: values for item in report.equality for key, values in item.unequal.items()}
     lines = _facts(facts, [variant.name for variant in report.variants])
-    tolerance = f"Losses are equal where the medians are within {LOSS_TOLERANCE:.0%} of the first variant's."
+    tolerance = f"Losses are equal where the medians are within {report.loss_tolerance:.2%} of the first variant's."
     return ["## What was equal", _table(*equality_rows(report)), tolerance, *lines]
 
 

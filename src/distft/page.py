@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
 from distft.charts import charts
 from distft.history import History
-from distft.markdown import UNKNOWN, comparison_rows, equality_rows, run_rows, variant_rows
+from distft.markdown import (
+    comparison_rows,
+    count_of_runs,
+    equality_rows,
+    how_it_ended,
+    run_rows,
+    unfinished_rows,
+    variant_rows,
+)
 from distft.packaged import packaged
-from distft.report import Report, verdict
+from distft.report import Report
 from distft.run import RunFolder
 
 
 @dataclass(frozen=True)
 class Table:
+    """Its cells are texts; those that were shortened stand in `whole` with the whole, which the page tells on hovering."""
+
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    whole: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,26 +67,26 @@ def page(title: str, logged: Sequence[History], report: Report | None = None) ->
         if memory and speed:
             speeds[variant.name] = (memory.median, speed.median)
     return template.render(
-        title=title, verdict=verdict(report) if report else "", notes=_notes(report), sections=_sections(report), charts=charts(logged, speeds),
+        title=title, verdict=report.verdict if report else "", notes=_notes(report), sections=_sections(report), charts=charts(logged, speeds),
     ) + "\n"  # fmt: skip
 
 
 def _notes(report: Report | None) -> list[str]:
     if report is None:
         return []
-    finished = sum(run.finished for run in report.runs)
     missing = [f"Not there: {', '.join(report.missing)}."] if report.missing else []
-    return [f"{len(report.runs)} runs of {len(report.variants)} variants, {finished} finished.", *missing]
+    return [count_of_runs(report), *missing]
 
 
 def _sections(report: Report | None) -> list[Section]:
     if report is None:
         return []
+    whole = {how_it_ended(run): " ".join(run.cause.split()) for run in report.runs if run.cause and not run.finished}
     found = [
         Section(
             "variants",
             "Variants",
-            Table(*variant_rows(report)),
+            Table(*variant_rows(report), whole),
             ["Medians of the finished runs, and from the least to the greatest."],
         )
     ]
@@ -84,12 +95,8 @@ def _sections(report: Report | None) -> list[Section]:
         told = [note.replace("`", "") for note in notes]
         found.append(Section("against", f"Against {report.comparisons[0].against}", Table(head, rows), told))
     found.append(Section("equal", "What was equal", Table(*equality_rows(report))))
-    found.append(Section("runs", "Runs", Table(*run_rows(report))))
-    unfinished = [
-        (run.name, run.status, " ".join(run.cause.split()) if run.cause else UNKNOWN)
-        for run in report.runs
-        if not run.finished
-    ]
-    if unfinished:
-        found.append(Section("unfinished", "Not finished", Table(("run", "status", "cause"), unfinished)))
+    found.append(Section("runs", "Runs", Table(*run_rows(report), whole)))
+    head, rows = unfinished_rows(report)
+    if rows:
+        found.append(Section("unfinished", "Not finished", Table(head, rows)))
     return found

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from distft.errors import RunFolderError
+from distft.intervals import CONFIDENCE, Interval
 from distft.run import RunFolder, to_json
+from distft.verdict import Comparison, judge, sentence
 from distft.yaml12 import parse_yaml
 
 LOSS_TOLERANCE = 0.01
-"""Losses of two variants that are further apart than this share of the first one's are not equal."""
-
-ROUNDING = 1e-4
-"""Figures that all lie within this share of each other are equal: strategies round sums in different orders."""
+"""Losses of two variants that are further apart than this share of the first one's are not equal, where an experiment says nothing else."""
 
 _NAMES_OF_A_RUN = ("run.name", "run.dir", "run.resume", "run.force", "tracking.")
 """What makes no difference to what a run does."""
@@ -28,28 +28,33 @@ _NAMES_OF_A_RUN = ("run.name", "run.dir", "run.resume", "run.force", "tracking."
 
 @dataclass(frozen=True)
 class Figure:
-    """A column: the key of a run's figures, its title with the unit, how it is written, and whether it is a speed."""
+    """A column: the key of a run's figures, its title with the unit, how it is written, and whether it is a speed, says how well a
+    task is solved (`quality`), or counts by tokens, so that it means something else with another tokenizer (`per_token`)."""
 
     key: str
     title: str
     form: str
     speed: bool = False
     compared: bool = True
+    quality: bool = False
+    per_token: bool = False
 
 
 FIGURES = (
     Figure("steps", "steps", ",.0f", compared=False),
     Figure("samples", "samples", ",.0f", compared=False),
     Figure("tokens", "tokens", ",.0f", compared=False),
-    Figure("train_loss", "mean train loss", ",.4f"),
-    Figure("final_loss", "last train loss", ",.4f"),
+    Figure("train_loss", "mean train loss", ",.4f", per_token=True),
+    Figure("final_loss", "last train loss", ",.4f", per_token=True),
     Figure("eval_loss_before", "eval loss before", ",.4f", compared=False),
-    Figure("eval_loss_after", "eval loss after", ",.4f"),
+    Figure("eval_loss_after", "eval loss after", ",.4f", per_token=True),
     Figure("perplexity_before", "perplexity before", ",.2f", compared=False),
-    Figure("perplexity_after", "perplexity after", ",.2f"),
+    Figure("perplexity_after", "perplexity after", ",.2f", per_token=True),
+    Figure("accuracy", "accuracy", ",.4f", quality=True),
+    Figure("f1", "F1", ",.4f", quality=True),
     Figure("train_time_s", "train time, s", ",.1f", speed=True),
     Figure("samples_per_second", "samples/s", ",.2f", speed=True),
-    Figure("tokens_per_second", "tokens/s", ",.0f", speed=True),
+    Figure("tokens_per_second", "tokens/s", ",.0f", speed=True, per_token=True),
     Figure("mfu", "MFU", ",.3f", speed=True),
     Figure("peak_memory_gib", "peak memory, GiB", ",.2f"),
     Figure("energy_j", "energy, J", ",.0f", speed=True),
@@ -98,6 +103,16 @@ class Run:
     def finished(self) -> bool:
         return self.status == "finished"
 
+    @property
+    def outcome(self) -> str:
+        """The status, or `out of memory`, which is a result as well: the run does not fit."""
+        return outcome(self.status, self.cause)
+
+
+def outcome(status: str, cause: str | None) -> str:
+    """How a run of this status and cause ended, as `Run.outcome` says it."""
+    return "out of memory" if status == "failed" and (cause or "").startswith("OutOfMemory") else status
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -110,8 +125,12 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
-        known = [value for value in values if value is not None]
+        known = _known(values)
         return cls(statistics.median(known), min(known), max(known), len(known)) if known else None
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None and math.isfinite(value)]
 
 
 @dataclass(frozen=True)
@@ -136,21 +155,10 @@ class Equality:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A variant beside the first, in one figure. `verdict`: `different` (their ranges are apart), `no difference` (they
-    touch), `equal` (all but for rounding), `no spread` (fewer than two runs on a side) or `not compared` (`why` not)."""
-
-    variant: str
-    against: str
-    figure: str
-    ratio: float | None
-    verdict: str
-    why: str = ""
-
-
-@dataclass(frozen=True)
 class Report:
-    """What `report` found; `differences` has every fact in which variants differ, with its value in each."""
+    """What `report` found. `differences` has every fact in which variants differ, with its value in each; `missing` the runs that
+    should be there, each with why it is not (empty where nobody knows). `together` is how many variants are compared with the first:
+    so many intervals of a figure are read at once."""
 
     title: str
     runs: tuple[Run, ...]
@@ -158,22 +166,42 @@ class Report:
     equality: tuple[Equality, ...]
     comparisons: tuple[Comparison, ...]
     differences: Mapping[str, Mapping[str, Any]]
-    missing: tuple[str, ...]
+    missing: Mapping[str, str]
+    loss_tolerance: float
+    together: int
+
+    @property
+    def verdict(self) -> str:
+        """The answer in one sentence."""
+        outcomes = {run.name: run.outcome for run in self.runs}
+        ended = {
+            variant.name: ", ".join(dict.fromkeys(outcomes[run] for run in variant.runs))
+            for variant in self.variants
+            if not variant.finished
+        }
+        return sentence(self.comparisons, [figure.key for figure in FIGURES if figure.quality], ended)
 
     def to_json(self) -> str:
         """The report as a JSON object; a run's facts stand in its folder."""
-        document = dataclasses.asdict(self)
-        for run in document["runs"]:
-            del run["facts"]
+        document = {"verdict": self.verdict, "confidence": CONFIDENCE, **dataclasses.asdict(self)}
+        for run, record in zip(self.runs, document["runs"], strict=True):
+            del record["facts"]
+            record["outcome"] = run.outcome
         return to_json(document) + "\n"
 
 
 def report(
-    folders: Sequence[RunFolder], *, title: str = "", equal: Sequence[str] = (), missing: Sequence[str] = ()
+    folders: Sequence[RunFolder],
+    *,
+    title: str = "",
+    equal: Sequence[str] = (),
+    missing: Mapping[str, str] | None = None,
+    loss_tolerance: float = LOSS_TOLERANCE,
 ) -> Report:
     """The report on the runs in `folders`; the first is of the variant that the others are compared with.
 
-    `equal` (keys of EQUAL) is what must be equal for speeds to be compared, `missing` the names of runs that should be there.
+    `equal` (keys of EQUAL) is what must be equal for speeds to be compared, losses within the share `loss_tolerance`; `missing` the
+    names of runs that should be there, and why each is not, empty where that is not known.
 
     Raises:
         RunFolderError: there are no folders, or one is no run folder or is damaged.
@@ -192,19 +220,22 @@ def report(
     done = {name: finished for name, members in named.items() if (finished := [run for run in members if run.finished])}
     declared = tuple(equal) or BY_DEFAULT
     first = next(iter(done), None)
+    tell = _Comparer(done, declared, loss_tolerance)
     return Report(
         title=title or f"{len(runs)} run{'s' if len(runs) > 1 else ''}",
         runs=runs,
         variants=variants,
-        equality=tuple(_equality(what, what in equal, done) for what in EQUAL),
+        equality=tuple(_equality(what, what in equal, done, loss_tolerance) for what in EQUAL),
         comparisons=tuple(
             comparison
             for name in done
             if first is not None and name != first
-            for comparison in _compare(first, name, done, declared)
+            for comparison in tell.compare(first, name)
         ),
         differences=_differences(named),
-        missing=tuple(missing),
+        missing=missing or {},
+        loss_tolerance=loss_tolerance,
+        together=tell.together,
     )
 
 
@@ -228,6 +259,7 @@ def _read(folder: RunFolder) -> Run:
         "steps": steps, "final_loss": logged.get("loss"),
         "eval_loss_before": before.get("loss"), "eval_loss_after": after.get("loss"),
         "perplexity_before": before.get("perplexity"), "perplexity_after": after.get("perplexity"),
+        **{figure.key: after.get(figure.key) for figure in FIGURES if figure.quality},
     }  # fmt: skip
     as_run = _AS_RUN if summary.get("status") == "finished" else ("strategy", "world_size")
     facts = dict(_leaves(recipe)) | {f"as run.{key}": summary.get(key) for key in as_run}
@@ -281,10 +313,10 @@ def _variant(name: str, members: Sequence[Run]) -> Variant:
 # What was equal, and what not -------------------------------------------------------------------------------------------
 
 
-def _equality(what: str, declared: bool, done: Mapping[str, Sequence[Run]]) -> Equality:
+def _equality(what: str, declared: bool, done: Mapping[str, Sequence[Run]], tolerance: float) -> Equality:
     if sum(map(len, done.values())) < 2:
         return Equality(what, declared, None, {})
-    unequal = _unequal_losses(done) if what == "loss" else _differences(done, EQUAL[what])
+    unequal = _unequal_losses(done, tolerance) if what == "loss" else _differences(done, EQUAL[what])
     return Equality(what, declared, not unequal, unequal)
 
 
@@ -317,63 +349,67 @@ def _word(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def _unequal_losses(done: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Any]]:
+def _unequal_losses(done: Mapping[str, Sequence[Run]], tolerance: float) -> dict[str, dict[str, Any]]:
     found = {}
     for key in ("train_loss", "eval_loss_after"):
         spreads = {name: Spread.of(run.figures[key] for run in members) for name, members in done.items()}
         medians = {name: None if spread is None else spread.median for name, spread in spreads.items()}
         known = [median for median in medians.values() if median is not None]
         apart = max((abs(median - known[0]) for median in known), default=0.0)
-        if known and (len(known) < len(medians) or apart > LOSS_TOLERANCE * abs(known[0])):
+        if known and (len(known) < len(medians) or apart > tolerance * abs(known[0])):
             found[key] = medians
     return found
 
 
-def _compare(first: str, name: str, done: Mapping[str, Sequence[Run]], declared: Sequence[str]) -> list[Comparison]:
-    """The variant `name` beside `first` in every figure; speeds only where what must be equal was."""
-    pair = {key: done[key] for key in (first, name)}
-    unequal = [what for what in declared if not _equality(what, True, pair).equal]
-    found = []
-    for figure in FIGURES:
-        sides = [[run.figures[figure.key] for run in members] for members in pair.values()]
-        ours, theirs = (Spread.of(side) for side in sides)
-        if not figure.compared or ours is None or theirs is None:
-            continue
-        ratio = theirs.median / ours.median if ours.median else None
-        verdict, why = judge(ours, theirs), ""
-        if figure.speed and unequal:
-            ratio, verdict, why = None, "not compared", f"not equal: {', '.join(unequal)}"
-        found.append(Comparison(name, first, figure.key, ratio, verdict, why))
-    return found
+@dataclass(frozen=True)
+class _Comparer:
+    """Compares variants by their finished runs; speeds only where what is `declared` equal was."""
+
+    done: Mapping[str, Sequence[Run]]
+    declared: Sequence[str]
+    tolerance: float
+
+    @property
+    def together(self) -> int:
+        """How many variants have an interval beside the first: those with two runs and more."""
+        return max(1, sum(len(members) > 1 for members in [*self.done.values()][1:]))
+
+    def compare(self, first: str, name: str) -> list[Comparison]:
+        """The variant `name` beside `first` in every figure that both have."""
+        pair = {key: self.done[key] for key in (first, name)}
+        unequal = {
+            what: told.unequal for what in EQUAL if not (told := _equality(what, True, pair, self.tolerance)).equal
+        }
+        broken = [what for what in self.declared if what in unequal]
+        reworded = "tokens" in unequal and any(_differences(pair, [key]) for key in ("model.name", "model.tokenizer"))
+        compared = []
+        for figure in (figure for figure in FIGURES if figure.compared):
+            ours, theirs = (_known(run.figures[figure.key] for run in members) for members in pair.values())
+            if not ours or not theirs:
+                continue
+            found, verdict = judge(ours, theirs, self.together)
+            why = ""
+            if figure.speed and broken == ["loss"]:
+                found, verdict, why = None, "withheld", _diverged(unequal["loss"], first, name, self.tolerance)
+            elif figure.speed and broken:
+                found, verdict, why = None, "not compared", f"not equal: {', '.join(broken)}"
+            elif figure.per_token and reworded:
+                found, verdict, why = None, "not compared", "the tokenizers differ, and it is counted by tokens"
+            ratio = found or Interval(None)
+            compared.append(Comparison(name, first, figure.key, ratio.centre, ratio.low, ratio.high, verdict, why))
+        return compared
 
 
-def judge(one: Spread, other: Spread) -> str:
-    """Whether two variants differ in a figure, by the ranges of their runs."""
-    least, greatest = min(one.least, other.least), max(one.greatest, other.greatest)
-    if greatest - least <= ROUNDING * abs(greatest):
-        return "equal"
-    if one.runs < 2 or other.runs < 2:
-        return "no spread"
-    apart = one.greatest < other.least or other.greatest < one.least
-    return "different" if apart else "no difference"
-
-
-def verdict(report: Report) -> str:
-    """The answer in one sentence: how fast each variant is beside the first, or why that is not said."""
-    speeds = [item for item in report.comparisons if item.figure == "samples_per_second"]
-    if not speeds:
-        return "There is nothing to compare: fewer than two variants have finished runs that say how fast they were."
+def _diverged(losses: Mapping[str, Mapping[str, Any]], first: str, name: str, tolerance: float) -> str:
+    """In words by how much losses that were declared equal are apart."""
+    titles = {figure.key: figure.title for figure in FIGURES}
     told = []
-    for item in speeds:
-        if item.verdict == "different" and item.ratio:
-            faster = item.ratio > 1
-            told.append(
-                f"{item.variant} is {item.ratio if faster else 1 / item.ratio:.2f} times as {'fast' if faster else 'slow'} as {item.against}"
-            )
-        elif item.verdict == "not compared":
-            told.append(f"{item.variant} is not compared with {item.against} ({item.why})")
-        elif item.verdict == "no spread":
-            told.append(f"{item.variant} ran once or {item.against} did, so that a difference could be chance")
+    for key, medians in losses.items():
+        ours, theirs = medians[first], medians[name]
+        if ours is None or theirs is None:
+            told.append(f"{titles[key]} is known of one alone")
         else:
-            told.append(f"{item.variant} is as fast as {item.against}, as far as the repeats can tell")
-    return "; ".join(told) + "."
+            told.append(
+                f"{titles[key]} {theirs:.4f} against {ours:.4f}, {abs(theirs - ours) / abs(ours or 1):.2%} apart"
+            )
+    return f"the losses were declared equal and diverge by more than {tolerance:.2%} ({'; '.join(told)})"

@@ -1,0 +1,58 @@
+"""How much the speed of one and the same run differs from start to start: the noise that a comparison has to see through.
+
+    python benchmarks/noise.py --runs 16 --output benchmarks/results/noise_cpu.json
+
+The runs of the embedded model, one process each, one after the other, with the load of the machine beside each; nothing is left out.
+`tests/test_intervals.py` draws from the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from distft.machine import describe
+from distft.run import RunFolder, to_json, write_atomically
+
+OVERRIDES = ["recipe=tiny", "strategy=single", "evaluation.before_and_after=false", "training.logging_steps=1", "training.eval_strategy=no",
+             "training.save_strategy=no", "tracking.report_to=[]"]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    overrides = [*OVERRIDES, f"training.max_steps={options.steps}"]
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="distft-noise-") as folder:
+        for number in range(options.runs):
+            words = [*overrides, f"run.dir={folder}", f"run.name=run{number}"]
+            subprocess.run(
+                [sys.executable, "-m", "distft.cli", "train", *words], check=True, capture_output=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            summary = RunFolder(Path(folder) / f"run{number}").read_summary()
+            runs.append({"samples_per_second": summary["samples_per_second"], "train_time_s": summary["train_time_s"],
+                         "load_of_the_last_minute": os.getloadavg()[0]})  # fmt: skip
+            print(runs[-1], flush=True)
+    logs = [math.log(run["samples_per_second"]) for run in runs]
+    environment = {key: value for key, value in describe().items() if key not in ("command", "working_folder")}
+    record = {
+        "program": "benchmarks/noise.py", "commit": commit, "overrides": overrides, "environment": environment,
+        "standard_deviation_of_log_samples_per_second": statistics.stdev(logs), "runs": runs,
+    }  # fmt: skip
+    write_atomically(options.output, to_json(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

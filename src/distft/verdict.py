@@ -1,0 +1,120 @@
+"""What is said of two variants: whether their runs differ in a figure, by how much, and the answer in one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from distft.intervals import Interval, difference, ratio
+
+ROUNDING = 1e-4
+"""Figures that all lie within this share of each other are equal: strategies round sums in different orders."""
+
+
+_NAMED = 3
+"""Variants without a finished run that the sentence names; the table has all."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant beside the first, in one figure. `ratio` is of the geometric means, `low` and `high` its interval, each None where there
+    is none. `verdict`:
+
+    - `different`: the interval excludes 1 (of figures that are 0 or negative, which have no ratio, that of the difference excludes 0)
+    - `no difference`: it does not
+    - `equal`: all but for rounding
+    - `no spread`: fewer than two runs on a side
+    - `withheld`: a speed, where losses that were declared equal diverge
+    - `not compared`: `why` not
+    """
+
+    variant: str
+    against: str
+    figure: str
+    ratio: float | None
+    low: float | None
+    high: float | None
+    verdict: str
+    why: str = ""
+
+
+def judge(one: Sequence[float], other: Sequence[float], together: int = 1) -> tuple[Interval | None, str]:
+    """The ratio of `other` to `one` (None where a value is 0 or negative) and the verdict; `together` as in `intervals`."""
+    values = [*one, *other]
+    found = ratio(one, other, together) if min(values) > 0 else None
+    if max(values) - min(values) <= ROUNDING * max(map(abs, values)):
+        return found, "equal"
+    if min(len(one), len(other)) < 2:
+        return found, "no spread"
+    apart = difference(one, other, together).excludes(0) if found is None else found.excludes(1)
+    return found, "different" if apart else "no difference"
+
+
+def sentence(
+    comparisons: Iterable[Comparison], quality: Sequence[str] = (), ended: Mapping[str, str] | None = None
+) -> str:
+    """How fast each variant is beside the first, or why that is not said. `quality` are the figures of how well a task is solved, which
+    belong to the answer where the variants' losses cannot be compared; `ended` are variants that have no finished run, with how theirs
+    ended."""
+    found = list(comparisons)
+    unfinished = [*(ended or {}).items()]
+    named = [f"{name} has no finished run ({how})" for name, how in unfinished[:_NAMED]]
+    named += [f"{len(unfinished) - _NAMED} more have none either"] if len(unfinished) > _NAMED else []
+    speeds = [item for item in found if item.figure == "samples_per_second"]
+    if not speeds:
+        nothing = "There is nothing to compare: fewer than two variants have finished runs that say how fast they were"
+        return "; ".join([nothing, *named]) + "."
+    told = []
+    for item in speeds:
+        beside = [other for other in found if other.variant == item.variant]
+        told.append(_speed(item) + _quality(item, beside, quality))
+    text = "; ".join([*told, *named]) + "."
+    return text if text.startswith(speeds[0].variant) else text[0].upper() + text[1:]  # a variant is called as it is
+
+
+def _speed(item: Comparison) -> str:
+    one, other = item.variant, item.against
+    if item.verdict == "withheld":
+        return f"the verdict on the speed of {one} against {other} is withheld: {item.why}"
+    if item.verdict == "not compared":
+        return f"{one} is not compared with {other} ({item.why})"
+    if item.verdict == "no spread":
+        seen = f" (here {_times(item)})" if item.ratio else ""
+        return f"{one} ran once or {other} did, so that a difference could be chance{seen}"
+    if item.verdict == "different" and item.ratio:
+        return f"{one} is {_times(item)}"
+    bounds = "" if item.low is None or item.high is None else f" ({item.low:.2f}–{item.high:.2f} times)"
+    return f"{one} is as fast as {other}, as far as the repeats can tell{bounds}"
+
+
+def _times(item: Comparison) -> str:
+    """`1.29 times as fast as a (1.24–1.34)`; what is slower is said from its own side."""
+    assert item.ratio is not None
+    slow = item.ratio < 1
+    centre, low, high = item.ratio, item.low, item.high
+    if slow:  # `high` is below 1 as well, or there would be nothing to say; `low` may be as good as 0
+        centre, low, high = (
+            1 / centre,
+            None if high is None else 1 / high,
+            None if low is None else 1 / low if low else math.inf,
+        )
+    bounds = "" if low is None or high is None else f" ({low:.2f}–{high:.2f})"
+    return f"{centre:.2f} times as {'slow' if slow else 'fast'} as {item.against}{bounds}"
+
+
+def _quality(speed: Comparison, beside: Sequence[Comparison], quality: Sequence[str]) -> str:
+    """Where losses are per token of another tokenizer: that the time is to the same samples, and how well the task is solved."""
+    if speed.verdict in ("withheld", "not compared") or not any(
+        i.figure == "train_loss" and i.verdict == "not compared" for i in beside
+    ):
+        return ""
+    solved = [item for item in beside if item.figure in quality and item.ratio is not None]
+    words = [f"{item.figure} × {item.ratio:.3f}{bounds(item)}, {item.verdict}" for item in solved]
+    told = ", and on the task: " + "; ".join(words) if words else "; how well they solve the task no run has measured"
+    return f", in time to the same samples{told}"
+
+
+def bounds(item: Comparison) -> str:
+    """The interval of a ratio as it stands in a table; empty where there is none."""
+    return "" if item.low is None or item.high is None else f" ({item.low:.3f} – {item.high:.3f})"
