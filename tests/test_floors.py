@@ -14,8 +14,8 @@ import pytest
 import distft
 
 FLOORS = (
-    ("errors", "packaged", "batch", "yaml12", "kernels", "recompute", "offline", "intervals"),
-    ("sections", "run", "world", "lora_nodes", "verdict"),
+    ("errors", "packaged", "batch", "yaml12", "kernels", "recompute", "offline", "intervals", "devices"),
+    ("sections", "run", "world", "lora_nodes", "verdict", "bound"),
     ("origin", "launcher", "report", "history", "fused"),
     ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts"),
     ("outcome", "strategy", "tiny", "attention", "loader", "logs", "experiment_file", "page"),

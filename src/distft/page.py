@@ -11,11 +11,14 @@ from jinja2 import Environment, StrictUndefined
 from distft.charts import charts
 from distft.history import History
 from distft.markdown import (
+    NOT_PROFILED,
+    bound_lines,
     comparison_rows,
     count_of_runs,
     equality_rows,
     how_it_ended,
     run_rows,
+    time_rows,
     unfinished_rows,
     variant_rows,
 )
@@ -67,7 +70,8 @@ def page(title: str, logged: Sequence[History], report: Report | None = None) ->
         if memory and speed:
             speeds[variant.name] = (memory.median, speed.median)
     return template.render(
-        title=title, verdict=report.verdict if report else "", notes=_notes(report), sections=_sections(report), charts=charts(logged, speeds),
+        title=title, verdict=report.verdict if report else "", notes=_notes(report), sections=_sections(report),
+        charts=charts(logged, speeds, {variant.name: variant.time for variant in report.variants if variant.time} if report else {}),
     ) + "\n"  # fmt: skip
 
 
@@ -90,6 +94,8 @@ def _sections(report: Report | None) -> list[Section]:
             ["Medians of the finished runs, and from the least to the greatest."],
         )
     ]
+    told = [line.replace("`", "") for line in bound_lines(report)] or [NOT_PROFILED]
+    found.append(Section("time", "Where the time goes", Table(*time_rows(report)), told))
     if report.comparisons:
         head, rows, notes = comparison_rows(report)
         told = [note.replace("`", "") for note in notes]
