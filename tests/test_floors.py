@@ -33,7 +33,7 @@ FLOORS = (
         "experiment",
         "bandwidth",
     ),
-    ("watch", "trainer", "estimate", "probe", "fetch", "facts", "live"),
+    ("watch", "trainer", "estimate", "probe", "fetch", "facts", "wandb_report", "live"),
     ("memory", "submission", "doctor", "compare"),
     ("train", "trial"),
     ("cli",),

@@ -381,7 +381,7 @@ def trackers(recipe: Recipe, folder: RunFolder, world: World) -> list[TrainerCal
     return found
 
 
-_WANDB_FINISH_S = 60.0
+WANDB_FINISH_S = 60.0
 _WANDB_FLUSH_S = 1.0
 _WANDB_EMPTY = 7  # bytes: the head of a file without a record
 
@@ -413,7 +413,7 @@ def _start_wandb(recipe: Recipe, folder: RunFolder) -> int:
         dir=str(folder.path), config=recipe.model_dump(), id=identity, resume="allow",
         # By default a run whose server is gone never ends: it waits to upload. What is left out stays in `wandb/`. And a
         # kill would lose the last 15 s.
-        settings=wandb.Settings(finish_timeout=_WANDB_FINISH_S, x_transaction_log_flush_interval=_WANDB_FLUSH_S),
+        settings=wandb.Settings(finish_timeout=WANDB_FINISH_S, x_transaction_log_flush_interval=_WANDB_FLUSH_S),
     )  # fmt: skip
     if run.settings.mode == "offline":
         why = "offline" if has_wandb_key() else "no key, so offline"
