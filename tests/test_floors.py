@@ -18,7 +18,7 @@ FLOORS = (
     ("sections", "run", "world", "lora_nodes", "verdict", "bound"),
     ("origin", "launcher", "report", "history", "fused"),
     ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts"),
-    ("outcome", "strategy", "tiny", "attention", "loader", "logs", "experiment_file", "page"),
+    ("outcome", "strategy", "tiny", "attention", "loader", "logs", "experiment_file", "page", "wandb_report"),
     (
         "model",
         "data",
@@ -33,7 +33,7 @@ FLOORS = (
         "experiment",
         "bandwidth",
     ),
-    ("watch", "trainer", "estimate", "probe", "fetch", "facts", "wandb_report", "live"),
+    ("watch", "trainer", "estimate", "probe", "fetch", "facts", "live"),
     ("memory", "submission", "doctor", "compare"),
     ("train", "trial"),
     ("cli",),

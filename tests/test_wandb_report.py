@@ -57,20 +57,22 @@ def test_the_report_is_a_run_in_the_group_of_the_experiment(where: Path) -> None
     assert (run.run_group, run.job_type, run.display_name, run.project) == ("mine", "report", "mine-report", "distft")
     train = load_experiment(["experiment=mine"], folder=where).runs[0].recipe
     assert train.tracking.group == run.run_group
-    summary = {item.key or item.nested_key[0]: json.loads(item.value_json)
+    summary = {item.key or "/".join(item.nested_key): json.loads(item.value_json)
                for record in records for item in record.summary.update}  # fmt: skip
     made = where / "made.json"
     assert report(where, "--output", str(made), WANDB_MODE="disabled").returncode == 0
     stored = json.loads(made.read_text())
     assert summary["verdict"] == stored["verdict"]
     (folder,) = (where / "runs" / "wandb").glob("offline-run-*")
-    table = json.loads((folder / "files" / summary["variants"]["path"]).read_text())
+    table = json.loads((folder / "files" / summary["variants/path"]).read_text())
     shown = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert [row["variant"] for row in shown] == [variant["name"] for variant in stored["variants"]]
     assert [row["samples/s"] for row in shown] == [
         variant["spreads"]["samples_per_second"]["median"] for variant in stored["variants"]
     ]
-    assert [row["finished"] for row in shown] == [2, 2] and {"comparison", "where the time goes"} <= set(summary)
+    assert [row["finished"] for row in shown] == [2, 2] and {"comparison/path", "where the time goes/path"} <= set(
+        summary
+    )
 
 
 def test_only_runs_that_report_to_wandb_have_their_report_there(where: Path) -> None:

@@ -8,12 +8,10 @@ from __future__ import annotations
 import copy
 import json
 import math
-import netrc
 import os
 import shutil
 import sys
 import time
-import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,7 +26,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from distft.loader import Waits
 from distft.machine import GIB, EnergyMeter, device_flops
-from distft.offline import last_step
+from distft.offline import WANDB_FINISH_S, has_wandb_key, last_step
 from distft.plan import Plan
 from distft.recipe import Recipe
 from distft.run import RunFolder, full, to_json, write_atomically
@@ -381,7 +379,6 @@ def trackers(recipe: Recipe, folder: RunFolder, world: World) -> list[TrainerCal
     return found
 
 
-WANDB_FINISH_S = 60.0
 _WANDB_FLUSH_S = 1.0
 _WANDB_EMPTY = 7  # bytes: the head of a file without a record
 
@@ -420,17 +417,6 @@ def _start_wandb(recipe: Recipe, folder: RunFolder) -> int:
         say(f"wandb: {why}; sync later with: wandb sync {os.path.relpath(folder.wandb)}")
         return seen
     return int(run.summary.get("train/global_step", -1)) if run.resumed else -1  # the server knows what has come there
-
-
-def has_wandb_key() -> bool:
-    """Whether W&B would find a key here: in the environment, or in the netrc file where `wandb login` leaves it."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 @contextmanager

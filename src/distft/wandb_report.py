@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from distft.markdown import comparison_rows, time_rows
+from distft.offline import WANDB_FINISH_S, has_wandb_key
 from distft.report import FIGURES, Report
 from distft.sections import Tracking
-from distft.telemetry import WANDB_FINISH_S, has_wandb_key
 from distft.world import say
 
 _INIT_S = 30.0
