@@ -71,7 +71,7 @@ def test_a_run_s_figures_are_those_of_its_folder(tmp_path: Path) -> None:
         "samples_per_second": 40.0, "tokens_per_second": 2000.0, "mfu": 0.5, "peak_memory_gib": 8.0, "energy_j": 1234.5,
         "restarts": 2, "accuracy": None, "f1": None,
         **dict.fromkeys(("hfu", "joules_per_sample", "joules_per_step", "energy_idle_share", "step_time_s", "data_wait_s",
-                         "evaluation_time_s", "saving_time_s")),
+                         "evaluation_time_s", "saving_time_s", "host_rss_gib")),
     }  # fmt: skip
     shown = row(markdown(made), "Runs", "a")
     assert (shown["strategy"], shown["processes"], shown["last train loss"], shown["MFU"]) == (

@@ -60,6 +60,7 @@ _CURVES = (
     _Curves("loss_step", "Training loss by step", "step", "step", "loss", "loss, nats a token"),
     _Curves("loss_time", "Training loss by time", "time_s", "seconds of training", "loss", "loss, nats a token"),
     _Curves("eval_perplexity", "Evaluation perplexity", "step", "step", "eval_perplexity", "perplexity"),
+    _Curves("test_perplexity", "Held-out perplexity before and after", "step", "step", "test_perplexity", "perplexity"),
     _Curves("learning_rate", "Learning rate", "step", "step", "learning_rate", "learning rate"),
     _Curves("speed", "Speed", "time_s", "seconds of training", "samples_per_second", "samples/s"),
     _Curves("memory", "Peak memory so far, each rank", "time_s", "seconds of training", "peak_memory_gib", "GiB", "peak_memory_by_rank_gib"),
@@ -72,8 +73,9 @@ def charts(
     histories: Sequence[History],
     speeds: Mapping[str, tuple[float, float]] | None = None,
     times: Mapping[str, Mapping[str, float]] | None = None,
+    memory: str = "peak memory, GiB",
 ) -> list[Chart]:
-    """Every chart that the histories have figures for; `speeds` gives the memory (GiB) and the speed (samples/s) of each variant, `times`
+    """Every chart that the histories have figures for; `speeds` gives the memory (GiB, which one says `memory`) and the speed (samples/s) of each variant, `times`
     the seconds of a whole run of it by their use.
 
     Raises:
@@ -90,7 +92,7 @@ def charts(
               "Of the steps under the profiler, on the rank that waits least for the others"),
         _bars("run_split", "Where the time of a run goes", times or {}, "seconds", 1.0,
               "Its steps as the profiled ones are split, at their speed without the profiler, and evaluation and saving"),
-        _pareto(speeds or {}),
+        _pareto(speeds or {}, memory),
     ]  # fmt: skip
     return [chart for chart in found if chart is not None]
 
@@ -183,7 +185,7 @@ def _bars(
                  ("variant", *(f"{part}, {unit}" for part in parts)), rows)  # fmt: skip
 
 
-def _pareto(speeds: Mapping[str, tuple[float, float]]) -> Chart | None:
+def _pareto(speeds: Mapping[str, tuple[float, float]], memory_title: str) -> Chart | None:
     """Memory against speed; the front are those that no other beats in both."""
     if len(speeds) < 2:
         return None
@@ -204,7 +206,7 @@ def _pareto(speeds: Mapping[str, tuple[float, float]]) -> Chart | None:
                 linestyle="none",
             )
         axes.plot(*zip(*front, strict=True), color=_INK, linewidth=0.8, zorder=0)
-        axes.set_xlabel("peak memory, GiB")
+        axes.set_xlabel(memory_title)
         axes.set_ylabel("samples/s")
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
@@ -215,7 +217,7 @@ def _pareto(speeds: Mapping[str, tuple[float, float]]) -> Chart | None:
         for name, (memory, speed) in speeds.items()
     )
     return Chart("pareto", "Memory against speed", f"No variant is both smaller and faster than {', '.join(best)}.", _svg(draw, len(speeds)),
-                 ("variant", "peak memory, GiB", "samples/s", "on the front"), rows)  # fmt: skip
+                 ("variant", memory_title, "samples/s", "on the front"), rows)  # fmt: skip
 
 
 def _svg(draw: Callable[[Axes], None], entries: int) -> str:

@@ -23,7 +23,7 @@ from distft.markdown import (
     variant_rows,
 )
 from distft.packaged import packaged
-from distft.report import Report
+from distft.report import FIGURES, Report
 from distft.run import RunFolder
 
 
@@ -64,14 +64,20 @@ def page(title: str, logged: Sequence[History], report: Report | None = None) ->
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(packaged("assets/report.html").read_text(encoding="utf-8"))
+    # Where no run was on a GPU, the memory of the host's processes.
+    figure = next(
+        (f for f in FIGURES if f.key in ("peak_memory_gib", "host_rss_gib") and any(variant.spreads[f.key] for variant in report.variants)),
+        None,
+    ) if report else None  # fmt: skip
     speeds = {}
-    for variant in report.variants if report else ():
-        memory, speed = variant.spreads["peak_memory_gib"], variant.spreads["samples_per_second"]
+    for variant in report.variants if report and figure else ():
+        memory, speed = variant.spreads[figure.key] if figure else None, variant.spreads["samples_per_second"]
         if memory and speed:
             speeds[variant.name] = (memory.median, speed.median)
+    times = {variant.name: variant.time for variant in report.variants if variant.time} if report else {}
     return template.render(
         title=title, verdict=report.verdict if report else "", notes=_notes(report), sections=_sections(report),
-        charts=charts(logged, speeds, {variant.name: variant.time for variant in report.variants if variant.time} if report else {}),
+        charts=charts(logged, speeds, times, *([figure.title] if figure else [])),
     ) + "\n"  # fmt: skip
 
 

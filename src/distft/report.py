@@ -59,6 +59,7 @@ FIGURES = (
     Figure("mfu", "MFU", ",.3f", speed=True),
     Figure("hfu", "HFU", ",.3f", speed=True),
     Figure("peak_memory_gib", "peak memory, GiB", ",.2f"),
+    Figure("host_rss_gib", "host memory, GiB", ",.2f", compared=False),
     Figure("energy_j", "energy, J", ",.0f", speed=True),
     Figure("joules_per_sample", "J a sample", ",.2f", speed=True),
     Figure("joules_per_step", "J a step", ",.1f", compared=False),
