@@ -102,18 +102,18 @@ class Bound:
 
 
 _ADVICE = {
-    "interconnect": "fewer exchanges for each sample: a larger micro-batch and so fewer rounds of accumulation, or a larger global batch; where "
+    "interconnect": "fewer exchanges for each sample: a larger micro-batch and so fewer rounds of accumulation, or a larger global batch, or, where "
     "the model fits on one device, one that is not sharded (ddp)",
     "communication": "fewer processes, or fewer exchanges for each sample: a larger micro-batch and so fewer rounds of accumulation",
     "copies": "batching.offload_checkpoints=false where memory allows, or fewer checkpointed layers",
     "data": "training.dataloader_num_workers=2 or more, so that batches are made beside the training",
     "host": "more work for each kernel that the host launches: batching.micro_batch_tokens=auto for larger packs, and the fused kernels "
     "(model.kernels other than plain)",
-    "memory bandwidth": "more tokens for each time that weights are read: batching.micro_batch_tokens=auto; quantization.dequantize_at_load=true where "
-    "memory allows; the fused kernels (model.kernels other than plain)",
+    "memory bandwidth": "more tokens for each time that weights are read: batching.micro_batch_tokens=auto, quantization.dequantize_at_load=true where "
+    "memory allows, the fused kernels (model.kernels other than plain)",
     "arithmetic": "less arithmetic or more devices: packs in place of padding, and as few checkpointed layers as fit "
     "(batching.checkpoint_layers=auto)",
-    "compute": "less work: packs in place of padding (batching.micro_batch_tokens); or a GPU",
+    "compute": "less work: packs in place of padding (batching.micro_batch_tokens), or a GPU",
 }
 _OF_PART = {"exposed communication": "interconnect", "copies": "copies", "data wait": "data", "host": "host"}
 
