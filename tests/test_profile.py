@@ -108,3 +108,23 @@ def test_where_no_step_is_left_to_be_timed_none_is_profiled(tmp_path: Path) -> N
     folder = tmp_path / "runs" / "tiny"
     assert not (folder / "profile.json").exists()
     assert json.loads((folder / "summary.json").read_text())["samples_per_second"] > 0
+
+
+def test_a_run_that_fails_under_the_profiler_says_why(tmp_path: Path) -> None:
+    """Its exit code is that of the failure, not that of a crash at the process's end."""
+    program = (
+        "from distft.train import main; from distft.trainer import Trainer; import sys\n"
+        "step = Trainer.training_step\n"
+        "def fails(self, *args, **kwargs):\n"
+        "    if self.state.global_step == 2: raise RuntimeError('on purpose')\n"
+        "    return step(self, *args, **kwargs)\n"
+        "Trainer.training_step = fails\n"
+        "sys.exit(main())"
+    )
+    command = [
+        sys.executable, "-c", program, "recipe=tiny", "strategy=single", "training.max_steps=6", "run.dir=runs", "tracking.profile_steps=3",
+        "tracking.throughput_warmup_steps=1", "tracking.report_to=[]", "evaluation.before_and_after=false",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())["cause"] == "RuntimeError: on purpose"

@@ -137,6 +137,12 @@ class Profile(TrainerCallback):  # type: ignore[misc]
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    def close(self) -> None:
+        """Stop a profiler that still runs, for the training ended within its steps: a process that ends under it crashes."""
+        if self._profiler is not None and self._measured is None:
+            self._profiler.stop()
+            self._profiler = None
+
     def write(self) -> None:
         """Write profile.json, after the training: to read the profiler's events takes seconds. Nothing where no step was profiled. All
         ranks enter."""

@@ -342,7 +342,10 @@ class Guarded(TrainerCallback):  # type: ignore[misc]
                     for record in self._lacking:
                         then = copy.copy(args[1])
                         then.global_step = record["step"]
-                        logs = {key: value for key, value in record.items() if key != "step"}
+                        # What stands in metrics.jsonl alone, the figures of each rank, are lists.
+                        logs = {
+                            key: value for key, value in record.items() if key != "step" and not isinstance(value, list)
+                        }
                         self._inner.on_log(args[0], then, args[2], logs=logs)
             except Exception as error:  # whatever a tracker raises, the run goes on
                 self._inner = None

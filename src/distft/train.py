@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,7 +103,8 @@ def train(arguments: Sequence[str]) -> None:
         trainer.remove_callback(PrinterCallback)
         held_out.trainer = trainer
         settle_adapter_dtype(model, recipe, how)
-        output = trainer.train(resume_from_checkpoint=record.place.resume_from)
+        with closing(profile):
+            output = trainer.train(resume_from_checkpoint=record.place.resume_from)
         with telemetry.aside():
             profile.write()
         stop.raise_if_stopped(checkpoints.last)
