@@ -99,7 +99,7 @@ def test_a_run_says_where_its_time_went(tmp_path: Path) -> None:
 
 def test_where_no_step_is_left_to_be_timed_none_is_profiled(tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "distft.cli", "train", "--nproc", "1", "recipe=tiny", "strategy=single", "training.max_steps=2", "run.dir=runs",
+        sys.executable, "-m", "distft.cli", "train", "--nproc", "1", "recipe=tiny", "strategy=single", "training.max_steps=2", "training.logging_steps=1", "run.dir=runs",
         "tracking.profile_steps=2", "tracking.throughput_warmup_steps=1", "tracking.report_to=[]", "evaluation.before_and_after=false",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
