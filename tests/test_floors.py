@@ -14,11 +14,11 @@ import pytest
 import distft
 
 FLOORS = (
-    ("errors", "packaged", "batch", "yaml12", "kernels", "recompute", "offline", "head", "intervals"),
-    ("sections", "run", "world", "lora_nodes", "fsdp2", "verdict"),
+    ("errors", "packaged", "batch", "yaml12", "kernels", "recompute", "offline", "head", "intervals", "devices"),
+    ("sections", "run", "world", "lora_nodes", "fsdp2", "verdict", "bound"),
     ("origin", "launcher", "report", "history", "fused"),
     ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts"),
-    ("outcome", "strategy", "tiny", "attention", "loader", "logs", "experiment_file", "page"),
+    ("outcome", "strategy", "tiny", "attention", "loader", "logs", "experiment_file", "page", "wandb_report"),
     (
         "model",
         "data",

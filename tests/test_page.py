@@ -28,6 +28,7 @@ KEYS = {
     "memory",
     "host_memory",
     "time_split",
+    "run_split",
     "pareto",
 }
 
@@ -37,10 +38,11 @@ def run_folder(parent: Path, name: str, strategy: str, speed: float, memory: flo
     folder = RunFolder(parent / name)
     folder.path.mkdir(parents=True)
     folder.recipe.write_text(f"strategy: {strategy}\nrun: {{name: {name}, seed: 1}}\n")
-    folder.environment.write_text(json.dumps({"gpus": ["H200"]}))
+    folder.environment.write_text(json.dumps({"gpus": [{"name": "NVIDIA H200"}]}))
     records: list[dict[str, Any]] = [
         {"step": step, "loss": 3 / step**0.3, "learning_rate": 1e-4 * (1 - step / STEPS), "samples": 8 * step, "tokens": 800 * step,
-         "time_s": 8 * step / speed, "samples_per_second": speed + step % 3, "peak_memory_gib": memory, "host_rss_gib": 2.0}
+         "time_s": 8 * step / speed, "samples_per_second": speed + step % 3, "peak_memory_gib": memory, "host_rss_gib": 2.0,
+         "peak_memory_by_rank_gib": [memory - 1, memory], "host_rss_by_rank_gib": [2.0, 1.5]}
         for step in range(1, STEPS + 1)
     ]  # fmt: skip
     records += [{"step": step, "eval_loss": 2.0, "eval_perplexity": 20 - step / 3} for step in (10, 20, 30)]
@@ -49,11 +51,13 @@ def run_folder(parent: Path, name: str, strategy: str, speed: float, memory: flo
         "status": "finished", "cause": None, "strategy": strategy, "world_size": 2, "steps": STEPS, "samples": 8 * STEPS, "tokens": 800 * STEPS,
         "global_batch_size": 8, "train_loss": 1.5, "train_time_s": 8 * STEPS / speed, "samples_per_second": speed, "tokens_per_second": 100 * speed,
         "peak_memory_gib": memory, "eval_before": {"loss": 3.0, "perplexity": 20.1}, "eval_after": {"loss": 2.0, "perplexity": 7.4}, "restarts": 0,
+        "step_time_s": 8 / speed, "evaluation_time_s": 3.0, "saving_time_s": 1.5, "data_wait_s": 0.5, "gradient_accumulation_steps": 1, "mfu": 0.5, "hfu": 0.6,
+        "energy_j": 9000.0, "joules_per_sample": 37.5, "joules_per_step": 300.0, "energy_idle_share": 0.2,
     }  # fmt: skip
     folder.summary.write_text(json.dumps(summary))
-    ranks = [{"rank": rank, "step_time_s": 0.5, "compute_s": 0.4, "communication_exposed_s": 0.05, "copy_exposed_s": 0.01, "idle_s": 0.04}
-             for rank in (0, 1)]  # fmt: skip
-    folder.profile.write_text(json.dumps({"steps": [4, 6], "ranks": ranks}))
+    ranks = [{"rank": rank, "step_time_s": 0.5, "compute_s": 0.4, "communication_exposed_s": 0.05, "copy_exposed_s": 0.01, "idle_s": 0.04,
+              "data_wait_s": 0.01, "products_s": 0.3} for rank in (0, 1)]  # fmt: skip
+    folder.profile.write_text(json.dumps({"steps": [4, 6], "device": "cuda", "ranks": ranks}))
     return folder
 
 
@@ -208,6 +212,36 @@ def test_the_page_tells_why_a_run_has_no_figures_and_why_a_verdict_is_withheld(
         "The verdict on the speed of sharded1 against plain1 is withheld: the losses were declared equal and diverge by more than 1.00%"
     )
     assert "times as" not in page.text_content("main") and page.locator("td", has_text="withheld").count() >= 3
+
+
+def test_the_page_says_where_the_time_went_and_what_bounds_each_variant(browser: Browser, made: Path) -> None:
+    page, _ = opened(browser, made / "page.html")
+    record = json.loads((made / "page.json").read_text())
+    cells = "r => [...r.cells].map(c => c.textContent)"
+    head, *body = page.evaluate(f"[...document.querySelectorAll('section[aria-labelledby=time] tr')].map({cells})")
+    for row, variant in zip(body, record["variants"], strict=True):
+        shown = dict(zip(head, row, strict=True))
+        assert shown["bound"] == variant["bound"]["kind"] == "arithmetic"
+        assert shown["compute, ms a step"] == f"{variant['split']['compute_s'] * 1e3:,.1f} (80%)"
+        assert (shown["data wait, ms a step"], shown["host, ms a step"]) == ("10.0 (2%)", "30.0 (6%)")
+        assert (shown["evaluation, s"], shown["saving, s"]) == ("3.0 (3.0 – 3.0)", "1.5 (1.5 – 1.5)")
+    told = page.text_content("section[aria-labelledby=time]")
+    assert (
+        "a<b>&c1 is bound by arithmetic: compute 80%, exposed communication 10%, copies 2%, data wait 2%, host 6%"
+        in told
+    )
+    assert (
+        "on NVIDIA H200" in told
+        and "MFU 0.500, HFU 0.600 with recomputed layers" in told
+        and "What would help: less arithmetic" in told
+    )
+    bars = page.evaluate(f"[...document.querySelectorAll('#chart-run_split details tr')].map({cells})")
+    for row, variant in zip(bars[1:], record["variants"], strict=True):
+        assert row[1:] == [f"{seconds:,.1f}" for seconds in variant["time"].values()]
+    assert bars[0][-2:] == ["evaluation, seconds", "saving, seconds"]
+    lines = page.evaluate(f"[...document.querySelectorAll('#chart-memory details tbody tr')].map({cells})")
+    assert len(lines) == 4 * 2 * STEPS and [lines[0][0], lines[STEPS][0]] == ["a<b>&c1, rank 0", "a<b>&c1, rank 1"]
+    assert (lines[0][2], lines[STEPS][2]) == ("29", "30")
 
 
 def test_a_page_holds_all_that_it_needs(made: Path) -> None:

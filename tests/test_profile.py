@@ -37,8 +37,19 @@ def test_each_moment_is_counted_once() -> None:
         "copy_exposed_s": 1.5,
         "idle_s": 2.5,
         "communication_s": 3.0,
+        "products_s": 4.0,
     }
     assert found == pytest.approx(expected)
+
+
+def test_products_are_told_from_the_rest_of_the_computation() -> None:
+    names = (
+        "sm90_xmma_gemm_bf16bf16_bf16f32", "nvjet_tst_256x128", "void cutlass::Kernel2", "flash_fwd_kernel", "aten::addmm", "fmha_cutlassF_bf16",
+        "void at::native::vectorized_elementwise_kernel", "dequantize_4bit_kernel", "ncclDevKernel_AllGather", "aten::copy_", "Memcpy HtoD",
+    )  # fmt: skip
+    assert [Activity(name, 0, 1).is_product for name in names] == [True] * 6 + [False] * 5
+    found = shares([Activity("gemm", 0, 2), Activity("elementwise", 1, 4), Activity("gemm", 3, 5)], 6)
+    assert (found["compute_s"], found["products_s"]) == (5, 4)
 
 
 def test_nothing_is_idle() -> None:
@@ -75,9 +86,45 @@ def test_a_run_says_where_its_time_went(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "profile of steps 2 to 3, the rank that was idle most: compute" in done.stdout + done.stderr
     record = json.loads((tmp_path / "runs" / "tiny" / "profile.json").read_text())
-    assert record["steps"] == [2, 3] and [rank["rank"] for rank in record["ranks"]] == [0, 1]
+    assert (
+        record["steps"] == [2, 3] and record["device"] == "cpu" and [rank["rank"] for rank in record["ranks"]] == [0, 1]
+    )
     for rank in record["ranks"]:
         parts = [rank[key] for key in ("compute_s", "communication_exposed_s", "copy_exposed_s", "idle_s")]
         assert all(part >= 0 for part in parts) and sum(parts) == pytest.approx(rank["step_time_s"], rel=0.02)
+        assert 0 < rank["products_s"] < rank["compute_s"]
         assert rank["compute_s"] > 0.2 * rank["step_time_s"] and rank["communication_s"] > 0 and rank["data_wait_s"] > 0
         assert {"aten::mm", "LoraMlpBackward"} <= {each["name"] for each in rank["longest"]}
+
+
+def test_where_no_step_is_left_to_be_timed_none_is_profiled(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "distft.cli", "train", "--nproc", "1", "recipe=tiny", "strategy=single", "training.max_steps=2", "training.logging_steps=1", "run.dir=runs",
+        "tracking.profile_steps=2", "tracking.throughput_warmup_steps=1", "tracking.report_to=[]", "evaluation.before_and_after=false",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "no profile: of 2 steps none is left for it" in done.stdout + done.stderr
+    folder = tmp_path / "runs" / "tiny"
+    assert not (folder / "profile.json").exists()
+    assert json.loads((folder / "summary.json").read_text())["samples_per_second"] > 0
+
+
+def test_a_run_that_fails_under_the_profiler_says_why(tmp_path: Path) -> None:
+    """Its exit code is that of the failure, not that of a crash at the process's end."""
+    program = (
+        "from distft.train import main; from distft.trainer import Trainer; import sys\n"
+        "step = Trainer.training_step\n"
+        "def fails(self, *args, **kwargs):\n"
+        "    if self.state.global_step == 2: raise RuntimeError('on purpose')\n"
+        "    return step(self, *args, **kwargs)\n"
+        "Trainer.training_step = fails\n"
+        "sys.exit(main())"
+    )
+    command = [
+        sys.executable, "-c", program, "recipe=tiny", "strategy=single", "training.max_steps=6", "run.dir=runs", "tracking.profile_steps=3",
+        "tracking.throughput_warmup_steps=1", "tracking.report_to=[]", "evaluation.before_and_after=false",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())["cause"] == "RuntimeError: on purpose"

@@ -70,6 +70,8 @@ def test_a_run_s_figures_are_those_of_its_folder(tmp_path: Path) -> None:
         "eval_loss_after": 2.0, "perplexity_before": 54.6, "perplexity_after": 7.39, "train_time_s": 4.0,
         "samples_per_second": 40.0, "tokens_per_second": 2000.0, "mfu": 0.5, "peak_memory_gib": 8.0, "energy_j": 1234.5,
         "restarts": 2, "accuracy": None, "f1": None,
+        **dict.fromkeys(("hfu", "joules_per_sample", "joules_per_step", "energy_idle_share", "step_time_s", "data_wait_s",
+                         "evaluation_time_s", "saving_time_s", "host_rss_gib")),
     }  # fmt: skip
     shown = row(markdown(made), "Runs", "a")
     assert (shown["strategy"], shown["processes"], shown["last train loss"], shown["MFU"]) == (
@@ -427,3 +429,50 @@ def test_an_experiment_that_was_run_is_reported_with_what_is_missing(
     assert set(document["differences"]) == {"strategy", "as run.strategy"}
     assert main(["report", *words]) == 0
     assert "Not there: `tiny-ddp_4bit`, `tiny-fsdp_4bit`, `tiny-ddp_4bit-r2`" in capsys.readouterr().out
+
+
+# ---- where the time goes ---------------------------------------------------------------------------------------------
+
+
+def test_repeats_share_one_split_and_one_bound(tmp_path: Path) -> None:
+    folders = []
+    for number, idle in enumerate((0.2, 0.4), 1):
+        folder = make(
+            tmp_path,
+            f"a-{number}0",
+            gpu="NVIDIA H200",
+            step_time_s=0.9,
+            evaluation_time_s=2.0,
+            saving_time_s=1.0,
+            mfu=0.3,
+        )
+        ranks = [{"rank": 0, "step_time_s": 0.6 + idle, "compute_s": 0.6, "communication_exposed_s": 0.0, "copy_exposed_s": 0.0, "idle_s": idle,
+                  "data_wait_s": 0.1, "products_s": 0.5}]  # fmt: skip
+        folder.profile.write_text(to_json({"steps": [4, 6], "device": "cuda", "ranks": ranks}))
+        folders.append(folder)
+    folders.append(make(tmp_path, "b", "lora.r=4"))
+    made = report(folders)
+    first, other = made.variants
+    assert first.split is not None and first.bound is not None
+    assert (first.split.step_time_s, first.split.host_s) == (pytest.approx(0.9), pytest.approx(0.2))
+    assert first.bound.kind == "arithmetic" and "MFU 0.300" in first.bound.evidence
+    assert sum(first.time.values()) == pytest.approx(10 * 0.9 + 2.0 + 1.0)
+    assert (other.split, other.bound, other.time) == (None, None, {})
+    text = markdown(made)
+    shown = row(text, "Where the time goes", first.name)
+    assert (shown["bound"], shown["host, ms a step"], shown["saving, s"]) == (
+        "arithmetic",
+        "200.0 (22%)",
+        "1.0 (1.0 – 1.0)",
+    )
+    assert f"- `{first.name}` is bound by arithmetic: compute 67%" in text
+    stored = json.loads(made.to_json())["variants"][0]
+    assert stored["bound"]["kind"] == "arithmetic" and stored["split"]["host_s"] == pytest.approx(0.2)
+
+
+def test_without_a_profile_it_is_said_how_to_get_one(tmp_path: Path) -> None:
+    assert "No run was profiled: tracking.profile_steps=3" in markdown(report([make(tmp_path, "a")]))
+    damaged = make(tmp_path, "b")
+    damaged.profile.write_text('{"ranks": [{}]}')
+    with pytest.raises(RunFolderError, match=r"profile\.json is damaged"):
+        report([damaged])

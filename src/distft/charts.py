@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from distft.bound import Split
 from distft.errors import MissingExtraError
 from distft.history import History
 
@@ -51,35 +52,58 @@ class _Curves:
     x_title: str
     y: str
     y_title: str
+    by_rank: str | None = None
+    """Key of a list with the figure of each rank; `y` is drawn of runs that have none."""
 
 
 _CURVES = (
     _Curves("loss_step", "Training loss by step", "step", "step", "loss", "loss, nats a token"),
     _Curves("loss_time", "Training loss by time", "time_s", "seconds of training", "loss", "loss, nats a token"),
     _Curves("eval_perplexity", "Evaluation perplexity", "step", "step", "eval_perplexity", "perplexity"),
+    _Curves("test_perplexity", "Held-out perplexity before and after", "step", "step", "test_perplexity", "perplexity"),
     _Curves("learning_rate", "Learning rate", "step", "step", "learning_rate", "learning rate"),
-    _Curves("speed", "Speed", "step", "step", "samples_per_second", "samples/s"),
-    _Curves("memory", "Peak memory of the worst rank", "step", "step", "peak_memory_gib", "GiB"),
-    _Curves("host_memory", "Host memory of the worst rank", "step", "step", "host_rss_gib", "GiB"),
-)
-_PARTS = {
-    "compute": "compute_s", "exposed communication": "communication_exposed_s", "copies": "copy_exposed_s", "idle": "idle_s",
-}  # fmt: skip
+    _Curves("speed", "Speed", "time_s", "seconds of training", "samples_per_second", "samples/s"),
+    _Curves("memory", "Peak memory so far, each rank", "time_s", "seconds of training", "peak_memory_gib", "GiB", "peak_memory_by_rank_gib"),
+    _Curves("host_memory", "Host memory, each rank", "time_s", "seconds of training", "host_rss_gib", "GiB", "host_rss_by_rank_gib"),
+)  # fmt: skip
+_HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
 
 
-def charts(histories: Sequence[History], speeds: Mapping[str, tuple[float, float]] | None = None) -> list[Chart]:
-    """Every chart that the histories have figures for; `speeds` gives the memory (GiB) and the speed (samples/s) of each variant.
+def charts(
+    histories: Sequence[History],
+    speeds: Mapping[str, tuple[float, float]] | None = None,
+    times: Mapping[str, Mapping[str, float]] | None = None,
+    memory: str = "peak memory, GiB",
+) -> list[Chart]:
+    """Every chart that the histories have figures for; `speeds` gives the memory (GiB, which one says `memory`) and the speed (samples/s) of each variant, `times`
+    the seconds of a whole run of it by their use.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     found = [_curves(chart, histories) for chart in _CURVES]
-    found += [_split(histories), _pareto(speeds or {})]
+    splits = {
+        variant: [Split.of_profile(each.profile) for each in histories if each.variant == variant and each.profile]
+        for variant in dict.fromkeys(each.variant for each in histories)
+    }
+    steps = {variant: mean.seconds() for variant, of in splits.items() if (mean := Split.mean(of)) is not None}
+    found += [
+        _bars("time_split", "Where the time of a step goes", steps, "milliseconds a step", 1e3,
+              "Of the steps under the profiler, on the rank that waits least for the others"),
+        _bars("run_split", "Where the time of a run goes", times or {}, "seconds", 1.0,
+              "Its steps as the profiled ones are split, at their speed without the profiler, and evaluation and saving"),
+        _pareto(speeds or {}, memory),
+    ]  # fmt: skip
     return [chart for chart in found if chart is not None]
 
 
 def _curves(chart: _Curves, histories: Sequence[History]) -> Chart | None:
-    known = [(history, points) for history in histories if (points := _finite(history.points(chart.x, chart.y)))]
+    known = [
+        (history, rank, points)
+        for history in histories
+        for rank, curve in _by_rank(history, chart)
+        if (points := _finite(curve))
+    ]
     if not known:
         return None
     variants = list(dict.fromkeys(history.variant for history in histories))
@@ -88,7 +112,7 @@ def _curves(chart: _Curves, histories: Sequence[History]) -> Chart | None:
         from matplotlib.ticker import MaxNLocator
 
         named: set[str] = set()
-        for history, points in known:
+        for history, _, points in known:
             number = variants.index(history.variant)
             label = None if history.variant in named else history.variant
             named.add(history.variant)
@@ -101,49 +125,67 @@ def _curves(chart: _Curves, histories: Sequence[History]) -> Chart | None:
         axes.set_xlabel(chart.x_title)
         axes.set_ylabel(chart.y_title)
 
-    ends = [f"{history.name} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for history, points in known]
-    rows = [(history.name, f"{x:,.6g}", f"{y:,.6g}") for history, points in known for x, y in _thinned(points)]
+    names = [history.name + rank for history, rank, _ in known]
+    ends = [
+        f"{name} from {points[0][1]:.4g} to {points[-1][1]:.4g}"
+        for name, (*_, points) in zip(names, known, strict=True)
+    ]
+    rows = [
+        (name, f"{x:,.6g}", f"{y:,.6g}")
+        for name, (*_, points) in zip(names, known, strict=True)
+        for x, y in _thinned(points)
+    ]
     return Chart(
         chart.key, chart.title, f"{chart.y_title} over {chart.x_title}: {'; '.join(ends)}.", _svg(draw, len(variants)),
         ("run", chart.x_title, chart.y_title), tuple(rows),
     )  # fmt: skip
 
 
-def _split(histories: Sequence[History]) -> Chart | None:
-    """Where the time of a step went, of the rank that was idle most, as stacked bars."""
-    bars: dict[str, list[float]] = {}
-    for history in histories:
-        if history.profile and history.variant not in bars:
-            worst = max(history.profile["ranks"], key=lambda rank: rank["idle_s"])
-            bars[history.variant] = [float(worst[key]) for key in _PARTS.values()]
-    if not bars:
+def _by_rank(history: History, chart: _Curves) -> list[tuple[str, list[tuple[float, float]]]]:
+    """What to call each curve of a run, behind its name, and its points."""
+    key = chart.by_rank or ""
+    listed = [
+        (float(record[chart.x]), record[key]) for record in history.records if record.get(key) and chart.x in record
+    ]
+    if not listed:
+        return [("", history.points(chart.x, chart.y))]
+    ranks = range(max(len(figures) for _, figures in listed))
+    return [
+        (f", rank {rank}", [(x, float(figures[rank])) for x, figures in listed if rank < len(figures)]) for rank in ranks
+    ]  # fmt: skip
+
+
+def _bars(
+    key: str, title: str, times: Mapping[str, Mapping[str, float]], unit: str, scale: float, told: str
+) -> Chart | None:
+    """Stacked bars, one a variant, of the seconds of each part."""
+    if not times:
         return None
+    parts = list(dict.fromkeys(part for bar in times.values() for part in bar))
 
     def draw(axes: Axes) -> None:
         axes.set_axisbelow(True)
-        left = [0.0] * len(bars)
-        for number, part in enumerate(_PARTS):
-            values = [shares[number] * 1e3 for shares in bars.values()]
+        left = [0.0] * len(times)
+        for number, part in enumerate(parts):
+            values = [bar.get(part, 0.0) * scale for bar in times.values()]
             axes.barh(
-                list(bars),
-                values,
-                left=left,
-                height=0.6,
-                label=part,
-                color=COLOURS[number],
-                hatch=("", "//", "..", "xx")[number],
-            )
+                list(times), values, left=left, height=0.6, label=part, color=COLOURS[number % len(COLOURS)], hatch=_HATCHES[number % len(_HATCHES)],
+            )  # fmt: skip
             left = [start + value for start, value in zip(left, values, strict=True)]
         axes.invert_yaxis()
-        axes.set_xlabel("milliseconds a step")
+        axes.set_xlabel(unit)
 
-    rows = tuple((name, *(f"{value * 1e3:,.1f}" for value in shares)) for name, shares in bars.items())
-    told = "; ".join(f"{name} idle {shares[-1] / sum(shares):.0%}" for name, shares in bars.items() if sum(shares))
-    return Chart("time_split", "Where the time of a step goes", f"Of each variant's rank that was idle most: {told}.", _svg(draw, len(_PARTS)),
-                 ("variant", *(f"{part}, ms" for part in _PARTS)), rows)  # fmt: skip
+    rows = tuple((name, *(f"{bar.get(part, 0.0) * scale:,.1f}" for part in parts)) for name, bar in times.items())
+    largest = "; ".join(
+        f"{name} {part} {bar[part] / sum(bar.values()):.0%}"
+        for name, bar in times.items()
+        if sum(bar.values()) > 0 and (part := max(bar, key=lambda part: bar[part]))
+    )
+    return Chart(key, title, f"{told}. The largest part of each: {largest}.", _svg(draw, len(parts)),
+                 ("variant", *(f"{part}, {unit}" for part in parts)), rows)  # fmt: skip
 
 
-def _pareto(speeds: Mapping[str, tuple[float, float]]) -> Chart | None:
+def _pareto(speeds: Mapping[str, tuple[float, float]], memory_title: str) -> Chart | None:
     """Memory against speed; the front are those that no other beats in both."""
     if len(speeds) < 2:
         return None
@@ -164,7 +206,7 @@ def _pareto(speeds: Mapping[str, tuple[float, float]]) -> Chart | None:
                 linestyle="none",
             )
         axes.plot(*zip(*front, strict=True), color=_INK, linewidth=0.8, zorder=0)
-        axes.set_xlabel("peak memory, GiB")
+        axes.set_xlabel(memory_title)
         axes.set_ylabel("samples/s")
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
@@ -175,7 +217,7 @@ def _pareto(speeds: Mapping[str, tuple[float, float]]) -> Chart | None:
         for name, (memory, speed) in speeds.items()
     )
     return Chart("pareto", "Memory against speed", f"No variant is both smaller and faster than {', '.join(best)}.", _svg(draw, len(speeds)),
-                 ("variant", "peak memory, GiB", "samples/s", "on the front"), rows)  # fmt: skip
+                 ("variant", memory_title, "samples/s", "on the front"), rows)  # fmt: skip
 
 
 def _svg(draw: Callable[[Axes], None], entries: int) -> str:

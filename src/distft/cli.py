@@ -311,7 +311,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from distft.compare import report_on
+    from distft.compare import report_on, track
     from distft.history import History
     from distft.markdown import markdown
     from distft.page import histories, page
@@ -326,16 +326,16 @@ def _report(options: argparse.Namespace) -> None:
             options.output or Path(words[0]).with_suffix(".html"),
         )
         return
-    if _is_experiment(words):
-        made = report_on(_load_experiment(words))
-    else:
-        made = report([RunFolder(Path(word)) for word in words])
+    experiment = _load_experiment(words) if _is_experiment(words) else None
+    made = report_on(experiment) if experiment else report([RunFolder(Path(word)) for word in words])
     kind = ".json" if options.json else "" if options.output is None else options.output.suffix
     if kind == ".html":
         text = page(made.title, histories(made), made)
     else:
         text = made.to_json() if kind == ".json" else markdown(made)
     _hand_over(text, options.output)
+    if experiment is not None:
+        track(experiment, made)
 
 
 def _hand_over(text: str, output: Path | None) -> None:

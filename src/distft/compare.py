@@ -27,6 +27,7 @@ from distft.recipe import Recipe
 from distft.report import Report, outcome, report
 from distft.run import RunFolder, write_atomically
 from distft.strategy import visible_devices
+from distft.wandb_report import log_report
 from distft.world import say
 
 _EVERY_S = 0.5
@@ -74,7 +75,9 @@ class Comparison:
             if any(folder_of(run) is not None for run in self.experiment.runs):
                 self.write()
             raise
-        return self.write()
+        made = self.write()
+        track(self.experiment, made)
+        return made
 
     def processes_of(self, recipe: Recipe) -> int:
         """How many processes a run of `recipe` has here."""
@@ -183,6 +186,13 @@ def report_on(experiment: Experiment) -> Report:
 def log_of(experiment: Experiment, run: ExperimentRun) -> Path:
     """Where `distft compare` puts what a run prints."""
     return _parent(experiment.runs[0]) / f"{experiment.name}-logs" / f"{run.name}.log"
+
+
+def track(experiment: Experiment, made: Report) -> None:
+    """Log the report to W&B, where the runs report there."""
+    run = next((run for run in experiment.runs if "wandb" in run.recipe.tracking.report_to), None)
+    if run is not None:
+        log_report(made, experiment.name, run.recipe.tracking, _parent(run))
 
 
 def folder_of(run: ExperimentRun) -> RunFolder | None:

@@ -297,7 +297,7 @@ def _hugging_face() -> dict[str, Any]:
     from transformers.utils import is_flash_attn_2_available
 
     from distft.attention import VARLEN, kernel
-    from distft.telemetry import has_wandb_key
+    from distft.offline import has_wandb_key
     from distft.tiny import cache_folder
 
     token = Path(constants.HF_TOKEN_PATH)

@@ -49,28 +49,30 @@ def scored(labels: torch.Tensor, multiple: int) -> tuple[torch.Tensor, torch.Ten
     return torch.cat([positions, positions.new_zeros(spare)]), targets[None]
 
 
-class Loader(DataLoaderShard):  # type: ignore[misc]
-    """A rank's batches, and the seconds that it has waited for them."""
+class Waits:
+    """The seconds that this process has waited for its batches, through whichever iterator they came: accelerate makes another
+    loader for the first epoch of a resumed run."""
 
-    waited_s = 0.0
+    def __init__(self) -> None:
+        self.seconds = 0.0
 
-    def __iter__(self) -> Iterator[Any]:
-        batches = super().__iter__()
+    def through(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """`batches`, each wait counted."""
         while True:
             start = time.perf_counter()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
-            self.waited_s += time.perf_counter() - start
+            self.seconds += time.perf_counter() - start
             yield batch
 
 
 def loader(
     samples: Dataset, plan: Plan, collator: Collator, rank: int, world_size: int, accumulation: int, device: torch.device, workers: int
-) -> Loader:  # fmt: skip
+) -> DataLoaderShard:  # fmt: skip
     """The micro-batches that `plan` gives to `rank`, each moved to `device` while the one before it is worked on."""
-    return Loader(
+    return DataLoaderShard(
         samples, device=device, _non_blocking=True, batch_sampler=RankBatches(plan, rank, world_size, accumulation),
         collate_fn=collator, num_workers=workers, pin_memory=device.type == "cuda",
     )  # fmt: skip

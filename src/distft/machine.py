@@ -6,35 +6,24 @@ import importlib.metadata
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-GIB = 2**30
+from distft.devices import device
 
-# Dense bf16 rate of a device in TFLOP/s: by a large matrix product where it says so, else the vendor's data sheet.
-DENSE_BF16_TFLOPS = {
-    "H200": 790.0,  # measured, 8192 × 8192 × 8192
-    "H100 PCIe": 756.0,  # NVIDIA H100 data sheet, PCIe
-    "H100 NVL": 835.0,  # NVIDIA H100 data sheet, NVL
-    "H100": 989.0,  # NVIDIA H100 data sheet, SXM
-    "A100": 312.0,  # NVIDIA A100 data sheet
-    "L40S": 362.0,  # NVIDIA L40S data sheet
-    "L4": 121.0,  # NVIDIA L4 data sheet
-    "A10G": 70.0,  # NVIDIA A10G data sheet
-    "RTX 4090": 165.2,  # NVIDIA Ada architecture paper, fp32 accumulation
-    "RTX 3090": 71.0,  # NVIDIA Ampere GA102 paper, fp32 accumulation
-}
+GIB = 2**30
 
 
 def device_flops() -> float | None:
-    """Dense bf16 FLOP/s of this process's GPU; None where there is none or it is not in the table."""
+    """Dense bf16 FLOP/s of this process's GPU; None where there is none or it is not known."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((rate * 1e12 for known, rate in DENSE_BF16_TFLOPS.items() if known in name), None)
+    known = device(torch.cuda.get_device_name())
+    return known.dense_bf16_tflops * 1e12 if known else None
 
 
 def limit_gpu(limit_gib: float | None) -> None:
@@ -46,7 +35,8 @@ def limit_gpu(limit_gib: float | None) -> None:
 
 
 class EnergyMeter:
-    """Joules that this process's GPU has used, from NVML's counter; None where there is no such counter."""
+    """Joules that this process's GPU has used, from NVML's counter (nvmlDeviceGetTotalEnergyConsumption, in mJ); None where there
+    is no such counter. It counts the whole device, whoever uses it."""
 
     def __init__(self) -> None:
         self._device: Any = None
@@ -74,6 +64,18 @@ class EnergyMeter:
         """Since construction, in J."""
         now = self._read()
         return None if now is None or self._start is None else now - self._start
+
+    def idle_watts(self, seconds: float = 1.0) -> float | None:
+        """What the device draws with nothing to do but to hold what is loaded, measured over `seconds` in which this process waits."""
+        if self._device is None:
+            return None
+        torch.cuda.synchronize()
+        before, began = self._read(), time.perf_counter()
+        time.sleep(seconds)
+        after = self._read()
+        if before is None or after is None:
+            return None
+        return (after - before) / (time.perf_counter() - began)
 
 
 PACKAGES = (

@@ -6,14 +6,16 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from distft.bound import PARTS
 from distft.intervals import CONFIDENCE
-from distft.report import FIGURES, Figure, Report, Run, Spread
+from distft.report import FIGURES, TIMES, Figure, Report, Run, Spread
 from distft.verdict import ROUNDING, Comparison, bounds
 
 UNKNOWN = "–"
 _NAMES_IN_A_ROW = 6
 _CELL = 64
 """Characters of a cell that says how a run ended; the whole stands below the table."""
+NO_ENERGY = "Energy is what NVIDIA GPUs count; nothing is estimated where there is none."
 _RANGES = (
     "The median of the finished runs, and from the least to the greatest. Repeats share the seed: their range is what the "
     "machine makes of one training, not what another seed would give."
@@ -30,6 +32,7 @@ def markdown(report: Report) -> str:
         _runs(report),
         _unfinished(report),
         _variants(report),
+        _time(report),
         _comparisons(report),
         _equality(report),
         _differences(report),
@@ -89,7 +92,8 @@ def _runs(report: Report) -> list[str]:
     head, rows = run_rows(report)
     known = [figure for figure in FIGURES if figure.title in head]
     unknown = [figure.title.split(",")[0] for figure in FIGURES if figure not in known]
-    return ["## Runs", _table(head, rows), *([f"Not known of any run: {', '.join(unknown)}."] if unknown else [])]
+    return ["## Runs", _table(head, rows), *([f"Not known of any run: {', '.join(unknown)}."] if unknown else []),
+            *([NO_ENERGY] if "energy" in unknown else [])]  # fmt: skip
 
 
 def _unfinished(report: Report) -> list[str]:
@@ -150,6 +154,42 @@ def _reason(item: Comparison) -> str:
     if item.why.startswith("not equal"):
         return f"its speed is not compared, for it did other work ({item.why})"
     return f"{next(figure.title.split(',')[0] for figure in FIGURES if figure.key == item.figure)} is not compared: {item.why}"
+
+
+NOT_PROFILED = "No run was profiled: tracking.profile_steps=3 makes a report say what the steps were bound by."
+
+
+def time_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the table of where the time goes: the parts of a step under the profiler, and the run's evaluation and saving."""
+    head = ["variant", "bound", *(f"{part}, ms a step" for part in PARTS), *(figure.title for figure in TIMES)]
+    rows = []
+    for variant in report.variants:
+        shares = variant.split.shares() if variant.split else {}
+        parts = [
+            f"{getattr(variant.split, key) * 1e3:,.1f} ({shares[part]:.0%})" if variant.split else UNKNOWN
+            for part, key in PARTS.items()
+        ]
+        times = [_range(variant.spreads[figure.key], figure) for figure in TIMES]
+        rows.append([variant.name, variant.bound.kind if variant.bound else UNKNOWN, *parts, *times])
+    return head, rows
+
+
+def bound_lines(report: Report) -> list[str]:
+    """What bounds each variant that was profiled, why that is said, and what would help."""
+    return [
+        f"`{variant.name}` is bound by {variant.bound.kind}: {variant.bound.evidence}. What would help: {'; '.join(variant.bound.advice)}."
+        for variant in report.variants
+        if variant.bound is not None
+    ]
+
+
+def _time(report: Report) -> list[str]:
+    if not any(variant.finished for variant in report.variants):
+        return []
+    lines = [f"- {line}" for line in bound_lines(report)]
+    known = lines or any(variant.spreads[figure.key] for variant in report.variants for figure in TIMES)
+    table = [_table(*time_rows(report))] if known else []
+    return ["## Where the time goes", *table, "\n".join(lines) if lines else NOT_PROFILED]
 
 
 def _comparisons(report: Report) -> list[str]:

@@ -218,3 +218,21 @@ def non_embedding_parameters(model: Any) -> int:
     skipped = {id(parameter) for parameter in embedding.parameters()} if embedding is not None else set()
     tied = getattr(model.config, "tie_word_embeddings", False)
     return sum(whole_numel(p) for p in model.parameters() if tied or id(p) not in skipped)
+
+
+def recomputed_parameters(model: Any, *, by_trainer: bool = False) -> int:
+    """Parameters of the layers whose forward runs a second time in the backward, 4-bit ones counted unpacked. `by_trainer`: the
+    trainer will checkpoint every layer; else it is those that `checkpoint` chose."""
+
+    def count(module: Any) -> int:
+        return sum(whole_numel(parameter) for parameter in module.parameters())
+
+    found = 0
+    for layer in layers_of(model):
+        if by_trainer or layer.gradient_checkpointing:
+            found += count(layer)
+            mlp: Any = getattr(layer, "mlp", None)
+            # The fused MLP leaves its last product out, for nothing in the backward looks at it.
+            if not by_trainer and getattr(mlp, "output_ends_checkpoint", False) and hasattr(mlp.down_proj, "is_fused"):
+                found -= count(mlp.down_proj)
+    return found

@@ -1,14 +1,31 @@
-"""How far an offline W&B run came, from its file: what was logged last may not have reached it before a kill."""
+"""W&B without a connection: whether there is a key, and how far an offline run came, from its file: what was logged last may not have
+reached it before a kill."""
 
 from __future__ import annotations
 
+import netrc
+import os
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
+WANDB_FINISH_S = 60.0
+"""How long the end of a run waits for what is still to be uploaded."""
 _HEAD = 7
 """Bytes at the start of a file, and before each chunk: checksum (4), length (2), kind (1)."""
 _BLOCK = 32 * 1024
 _WHOLE, _FIRST, _LAST = 1, 2, 4
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B would find a key here: in the environment, or in the netrc file where `wandb login` leaves it."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def last_step(file: Path) -> int:

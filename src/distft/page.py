@@ -11,16 +11,19 @@ from jinja2 import Environment, StrictUndefined
 from distft.charts import charts
 from distft.history import History
 from distft.markdown import (
+    NOT_PROFILED,
+    bound_lines,
     comparison_rows,
     count_of_runs,
     equality_rows,
     how_it_ended,
     run_rows,
+    time_rows,
     unfinished_rows,
     variant_rows,
 )
 from distft.packaged import packaged
-from distft.report import Report
+from distft.report import FIGURES, Report
 from distft.run import RunFolder
 
 
@@ -61,13 +64,20 @@ def page(title: str, logged: Sequence[History], report: Report | None = None) ->
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(packaged("assets/report.html").read_text(encoding="utf-8"))
+    # Where no run was on a GPU, the memory of the host's processes.
+    figure = next(
+        (f for f in FIGURES if f.key in ("peak_memory_gib", "host_rss_gib") and any(variant.spreads[f.key] for variant in report.variants)),
+        None,
+    ) if report else None  # fmt: skip
     speeds = {}
-    for variant in report.variants if report else ():
-        memory, speed = variant.spreads["peak_memory_gib"], variant.spreads["samples_per_second"]
+    for variant in report.variants if report and figure else ():
+        memory, speed = variant.spreads[figure.key] if figure else None, variant.spreads["samples_per_second"]
         if memory and speed:
             speeds[variant.name] = (memory.median, speed.median)
+    times = {variant.name: variant.time for variant in report.variants if variant.time} if report else {}
     return template.render(
-        title=title, verdict=report.verdict if report else "", notes=_notes(report), sections=_sections(report), charts=charts(logged, speeds),
+        title=title, verdict=report.verdict if report else "", notes=_notes(report), sections=_sections(report),
+        charts=charts(logged, speeds, times, *([figure.title] if figure else [])),
     ) + "\n"  # fmt: skip
 
 
@@ -90,6 +100,8 @@ def _sections(report: Report | None) -> list[Section]:
             ["Medians of the finished runs, and from the least to the greatest."],
         )
     ]
+    told = [line.replace("`", "") for line in bound_lines(report)] or [NOT_PROFILED]
+    found.append(Section("time", "Where the time goes", Table(*time_rows(report)), told))
     if report.comparisons:
         head, rows, notes = comparison_rows(report)
         told = [note.replace("`", "") for note in notes]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from distft.bound import Bound, Facts, Split, bound, whole_run
 from distft.errors import RunFolderError
 from distft.intervals import CONFIDENCE, Interval
 from distft.run import RunFolder, to_json
@@ -56,10 +57,23 @@ FIGURES = (
     Figure("samples_per_second", "samples/s", ",.2f", speed=True),
     Figure("tokens_per_second", "tokens/s", ",.0f", speed=True, per_token=True),
     Figure("mfu", "MFU", ",.3f", speed=True),
+    Figure("hfu", "HFU", ",.3f", speed=True),
     Figure("peak_memory_gib", "peak memory, GiB", ",.2f"),
+    Figure("host_rss_gib", "host memory, GiB", ",.2f", compared=False),
     Figure("energy_j", "energy, J", ",.0f", speed=True),
+    Figure("joules_per_sample", "J a sample", ",.2f", speed=True),
+    Figure("joules_per_step", "J a step", ",.1f", compared=False),
+    Figure("energy_idle_share", "idle share of energy", ".0%", compared=False),
     Figure("restarts", "restarts", ",.0f", compared=False),
 )
+
+TIMES = (
+    Figure("step_time_s", "step, s", ",.3f"),
+    Figure("data_wait_s", "data wait, s", ",.2f"),
+    Figure("evaluation_time_s", "evaluation, s", ",.1f"),
+    Figure("saving_time_s", "saving, s", ",.1f"),
+)
+"""Figures of a run that stand in a table of their own, beside the split of a step."""
 
 EQUAL: dict[str, tuple[str, ...]] = {
     "samples": ("as run.samples", "as run.skipped_steps", "data.", "run.seed"),
@@ -87,7 +101,7 @@ _MACHINE = ("python", "cuda", "cpus", "packages", "gpus")
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder as read. `figures` has every key of FIGURES, None where unknown; `facts` what it was made with: the
+    """One run folder as read. `figures` has every key of FIGURES and TIMES, None where unknown; `split` is that of its profile; `facts` what it was made with: the
     recipe's values by their dotted keys, and under `as run.` and `machine.` what the summary and the environment say."""
 
     name: str
@@ -98,6 +112,7 @@ class Run:
     world_size: int | None
     figures: Mapping[str, float | None]
     facts: Mapping[str, Any] = field(repr=False)
+    split: Split | None = None
 
     @property
     def finished(self) -> bool:
@@ -135,12 +150,16 @@ def _known(values: Iterable[float | None]) -> list[float]:
 
 @dataclass(frozen=True)
 class Variant:
-    """Runs of one recipe on the same number of processes and the same machine; `spreads` by the keys of FIGURES."""
+    """Runs of one recipe on the same number of processes and the same machine; `spreads` by the keys of FIGURES and TIMES. `split` is the mean
+    of its finished runs, `bound` what follows from it, `time` the seconds of a whole run by their use ({} where not known)."""
 
     name: str
     runs: tuple[str, ...]
     finished: int
     spreads: Mapping[str, Spread | None]
+    split: Split | None = None
+    bound: Bound | None = None
+    time: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -255,7 +274,7 @@ def _read(folder: RunFolder) -> Run:
     # Until a run has finished its summary has no figures; how far it came stands in its log.
     counts = {key: logged.get(key) if summary.get(key) is None else summary[key] for key in ("samples", "tokens")}
     steps = logged.get("step") if summary.get("steps") is None else summary["steps"]
-    figures = {figure.key: summary.get(figure.key) for figure in FIGURES} | counts | {
+    figures = {figure.key: summary.get(figure.key) for figure in (*FIGURES, *TIMES)} | counts | {
         "steps": steps, "final_loss": logged.get("loss"),
         "eval_loss_before": before.get("loss"), "eval_loss_after": after.get("loss"),
         "perplexity_before": before.get("perplexity"), "perplexity_after": after.get("perplexity"),
@@ -266,8 +285,17 @@ def _read(folder: RunFolder) -> Run:
     facts |= _leaves({key: environment.get(key) for key in _MACHINE}, "machine.")
     return Run(
         folder.name, str(folder.path), str(summary.get("status")), summary.get("cause"), summary.get("strategy"),
-        summary.get("world_size"), figures, facts,
+        summary.get("world_size"), figures, facts, _split(folder),
     )  # fmt: skip
+
+
+def _split(folder: RunFolder) -> Split | None:
+    if not folder.profile.is_file():
+        return None
+    try:
+        return Split.of_profile(json.loads(folder.profile.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{folder.profile} is damaged: {error!r}") from error
 
 
 def _parsed(folder: RunFolder, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -306,8 +334,24 @@ def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 def _variant(name: str, members: Sequence[Run]) -> Variant:
     done = [run for run in members if run.finished]
-    spreads = {figure.key: Spread.of(run.figures[figure.key] for run in done) for figure in FIGURES}
-    return Variant(name, tuple(run.name for run in members), len(done), spreads)
+    spreads = {figure.key: Spread.of(run.figures[figure.key] for run in done) for figure in (*FIGURES, *TIMES)}
+    median = {key: None if spread is None else spread.median for key, spread in spreads.items()}
+    split = Split.mean([run.split for run in done if run.split is not None])
+    time = whole_run(
+        split, median["steps"], median["step_time_s"], median["evaluation_time_s"], median["saving_time_s"]
+    )
+    found = None if split is None else bound(split, _bound_facts(done[0], median))
+    return Variant(name, tuple(run.name for run in members), len(done), spreads, split, found, time)
+
+
+def _bound_facts(run: Run, median: Mapping[str, float | None]) -> Facts:
+    """Of a variant, for its bound; `run` is one of its finished runs."""
+    gpus = run.facts.get("machine.gpus") or [None]
+    name = gpus[0].get("name") if isinstance(gpus[0], dict) else gpus[0]
+    accumulation = run.facts.get("as run.gradient_accumulation_steps")
+    rounds = (median["steps"] or 0) * (run.world_size or 0) * (accumulation or 0)
+    tokens = median["tokens"] / rounds if rounds and median["tokens"] else None
+    return Facts(name, median["mfu"], median["hfu"], median["step_time_s"], tokens, run.world_size or 1)
 
 
 # What was equal, and what not -------------------------------------------------------------------------------------------

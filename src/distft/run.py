@@ -37,8 +37,9 @@ SUMMARY_KEYS = (
     "micro_batch", "micro_batch_tokens", "checkpointed_layers", "gradient_accumulation_steps", "steps", "skipped_steps",
     "samples", "tokens", "trainable_parameters", "parameters",
     "attn_implementation", "train_loss", "eval_before", "eval_after", "train_time_s", "samples_per_second",
-    "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib", "peak_reserved_gib", "host_rss_gib",
-    "energy_j", "restarts", "requeues", "adapter", "changed_for_you",
+    "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "hfu", "step_time_s", "data_wait_s", "evaluation_time_s",
+    "saving_time_s", "peak_memory_gib", "peak_reserved_gib", "host_rss_gib",
+    "energy_j", "joules_per_sample", "joules_per_step", "idle_watts", "energy_idle_share", "restarts", "requeues", "adapter", "changed_for_you",
 )  # fmt: skip
 """Every key of `summary.json`, in order; null where unknown."""
 

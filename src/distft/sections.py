@@ -279,7 +279,7 @@ class Tracking(Section):
     """First steps that the run's samples/s and tokens/s leave out (allocator, kernel and cache warm-up)."""
     profile_steps: int = Field(0, ge=0)
     """Steps after those that run under torch.profiler: how much of them the device computed, waited for other ranks, copied and
-    was idle goes to profile.json. It slows them down."""
+    was idle goes to profile.json. It slows them down, so they do not count in the run's rates; one step at least is left that does."""
 
 
 _WORD = r"^[^\s\"'\\\\`$]+$"  # stands in a #SBATCH line, or between a script's double quotes, as it is

@@ -8,14 +8,12 @@ from __future__ import annotations
 import copy
 import json
 import math
-import netrc
 import os
 import shutil
 import sys
 import time
-import urllib.parse
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,12 +24,13 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
+from distft.loader import Waits
 from distft.machine import GIB, EnergyMeter, device_flops
-from distft.offline import last_step
+from distft.offline import WANDB_FINISH_S, has_wandb_key, last_step
 from distft.plan import Plan
 from distft.recipe import Recipe
 from distft.run import RunFolder, full, to_json, write_atomically
-from distft.world import STOP, World, reduce, say
+from distft.world import STOP, World, gather, reduce, say
 
 
 def model_flops_per_token(parameters: int, *, frozen_base: bool) -> float:
@@ -42,25 +41,70 @@ def model_flops_per_token(parameters: int, *, frozen_base: bool) -> float:
     return (4 if frozen_base else 6) * float(parameters)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of a token: those that the model asks for, and those that recomputation adds."""
+
+    model: float
+    recomputed: float = 0.0
+
+    @classmethod
+    def of(cls, model: float, recomputed_parameters: int) -> Work:
+        """A second forward through so many parameters is 2 FLOPs for each."""
+        return cls(model, 2.0 * recomputed_parameters)
+
+    def utilisation(self, tokens_per_second: float, flops: float) -> tuple[float, float]:
+        """MFU and HFU: the FLOPs of the model, or of the model and of recomputed layers, over what the devices could do at `flops` FLOP/s
+        together. Chowdhery et al. 2022 (arXiv:2204.02311), appendix B; Korthikanti et al. 2022 (arXiv:2205.05198), section 5."""
+        share = tokens_per_second / flops
+        return share * self.model, share * (self.model + self.recomputed)
+
+
+@dataclass(frozen=True)
 class Window:
-    """A stretch of training: the wall-clock that it trained (evaluation and saving left out), samples and tokens."""
+    """A stretch of training: the wall-clock that it trained (evaluation and saving left out), its steps, samples and tokens, and the
+    joules of all GPUs (None: not counted)."""
 
     seconds: float = 0.0
+    steps: int = 0
     samples: int = 0
     tokens: int = 0
+    joules: float | None = None
 
-    def rates(self, world_size: int, flops_per_token: float, flops: float | None) -> dict[str, float | None]:
-        """samples/s and tokens/s over all processes, tokens/s of one, and MFU where the device is known."""
+    def __add__(self, other: Window) -> Window:
+        joules = [each.joules for each in (self, other) if each.joules is not None]
+        return Window(
+            self.seconds + other.seconds, self.steps + other.steps, self.samples + other.samples, self.tokens + other.tokens,
+            sum(joules) if joules else None,
+        )  # fmt: skip
+
+    def rates(self, world_size: int, work: Work, flops: float | None) -> dict[str, float | None]:
+        """samples/s and tokens/s over all processes, tokens/s of one, and MFU and HFU where the device (`flops` FLOP/s) is known."""
         if self.seconds <= 0:
-            return dict.fromkeys(("samples_per_second", "tokens_per_second", "tokens_per_second_per_gpu", "mfu"))
+            return dict.fromkeys(("samples_per_second", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "hfu"))
         tokens = self.tokens / self.seconds
+        mfu, hfu = work.utilisation(tokens, world_size * flops) if flops else (None, None)
         return {
             "samples_per_second": self.samples / self.seconds,
             "tokens_per_second": tokens,
             "tokens_per_second_per_gpu": tokens / world_size,
-            "mfu": tokens * flops_per_token / (world_size * flops) if flops else None,
+            "mfu": mfu,
+            "hfu": hfu,
         }
+
+    def energy(self, idle_watts: float | None) -> dict[str, float | None]:
+        """J a sample and a step, and the share of the energy that the idle devices (`idle_watts` together) would have drawn as well."""
+        if self.joules is None or self.joules <= 0 or not self.samples:
+            return dict.fromkeys(("joules_per_sample", "joules_per_step", "energy_idle_share"))
+        return {
+            "joules_per_sample": self.joules / self.samples,
+            "joules_per_step": self.joules / self.steps,
+            "energy_idle_share": None if idle_watts is None else min(idle_watts * self.seconds / self.joules, 1.0),
+        }
+
+
+_RANKS_LISTED = 64
+"""Up to so many ranks each one's memory stands in metrics.jsonl; above that the worst one's alone."""
 
 
 @dataclass
@@ -72,14 +116,22 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
     world: World
     plan: Plan
     """Says how many samples and tokens a number of optimizer steps has seen: TRL's count loses ranks in an epoch's last batch."""
-    flops_per_token: float
+    work: Work
+    profiled: Callable[[int], bool] = lambda step: False
+    """Whether a step ran under the profiler. Its time is not that of the others; windows end where such steps begin and end."""
+    waits: Waits = field(default_factory=Waits)
     steps_total: int = 0
     whole: Window = field(default_factory=Window)
     _window: Window = field(default_factory=Window)
     _clock: float = 0.0
+    _joules: float | None = None
+    _idle_watts: float | None = None
+    _evaluating_s: float = 0.0
+    _saving_s: float = 0.0
     _step_logged: int = 0
     _tokens_logged: int = 0
     _unwritten: list[dict[str, Any]] = field(default_factory=list)
+    _by_rank: dict[str, list[float]] = field(default_factory=dict)
     _bar: Any = None
     _energy: EnergyMeter | None = None
     _started: float = 0.0
@@ -92,6 +144,9 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._energy = EnergyMeter()
+        watts = self._energy.idle_watts()
+        total = reduce([watts or 0.0], "sum", self.world)[0]
+        self._idle_watts = None if watts is None else total
         self.steps_total = state.max_steps
         self._step_logged = state.global_step
         self._tokens_logged = self.plan.tokens_after(state.global_step)
@@ -101,7 +156,8 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
             self._bar = tqdm(
                 total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, mininterval=0.5
             )
-        self._started = self._clock = time.perf_counter()
+        self._started = time.perf_counter()
+        self._lap()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self._warmup:
@@ -109,15 +165,28 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         if control.should_log or control.should_evaluate or control.should_save:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self._tick()
+            self._window += self._lap()
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-        self._clock = time.perf_counter()
+        self._evaluating_s += self._lap().seconds
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._clock = time.perf_counter()
+        self._saving_s += self._lap().seconds
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Counts what is done inside as nothing."""
+        yield
+        self._lap()
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Counts what is done inside, after the training, as saving."""
+        self._lap()
+        yield
+        self._saving_s += self._lap().seconds
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs is None or "train_runtime" in logs:
@@ -127,11 +196,12 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         for key in [key for key in logs if key.endswith("_loss")]:
             logs[key.removesuffix("loss") + "perplexity"] = perplexity(logs[key])
         if self.world.is_main:
-            self._write({"step": state.global_step, **logs})
+            self._write({"step": state.global_step, **logs, **(self._by_rank if "loss" in logs else {})})
             self._show(logs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.train_time_s = time.perf_counter() - self._started
+        self._lap()
         self._write()
         if self._unwritten:
             say(f"warning: {len(self._unwritten)} records could not be written to {self.folder.metrics}")
@@ -160,27 +230,31 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         """First steps that the run's rates leave out; at least one step is always measured."""
         return min(self.recipe.tracking.throughput_warmup_steps, max(self.steps_total - 1, 0))
 
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        self._window.seconds += now - self._clock
-        self._clock = now
+    def _lap(self) -> Window:
+        """Seconds and joules of this process's GPU since the last call."""
+        now, joules = time.perf_counter(), self._energy.joules() if self._energy else None
+        used = None if joules is None else joules - (self._joules or 0.0)
+        lap = Window(now - self._clock, joules=used)
+        self._clock, self._joules = now, joules
+        return lap
 
     def _add_rates(self, step: int, logs: dict[str, Any]) -> None:
         """Rates of the steps since the last log, and of the run without its first steps. All ranks enter."""
         samples, tokens = self.plan.samples_after(step), self.plan.tokens_after(step)
         logs.pop("num_tokens", None)
         window, self._window = self._window, Window()
-        window.samples = samples - self.plan.samples_after(self._step_logged)
-        window.tokens = tokens - self._tokens_logged
-        if self._step_logged >= self._warmup:
-            self.whole = Window(
-                self.whole.seconds + window.seconds,
-                self.whole.samples + window.samples,
-                self.whole.tokens + window.tokens,
-            )
+        joules = reduce([window.joules or 0.0], "sum", self.world)[0]
+        window = Window(
+            window.seconds, step - self._step_logged, samples - self.plan.samples_after(self._step_logged), tokens - self._tokens_logged,
+            None if window.joules is None else joules,
+        )  # fmt: skip
+        if self.profiled(step):
+            window = Window()  # its rates would be the profiler's
+        elif self._step_logged >= self._warmup:
+            self.whole += window
         self._step_logged, self._tokens_logged = step, tokens
         logs |= {"samples": samples, "tokens": tokens, "time_s": time.perf_counter() - self._started}
-        logs |= window.rates(self.world.world_size, self.flops_per_token, self._flops) | self.memory()
+        logs |= window.rates(self.world.world_size, self.work, self._flops) | self.memory()
         logs["energy_j"] = self.energy()
 
     def energy(self) -> float | None:
@@ -197,17 +271,25 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
             torch.cuda.max_memory_reserved() / GIB if on_gpu else 0.0,
             psutil.Process(os.getpid()).memory_info().rss / GIB,
         ]
-        worst = reduce(numbers, "max", self.world)
+        everyone = gather(numbers, self.world)
+        worst = [max(column) for column in zip(*everyone, strict=True)]
+        self._by_rank = {"peak_memory_by_rank_gib": [rank[0] for rank in everyone]} if on_gpu else {}
+        self._by_rank["host_rss_by_rank_gib"] = [rank[2] for rank in everyone]
+        if self.world.world_size > _RANKS_LISTED:
+            self._by_rank = {}
         return {
             "peak_memory_gib": worst[0] if on_gpu else None, "peak_reserved_gib": worst[1] if on_gpu else None, "host_rss_gib": worst[2],
         }  # fmt: skip
 
     def figures(self) -> dict[str, Any]:
         """The run's figures for its summary. All ranks enter."""
+        waited, evaluating, saving = reduce([self.waits.seconds, self._evaluating_s, self._saving_s], "max", self.world)
         return {
             "train_time_s": self.train_time_s, "samples": self.plan.samples_after(self._step_logged), "tokens": self._tokens_logged,
-            "energy_j": self.energy(),
-            **self.whole.rates(self.world.world_size, self.flops_per_token, self._flops), **self.memory(),
+            "energy_j": self.energy(), "idle_watts": self._idle_watts, **self.whole.energy(self._idle_watts),
+            "step_time_s": self.whole.seconds / self.whole.steps if self.whole.steps else None,
+            "data_wait_s": waited, "evaluation_time_s": evaluating, "saving_time_s": saving,
+            **self.whole.rates(self.world.world_size, self.work, self._flops), **self.memory(),
         }  # fmt: skip
 
     def _show(self, logs: dict[str, Any]) -> None:
@@ -260,7 +342,10 @@ class Guarded(TrainerCallback):  # type: ignore[misc]
                     for record in self._lacking:
                         then = copy.copy(args[1])
                         then.global_step = record["step"]
-                        logs = {key: value for key, value in record.items() if key != "step"}
+                        # What stands in metrics.jsonl alone, the figures of each rank, are lists.
+                        logs = {
+                            key: value for key, value in record.items() if key != "step" and not isinstance(value, list)
+                        }
                         self._inner.on_log(args[0], then, args[2], logs=logs)
             except Exception as error:  # whatever a tracker raises, the run goes on
                 self._inner = None
@@ -297,7 +382,6 @@ def trackers(recipe: Recipe, folder: RunFolder, world: World) -> list[TrainerCal
     return found
 
 
-_WANDB_FINISH_S = 60.0
 _WANDB_FLUSH_S = 1.0
 _WANDB_EMPTY = 7  # bytes: the head of a file without a record
 
@@ -329,24 +413,13 @@ def _start_wandb(recipe: Recipe, folder: RunFolder) -> int:
         dir=str(folder.path), config=recipe.model_dump(), id=identity, resume="allow",
         # By default a run whose server is gone never ends: it waits to upload. What is left out stays in `wandb/`. And a
         # kill would lose the last 15 s.
-        settings=wandb.Settings(finish_timeout=_WANDB_FINISH_S, x_transaction_log_flush_interval=_WANDB_FLUSH_S),
+        settings=wandb.Settings(finish_timeout=WANDB_FINISH_S, x_transaction_log_flush_interval=_WANDB_FLUSH_S),
     )  # fmt: skip
     if run.settings.mode == "offline":
         why = "offline" if has_wandb_key() else "no key, so offline"
         say(f"wandb: {why}; sync later with: wandb sync {os.path.relpath(folder.wandb)}")
         return seen
     return int(run.summary.get("train/global_step", -1)) if run.resumed else -1  # the server knows what has come there
-
-
-def has_wandb_key() -> bool:
-    """Whether W&B would find a key here: in the environment, or in the netrc file where `wandb login` leaves it."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 @contextmanager

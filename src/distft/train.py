@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,17 @@ from distft import data, strategy
 from distft.bad_numbers import BadNumbers
 from distft.checkpoint import Checkpoints, save_result
 from distft.launcher import Launcher
+from distft.loader import Waits
 from distft.logs import rank_log
 from distft.memory import Memory
-from distft.model import checkpoint, load_model, load_tokenizer, non_embedding_parameters, settle_adapter_dtype
+from distft.model import (
+    checkpoint,
+    load_model,
+    load_tokenizer,
+    non_embedding_parameters,
+    recomputed_parameters,
+    settle_adapter_dtype,
+)
 from distft.outcome import debug_flag, guarded
 from distft.plan import Plan
 from distft.profile import Profile
@@ -25,7 +34,7 @@ from distft.record import Record
 from distft.samples import at_most, lengths_of
 from distft.stopping import StopTogether
 from distft.strategy import Strategy, whole_numel
-from distft.telemetry import Telemetry, closing_trackers, model_flops_per_token, perplexity, trackers
+from distft.telemetry import Telemetry, Work, closing_trackers, model_flops_per_token, perplexity, trackers
 from distft.trainer import HeldOut, Invariants, Trainer, sft_config
 from distft.watch import Watch
 from distft.world import STOP, Launch, World, say, together
@@ -71,7 +80,10 @@ def train(arguments: Sequence[str]) -> None:
             for line in [*splits.report.lines(), *record.lines()]:
                 say(line)
 
-        telemetry = Telemetry(record.folder, recipe, world, plan, flops)
+        recomputed = recomputed_parameters(model, by_trainer=bool(config.gradient_checkpointing))
+        waits = Waits()
+        profile = Profile(record.folder, recipe, world, waits)
+        telemetry = Telemetry(record.folder, recipe, world, plan, Work.of(flops, recomputed), profile.covers, waits)
         carried = record.place.carried
         held_out = HeldOut(at_most(splits.test, recipe.evaluation.max_samples), carried.get("before"))
         stop = StopTogether(world, Launch.of(os.environ).began, recipe.run.max_time_s)
@@ -79,25 +91,29 @@ def train(arguments: Sequence[str]) -> None:
         checkpoints = Checkpoints(record.folder, how, recipe.training.get("save_total_limit"),
                                   lambda: {"before": held_out.before, "skipped_steps": numbers.skipped})  # fmt: skip
         trainer = Trainer(
-            model=model, args=config, processing_class=tokenizer, plan=plan, numbers=numbers, checkpoints=checkpoints,
+            model=model, args=config, processing_class=tokenizer, plan=plan, numbers=numbers, checkpoints=checkpoints, waits=waits,
             skips_spare_rounds=how.skips_spare_rounds, train_dataset=splits.train,
             eval_dataset=at_most(splits.validation, recipe.evaluation.max_samples),
             callbacks=[
-                Invariants(how, recipe, trainable, numbers), stop, telemetry, *trackers(recipe, record.folder, world),
+                Invariants(how, recipe, trainable, numbers), stop, profile, telemetry, *trackers(recipe, record.folder, world),
                 *([held_out] if recipe.evaluation.before_and_after and splits.test is not None else []),
-                checkpoints, watch, Profile(record.folder, recipe, world),
+                checkpoints, watch,
             ],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         held_out.trainer = trainer
         settle_adapter_dtype(model, recipe, how)
-        output = trainer.train(resume_from_checkpoint=record.place.resume_from)
+        with closing(profile):
+            output = trainer.train(resume_from_checkpoint=record.place.resume_from)
+        with telemetry.aside():
+            profile.write()
         stop.raise_if_stopped(checkpoints.last)
         if held_out.before is not None:
             before, after = held_out.before, held_out.measure()
             record.note(eval_before={"loss": before, "perplexity": perplexity(before)},
                         eval_after={"loss": after, "perplexity": perplexity(after)})  # fmt: skip
-        saved = save_result(trainer.model, recipe, how, record.folder)
+        with telemetry.saving():
+            saved = save_result(trainer.model, recipe, how, record.folder)
         record.note(
             train_loss=None if numbers.skipped else output.training_loss,  # its mean counts a skipped step as 0
             steps=trainer.state.global_step, skipped_steps=numbers.skipped, adapter=str(saved), **telemetry.figures(),

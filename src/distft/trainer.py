@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from distft.bad_numbers import BadNumbers
 from distft.checkpoint import Checkpoints
 from distft.head import Selection
-from distft.loader import Collator, loader
+from distft.loader import Collator, Waits, loader
 from distft.plan import Plan
 from distft.recipe import Recipe
 from distft.run import RunFolder
@@ -68,10 +68,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         skips_spare_rounds: bool,
         numbers: BadNumbers,
         checkpoints: Checkpoints,
+        waits: Waits | None = None,
         **kwargs: Any,
     ) -> None:
         self._plan, self._skips_spare_rounds = plan, skips_spare_rounds
-        self._numbers, self._checkpoints = numbers, checkpoints
+        self._numbers, self._checkpoints, self._waits = numbers, checkpoints, waits or Waits()
         super().__init__(*args, **kwargs)
         self._collate = Collator(
             self.processing_class.pad_token_id, packed=plan.batching.micro_batch_tokens is not None,
@@ -96,12 +97,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self.args.dataloader_num_workers,
         )  # fmt: skip
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         self._loss_before_step = self._tr_loss.clone()
         if self._skips_spare_rounds:
             rounds = len(self._plan.micro_batches(self.state.global_step, self.args.world_size))
             self._spare = self.args.gradient_accumulation_steps - rounds
-        return super().get_batch_samples(*args, **kwargs)
+        return super().get_batch_samples(self._waits.through(epoch_iterator), *args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The trainer's step; a round in which no rank has anything to do costs nothing."""

@@ -160,15 +160,20 @@ def together(world: World, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def gather(numbers: Sequence[float], world: World) -> list[Sequence[float]]:
+    """The numbers of each rank, on all ranks. All ranks enter."""
+    everywhere: list[Sequence[float]] = [numbers] * world.world_size
+    if world.world_size > 1:
+        from torch import distributed
+
+        distributed.all_gather_object(everywhere, numbers)
+    return everywhere
+
+
 def reduce(numbers: Sequence[float], how: Literal["max", "sum"], world: World) -> list[float]:
     """Element-wise maximum or sum over all ranks, on all ranks. All ranks enter."""
-    if world.world_size == 1:
-        return list(numbers)
-    from torch import distributed
-
-    everywhere: list[Sequence[float]] = [numbers] * world.world_size
-    distributed.all_gather_object(everywhere, numbers)
-    return [max(column) if how == "max" else sum(column) for column in zip(*everywhere, strict=True)]
+    columns = zip(*gather(numbers, world), strict=True)
+    return [max(column) if how == "max" else sum(column) for column in columns]
 
 
 def say(message: str) -> None:

@@ -115,13 +115,13 @@ def test_records_wait_while_the_disk_is_full(disk: Path) -> None:
     from distft.plan import Plan
     from distft.recipe import load_recipe
     from distft.sections import Batching
-    from distft.telemetry import Telemetry
+    from distft.telemetry import Telemetry, Work
     from distft.world import World
 
     resize(disk, 1)
     folder = RunFolder(disk)
     telemetry = Telemetry(
-        folder, load_recipe(["recipe=tiny"]), World(), Plan([1] * 16, Batching(global_batch_size=16)), 1.0
+        folder, load_recipe(["recipe=tiny"]), World(), Plan([1] * 16, Batching(global_batch_size=16)), Work(1.0)
     )
     telemetry._write({"step": 1})
     filler = disk / "filler"
