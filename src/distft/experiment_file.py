@@ -11,7 +11,7 @@ from distft.errors import ExperimentError, Fault, RecipeError
 from distft.origin import COMMAND_LINE, SECTIONS, Source, faults_of, nearest
 from distft.packaged import packaged
 from distft.recipe import read_yaml
-from distft.sections import Section
+from distft.section import Section
 
 Equal = Literal["samples", "order", "global_batch", "tokens", "base_weights", "loss"]
 

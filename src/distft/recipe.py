@@ -15,16 +15,16 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr, ValidationError, WithJsonSchema
 
 from distft.errors import Fault, RecipeError
+from distft.evaluation.settings import Evaluation
 from distft.origin import COMMAND_LINE, DERIVED, Source, faults_of, nearest, place_of
 from distft.packaged import packaged
+from distft.section import Section
 from distft.sections import (
     Batching,
     Data,
-    Evaluation,
     Model,
     Quantization,
     Run,
-    Section,
     Slurm,
     StrategyName,
     Tracking,
@@ -55,7 +55,7 @@ class Recipe(Section):
     training: Annotated[dict[str, Any], WithJsonSchema({})] = Field(default_factory=dict)
     """TRL's SFTConfig."""
     evaluation: Evaluation = Evaluation()
-    """The held-out split before and after training."""
+    """The held-out split before and after training, and the tasks of `distft evaluate`."""
     tracking: Tracking = Tracking()
     """Where figures go besides metrics.jsonl."""
     slurm: Slurm = Slurm()

@@ -15,10 +15,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, create_model
 
-DType = Literal["bfloat16", "float16", "float32"]
-StrategyName = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
+from distft.section import DType, Section
 
-STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+StrategyName = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
 
 _BY_BATCHING = "set batching.micro_batch or batching.global_batch_size; accumulation is derived"
 _BY_PACKING = "set batching.micro_batch_tokens: whole samples are packed up to so many tokens"
@@ -74,12 +73,6 @@ RENAMED: dict[str, str] = {
     "load_in_4bit": "quantization.load_in_4bit",
 }
 """Names that people bring from older versions and other tools, and what they are called here."""
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, strict about types, closed to unknown keys."""
-
-    model_config = STRICT
 
 
 class Run(Section):
@@ -251,15 +244,6 @@ class Batching(Section):
         return self.model_dump(
             include={"global_batch_size", "global_batch_tokens", "micro_batch", "micro_batch_tokens"}
         )
-
-
-class Evaluation(Section):
-    """The held-out split before and after training."""
-
-    before_and_after: bool = True
-    """Measure loss and perplexity on the held-out split before and after training."""
-    max_samples: int | None = Field(None, ge=1)
-    """Use at most this many samples of the validation and of the held-out split."""
 
 
 class Tracking(Section):
