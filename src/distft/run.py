@@ -10,6 +10,8 @@ runs/<name>/
   probe.json          how much memory each micro-batch takes, where batching.micro_batch is auto
   stacks/             what every rank was doing when the run stood still
   logs/               what each rank printed, rank<N>.log, where there are several
+  evaluation/         of `distft evaluate`: what each task made, item by item, one folder each
+  evaluation.json     what the tasks found
   wandb/              W&B's own files, one folder in it for each start
   profile.json        where the time of some steps went
   wandb.json          the id of the W&B run that all starts log to
@@ -38,7 +40,7 @@ SUMMARY_KEYS = (
     "samples", "tokens", "trainable_parameters", "parameters",
     "attn_implementation", "train_loss", "eval_before", "eval_after", "train_time_s", "samples_per_second",
     "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib", "peak_reserved_gib", "host_rss_gib",
-    "energy_j", "restarts", "requeues", "adapter", "changed_for_you",
+    "energy_j", "restarts", "requeues", "adapter", "changed_for_you", "evaluation",
 )  # fmt: skip
 """Every key of `summary.json`, in order; null where unknown."""
 
@@ -171,6 +173,16 @@ class RunFolder:
     @property
     def merged(self) -> Path:
         return self.path / "merged"
+
+    @property
+    def evaluation(self) -> Path:
+        """What each task of `distft evaluate` made, `<task>/…`."""
+        return self.path / "evaluation"
+
+    @property
+    def results(self) -> Path:
+        """What the tasks of `distft evaluate` found."""
+        return self.path / "evaluation.json"
 
     @property
     def summary(self) -> Path:
