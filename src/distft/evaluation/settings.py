@@ -84,6 +84,8 @@ class Generation(Section):
     """Tokens, of prompts and of what may be written, that a device takes at once; prompts of one length go together."""
     temperature: float | None = Field(None, ge=0)
     """0 takes the likeliest token each time. null: what each task defines (MT-Bench by category), else 0."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Where sampled: draw from the likeliest tokens that have this probability together."""
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """`auto` takes vLLM where it is installed and a GPU is there, else transformers' generate."""
 
@@ -101,6 +103,10 @@ class Judge(Section):
     """How a pair is judged: `absolute` grades each answer by the rubric, `pairwise` asks which is better."""
     temperature: float = Field(0.0, ge=0)
     """Sampling temperature of the first attempt; 0 takes the likeliest token each time."""
+    retry_temperature: float = Field(0.7, gt=0)
+    """Sampling temperature, at the least, of the attempts after it: at 0 another seed would give the same text."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Where sampled: draw from the likeliest tokens that have this probability together."""
     max_new_tokens: int = Field(512, ge=1)
     """Tokens that a judgement may have."""
     attempts: int = Field(3, ge=1)
@@ -109,6 +115,17 @@ class Judge(Section):
     """Load a local judge in 4 bits."""
     dtype: DType = "bfloat16"
     """Type of a local judge's weights, or of their products in 4 bits."""
+    rubric: str | None = None
+    """Local file with a rubric of your own, plain text with a line for each grade of 1 to 5; null: distft's."""
+    api_key_env: str = Field("OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """With `endpoint`: name of the environment variable that holds the key; none is sent where it is not set. Never the key itself."""
+    concurrency: int = Field(8, ge=1)
+    """With `endpoint`: requests under way at once, over all processes."""
+    timeout_s: float = Field(300.0, gt=0)
+    """With `endpoint`: seconds to wait for an answer."""
+    retries: int = Field(6, ge=0)
+    """With `endpoint`: how often a request is sent again that was refused for load (429), failed on the server (5xx) or got no
+    connection, after 1, 2, 4, … seconds (60 at the most), or what the server asks for."""
 
 
 def _judge(value: Any) -> Any:
