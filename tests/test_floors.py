@@ -55,6 +55,7 @@ FLOORS = (
         "stopping",
         "experiment",
         "bandwidth",
+        "evaluation.scores",
     ),
     ("watch", "trainer", "estimate", "probe", "fetch", "facts", "evaluation.target"),
     (

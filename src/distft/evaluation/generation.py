@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -24,9 +24,10 @@ from distft.evaluation.writing import (
     Item,
     Message,
     Sampling,
-    instruction_prompt,
+    Template,
     item_seed,
-    plain_prompt,
+    rendered,
+    template_of,
 )
 
 
@@ -39,14 +40,15 @@ def engine_of(target: Target, settings: Evaluation, side: SideName) -> Engine:
     form = target.recipe.data.format
     return TransformersEngine(
         target.model, target.tokenizer, {"weights": target.identity[side]},
-        batch_tokens=settings.generation.batch_tokens, template="plain" if form is not None and form.prompt else "instruction",
+        batch_tokens=settings.generation.batch_tokens,
+        template=template_of(target.tokenizer, "plain" if form is not None and form.prompt else "instruction"),
     )  # fmt: skip
 
 
 class TransformersEngine:
     """`model.generate` in batches of about one length.
 
-    The tokenizer's chat template makes the prompt where there is one, else `template`. `batch_tokens` bounds what a batch may come to:
+    `template` makes the prompts. `batch_tokens` bounds what a batch may come to:
     its items times the longest prompt and what may be written. Greedy or sampled, generation settings that come with the model (a
     repetition penalty, say) are left out: only `Sampling` counts.
     """
@@ -58,12 +60,11 @@ class TransformersEngine:
         identity: Mapping[str, Any],
         *,
         batch_tokens: int,
-        template: Literal["instruction", "plain"] = "instruction",
+        template: Template,
     ) -> None:
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
-        self.has_chat_template = bool(getattr(tokenizer, "chat_template", None))
-        self.template: str = "chat" if self.has_chat_template else template
-        self._identity = {**identity, "engine": "transformers", "template": self.template}
+        self.template: Template = template
+        self._identity = {**identity, "engine": "transformers", "template": template}
         self._ends = _ends(model, tokenizer)
         self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -72,9 +73,7 @@ class TransformersEngine:
         return self._identity
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        if self.has_chat_template:
-            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-        return instruction_prompt(messages) if self.template == "instruction" else plain_prompt(messages)
+        return rendered(self.tokenizer, self.template, messages)
 
     def write(self, items: Sequence[Item]) -> Iterator[tuple[int, Answer]]:
         """Raises:
@@ -96,8 +95,9 @@ class TransformersEngine:
 
     def _ids(self, prompt: str) -> list[int]:
         # A chat template writes the special tokens out; without one the tokenizer adds its own, as in training.
-        ids = list(self.tokenizer(prompt, add_special_tokens=not self.has_chat_template)["input_ids"])
-        return ids[:-1] if ids and not self.has_chat_template and ids[-1] == self.tokenizer.eos_token_id else ids
+        written_out = self.template == "chat"
+        ids = list(self.tokenizer(prompt, add_special_tokens=not written_out)["input_ids"])
+        return ids[:-1] if ids and not written_out and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _room(self, ids: list[int]) -> int:
         return 2**31 if self._positions is None else int(self._positions) - len(ids)

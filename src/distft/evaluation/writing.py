@@ -16,6 +16,9 @@ from distft.evaluation.journal import complete, key_of
 from distft.samples import format_dolly
 from distft.world import World
 
+Template = Literal["chat", "instruction", "plain"]
+"""What turns a conversation into a prompt: the tokenizer's own, the one that instructions were trained in, or nothing."""
+
 
 class Message(TypedDict):
     """One turn of a conversation."""
@@ -116,3 +119,15 @@ def instruction_prompt(messages: Sequence[Message]) -> str:
 def plain_prompt(messages: Sequence[Message]) -> str:
     """The turns as they are, for models that were trained on prompts without a template."""
     return "\n\n".join(message["content"] for message in messages)
+
+
+def template_of(tokenizer: Any, otherwise: Literal["instruction", "plain"]) -> Template:
+    """The tokenizer's chat template where it has one."""
+    return "chat" if getattr(tokenizer, "chat_template", None) else otherwise
+
+
+def rendered(tokenizer: Any, template: Template, messages: Sequence[Message]) -> str:
+    """The conversation as the model is given it."""
+    if template == "chat":
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    return instruction_prompt(messages) if template == "instruction" else plain_prompt(messages)
