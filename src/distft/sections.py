@@ -196,7 +196,7 @@ class Data(Section):
     """What to train on, and how it is split."""
 
     name: str
-    """`tiny`, `dolly`, `imdb`, a hub id, or a local .jsonl/.json/.csv/.parquet/.arrow file or folder (which needs `format`)."""
+    """`tiny`, `tiny_sentiment`, `dolly`, `imdb`, a hub id, or a local .jsonl/.json/.csv/.parquet/.arrow file or folder (which needs `format`)."""
     path: str | None = None
     """Local file or folder to read instead of the hub, in the columns of `name`."""
     config: str | None = None
@@ -214,7 +214,7 @@ class Data(Section):
     max_samples: int | None = Field(None, ge=1)
     """Use this many rows of the train split only, taken after shuffling by run.seed."""
     format: Format | None = None
-    """Columns; not needed for `tiny`, `dolly` and `imdb`, which know theirs."""
+    """Columns; not needed for `tiny`, `tiny_sentiment`, `dolly` and `imdb`, which know theirs."""
 
 
 class Batching(Section):

@@ -346,6 +346,7 @@ def log_evaluation(recipe: Recipe, folder: RunFolder, figures: Mapping[str, floa
         _start_wandb(recipe, folder)
         import wandb
 
+        assert wandb.run is not None
         wandb.run.summary.update(dict(figures))
     except Exception as error:  # whatever a tracker raises, the results stay in the folder
         say(f"warning: wandb does not have the evaluation; {folder.results} does ({type(error).__name__}: {error})")

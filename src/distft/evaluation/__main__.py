@@ -11,7 +11,11 @@ from distft.outcome import debug_flag, guarded
 def main() -> int:
     """Entry of `python -m distft.evaluation`."""
     arguments = debug_flag(sys.argv[1:])
-    return guarded(lambda: evaluate(arguments) and None)
+
+    def work() -> None:
+        evaluate(arguments)
+
+    return guarded(work)
 
 
 if __name__ == "__main__":
