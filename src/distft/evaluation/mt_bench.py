@@ -54,8 +54,10 @@ class Scores:
     def samples(self) -> Floats:
         """The mean of a question's turns, of those that have a score."""
         known = np.isfinite(self.turns)
-        sums = np.where(known, self.turns, 0.0).sum(axis=1)
-        return np.divide(sums, known.sum(axis=1), out=np.full(len(sums), np.nan), where=known.any(axis=1))
+        counts: Floats = known.sum(axis=1, dtype=np.float64)
+        means: Floats = np.where(known, self.turns, 0.0).sum(axis=1) / np.maximum(counts, 1.0)
+        means[counts == 0] = np.nan
+        return means
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[TwoTurns]:
