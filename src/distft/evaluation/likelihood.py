@@ -58,7 +58,6 @@ def continuation_log_likelihoods(
     """
     ids, mask = _padded(prefixes, pad, device)
     lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)
-    width = ids.shape[1]
     several = any(len(tokens) > 1 for row in continuations for tokens in row)
     # The vocabulary is large: logits are made at the ends of prefixes alone. Rows of a batch are about as long as each other.
     ends, place = torch.unique(lengths - 1, return_inverse=True)
@@ -81,5 +80,5 @@ def continuation_log_likelihoods(
         ).logits.float().log_softmax(-1)  # fmt: skip
         for row, tokens in enumerate(tails):
             found[row][number] += sum(float(logits[row, step, token]) for step, token in enumerate(tokens[1:]))
-        cache.crop(width)  # the next continuation starts from the prefix again
+        cache.crop(-fed.shape[1])  # the next continuation starts from the prefix again
     return found
