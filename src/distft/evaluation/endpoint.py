@@ -99,8 +99,9 @@ class Endpoint:
                     say(f"the judge at {self.shown}: {problem}; asked again in {wait:.0f} s")
                 if over.wait(wait):
                     break
+        tried = "once" if self.judge.retries == 0 else f"{self.judge.retries + 1} times"
         raise JudgeError(
-            f"the judge at {self.shown} was asked {self.judge.retries + 1} times: {problem}; is the server up, and is "
+            f"the judge at {self.shown} does not judge, tried {tried}: {problem}; is the server up, and is "
             "evaluation.judge.endpoint its base URL (http://HOST:PORT/v1)? What is judged is kept: start again to go on"
         )
 
