@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from distft.evaluation import columns
 from distft.report import FIGURES, LOSS_TOLERANCE, ROUNDING, Comparison, Figure, Report, Spread
 
 UNKNOWN = "–"
@@ -25,6 +26,7 @@ def markdown(report: Report) -> str:
         [f"# {report.title}", count, *missing],
         _runs(report),
         _unfinished(report),
+        _evaluations(report),
         _variants(report),
         _comparisons(report),
         _equality(report),
@@ -59,6 +61,12 @@ def _unfinished(report: Report) -> list[str]:
         if not run.finished
     ]
     return ["## Not finished", "\n".join(lines)] if lines else []
+
+
+def _evaluations(report: Report) -> list[str]:
+    if not report.evaluations:
+        return []
+    return ["## What the fine-tune changed", columns.NOTE, _table(columns.HEAD, columns.rows(report.evaluations))]
 
 
 def variant_rows(report: Report) -> tuple[list[str], list[list[str]]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from distft.errors import RunFolderError
+from distft.evaluation.columns import columns
 from distft.run import RunFolder, to_json
 from distft.yaml12 import parse_yaml
 
@@ -47,6 +48,10 @@ FIGURES = (
     Figure("eval_loss_after", "eval loss after", ",.4f"),
     Figure("perplexity_before", "perplexity before", ",.2f", compared=False),
     Figure("perplexity_after", "perplexity after", ",.2f"),
+    Figure("imdb_accuracy", "IMDB accuracy", ",.3f"),
+    Figure("imdb_f1", "IMDB F1", ",.3f"),
+    Figure("mt_bench_score", "MT-Bench, of 10", ",.2f"),
+    Figure("alpaca_win_rate", "AlpacaEval win rate", ",.3f"),
     Figure("train_time_s", "train time, s", ",.1f", speed=True),
     Figure("samples_per_second", "samples/s", ",.2f", speed=True),
     Figure("tokens_per_second", "tokens/s", ",.0f", speed=True),
@@ -93,6 +98,7 @@ class Run:
     world_size: int | None
     figures: Mapping[str, float | None]
     facts: Mapping[str, Any] = field(repr=False)
+    evaluation: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def finished(self) -> bool:
@@ -159,6 +165,11 @@ class Report:
     comparisons: tuple[Comparison, ...]
     differences: Mapping[str, Mapping[str, Any]]
     missing: tuple[str, ...]
+
+    @property
+    def evaluations(self) -> dict[str, Mapping[str, Any]]:
+        """Of each run that was evaluated, what its tasks found."""
+        return {run.name: run.evaluation for run in self.runs if run.evaluation}
 
     def to_json(self) -> str:
         """The report as a JSON object; a run's facts stand in its folder."""
@@ -228,13 +239,14 @@ def _read(folder: RunFolder) -> Run:
         "steps": steps, "final_loss": logged.get("loss"),
         "eval_loss_before": before.get("loss"), "eval_loss_after": after.get("loss"),
         "perplexity_before": before.get("perplexity"), "perplexity_after": after.get("perplexity"),
+        **columns(summary.get("evaluation")),
     }  # fmt: skip
     as_run = _AS_RUN if summary.get("status") == "finished" else ("strategy", "world_size")
     facts = dict(_leaves(recipe)) | {f"as run.{key}": summary.get(key) for key in as_run}
     facts |= _leaves({key: environment.get(key) for key in _MACHINE}, "machine.")
     return Run(
         folder.name, str(folder.path), str(summary.get("status")), summary.get("cause"), summary.get("strategy"),
-        summary.get("world_size"), figures, facts,
+        summary.get("world_size"), figures, facts, summary.get("evaluation") or {},
     )  # fmt: skip
 
 

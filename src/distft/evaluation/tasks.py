@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from distft import data, strategy
 from distft.errors import LaunchError, RunFolderError
 from distft.evaluation.checks import check
+from distft.evaluation.columns import shown
 from distft.evaluation.settings import TaskName
 from distft.evaluation.target import Target
 from distft.machine import describe
@@ -201,13 +202,3 @@ def lines(task: str, result: Mapping[str, Any]) -> list[str]:
         verdict = f" ({figure['verdict']})" if figure["verdict"] else ""
         found.append(f"{task}: {figure['title']}: {', '.join(sides)}{verdict}")
     return found
-
-
-def shown(estimate: Mapping[str, float | None], form: str) -> str:
-    """A figure with the bounds of its interval."""
-    value, low, high = (estimate[key] for key in ("value", "low", "high"))
-    if value is None or value != value:
-        return "unknown"
-    if low is None or high is None or low != low:
-        return format(value, form)
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
