@@ -15,7 +15,7 @@ from distft.evaluation.judge import Judgement
 from distft.evaluation.mt_bench import TEMPERATURE, TwoTurns, read_questions, result, run
 from distft.evaluation.target import Target
 from distft.run import read_lines, to_json
-from tests.evaluation.conftest import evaluation
+from tests.evaluation.judged.conftest import evaluation
 
 Replay = Callable[..., Any]
 

@@ -12,7 +12,7 @@ from distft.errors import JudgeError
 from distft.evaluation.judge import RUBRIC, Judgement, Question, count, judge_all, out_of_ten
 from distft.evaluation.target import Target
 from distft.run import read_lines
-from tests.evaluation.conftest import evaluation
+from tests.evaluation.judged.conftest import evaluation
 
 Replay = Callable[..., Any]
 
