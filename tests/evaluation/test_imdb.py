@@ -150,7 +150,7 @@ def test_reviews_of_a_file_are_checked(tmp_path: Path) -> None:
     ):
         reviews.load(load_recipe(words), 2)
     words += ["evaluation.imdb.text=body", "evaluation.imdb.label=stars"]
-    with pytest.raises(DataError, match="row 2 of .* is no review with a class from 0 to 1"):
+    with pytest.raises(DataError, match=r"row 2 of .* is no review with a class from 0 to 1"):
         reviews.load(load_recipe(words), 2)
     assert [row.label for row in reviews.load(load_recipe([*words, "evaluation.imdb.balanced=false"]), 3)] == [0, 1, 2]
     with pytest.raises(DataError, match="label words"):
