@@ -165,9 +165,12 @@ class LocalJudge:
             torch.cuda.empty_cache()
 
     def _unavailable(self, error: Exception) -> JudgeError:
+        # What else the error says names settings of the model that is evaluated.
+        problem = next(iter(str(error).splitlines()), type(error).__name__)
         return JudgeError(
-            f"the judge {self.judge.model} cannot be loaded: {error}\n  give the folder that it lies in (evaluation.judge.model=FOLDER), "
-            "or a server that has it (evaluation.judge.endpoint=http://HOST:PORT/v1)"
+            f"the judge {self.judge.model} cannot be loaded: {problem}\n  on a machine with a connection: hf download {self.judge.model}\n"
+            "  or give the folder that it lies in (evaluation.judge.model=FOLDER), or a server that has it "
+            "(evaluation.judge.endpoint=http://HOST:PORT/v1)"
         )
 
 

@@ -11,6 +11,7 @@ import pytest
 from distft.errors import JudgeError
 from distft.evaluation.judge import RUBRIC, Judgement, Question, count, judge_all, out_of_ten
 from distft.evaluation.target import Target
+from distft.recipe import load_recipe
 from distft.run import read_lines
 from tests.evaluation.judged.conftest import evaluation
 
@@ -162,6 +163,15 @@ def test_a_judge_that_is_not_here_is_named_with_its_remedies(target: Target, tmp
     with pytest.raises(JudgeError, match=f"the judge {name} cannot be loaded") as caught:
         judge_all(QUESTIONS, target, evaluation(judge=name), tmp_path)
     assert "evaluation.judge.model=FOLDER" in str(caught.value) and "evaluation.judge.endpoint" in str(caught.value)
+
+
+def test_a_judge_that_is_named_alone_keeps_the_settings_beside_it(tmp_path: Path) -> None:
+    words = ["evaluation.judge=some/judge", "evaluation.judge.mode=pairwise"]
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: tiny\nevaluation: {judge: some/judge}\n")
+    for given in (words, words[::-1], [f"recipe={file}", words[1]]):
+        judge = load_recipe(given).evaluation.judge
+        assert (judge.model, judge.mode) == ("some/judge", "pairwise")
 
 
 def test_a_rubric_of_ones_own(target: Target, tmp_path: Path, replay: Replay) -> None:
