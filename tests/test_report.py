@@ -69,7 +69,7 @@ def test_a_run_s_figures_are_those_of_its_folder(tmp_path: Path) -> None:
         "steps": 10, "samples": 160, "tokens": 8000, "train_loss": 2.5, "final_loss": 2.25, "eval_loss_before": 4.0,
         "eval_loss_after": 2.0, "perplexity_before": 54.6, "perplexity_after": 7.39, "train_time_s": 4.0,
         "samples_per_second": 40.0, "tokens_per_second": 2000.0, "mfu": 0.5, "peak_memory_gib": 8.0, "energy_j": 1234.5,
-        "restarts": 2,
+        "restarts": 2, "imdb_accuracy": None, "imdb_f1": None, "mt_bench_score": None, "alpaca_win_rate": None,
     }  # fmt: skip
     shown = row(markdown(made), "Runs", "a")
     assert (shown["strategy"], shown["processes"], shown["last train loss"], shown["MFU"]) == (

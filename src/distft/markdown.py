@@ -50,7 +50,7 @@ def run_rows(report: Report) -> tuple[list[str], list[list[str]]]:
 def _runs(report: Report) -> list[str]:
     head, rows = run_rows(report)
     known = [figure for figure in FIGURES if figure.title in head]
-    unknown = [figure.title.split(",")[0] for figure in FIGURES if figure not in known]
+    unknown = [figure.title.split(",")[0] for figure in FIGURES if figure not in known and not figure.asked]
     return ["## Runs", _table(head, rows), *([f"Not known of any run: {', '.join(unknown)}."] if unknown else [])]
 
 

@@ -29,13 +29,15 @@ _NAMES_OF_A_RUN = ("run.name", "run.dir", "run.resume", "run.force", "tracking."
 
 @dataclass(frozen=True)
 class Figure:
-    """A column: the key of a run's figures, its title with the unit, how it is written, and whether it is a speed."""
+    """A column: the key of a run's figures, its title with the unit, how it is written, and whether it is a speed. `asked`: no run
+    has it that was not evaluated for it."""
 
     key: str
     title: str
     form: str
     speed: bool = False
     compared: bool = True
+    asked: bool = False
 
 
 FIGURES = (
@@ -48,10 +50,10 @@ FIGURES = (
     Figure("eval_loss_after", "eval loss after", ",.4f"),
     Figure("perplexity_before", "perplexity before", ",.2f", compared=False),
     Figure("perplexity_after", "perplexity after", ",.2f"),
-    Figure("imdb_accuracy", "IMDB accuracy", ",.3f"),
-    Figure("imdb_f1", "IMDB F1", ",.3f"),
-    Figure("mt_bench_score", "MT-Bench, of 10", ",.2f"),
-    Figure("alpaca_win_rate", "AlpacaEval win rate", ",.3f"),
+    Figure("imdb_accuracy", "IMDB accuracy", ",.3f", asked=True),
+    Figure("imdb_f1", "IMDB F1", ",.3f", asked=True),
+    Figure("mt_bench_score", "MT-Bench, of 10", ",.2f", asked=True),
+    Figure("alpaca_win_rate", "AlpacaEval win rate", ",.3f", asked=True),
     Figure("train_time_s", "train time, s", ",.1f", speed=True),
     Figure("samples_per_second", "samples/s", ",.2f", speed=True),
     Figure("tokens_per_second", "tokens/s", ",.0f", speed=True),
