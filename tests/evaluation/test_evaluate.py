@@ -173,6 +173,7 @@ def test_a_model_and_an_adapter_are_evaluated_as_the_adapters_run_was_trained(ru
         (["adapter=x"], LaunchError, "say what to evaluate"),
         (["nowhere"], RunFolderError, "nowhere is no run folder"),
         (["model=tiny", "adapter=nowhere"], RunFolderError, "nowhere holds no adapter"),
+        (["model=tiny"], LaunchError, r"of which text the perplexity is: data\.name="),
         (["model=tiny", "evaluation.tasks=[imbd]"], RecipeError, r"evaluation\.tasks\.0: expected 'perplexity'"),
         (["model=tiny", "evaluation.judge.modell=x"], RecipeError, r"evaluation\.judge\.modell: unknown key"),
     ],

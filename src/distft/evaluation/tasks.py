@@ -21,6 +21,7 @@ from distft.evaluation.columns import shown
 from distft.evaluation.settings import TaskName
 from distft.evaluation.target import Target
 from distft.machine import describe
+from distft.origin import COMMAND_LINE
 from distft.recipe import Recipe, load_recipe
 from distft.run import RunFolder, to_json, write_atomically
 from distft.telemetry import closing_trackers, log_evaluation
@@ -76,9 +77,14 @@ class Request:
         if result is not None and RunFolder(result.parent).recipe.is_file():
             folder = RunFolder(result.parent)
             return cls(_recipe([f"recipe={_as_path(folder.recipe)}", named, *words]), folder, result)
-        plain = ["recipe=tiny", named, "model.dtype=bfloat16", "quantization=null", "tracking.report_to=[]"]
+        plain = ["recipe=tiny", named, "model.dtype=bfloat16", "quantization=null", "training.max_length=1024",
+                 "tracking.report_to=[]"]  # fmt: skip
         name = "-".join(["evaluate", *(Path(part).name for part in (model, adapter) if part)])
         recipe = _recipe([*plain, *words])
+        if "perplexity" in recipe.evaluation.tasks and recipe.source.of("data.name") != COMMAND_LINE:
+            raise LaunchError(
+                "say of which text the perplexity is: data.name=FILE data.format.text=COLUMN, or a data set's name"
+            )
         return cls(recipe, RunFolder(Path(recipe.run.dir).expanduser() / name), result)
 
 
