@@ -27,6 +27,7 @@ FLOORS = (
         "evaluation.figures",
         "evaluation.columns",
         "evaluation.verdicts",
+        "evaluation.vllm_worker",
     ),
     ("sections", "run", "world", "lora_nodes", "evaluation.settings"),
     ("origin", "launcher", "report", "history", "fused"),
@@ -57,6 +58,7 @@ FLOORS = (
         "experiment",
         "bandwidth",
         "evaluation.scores",
+        "evaluation.vllm_engine",
     ),
     ("watch", "trainer", "estimate", "probe", "fetch", "facts", "evaluation.target"),
     (

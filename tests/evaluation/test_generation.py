@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -17,9 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from distft.evaluation.generation import TransformersEngine, _batches, _Draw
+from distft.errors import MissingExtraError, ModelError
+from distft.evaluation.generation import TransformersEngine, _batches, _Draw, against_vllm, engine_of
+from distft.evaluation.settings import Evaluation
+from distft.evaluation.target import Target
+from distft.evaluation.vllm_engine import VllmEngine
 from distft.evaluation.writing import Answer, Item, Message, Sampling, instruction_prompt, rendered
+from distft.recipe import load_recipe
 from distft.run import read_lines
+from distft.world import World
 from tests.evaluation import writes
 
 PROGRAM = Path(writes.__file__)
@@ -206,3 +213,61 @@ def test_two_processes_write_what_one_does_and_each_its_share(tmp_path: Path, ti
     ranks = [json.loads(shared.with_suffix(f".{rank}").read_text()) for rank in (0, 1)]
     assert one["answers"] == ranks[0]["answers"] == ranks[1]["answers"]
     assert [rank["asked"] for rank in ranks] == [len(writes.ITEMS) / 2] * 2
+
+
+def a_target(adapter_config: dict[str, Any] | None, tmp_path: Path, device: str, *words: str) -> Target:
+    """As much of a target as is looked at before anything is loaded."""
+    if adapter_config is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(adapter_config))
+    recipe = load_recipe(["recipe=tiny", *words])
+    result = None if adapter_config is None else tmp_path
+    return Target(
+        recipe, World(), None, torch.device(device), result, result is not None, {"base": "b", "adapter": "a"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "words", "says"),
+    [
+        (None, "cpu", ["quantization=null"], "no GPU"),
+        (None, "cuda:0", ["quantization={load_in_4bit: true}"], "does not quantise"),
+        ({"r": 8, "use_dora": True}, "cuda:0", ["quantization=null"], "use_dora"),
+        ({"r": 8, "modules_to_save": ["lm_head"]}, "cuda:0", ["quantization=null"], "modules_to_save"),
+        ({"r": 300}, "cuda:0", ["quantization=null"], "up to rank 256"),
+        (
+            {"r": 8, "use_dora": False, "modules_to_save": None, "rank_pattern": {}},
+            "cuda:0",
+            ["quantization=null"],
+            None,
+        ),
+        (None, "cuda:0", ["quantization=null"], None),
+    ],
+)
+def test_vllm_is_taken_only_where_it_writes_what_was_trained(
+    config: dict[str, Any] | None, device: str, words: list[str], says: str | None, tmp_path: Path
+) -> None:
+    against = against_vllm(a_target(config, tmp_path, device, *words))
+    assert against is None if says is None else against is not None and says in against
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_that_is_not_installed_is_said_with_its_extra(tmp_path: Path) -> None:
+    settings = Evaluation.model_validate({"generation": {"engine": "vllm"}})
+    with pytest.raises(MissingExtraError, match=r"pip install 'distft\[vllm\]'"):
+        engine_of(a_target(None, tmp_path, "cuda:0"), settings, "base")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_a_vllm_that_cannot_start_is_an_error_with_a_remedy(tokenizer: Any) -> None:
+    """The worker is a real process; without vLLM it ends at its import."""
+    wanted = {
+        "model": "m",
+        "revision": None,
+        "dtype": "float32",
+        "trust_remote_code": False,
+        "adapter": None,
+        "max_lora_rank": 8,
+    }
+    engine = VllmEngine(wanted, tokenizer, {}, template="plain", device=0, ends=[2], positions=1_024)
+    with pytest.raises(ModelError, match=r"exit code 1.*evaluation\.generation\.engine=transformers"):
+        list(engine.write([Item(user("Hi"), Sampling(4))]))

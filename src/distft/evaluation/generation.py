@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +19,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from distft.errors import OutOfMemory
+from distft.errors import MissingExtraError, ModelError, OutOfMemory
 from distft.evaluation.settings import Evaluation
 from distft.evaluation.target import SideName, Target
+from distft.evaluation.vllm_engine import RANKS, VllmEngine
 from distft.evaluation.writing import (
     Answer,
     Engine,
@@ -28,28 +33,81 @@ from distft.evaluation.writing import (
     item_seed,
     rendered,
     template_of,
+    token_ids,
 )
+from distft.model import model_path
+from distft.world import say_once
 
 
 def engine_of(target: Target, settings: Evaluation, side: SideName) -> Engine:
     """What writes the answers of `side`; to be used within `target.side(side)`.
 
     The template is the tokenizer's chat template; without one, the one that the recipe trained with: Dolly's, or none where its prompts
-    are used as they are.
+    are used as they are. `auto` takes vLLM where it is installed and nothing speaks against it.
+
+    Raises:
+        MissingExtraError: vLLM is asked for and not installed.
+        ModelError: vLLM is asked for and cannot write what this target would.
     """
-    form = target.recipe.data.format
+    form, wanted = target.recipe.data.format, settings.generation.engine
+    template = template_of(target.tokenizer, "plain" if form is not None and form.prompt else "instruction")
+    identity = {"weights": target.identity[side]}
+    installed = importlib.util.find_spec("vllm") is not None
+    if wanted == "vllm" or (wanted == "auto" and installed):
+        if not installed:
+            raise MissingExtraError("answers by evaluation.generation.engine=vllm", "vllm", "vllm")
+        against = against_vllm(target)
+        if against is None:
+            return VllmEngine(
+                _for_vllm(target, side), target.tokenizer, identity, template=template, device=target.device.index or 0,
+                ends=_ends(target.model, target.tokenizer), positions=_positions(target.model),
+            )  # fmt: skip
+        if wanted == "vllm":
+            raise ModelError(
+                f"vLLM cannot write these answers: {against}; set evaluation.generation.engine=transformers"
+            )
+        say_once(f"answers come from transformers, not vLLM: {against}", target.world, os.environ)
     return TransformersEngine(
-        target.model, target.tokenizer, {"weights": target.identity[side]},
-        batch_tokens=settings.generation.batch_tokens,
-        template=template_of(target.tokenizer, "plain" if form is not None and form.prompt else "instruction"),
-    )  # fmt: skip
+        target.model, target.tokenizer, identity, batch_tokens=settings.generation.batch_tokens, template=template
+    )
+
+
+def against_vllm(target: Target) -> str | None:
+    """Why vLLM would not write what the model in this process does, or could not; None where nothing speaks against it."""
+    if target.device.type != "cuda":
+        return "there is no GPU"
+    section = target.recipe.quantization
+    if section is not None and section.is_quantized:
+        return "it does not quantise the base as it was trained"
+    if target.result is not None and target.is_adapter:
+        adapter = json.loads((target.result / "adapter_config.json").read_text(encoding="utf-8"))
+        for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"):
+            if adapter.get(key):
+                return f"it does not take an adapter with {key}"
+        if adapter.get("r", 0) > max(RANKS):
+            return f"it takes adapters up to rank {max(RANKS)}"
+    return None
+
+
+def _for_vllm(target: Target, side: SideName) -> dict[str, Any]:
+    """What `vllm_worker` loads for `side`."""
+    recipe, trained = target.recipe.model, side == "adapter"
+    whole = trained and not target.is_adapter
+    adapter = str(target.result) if trained and target.is_adapter else None
+    rank = (
+        0 if adapter is None else json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    )
+    return {
+        "model": str(target.result) if whole else model_path(target.recipe), "revision": None if whole else recipe.revision,
+        "dtype": recipe.dtype, "trust_remote_code": recipe.trust_remote_code, "adapter": adapter,
+        "max_lora_rank": next(size for size in RANKS if size >= rank),
+    }  # fmt: skip
 
 
 class TransformersEngine:
     """`model.generate` in batches of about one length.
 
-    `template` makes the prompts. `batch_tokens` bounds what a batch may come to:
-    its items times the longest prompt and what may be written. Greedy or sampled, generation settings that come with the model (a
+    `template` makes the prompts. `batch_tokens` bounds what a batch may come to: its items times the longest prompt and what may be written. Greedy or sampled, generation settings that come with the model (a
     repetition penalty, say) are left out: only `Sampling` counts.
     """
 
@@ -66,7 +124,7 @@ class TransformersEngine:
         self.template: Template = template
         self._identity = {**identity, "engine": "transformers", "template": template}
         self._ends = _ends(model, tokenizer)
-        self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._positions = _positions(model)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -94,10 +152,7 @@ class TransformersEngine:
                 yield from zip(batch, written, strict=True)
 
     def _ids(self, prompt: str) -> list[int]:
-        # A chat template writes the special tokens out; without one the tokenizer adds its own, as in training.
-        written_out = self.template == "chat"
-        ids = list(self.tokenizer(prompt, add_special_tokens=not written_out)["input_ids"])
-        return ids[:-1] if ids and not written_out and ids[-1] == self.tokenizer.eos_token_id else ids
+        return token_ids(self.tokenizer, self.template, prompt)
 
     def _room(self, ids: list[int]) -> int:
         return 2**31 if self._positions is None else int(self._positions) - len(ids)
@@ -174,6 +229,11 @@ def _batches(members: Iterable[int], lengths: Sequence[int], limit: int, batch_t
         batch.append(index)
     if batch:
         yield batch
+
+
+def _positions(model: Any) -> int | None:
+    """The longest sequence that the model has positions for; None where it says none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:

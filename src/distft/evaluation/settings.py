@@ -87,7 +87,8 @@ class Generation(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     """Where sampled: draw from the likeliest tokens that have this probability together."""
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """`auto` takes vLLM where it is installed and a GPU is there, else transformers' generate."""
+    """`auto` takes vLLM where it is installed, a GPU is there, and the base is not quantised, else transformers' generate. vLLM loads the
+    base a second time."""
 
 
 class Judge(Section):

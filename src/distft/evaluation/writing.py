@@ -131,3 +131,11 @@ def rendered(tokenizer: Any, template: Template, messages: Sequence[Message]) ->
     if template == "chat":
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
     return instruction_prompt(messages) if template == "instruction" else plain_prompt(messages)
+
+
+def token_ids(tokenizer: Any, template: Template, prompt: str) -> list[int]:
+    """The prompt's tokens. A chat template writes special tokens out; without one the tokenizer adds its own, as in training, but not the
+    end of the sequence."""
+    written_out = template == "chat"
+    ids = list(tokenizer(prompt, add_special_tokens=not written_out)["input_ids"])
+    return ids[:-1] if ids and not written_out and ids[-1] == tokenizer.eos_token_id else ids
