@@ -132,3 +132,22 @@ def test_a_task_that_there_is_not_is_told(tasks: Path) -> None:
         _look(LmEval(tasks=["sentimental", "sentiment"], include_path=str(tasks)))
     with pytest.raises(DataError, match=r"arc_easy cannot be loaded: (?s:.*)documents come from the hub"):
         _look(LmEval(tasks=["arc_easy"]))
+
+
+def test_a_report_shows_groups_without_their_parts() -> None:
+    from distft.evaluation import columns
+
+    def of(task: str) -> dict[str, Any]:
+        return {"alias": task, "acc,none": 0.5, "acc_stderr,none": 0.1}
+
+    base = {
+        "results": {"mmlu": of("mmlu"), "mmlu_law": of("mmlu_law"), "arc": of("arc")}, "group_subtasks": {"mmlu": ["mmlu_law"]},
+        "higher_is_better": {}, "n-samples": {"mmlu_law": {"effective": 7}, "arc": {"effective": 9}}, "samples": {},
+    }  # fmt: skip
+    found = figures({"base": base})
+    assert {name: (figure["count"], figure.get("detail", False)) for name, figure in found.items()} == {
+        "mmlu/acc": (7, False), "mmlu_law/acc": (7, True), "arc/acc": (9, False),
+    }  # fmt: skip
+    shown = [row[2:7] for row in columns.rows({"run": {"lm_eval": {"figures": found}}})]
+    interval = "0.500 [0.304, 0.696]"
+    assert shown == [["mmlu: acc", "7", interval, "–", "–"], ["arc: acc", "9", interval, "–", "–"]]

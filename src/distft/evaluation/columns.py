@@ -28,10 +28,11 @@ def columns(evaluation: Mapping[str, Any] | None) -> dict[str, float | None]:
 
 
 def figures(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Task, name and figure of everything that was evaluated."""
+    """Task, name and figure of what was evaluated, without details: a benchmark may have dozens of parts."""
     for task, result in evaluation.items():
         for name, figure in result["figures"].items():
-            yield task, name, figure
+            if not figure.get("detail"):
+                yield task, name, figure
 
 
 def rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:

@@ -137,9 +137,10 @@ def _lm(model: Any, tokenizer: Any, world: World, section: LmEval) -> Any:
 
 def figures(found: Mapping[SideName, Results]) -> dict[str, Any]:
     """Every metric of every task and group, both sides, and their difference over pairs of the same document where the metric is a mean
-    over documents; else as that of two independent figures."""
+    over documents; else as that of two independent figures. Those of a group's parts are marked as `detail`, which reports leave out."""
     base, adapter = found["base"], found.get("adapter")
     made: dict[str, Any] = {}
+    parts = {leaf for below in base.get("group_subtasks", {}).values() for leaf in below}
     for task, values in base["results"].items():
         for key in values:
             name, _, chosen = key.partition(",")
@@ -152,7 +153,7 @@ def figures(found: Mapping[SideName, Results]) -> dict[str, Any]:
             made[f"{task}/{name}" + ("" if chosen == "none" else f"/{chosen}")] = compared(
                 sides[0], sides[1] if len(sides) > 1 else None, pairs, title=title, better="lower" if higher is False else "higher",
                 count=_count(base, task),
-            )  # fmt: skip
+            ) | ({"detail": True} if task in parts else {})  # fmt: skip
     return made
 
 

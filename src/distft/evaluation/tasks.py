@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from distft import data, strategy
 from distft.errors import LaunchError, RunFolderError
 from distft.evaluation.checks import check
-from distft.evaluation.columns import shown
+from distft.evaluation.columns import figures, shown
 from distft.evaluation.settings import TaskName
 from distft.evaluation.target import Target
 from distft.machine import describe
@@ -180,8 +180,8 @@ def _known(folder: RunFolder) -> dict[str, Any]:
 def _write(folder: RunFolder, record: Mapping[str, Any]) -> None:
     write_atomically(folder.results, to_json(record) + "\n")
     if folder.summary.is_file():
-        figures = {task: {"figures": result["figures"]} for task, result in record.items()}
-        folder.write_summary(folder.read_summary() | {"evaluation": figures})
+        found = {task: {"figures": result["figures"]} for task, result in record.items()}
+        folder.write_summary(folder.read_summary() | {"evaluation": found})
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, float]:
@@ -199,7 +199,7 @@ def _flat(record: Mapping[str, Any]) -> dict[str, float]:
 def lines(task: str, result: Mapping[str, Any]) -> list[str]:
     """What a user wants to read of a task's result."""
     found = []
-    for figure in result["figures"].values():
+    for _, _, figure in figures({task: result}):
         sides = [
             f"{side} {shown(figure[side], figure['form'])}"
             for side in ("base", "adapter", "difference")
