@@ -159,8 +159,9 @@ def test_a_model_and_an_adapter_are_evaluated_as_the_adapters_run_was_trained(ru
     copied = where / "elsewhere"
     run.adapter.rename(copied)
     distft(
-        where, "evaluate", "model=tiny", "adapter=elsewhere", "model.dtype=float32", "data.name=tiny_sentiment", *words
-    )
+        where, "evaluate", "model=tiny", "adapter=elsewhere", "model.dtype=float32", "data.name=tiny_sentiment",
+        "data.test_fraction=0.2", *words,
+    )  # fmt: skip
     apart = result(RunFolder(where / "runs" / "evaluate-tiny-elsewhere"))["imdb"]
     assert apart["weights"] == beside["weights"]
     assert apart["figures"]["accuracy"]["adapter"] == beside["figures"]["accuracy"]["adapter"]

@@ -61,7 +61,9 @@ def test_on_two_processes_the_adapter_scores_as_lm_evals_own_command_on_the_merg
         ("sentiment_first", "acc_norm,none"),
         ("sentiment_write", "exact_match,none"),
     } <= theirs.keys()
-    assert ours == theirs  # identical
+    for key in theirs:  # identical; errors but for the order in which processes sum them
+        assert ours[key] == (pytest.approx(theirs[key], rel=1e-12) if "stderr" in key[1] else theirs[key])
+    assert ours.keys() == theirs.keys()
     gained = found["figures"]["sentiment/acc"]
     assert gained["adapter"]["value"] == theirs["sentiment", "acc,none"] and gained["count"] == 40
     assert gained["verdict"] == "gain"  # it has learned this very task
@@ -79,7 +81,7 @@ def test_on_two_processes_the_adapter_scores_as_lm_evals_own_command_on_the_merg
     again = json.loads(run.results.read_text(encoding="utf-8"))["lm_eval"]["results"]
     assert again["base"]["sentiment"]["acc,none"] == 0.5  # all alike: the first choice, for every document
     assert again["base"]["sentiment_write"]["exact_match,none"] == 0.5
-    assert scores(again["adapter"]) == theirs
+    assert scores(again["adapter"]) == ours
 
 
 def test_on_a_quantised_base_it_scores_as_the_merged_model_within_a_standard_error(
