@@ -213,3 +213,17 @@ def test_a_judge_is_a_name_or_a_mapping_and_tasks_do_not_change_what_is_learned(
     assert mapped.evaluation.judge.endpoint == "http://127.0.0.1:8000/v1"
     assert "evaluation." in _FREE_TO_CHANGE
     assert not list(_differences(load_recipe([]).model_dump(), named.model_dump()))
+
+
+@pytest.mark.parametrize(
+    "lora", ["lora.r=4", "lora=null"]
+)  # without an adapter both models are loaded, one after the other
+def test_perplexities_are_those_that_training_measured_before_and_after(lora: str, tmp_path: Path) -> None:
+    distft(tmp_path, "train", "recipe=tiny_sentiment", "strategy=single", "quantization=null", "training.max_steps=4", lora,
+           "evaluation.max_samples=20", "run.name=a", "tracking.report_to=[]")  # fmt: skip
+    folder = RunFolder(tmp_path / "runs" / "a")
+    distft(tmp_path, "evaluate", "runs/a", "evaluation.tasks=[perplexity]")
+    found, summary = result(folder)["perplexity"], folder.read_summary()
+    for side, measured in (("base", "eval_before"), ("adapter", "eval_after")):
+        assert found["figures"]["loss"][side]["value"] == pytest.approx(summary[measured]["loss"], rel=1e-4)
+    assert found["samples"] == 20

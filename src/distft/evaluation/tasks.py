@@ -130,7 +130,7 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
     together(world, claim)
     with closing_trackers():
         target = Target.load(request.recipe, request.result, world)
-        record = _known(folder) if world.is_main else {}
+        record = _known(folder, target.identity) if world.is_main else {}
         for task in settings.tasks:
             if world.is_main:
                 say(f"{task}: {' and '.join(target.sides)} of {request.recipe.model.name}")
@@ -172,9 +172,12 @@ def _settings(recipe: Recipe, task: TaskName) -> dict[str, Any]:
     }
 
 
-def _known(folder: RunFolder) -> dict[str, Any]:
-    """What tasks have found here before; a task that runs again replaces its own."""
-    return dict(json.loads(folder.results.read_text(encoding="utf-8"))) if folder.results.is_file() else {}
+def _known(folder: RunFolder, weights: Mapping[Any, str]) -> dict[str, Any]:
+    """What tasks have found here before with these weights; a task that runs again replaces its own."""
+    if not folder.results.is_file():
+        return {}
+    found = json.loads(folder.results.read_text(encoding="utf-8"))
+    return {task: result for task, result in found.items() if result["weights"] == weights}
 
 
 def _write(folder: RunFolder, record: Mapping[str, Any]) -> None:
