@@ -615,7 +615,8 @@ def test_all_samples_cut_to_nothing_is_an_error_that_names_the_length(prepare: P
 
 def test_a_name_that_is_nothing_known_says_what_is(prepare: Prepare) -> None:
     with pytest.raises(
-        DataError, match=r"data\.name=climate is none of tiny, dolly, imdb, no file and no hub id; set data\.path"
+        DataError,
+        match=r"data\.name=climate is none of tiny, tiny_sentiment, dolly, imdb, no file and no hub id; set data\.path",
     ):
         prepare("data.name=climate", "data.format.text=text")
 

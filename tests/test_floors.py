@@ -14,11 +14,40 @@ import pytest
 import distft
 
 FLOORS = (
-    ("errors", "packaged", "batch", "yaml12", "kernels", "recompute", "offline", "head", "intervals", "devices"),
-    ("sections", "run", "world", "lora_nodes", "fsdp2", "verdict", "bound"),
+    (
+        "errors",
+        "packaged",
+        "batch",
+        "yaml12",
+        "kernels",
+        "recompute",
+        "offline",
+        "head",
+        "intervals",
+        "devices",
+        "section",
+        "sentiment",
+        "evaluation.figures",
+        "evaluation.columns",
+        "evaluation.verdicts",
+        "evaluation.vllm_worker",
+    ),
+    ("sections", "run", "world", "lora_nodes", "fsdp2", "verdict", "bound", "evaluation.settings"),
     ("origin", "launcher", "report", "history", "fused"),
-    ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts"),
-    ("outcome", "strategy", "tiny", "attention", "loader", "logs", "experiment_file", "page", "wandb_report"),
+    ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts", "evaluation.journal"),
+    (
+        "outcome",
+        "strategy",
+        "tiny",
+        "attention",
+        "loader",
+        "logs",
+        "experiment_file",
+        "page",
+        "wandb_report",
+        "evaluation.checks",
+        "evaluation.writing",
+    ),
     (
         "model",
         "data",
@@ -32,10 +61,24 @@ FLOORS = (
         "stopping",
         "experiment",
         "bandwidth",
+        "evaluation.scores",
+        "evaluation.vllm_engine",
     ),
-    ("watch", "trainer", "estimate", "probe", "fetch", "facts", "live"),
-    ("memory", "submission", "doctor", "compare"),
-    ("train", "trial"),
+    ("watch", "trainer", "estimate", "probe", "fetch", "facts", "live", "evaluation.target"),
+    (
+        "memory",
+        "submission",
+        "doctor",
+        "compare",
+        "evaluation.generation",
+        "evaluation.reviews",
+        "evaluation.endpoint",
+        "evaluation.likelihood",
+    ),
+    ("train", "trial", "evaluation.judge", "evaluation.perplexity", "evaluation.imdb", "evaluation.lm_eval"),
+    ("evaluation.mt_bench", "evaluation.alpaca"),
+    ("evaluation.tasks",),
+    ("evaluation.__main__",),
     ("cli",),
 )
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
@@ -48,6 +91,7 @@ SOURCES = {
     for path in sorted(PACKAGE.rglob("*.py"))
     if path.name != "__init__.py"
 }
+SUBPACKAGES = {module.partition(".")[0] for module in SOURCES if "." in module}
 
 
 def imported(source: str) -> Iterator[str]:
@@ -61,12 +105,18 @@ def imported(source: str) -> Iterator[str]:
             # What the package itself offers (`__version__`) is no module.
             names = (
                 [f"{base}.{alias.name}" for alias in node.names if not alias.name.startswith("__")]
-                if base == "distft"
+                if base in ("distft", *(f"distft.{name}" for name in SUBPACKAGES))
                 else [base]
             )
         else:
             continue
-        yield from (name.split(".")[1] for name in names if name.startswith("distft."))
+        yield from (_module(name) for name in names if name.startswith("distft."))
+
+
+def _module(name: str) -> str:
+    """`distft.a.b` as `a.b` where `a` is a sub-package, else `a`: what comes after it is no module."""
+    parts = name.split(".")[1:]
+    return ".".join(parts[: 2 if parts[0] in SUBPACKAGES else 1])
 
 
 def climbs(module: str, source: str) -> list[str]:
@@ -124,6 +174,9 @@ def test_the_room_of_the_strategies_does_branch_on_them() -> None:
         ("from . import checkpoint", ["checkpoint"]),
         ("def later():\n    from distft.launch import run", ["launch"]),
         ("from distft.utils import anything", ["utils"]),  # has no floor
+        ("from distft.evaluation.target import Target", ["evaluation.target"]),
+        ("from distft.evaluation import tasks, settings", ["evaluation.tasks"]),
+        ("from distft.evaluation.figures import Estimate", []),
         ("from distft import __version__\nfrom distft.recipe import Recipe\nimport datasets", []),
     ],
 )

@@ -99,6 +99,9 @@ def test_recipes_of_commands_for_other_machines_load(
     checks = (strategy.faults, data.faults, slurm.faults)
     if "experiment=" in command:
         assert f"experiment={load_experiment(settings, checks=checks).name}" in words
+    elif words[:2] == ["distft", "evaluate"]:
+        settings = [word for word in settings if not word.startswith(("model=", "adapter="))]
+        assert load_recipe(settings, checks=checks).evaluation.tasks
     else:
         assert f"recipe={load_recipe(settings, checks=checks).source.name}" in words
 

@@ -69,7 +69,7 @@ def test_a_run_s_figures_are_those_of_its_folder(tmp_path: Path) -> None:
         "steps": 10, "samples": 160, "tokens": 8000, "train_loss": 2.5, "final_loss": 2.25, "eval_loss_before": 4.0,
         "eval_loss_after": 2.0, "perplexity_before": 54.6, "perplexity_after": 7.39, "train_time_s": 4.0,
         "samples_per_second": 40.0, "tokens_per_second": 2000.0, "mfu": 0.5, "peak_memory_gib": 8.0, "energy_j": 1234.5,
-        "restarts": 2, "accuracy": None, "f1": None,
+        "restarts": 2, "imdb_accuracy": None, "imdb_f1": None, "mt_bench_score": None, "alpaca_win_rate": None,
         **dict.fromkeys(("hfu", "joules_per_sample", "joules_per_step", "energy_idle_share", "step_time_s", "data_wait_s",
                          "evaluation_time_s", "saving_time_s", "host_rss_gib")),
     }  # fmt: skip
@@ -314,17 +314,17 @@ def test_models_with_tokenizers_of_their_own_are_judged_by_time_and_by_the_task(
             ("b", "two", 50, 7000, accuracies[1]),
         ):
             for turn in (1, 2, 3):
-                quality = {} if accuracy is None else {"accuracy": accuracy + turn / 1000}
+                figure = {} if accuracy is None else {"accuracy": {"adapter": {"value": accuracy + turn / 1000}}}
                 folders.append(make(parent, f"{name}{turn}", f"model.name={model}", samples_per_second=speed + turn / 10, tokens=tokens,
-                                    train_loss=2.5 if name == "a" else 1.5, eval_after={**after, **quality}))  # fmt: skip
+                                    train_loss=2.5 if name == "a" else 1.5, eval_after=after, evaluation={"imdb": {"figures": figure}}))  # fmt: skip
         return report(folders, equal=["samples"])
 
     made = duel(tmp_path / "known", 0.90, 0.95)
-    assert verdicts(made, "samples_per_second") == {"b1": "different"} == verdicts(made, "accuracy")
+    assert verdicts(made, "samples_per_second") == {"b1": "different"} == verdicts(made, "imdb_accuracy")
     for figure in ("train_loss", "eval_loss_after", "perplexity_after", "tokens_per_second"):
         assert verdicts(made, figure) == {"b1": "not compared"}
     assert made.verdict.startswith("b1 is 1.25 times as fast as a1 (")
-    assert "), in time to the same samples, and on the task: accuracy × 1.055 (" in made.verdict
+    assert "), in time to the same samples, and on the task: IMDB accuracy × 1.055 (" in made.verdict
     assert "mean train loss is not compared: the tokenizers differ" in markdown(made)
     unknown = duel(tmp_path / "unknown", None, None)
     assert unknown.verdict.endswith("), in time to the same samples; how well they solve the task no run has measured.")

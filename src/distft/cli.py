@@ -1,4 +1,4 @@
-"""`distft …`: train, submit, jobs, fetch, recipes, experiments, report, data, merge, doctor."""
+"""`distft …`: train, evaluate, submit, jobs, fetch, recipes, experiments, compare, report, data, merge, doctor."""
 
 from __future__ import annotations
 
@@ -54,6 +54,18 @@ def _parser() -> argparse.ArgumentParser:
         "--rdzv", default="", metavar="HOST:PORT", help="where they meet: node 0, and a port that is free there"
     )
     train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="base and adapter side by side: what the fine-tune changed")
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="RUN",
+        help="a run folder, or model=PATH adapter=PATH; and evaluation.key=value …",
+    )
+    evaluate.add_argument(
+        "--nproc", type=int, help="processes that share the work; as many as there are GPUs where it is not given"
+    )
+    evaluate.set_defaults(run=_evaluate)
 
     submit = commands.add_parser(
         "submit", help="a SLURM job that survives preemption; of an experiment, an array of jobs"
@@ -189,6 +201,18 @@ def _train(options: argparse.Namespace) -> int:
         )
     recipe.check_division(processes * node.count)
     return run(options.overrides, processes, recipe.run.max_restarts, node)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from distft.evaluation.tasks import Request
+    from distft.launch import WORKERS, Node, run
+    from distft.strategy import visible_devices
+
+    request = Request.of(options.overrides)  # the user's mistakes are found here, before any process is started
+    processes = options.nproc or max(visible_devices(), 1)
+    if processes < 1:
+        raise LaunchError(f"--nproc {processes} starts nothing")
+    return run(options.overrides, processes, request.recipe.run.max_restarts, Node(), WORKERS[1])
 
 
 def _submit(options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from distft.errors import Interrupted, MissingExtraError, RunFolderError
+from distft.evaluation.checks import check
 from distft.experiment import Experiment, ExperimentRun
 from distft.live import Watched, watched
 from distft.markdown import markdown
@@ -48,7 +49,7 @@ class Comparison:
 
         Raises:
             RunFolderError: runs of this experiment are there, and `resume` is off.
-            RecipeError: a global batch does not divide over the processes.
+            RecipeError: a global batch does not divide over the processes, or an evaluation lacks a file.
             Interrupted: a signal came; the runs that are left can be made with `resume`.
         """
         there = [run.name for run in self.experiment.runs if folder_of(run) is not None]
@@ -59,6 +60,7 @@ class Comparison:
             )
         for run in self.experiment.runs:
             run.recipe.check_division(self.processes_of(run.recipe))
+            check(run.recipe)
         folders = {run.name: folder_of(run) for run in self.experiment.runs}
         logs = log_of(self.experiment, self.experiment.runs[0]).parent
         try:
@@ -71,6 +73,7 @@ class Comparison:
                         say(
                             f"{place}: had {'finished' if result == 'finished' else 'run out of memory, which is its result'}"
                         )
+                    self._evaluate(run, place)
         except Interrupted:
             if any(folder_of(run) is not None for run in self.experiment.runs):
                 self.write()
@@ -152,6 +155,36 @@ class Comparison:
             raise Interrupted(
                 signal.Signals(signums[0]).name,
                 f"in {run.name}; the same command with --resume makes the runs that are left",
+            )
+
+    def _evaluate(self, run: ExperimentRun, place: str) -> None:
+        """What the run's recipe says, where it has finished and has not been evaluated yet."""
+        folder, tasks = folder_of(run), run.recipe.evaluation.tasks
+        if folder is None or not tasks or self._result(run) != "finished":
+            return
+        if all(task in (folder.read_summary().get("evaluation") or {}) for task in tasks):
+            return
+        log = self.parent / f"{self.experiment.name}-logs" / f"{run.name}.evaluation.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        changes = [word for word in run.arguments if word.startswith("evaluation.")]
+        command = [
+            sys.executable, "-m", "distft.cli", "evaluate", "--nproc", str(self.processes or visible_devices() or 1),
+            str(folder.path), *changes,
+        ]  # fmt: skip
+        say(f"{place}: evaluates {', '.join(tasks)}; what it prints goes to {log}")
+        began = time.monotonic()
+        with log.open("w", encoding="utf-8") as output:
+            child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            with _passed_on(child) as signums:
+                code = child.wait()
+        if code == 0:
+            say(f"{place}: evaluated in {time.monotonic() - began:.0f} s")
+        elif not signums:
+            say(f"{place}: not evaluated (exit code {code}): {_last_line(log)}")
+        if signums:
+            raise Interrupted(
+                signal.Signals(signums[0]).name,
+                f"in the evaluation of {run.name}; the same command with --resume goes on",
             )
 
 

@@ -26,7 +26,7 @@ from distft.packaged import packaged
 from distft.recipe import Recipe
 from distft.samples import IGNORED, Example, format_dolly, format_review, lengths_of, tokenise
 from distft.sections import Data, Format
-from distft.tiny import cache_folder
+from distft.tiny import cache_folder, tiny_sentiment
 
 _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 _VERSION = 2  # of the prepared form; part of the cache's key
@@ -40,16 +40,15 @@ class Known:
     format: Format
     hub: str | None = None
     file: str | None = None
+    made: Callable[[], Path] | None = None
     test_split: str | None = None
 
 
+_DOLLY = Format(instruction="instruction", context="context", response="response")
 KNOWN = {
-    "tiny": Known(
-        Format(instruction="instruction", context="context", response="response"), file="assets/tiny_instructions.jsonl"
-    ),
-    "dolly": Known(
-        Format(instruction="instruction", context="context", response="response"), hub="databricks/databricks-dolly-15k"
-    ),
+    "tiny": Known(_DOLLY, file="assets/tiny_instructions.jsonl"),
+    "tiny_sentiment": Known(Format(review="text", label="label"), made=tiny_sentiment),
+    "dolly": Known(_DOLLY, hub="databricks/databricks-dolly-15k"),
     "imdb": Known(Format(review="text", label="label"), hub="stanfordnlp/imdb", test_split="test"),
 }
 
@@ -62,7 +61,7 @@ def faults(recipe: Recipe) -> list[Fault]:
             recipe.source.of("data.name"), "data.format", f"is required for {data.name!r}, which is none of {', '.join(KNOWN)}",
             "data.format.text=COLUMN, or data.format.prompt=COLUMN data.format.completion=COLUMN",
         ))  # fmt: skip
-    form = _format(data)
+    form = format_of(data)
     if form is not None:
         try:
             kind = _kind(form)
@@ -125,7 +124,7 @@ def _kind(form: Format) -> str:
                     f"got {', '.join(sorted(given)) or 'none'}")  # fmt: skip
 
 
-def _format(data: Data) -> Format | None:
+def format_of(data: Data) -> Format | None:
     """The columns: the recipe's, over those that are known of the data set where they are of the same kind."""
     if data.name not in KNOWN:
         return data.format
@@ -137,7 +136,7 @@ def _format(data: Data) -> Format | None:
 
 def formatter(recipe: Recipe) -> Callable[[Mapping[str, Any]], Example | None]:
     """A function from a row to its `Example`, or to None where the response is empty."""
-    form = _format(recipe.data)
+    form = format_of(recipe.data)
     assert form is not None
     kind, wanted = _kind(form), recipe.training.get("completion_only_loss")
 
@@ -276,7 +275,8 @@ def sources(data: Data) -> list[Path | HubSplit]:
         DataError: `data.name` is nothing that is known.
     """
     known = KNOWN.get(data.name)
-    path = data.path or (str(packaged(known.file)) if known and known.file else None)
+    own = packaged(known.file) if known and known.file else known.made() if known and known.made else None
+    path = data.path or (None if own is None else str(own))
     test = [Path(data.test_path).expanduser()] if data.test_path else []
     if path or data.name.startswith((".", "/", "~")) or Path(data.name).suffix in _READERS:
         return [Path(path or data.name).expanduser(), *test]
@@ -342,7 +342,7 @@ def _load_local(path: Path) -> Dataset:
 
 
 def _check_columns(rows: Dataset, data: Data, where: str) -> None:
-    form = _format(data)
+    form = format_of(data)
     assert form is not None
     fields = ("text", "prompt", "completion", "instruction", "context", "response", "review", "label")
     wanted = {field: column for field in fields if (column := getattr(form, field))}

@@ -6,6 +6,7 @@ DistftError                 exit code 1: the run failed, and the message says wh
 │   │   └── ExperimentError in an experiment, or in the recipes of its runs
 │   ├── DataError           the data cannot be used as asked
 │   ├── ModelError          the base model cannot be had, or does not fit the recipe
+│   ├── JudgeError          the judge of an evaluation cannot be had or asked
 │   ├── LaunchError         the processes, devices or launcher flags do not fit the recipe
 │   ├── RunFolderError      the run folder is in use or unreadable
 │   ├── StorageError        the disk is full
@@ -81,6 +82,10 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """The base model cannot be loaded here, or lacks what the recipe asks of it."""
+
+
+class JudgeError(UserError):
+    """The model that judges answers cannot be loaded or reached, refuses, or does not answer as a server of its kind."""
 
 
 class LaunchError(UserError):

@@ -12,7 +12,7 @@ from distft.origin import COMMAND_LINE, SECTIONS, Source, faults_of, nearest
 from distft.packaged import packaged
 from distft.recipe import read_yaml
 from distft.report import LOSS_TOLERANCE
-from distft.sections import Section
+from distft.section import Section
 
 Equal = Literal["samples", "order", "global_batch", "tokens", "base_weights", "loss"]
 

@@ -82,14 +82,20 @@ class Node:
             raise LaunchError(f"--rdzv {self.meeting}: {self.host} cannot be reached from here ({error})") from error
 
 
-def worker_command(arguments: Sequence[str], processes: int, restarts: int, node: Node) -> list[str]:
-    """Command that starts `processes` workers of `distft.train` on this machine; the launcher of several starts them again
+WORKERS = ("distft.train", "distft.evaluation")
+"""The modules that are started as workers."""
+
+
+def worker_command(
+    arguments: Sequence[str], processes: int, restarts: int, node: Node, module: str = WORKERS[0]
+) -> list[str]:
+    """Command that starts `processes` workers of `module` on this machine; the launcher of several starts them again
     up to `restarts` times.
 
     `--multi_gpu` is what makes accelerate start more than one process, on CPU as well. Its default rendezvous hangs when a
     worker is killed, so c10d it is. Sharding and precision stay out of it: the recipe brings them.
     """
-    worker = ["-m", "distft.train", *arguments]
+    worker = ["-m", module, *arguments]
     if processes * node.count == 1:
         return [sys.executable, *worker]
     return [
@@ -132,7 +138,7 @@ def _interface(address: str) -> str | None:
     return None
 
 
-def run(arguments: Sequence[str], processes: int, restarts: int, node: Node) -> int:
+def run(arguments: Sequence[str], processes: int, restarts: int, node: Node, module: str = WORKERS[0]) -> int:
     """Start `processes` workers on this node, wait for them, and return the exit code of the run: 0, 75, 2 or 1.
 
     Workers that were killed, failed or hung are started again up to `restarts` times: several by their launcher, a single
@@ -145,7 +151,7 @@ def run(arguments: Sequence[str], processes: int, restarts: int, node: Node) -> 
         for attempt in range(restarts + 1 if alone else 1):
             if alone:
                 environment[ATTEMPT] = str(attempt)
-            code, stopped = _start(worker_command(arguments, processes, restarts, node), environment, outcome)
+            code, stopped = _start(worker_command(arguments, processes, restarts, node, module), environment, outcome)
             if code == 0 or stopped:
                 break
             if code < 0:
@@ -223,7 +229,7 @@ def _workers(started: int) -> list[psutil.Process]:
         process = psutil.Process(started)
         if "accelerate.commands.launch" not in process.cmdline():
             return [process]
-        return [child for child in process.children() if "distft.train" in child.cmdline()]
+        return [child for child in process.children() if set(WORKERS) & set(child.cmdline())]
     return []
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from distft.bound import PARTS
+from distft.evaluation import columns
 from distft.intervals import CONFIDENCE
 from distft.report import FIGURES, TIMES, Figure, Report, Run, Spread
 from distft.verdict import ROUNDING, Comparison, bounds
@@ -31,6 +32,7 @@ def markdown(report: Report) -> str:
         [f"# {report.title}", *answer, count, *missing],
         _runs(report),
         _unfinished(report),
+        _evaluations(report),
         _variants(report),
         _time(report),
         _comparisons(report),
@@ -91,7 +93,7 @@ def unfinished_rows(report: Report) -> tuple[list[str], list[list[str]]]:
 def _runs(report: Report) -> list[str]:
     head, rows = run_rows(report)
     known = [figure for figure in FIGURES if figure.title in head]
-    unknown = [figure.title.split(",")[0] for figure in FIGURES if figure not in known]
+    unknown = [figure.title.split(",")[0] for figure in FIGURES if figure not in known and not figure.quality]
     return ["## Runs", _table(head, rows), *([f"Not known of any run: {', '.join(unknown)}."] if unknown else []),
             *([NO_ENERGY] if "energy" in unknown else [])]  # fmt: skip
 
@@ -102,6 +104,12 @@ def _unfinished(report: Report) -> list[str]:
         f"- {_names([name])}: {outcome}" + (f": {cause}" if cause != UNKNOWN else "") for name, outcome, cause in rows
     ]
     return ["## Not finished", "\n".join(lines)] if lines else []
+
+
+def _evaluations(report: Report) -> list[str]:
+    if not report.evaluations:
+        return []
+    return ["## What the fine-tune changed", columns.NOTE, _table(columns.HEAD, columns.rows(report.evaluations))]
 
 
 def variant_rows(report: Report) -> tuple[list[str], list[list[str]]]:

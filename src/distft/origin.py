@@ -12,16 +12,16 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from distft.errors import Fault
+from distft.evaluation.settings import Evaluation
+from distft.section import Section
 from distft.sections import (
     OWNED,
     RENAMED,
     Batching,
     Data,
-    Evaluation,
     Model,
     Quantization,
     Run,
-    Section,
     Slurm,
     Tracking,
     upstream_section,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from distft.charts import charts
+from distft.charts import charts, evaluation_charts
+from distft.evaluation import columns
 from distft.history import History
 from distft.markdown import (
     NOT_PROFILED,
@@ -77,7 +78,7 @@ def page(title: str, logged: Sequence[History], report: Report | None = None) ->
     times = {variant.name: variant.time for variant in report.variants if variant.time} if report else {}
     return template.render(
         title=title, verdict=report.verdict if report else "", notes=_notes(report), sections=_sections(report),
-        charts=charts(logged, speeds, times, *([figure.title] if figure else [])),
+        charts=[*charts(logged, speeds, times, *([figure.title] if figure else [])), *evaluation_charts(report.evaluations if report else {})],
     ) + "\n"  # fmt: skip
 
 
@@ -106,6 +107,10 @@ def _sections(report: Report | None) -> list[Section]:
         head, rows, notes = comparison_rows(report)
         told = [note.replace("`", "") for note in notes]
         found.append(Section("against", f"Against {report.comparisons[0].against}", Table(head, rows), told))
+    if report.evaluations:
+        told = [columns.NOTE.replace("`", "")]
+        table = Table(columns.HEAD, columns.rows(report.evaluations))
+        found.append(Section("evaluation", "What the fine-tune changed", table, told))
     found.append(Section("equal", "What was equal", Table(*equality_rows(report))))
     found.append(Section("runs", "Runs", Table(*run_rows(report), whole)))
     head, rows = unfinished_rows(report)

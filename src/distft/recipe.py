@@ -15,16 +15,16 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr, ValidationError, WithJsonSchema
 
 from distft.errors import Fault, RecipeError
+from distft.evaluation.settings import Evaluation
 from distft.origin import COMMAND_LINE, DERIVED, Source, faults_of, nearest, place_of
 from distft.packaged import packaged
+from distft.section import Section
 from distft.sections import (
     Batching,
     Data,
-    Evaluation,
     Model,
     Quantization,
     Run,
-    Section,
     Slurm,
     StrategyName,
     Tracking,
@@ -33,6 +33,7 @@ from distft.sections import (
 from distft.yaml12 import dump_yaml, parse_yaml
 
 DEFAULT_RECIPE = "tiny"
+_SHORT = "evaluation.judge"  # where a name alone says which model it is
 
 
 class Recipe(Section):
@@ -55,7 +56,7 @@ class Recipe(Section):
     training: Annotated[dict[str, Any], WithJsonSchema({})] = Field(default_factory=dict)
     """TRL's SFTConfig."""
     evaluation: Evaluation = Evaluation()
-    """The held-out split before and after training."""
+    """The held-out split before and after training, and the tasks of `distft evaluate`."""
     tracking: Tracking = Tracking()
     """Where figures go besides metrics.jsonl."""
     slurm: Slurm = Slurm()
@@ -284,7 +285,9 @@ def _read_overrides(arguments: Sequence[str], faults: list[Fault]) -> tuple[list
             wanted = text
         else:
             try:
-                overrides.append((key, parse_yaml(text)))
+                value = parse_yaml(text)
+                short = key == _SHORT and isinstance(value, str)
+                overrides.append((f"{key}.model" if short else key, value))
             except ValueError as error:
                 faults.append(Fault(COMMAND_LINE, key, f"{text!r} is not valid YAML: {error}"))
     return overrides, wanted
@@ -300,7 +303,7 @@ def _read_files(
         if len(chain) == 2:
             faults.append(Fault(str(chain[-1][0]), "extends", "a recipe extends one other, and that one none"))
             break
-        content = read_yaml(path)
+        content = _spelt_out(read_yaml(path))
         chain.append((path, content))
         base = content.pop("extends", None)
         if base is None:
@@ -334,6 +337,14 @@ def _find(wanted: str, folder: Path, beside: Path, faults: list[Fault], where: s
         Fault(where, key, f"there is no recipe {wanted!r}", nearest(wanted, known) or f"there are: {', '.join(known)}")
     )
     return None
+
+
+def _spelt_out(content: dict[str, Any]) -> dict[str, Any]:
+    """A file's `evaluation.judge: NAME` as its model, so that what stands beside it is kept where recipes or overrides are merged."""
+    section = content.get("evaluation")
+    if isinstance(section, dict) and isinstance(section.get("judge"), str):
+        return {**content, "evaluation": {**section, "judge": {"model": section["judge"]}}}
+    return content
 
 
 def _merge(base: Any, change: Any) -> Any:

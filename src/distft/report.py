@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from distft.bound import Bound, Facts, Split, bound, whole_run
 from distft.errors import RunFolderError
+from distft.evaluation.columns import columns
 from distft.intervals import CONFIDENCE, Interval
 from distft.run import RunFolder, to_json
 from distft.verdict import Comparison, judge, sentence
@@ -51,8 +52,10 @@ FIGURES = (
     Figure("eval_loss_after", "eval loss after", ",.4f", per_token=True),
     Figure("perplexity_before", "perplexity before", ",.2f", compared=False),
     Figure("perplexity_after", "perplexity after", ",.2f", per_token=True),
-    Figure("accuracy", "accuracy", ",.4f", quality=True),
-    Figure("f1", "F1", ",.4f", quality=True),
+    Figure("imdb_accuracy", "IMDB accuracy", ",.3f", quality=True),
+    Figure("imdb_f1", "IMDB F1", ",.3f", quality=True),
+    Figure("mt_bench_score", "MT-Bench, of 10", ",.2f", quality=True),
+    Figure("alpaca_win_rate", "AlpacaEval win rate", ",.3f", quality=True),
     Figure("train_time_s", "train time, s", ",.1f", speed=True),
     Figure("samples_per_second", "samples/s", ",.2f", speed=True),
     Figure("tokens_per_second", "tokens/s", ",.0f", speed=True, per_token=True),
@@ -113,6 +116,7 @@ class Run:
     figures: Mapping[str, float | None]
     facts: Mapping[str, Any] = field(repr=False)
     split: Split | None = None
+    evaluation: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def finished(self) -> bool:
@@ -198,7 +202,12 @@ class Report:
             for variant in self.variants
             if not variant.finished
         }
-        return sentence(self.comparisons, [figure.key for figure in FIGURES if figure.quality], ended)
+        return sentence(self.comparisons, {figure.key: figure.title for figure in FIGURES if figure.quality}, ended)
+
+    @property
+    def evaluations(self) -> dict[str, Mapping[str, Any]]:
+        """Of each run that was evaluated, what its tasks found."""
+        return {run.name: run.evaluation for run in self.runs if run.evaluation}
 
     def to_json(self) -> str:
         """The report as a JSON object; a run's facts stand in its folder."""
@@ -278,14 +287,14 @@ def _read(folder: RunFolder) -> Run:
         "steps": steps, "final_loss": logged.get("loss"),
         "eval_loss_before": before.get("loss"), "eval_loss_after": after.get("loss"),
         "perplexity_before": before.get("perplexity"), "perplexity_after": after.get("perplexity"),
-        **{figure.key: after.get(figure.key) for figure in FIGURES if figure.quality},
+        **columns(summary.get("evaluation")),
     }  # fmt: skip
     as_run = _AS_RUN if summary.get("status") == "finished" else ("strategy", "world_size")
     facts = dict(_leaves(recipe)) | {f"as run.{key}": summary.get(key) for key in as_run}
     facts |= _leaves({key: environment.get(key) for key in _MACHINE}, "machine.")
     return Run(
         folder.name, str(folder.path), str(summary.get("status")), summary.get("cause"), summary.get("strategy"),
-        summary.get("world_size"), figures, facts, _split(folder),
+        summary.get("world_size"), figures, facts, _split(folder), summary.get("evaluation") or {},
     )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ runs/<name>/
   probe.json          how much memory each micro-batch takes, where batching.micro_batch is auto
   stacks/             what every rank was doing when the run stood still
   logs/               what each rank printed, rank<N>.log, where there are several
+  evaluation/         of `distft evaluate`: what each task made, item by item, one folder each
+  evaluation.json     what the tasks found
   wandb/              W&B's own files, one folder in it for each start
   profile.json        where the time of some steps went
   wandb.json          the id of the W&B run that all starts log to
@@ -40,6 +42,7 @@ SUMMARY_KEYS = (
     "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "hfu", "step_time_s", "data_wait_s", "evaluation_time_s",
     "saving_time_s", "peak_memory_gib", "peak_reserved_gib", "host_rss_gib",
     "energy_j", "joules_per_sample", "joules_per_step", "idle_watts", "energy_idle_share", "restarts", "requeues", "adapter", "changed_for_you",
+    "evaluation",
 )  # fmt: skip
 """Every key of `summary.json`, in order; null where unknown."""
 
@@ -172,6 +175,16 @@ class RunFolder:
     @property
     def merged(self) -> Path:
         return self.path / "merged"
+
+    @property
+    def evaluation(self) -> Path:
+        """What each task of `distft evaluate` made, `<task>/…`."""
+        return self.path / "evaluation"
+
+    @property
+    def results(self) -> Path:
+        """What the tasks of `distft evaluate` found."""
+        return self.path / "evaluation.json"
 
     @property
     def summary(self) -> Path:

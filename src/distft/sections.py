@@ -15,10 +15,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, create_model
 
-DType = Literal["bfloat16", "float16", "float32"]
-StrategyName = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
+from distft.section import DType, Section
 
-STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+StrategyName = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
 
 _BY_BATCHING = "set batching.micro_batch or batching.global_batch_size; accumulation is derived"
 _BY_PACKING = "set batching.micro_batch_tokens: whole samples are packed up to so many tokens"
@@ -74,12 +73,6 @@ RENAMED: dict[str, str] = {
     "load_in_4bit": "quantization.load_in_4bit",
 }
 """Names that people bring from older versions and other tools, and what they are called here."""
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, strict about types, closed to unknown keys."""
-
-    model_config = STRICT
 
 
 class Run(Section):
@@ -203,7 +196,7 @@ class Data(Section):
     """What to train on, and how it is split."""
 
     name: str
-    """`tiny`, `dolly`, `imdb`, a hub id, or a local .jsonl/.json/.csv/.parquet/.arrow file or folder (which needs `format`)."""
+    """`tiny`, `tiny_sentiment`, `dolly`, `imdb`, a hub id, or a local .jsonl/.json/.csv/.parquet/.arrow file or folder (which needs `format`)."""
     path: str | None = None
     """Local file or folder to read instead of the hub, in the columns of `name`."""
     config: str | None = None
@@ -221,7 +214,7 @@ class Data(Section):
     max_samples: int | None = Field(None, ge=1)
     """Use this many rows of the train split only, taken after shuffling by run.seed."""
     format: Format | None = None
-    """Columns; not needed for `tiny`, `dolly` and `imdb`, which know theirs."""
+    """Columns; not needed for `tiny`, `tiny_sentiment`, `dolly` and `imdb`, which know theirs."""
 
 
 class Batching(Section):
@@ -251,15 +244,6 @@ class Batching(Section):
         return self.model_dump(
             include={"global_batch_size", "global_batch_tokens", "micro_batch", "micro_batch_tokens"}
         )
-
-
-class Evaluation(Section):
-    """The held-out split before and after training."""
-
-    before_and_after: bool = True
-    """Measure loss and perplexity on the held-out split before and after training."""
-    max_samples: int | None = Field(None, ge=1)
-    """Use at most this many samples of the validation and of the held-out split."""
 
 
 class Tracking(Section):

@@ -422,6 +422,20 @@ def _start_wandb(recipe: Recipe, folder: RunFolder) -> int:
     return int(run.summary.get("train/global_step", -1)) if run.resumed else -1  # the server knows what has come there
 
 
+def log_evaluation(recipe: Recipe, folder: RunFolder, figures: Mapping[str, float]) -> None:
+    """Put `figures` into the summary of the folder's W&B run, where the recipe reports to W&B. For rank 0 alone."""
+    if "wandb" not in recipe.tracking.report_to:
+        return
+    try:
+        _start_wandb(recipe, folder)
+        import wandb
+
+        assert wandb.run is not None
+        wandb.run.summary.update(dict(figures))
+    except Exception as error:  # whatever a tracker raises, the results stay in the folder
+        say(f"warning: wandb does not have the evaluation; {folder.results} does ({type(error).__name__}: {error})")
+
+
 @contextmanager
 def closing_trackers() -> Iterator[None]:
     """Close the W&B run, if there is one, with the outcome of the block: finished, or failed where it raised."""

@@ -6,6 +6,7 @@ Built and briefly pre-trained at first use (a minute or less on two CPU cores), 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -15,6 +16,8 @@ import torch
 from filelock import FileLock
 
 from distft.packaged import packaged
+from distft.run import write_atomically
+from distft.sentiment import reviews
 from distft.world import say
 
 VOCABULARY = 2_048
@@ -50,6 +53,15 @@ def tiny_model() -> Path:
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def tiny_sentiment() -> Path:
+    """File of the built-in reviews (`distft.sentiment`), made by the first process that comes."""
+    text = "".join(json.dumps(row) + "\n" for row in reviews())
+    file = cache_folder() / f"tiny_sentiment-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+    if not file.exists():
+        write_atomically(file, text)
+    return file
 
 
 _SHAPE = {

@@ -52,9 +52,9 @@ def judge(one: Sequence[float], other: Sequence[float], together: int = 1) -> tu
 
 
 def sentence(
-    comparisons: Iterable[Comparison], quality: Sequence[str] = (), ended: Mapping[str, str] | None = None
+    comparisons: Iterable[Comparison], quality: Mapping[str, str] | None = None, ended: Mapping[str, str] | None = None
 ) -> str:
-    """How fast each variant is beside the first, or why that is not said. `quality` are the figures of how well a task is solved, which
+    """How fast each variant is beside the first, or why that is not said. `quality` has the titles of figures of how well a task is solved, which
     belong to the answer where the variants' losses cannot be compared; `ended` are variants that have no finished run, with how theirs
     ended."""
     found = list(comparisons)
@@ -68,7 +68,7 @@ def sentence(
     told = []
     for item in speeds:
         beside = [other for other in found if other.variant == item.variant]
-        told.append(_speed(item) + _quality(item, beside, quality))
+        told.append(_speed(item) + _quality(item, beside, quality or {}))
     text = "; ".join([*told, *named]) + "."
     return text if text.startswith(speeds[0].variant) else text[0].upper() + text[1:]  # a variant is called as it is
 
@@ -103,14 +103,14 @@ def _times(item: Comparison) -> str:
     return f"{centre:.2f} times as {'slow' if slow else 'fast'} as {item.against}{bounds}"
 
 
-def _quality(speed: Comparison, beside: Sequence[Comparison], quality: Sequence[str]) -> str:
+def _quality(speed: Comparison, beside: Sequence[Comparison], quality: Mapping[str, str]) -> str:
     """Where losses are per token of another tokenizer: that the time is to the same samples, and how well the task is solved."""
     if speed.verdict in ("withheld", "not compared") or not any(
         i.figure == "train_loss" and i.verdict == "not compared" for i in beside
     ):
         return ""
     solved = [item for item in beside if item.figure in quality and item.ratio is not None]
-    words = [f"{item.figure} × {item.ratio:.3f}{bounds(item)}, {item.verdict}" for item in solved]
+    words = [f"{quality[item.figure]} × {item.ratio:.3f}{bounds(item)}, {item.verdict}" for item in solved]
     told = ", and on the task: " + "; ".join(words) if words else "; how well they solve the task no run has measured"
     return f", in time to the same samples{told}"
 

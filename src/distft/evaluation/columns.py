@@ -1,0 +1,55 @@
+"""What a report shows of evaluations: from the `evaluation` of summaries to columns and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+NOTE = (
+    "Base and adapter on the same items, with 95% intervals. `gain` and `loss`: the interval of the difference leaves 0 out; "
+    "`no difference`: it does not, so that the difference may be chance and means nothing."
+)
+HEAD = ("run", "task", "figure", "items", "base", "adapter", "difference", "verdict")
+_COLUMNS = {
+    "imdb_accuracy": ("imdb", "accuracy"), "imdb_f1": ("imdb", "f1"), "mt_bench_score": ("mt_bench", "score"),
+    "alpaca_win_rate": ("alpaca", "win_rate"),
+}  # fmt: skip
+_UNKNOWN = "–"
+
+
+def columns(evaluation: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """The figures of a run's adapter (of its base, where that is all) that stand beside its speed; None where unknown."""
+    found: dict[str, float | None] = {}
+    for key, (task, name) in _COLUMNS.items():
+        figure = ((evaluation or {}).get(task) or {}).get("figures", {}).get(name) or {}
+        side = figure.get("adapter") or figure.get("base") or {}
+        found[key] = side.get("value")
+    return found
+
+
+def figures(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Task, name and figure of what was evaluated, without details: a benchmark may have dozens of parts."""
+    for task, result in evaluation.items():
+        for name, figure in result["figures"].items():
+            if not figure.get("detail"):
+                yield task, name, figure
+
+
+def rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The cells under HEAD, for the evaluation of each run by its name."""
+    return [
+        [run, task, str(figure["title"]), f"{figure['count']:,}" if figure["count"] is not None else _UNKNOWN,
+         *(shown(figure[side], figure["form"]) for side in ("base", "adapter", "difference")), figure["verdict"] or _UNKNOWN]
+        for run, evaluation in evaluations.items()
+        for task, _, figure in figures(evaluation)
+    ]  # fmt: skip
+
+
+def shown(estimate: Mapping[str, float | None] | None, form: str) -> str:
+    """A figure with the bounds of its interval."""
+    value, low, high = ((estimate or {}).get(key) for key in ("value", "low", "high"))
+    if value is None or value != value:
+        return _UNKNOWN
+    if low is None or high is None or low != low or high != high:
+        return format(value, form)
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"

@@ -1,0 +1,84 @@
+"""Log-likelihoods of given tokens, in nats: of the trained tokens of samples, and of the ways to go on after a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from distft.samples import IGNORED
+
+Tokens = Sequence[int]
+
+
+def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of about one length, the longest first, of at most `tokens` tokens with their padding (or of one row)."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _padded(rows: Sequence[Tokens], fill: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as ids [rows, longest], filled up on the right, and their mask: 1 for a token."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *([fill] * (longest - len(row)))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+    return ids, mask
+
+
+def trained_log_likelihoods(
+    model: Any, rows: Sequence[Tokens], labels: Sequence[Tokens], pad: int, device: torch.device
+) -> list[float]:
+    """Of each row, the sum of the log-probabilities of those tokens whose label is not -100, in one forward of all rows."""
+    ids, mask = _padded(rows, pad, device)
+    targets, _ = _padded(labels, IGNORED, device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    found = []
+    for row in range(len(rows)):  # one row at a time in fp32, or the vocabulary times the batch would fill the device
+        losses = torch.nn.functional.cross_entropy(
+            logits[row, :-1].float(), targets[row, 1:], ignore_index=IGNORED, reduction="none"
+        )
+        found.append(-float(losses.double().sum()))
+    return found
+
+
+def continuation_log_likelihoods(
+    model: Any, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]], pad: int, device: torch.device
+) -> list[list[float]]:
+    """log P(continuation | prefix) of every continuation of every prefix: [prefixes][continuations], each prefix read once.
+
+    All prefixes have as many continuations. The first token of each is read off the prefix's last logits; only where one has several
+    is the prefix's cache of keys and values read again, for the rest of its tokens.
+    """
+    ids, mask = _padded(prefixes, pad, device)
+    lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)
+    several = any(len(tokens) > 1 for row in continuations for tokens in row)
+    # The vocabulary is large: logits are made at the ends of prefixes alone. Rows of a batch are about as long as each other.
+    ends, place = torch.unique(lengths - 1, return_inverse=True)
+    output = model(input_ids=ids, attention_mask=mask, use_cache=several, logits_to_keep=ends)
+    last = output.logits[torch.arange(len(prefixes), device=device), place].float().log_softmax(-1)
+    found = [[float(last[row, tokens[0]]) for tokens in continuations[row]] for row in range(len(prefixes))]
+    if not several:
+        return found
+    cache = output.past_key_values
+    for number in range(len(continuations[0])):
+        tails = [row[number] for row in continuations]
+        longest = max(map(len, tails))
+        if longest == 1:
+            continue
+        fed, fed_mask = _padded([[*tokens[:-1], *([pad] if len(tokens) == 1 else [])] for tokens in tails], pad, device)
+        steps = torch.arange(fed.shape[1], device=device)
+        logits = model(
+            input_ids=fed, attention_mask=torch.cat([mask, fed_mask], 1), position_ids=lengths[:, None] + steps,
+            past_key_values=cache, use_cache=True,
+        ).logits.float().log_softmax(-1)  # fmt: skip
+        for row, tokens in enumerate(tails):
+            found[row][number] += sum(float(logits[row, step, token]) for step, token in enumerate(tokens[1:]))
+        cache.crop(-fed.shape[1])  # the next continuation starts from the prefix again
+    return found

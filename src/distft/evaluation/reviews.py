@@ -1,0 +1,128 @@
+"""The reviews that are classified: which rows, what the model is given of them, and how it may go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distft import data
+from distft.errors import DataError
+from distft.recipe import Recipe
+from distft.samples import format_review
+
+
+@dataclass(frozen=True)
+class Review:
+    """A row: its number in its source, its text, and its class number."""
+
+    row: int
+    text: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given, as tokens, and those of each label word after it (at least one each)."""
+
+    prefix: list[int]
+    continuations: list[list[int]]
+
+
+def words_of(recipe: Recipe) -> list[str]:
+    """The word that stands for each class number."""
+    form = data.format_of(recipe.data)
+    known = form if form is not None and form.review else data.KNOWN["imdb"].format
+    words = recipe.evaluation.imdb.label_words or known.label_words
+    if len({word.strip().lower() for word in words}) < max(len(words), 2):
+        raise DataError(f"the label words {words} are not two or more that differ; set evaluation.imdb.label_words")
+    return words
+
+
+def load(recipe: Recipe, classes: int) -> list[Review]:
+    """The rows to classify, in the order of their source: of the file that the settings name, else the recipe's held-out rows where
+    its data are reviews, else IMDB's split on the hub; of these the subset that the settings ask for.
+
+    Raises:
+        DataError: they cannot be had, or are not reviews with classes below `classes`.
+    """
+    settings, form = recipe.evaluation.imdb, data.format_of(recipe.data)
+    text, label = settings.text, settings.label
+    if settings.path is None and form is not None and form.review:
+        where, rows = f"the held-out rows of {recipe.data.name}", _held_out(recipe)
+        text, label = form.review, form.label or label
+    else:
+        source = data.HubSplit(data.KNOWN["imdb"].hub or "", None, settings.split)
+        where = settings.path or source.name
+        rows = list(data.read(source if settings.path is None else Path(settings.path).expanduser()))
+    if rows and (missing := [column for column in (text, label) if column not in rows[0]]):
+        raise DataError(
+            f"{where} has no column {', '.join(missing)}; it has {', '.join(rows[0])}\n"
+            "  name yours: evaluation.imdb.text=COLUMN evaluation.imdb.label=COLUMN"
+        )
+    found = []
+    for number, row in enumerate(rows):
+        if not isinstance(row[text], str) or not isinstance(row[label], int) or not 0 <= row[label] < classes:
+            raise DataError(
+                f"row {number} of {where} is no review with a class from 0 to {classes - 1}: {str(row)[:200]}"
+            )
+        found.append(Review(number, row[text], row[label]))
+    chosen = subset(found, settings.subset, settings.balanced, recipe.evaluation.seed, classes)
+    if not chosen:
+        raise DataError(
+            f"no review is left to classify in {where}; one of the classes may have no row (evaluation.imdb.balanced=false)"
+        )
+    return chosen
+
+
+def _held_out(recipe: Recipe) -> list[Mapping[str, Any]]:
+    """The rows that the prepared test split is made of."""
+    raw, *official = map(data.read, data.sources(recipe.data))
+    apply = data.formatter(recipe)
+    kept = [row for row in (official[0] if official else raw) if apply(row) is not None]
+    return kept if official else data.split(kept, recipe.data, recipe.run.seed, with_test=True)["test"]
+
+
+def subset(reviews: Sequence[Review], size: int | None, balanced: bool, seed: int, classes: int) -> list[Review]:
+    """`size` of them (all where None) drawn by `seed`, in their own order; `balanced`: as many of each class, so at most `size` and at
+    most the rarest class has for each."""
+    order = np.random.default_rng(seed).permutation(len(reviews)).tolist()
+    if balanced:
+        of_class = [[i for i in order if reviews[i].label == label] for label in range(classes)]
+        each = min([len(members) for members in of_class] + ([] if size is None else [size // classes]))
+        order = [i for members in of_class for i in members[:each]]
+    return [reviews[i] for i in sorted(order if balanced else order[:size])]
+
+
+def prompt_of(review: str, words: Sequence[str], tokenizer: Any, max_length: int | None) -> Prompt:
+    """The review in IMDB's template, tokenised in one piece with each word, as in training; a longer one than `max_length` tokens is
+    cut at its end, for all words alike.
+
+    Where a tokenizer draws the end of the prompt into a word, that token is the continuation's.
+    """
+    example = format_review(review, "", completion_only=True)
+    tail_from = example.tail_from or 0
+    encoded = tokenizer([example.text + word for word in words], return_offsets_mapping=True, truncation=False)
+    ids = [list(row) for row in encoded["input_ids"]]
+    for row, offsets in zip(ids, encoded["offset_mapping"], strict=True):
+        if row[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:  # the tokenizer's own
+            row.pop()
+    begins = [
+        next(place for place, (_, end) in enumerate(offsets) if end > example.trained_from)
+        for offsets in encoded["offset_mapping"]
+    ]
+    cut = min(begins)
+    while any(row[:cut] != ids[0][:cut] for row in ids):
+        cut -= 1
+    prefix, continuations = ids[0][:cut], [row[cut:] for row in ids]
+    if max_length is not None:
+        over = (
+            len(prefix) + max(map(len, continuations)) + 1 - max_length
+        )  # one for the end of the sequence, as in training
+        tail = next(place for place, (_, end) in enumerate(encoded["offset_mapping"][0]) if end > tail_from)
+        if over > 0:
+            prefix = prefix[: max(tail - over, 0)] + prefix[tail:]
+    return Prompt(prefix, continuations)

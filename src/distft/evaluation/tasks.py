@@ -1,0 +1,213 @@
+"""From a run folder, or a model and an adapter, to what its tasks found: in `evaluation/`, `evaluation.json`, `summary.json` and W&B."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from distft import data, strategy
+from distft.errors import LaunchError, RunFolderError
+from distft.evaluation.checks import check
+from distft.evaluation.columns import figures, shown
+from distft.evaluation.settings import TaskName
+from distft.evaluation.target import Target
+from distft.machine import describe
+from distft.origin import COMMAND_LINE
+from distft.recipe import Recipe, load_recipe
+from distft.run import RunFolder, to_json, write_atomically
+from distft.telemetry import closing_trackers, log_evaluation
+from distft.world import World, say, together
+
+_DAY_S = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `distft evaluate` was asked for. `folder` takes the results; `result` holds the adapter or the model that was trained, None
+    for a base alone."""
+
+    recipe: Recipe
+    folder: RunFolder
+    result: Path | None
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> Request:
+        """From `RUN key.path=value …`, or `model=PATH adapter=PATH key.path=value …`.
+
+        Raises:
+            LaunchError: neither a run nor a model is named, or both are.
+            RunFolderError: the run has no result, or the folder is none.
+            RecipeError: the recipe and its overrides have faults, or a task lacks something.
+        """
+        runs = [word for word in words if "=" not in word]
+        given = {key: text for key, _, text in (word.partition("=") for word in words) if key in ("model", "adapter")}
+        rest = [word for word in words if "=" in word and word.partition("=")[0] not in given]
+        if len(runs) + ("model" in given) != 1 or (runs and given):
+            raise LaunchError(
+                "say what to evaluate: a run folder (runs/NAME), or model=NAME_OR_FOLDER and perhaps adapter=FOLDER"
+            )
+        return cls._of_run(Path(runs[0]), rest) if runs else cls._of_model(given["model"], given.get("adapter"), rest)
+
+    @classmethod
+    def _of_run(cls, path: Path, words: Sequence[str]) -> Request:
+        folder = RunFolder(path)
+        if not folder.recipe.is_file():
+            raise RunFolderError(f"{path} is no run folder ({folder.recipe.name} is missing)")
+        result = next((place for place in (folder.adapter, folder.model) if place.is_dir()), None)
+        if result is None:
+            raise RunFolderError(f"{path} holds neither adapter/ nor model/: the run has not finished")
+        return cls(_recipe([f"recipe={_as_path(folder.recipe)}", *words]), folder, result)
+
+    @classmethod
+    def _of_model(cls, model: str, adapter: str | None, words: Sequence[str]) -> Request:
+        """The recipe is that of the run that the adapter lies in; else the model as it comes, in bf16."""
+        result = None if adapter is None else Path(adapter).expanduser()
+        if result is not None and not (result / "adapter_config.json").is_file():
+            raise RunFolderError(f"{adapter} holds no adapter (adapter_config.json is missing)")
+        named = f"model.name={json.dumps(model)}"
+        if result is not None and RunFolder(result.parent).recipe.is_file():
+            folder = RunFolder(result.parent)
+            return cls(_recipe([f"recipe={_as_path(folder.recipe)}", named, *words]), folder, result)
+        plain = ["recipe=tiny", named, "model.dtype=bfloat16", "quantization=null", "training.max_length=1024",
+                 "tracking.report_to=[]"]  # fmt: skip
+        name = "-".join(["evaluate", *(Path(part).name for part in (model, adapter) if part)])
+        recipe = _recipe([*plain, *words])
+        if "perplexity" in recipe.evaluation.tasks and recipe.source.of("data.name") != COMMAND_LINE:
+            raise LaunchError(
+                "say of which text the perplexity is: data.name=FILE data.format.text=COLUMN, or a data set's name"
+            )
+        return cls(recipe, RunFolder(Path(recipe.run.dir).expanduser() / name), result)
+
+
+def _as_path(file: Path) -> str:
+    return str(file if file.is_absolute() else Path.cwd() / file)
+
+
+def _recipe(words: Sequence[str]) -> Recipe:
+    recipe = load_recipe(words, checks=(data.faults,))
+    if not recipe.evaluation.tasks:
+        section = recipe.evaluation.model_copy(update={"tasks": ["perplexity"]})
+        recipe = recipe.model_copy(update={"evaluation": section})
+    check(recipe)
+    return recipe
+
+
+def evaluate(words: Sequence[str]) -> dict[str, Any]:
+    """Do what `words` ask for, as one of the processes that were started; returns what `evaluation.json` holds. All ranks enter.
+
+    What an evaluation that was killed had finished is found again, item by item.
+
+    Raises:
+        DistftError: something is missing or does not fit; the message says what.
+    """
+    request = Request.of(words)
+    # A rank may wait long for the others at the end of its share.
+    world = replace(World.from_environment(os.environ), timeout_s=_DAY_S)
+    devices = strategy.visible_devices()
+    if devices and world.local_world_size > devices:
+        raise LaunchError(f"{world.local_world_size} processes on this machine, but it has {devices} visible GPUs")
+    world.export(os.environ)
+    folder, settings = request.folder, request.recipe.evaluation
+    lock = FileLock(folder.evaluation / ".lock")
+
+    def claim() -> None:
+        if world.is_main:
+            folder.evaluation.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise RunFolderError(f"another process is evaluating {folder.path}; wait for it") from None
+
+    together(world, claim)
+    with closing_trackers():
+        target = Target.load(request.recipe, request.result, world)
+        record = _known(folder, target.identity) if world.is_main else {}
+        for task in settings.tasks:
+            if world.is_main:
+                say(f"{task}: {' and '.join(target.sides)} of {request.recipe.model.name}")
+            began = time.monotonic()
+            result = _task(task).run(target, settings, folder.evaluation / task)
+            if world.is_main:
+                result |= {
+                    "settings": _settings(request.recipe, task), "seconds": round(time.monotonic() - began, 3),
+                    "time": datetime.now(UTC).isoformat(timespec="seconds"), "world_size": world.world_size,
+                    "weights": target.identity, "adapter": None if request.result is None else str(request.result),
+                }  # fmt: skip
+                record[task] = result
+                _write(folder, record)
+                for line in lines(task, result):
+                    say(line)
+        if world.is_main:
+            log_evaluation(request.recipe, folder, _flat(record))
+            say(f"results: {folder.results}")
+    together(world, lambda: None)
+    lock.release()
+    return record
+
+
+def _task(name: TaskName) -> Any:
+    """The module of a task; it comes when it is asked for, for lm-eval takes seconds to import."""
+    return importlib.import_module(f"distft.evaluation.{name}")
+
+
+def _settings(recipe: Recipe, task: TaskName) -> dict[str, Any]:
+    """What the result depends on besides the weights."""
+    settings = recipe.evaluation.model_dump()
+    judged = ("generation", "judge") if task in ("mt_bench", "alpaca") else ()
+    own = {key: settings[key] for key in (task, *judged, "seed", "max_samples") if key in settings}
+    return own | {
+        "model": recipe.model.name,
+        "dtype": recipe.model.dtype,
+        "bits": recipe.bits,
+        "packages": describe()["packages"],
+    }
+
+
+def _known(folder: RunFolder, weights: Mapping[Any, str]) -> dict[str, Any]:
+    """What tasks have found here before with these weights; a task that runs again replaces its own."""
+    if not folder.results.is_file():
+        return {}
+    found = json.loads(folder.results.read_text(encoding="utf-8"))
+    return {task: result for task, result in found.items() if result["weights"] == weights}
+
+
+def _write(folder: RunFolder, record: Mapping[str, Any]) -> None:
+    write_atomically(folder.results, to_json(record) + "\n")
+    if folder.summary.is_file():
+        found = {task: {"figures": result["figures"]} for task, result in record.items()}
+        folder.write_summary(folder.read_summary() | {"evaluation": found})
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, float]:
+    """Every figure under `evaluation/<task>/<name>/<side>`, and its bounds."""
+    found = {}
+    for task, result in record.items():
+        for name, figure in result["figures"].items():
+            for side in ("base", "adapter", "difference"):
+                for bound, value in (figure[side] or {}).items():
+                    key = f"evaluation/{task}/{name}/{side}"
+                    found[key if bound == "value" else f"{key}_{bound}"] = value
+    return found
+
+
+def lines(task: str, result: Mapping[str, Any]) -> list[str]:
+    """What a user wants to read of a task's result."""
+    found = []
+    for _, _, figure in figures({task: result}):
+        sides = [
+            f"{side} {shown(figure[side], figure['form'])}"
+            for side in ("base", "adapter", "difference")
+            if figure[side]
+        ]
+        verdict = f" ({figure['verdict']})" if figure["verdict"] else ""
+        found.append(f"{task}: {figure['title']}: {', '.join(sides)}{verdict}")
+    return found

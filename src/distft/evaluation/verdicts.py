@@ -1,0 +1,76 @@
+"""Read a judge's verdict out of what it wrote: `[RESULT] 4`, or `[RESULT] A` where two answers were compared.
+
+The verdict stands behind the marker and alone on its line. Other digits and letters in the text are never looked at: a
+verdict that is not given so is unparsed, with the reason, and the judge is asked again.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["grade", "preference"]
+
+_OPEN, _CLOSE = r"\[({<【", r"\])}>】"
+_MARKER = re.compile(rf"(?:[{_OPEN}]|\*\*|__)[\s*_`\\]*RESULT(?![A-Za-z0-9])", re.IGNORECASE)
+_TORN = re.compile(rf"(?:[{_OPEN}]|\*\*|__)[\s*_`\\]*(?:R|RE|RES|RESU|RESUL)\Z", re.IGNORECASE)
+_LEAD = rf"[\s*_`\\:=\"'“”{_OPEN}{_CLOSE}]*"
+_TRAIL = rf"[ \t*_`\\\"'“”{_CLOSE}]*"
+_TAG = r"(?:</?\w+>|<\|\w+\|>)?[ \t]*"  # </result>, or an end-of-turn token that a server has left in
+_LINE_ENDS = r"[.!]?" + _TRAIL + _TAG + r"(?P<end>[\r\n]|\Z)"
+_VERDICT: dict[Kind, re.Pattern[str]] = {
+    "grade": re.compile(rf"{_LEAD}(?P<value>[1-5]){_TRAIL}(?:/{_TRAIL}5{_TRAIL})?{_LINE_ENDS}", re.ASCII),
+    "preference": re.compile(rf"{_LEAD}(?P<value>[AB]){_TRAIL}{_LINE_ENDS}", re.ASCII),
+}
+_ASKED: dict[Kind, str] = {"grade": "an integer from 1 to 5", "preference": "A or B"}
+_NUMBER = re.compile(rf"{_LEAD}(?P<number>[-+~]?[0-9][^\s{_CLOSE}*]*)")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`value` is 1 to 5, or A or B; or None, and then `reason` says why the text holds no verdict."""
+
+    value: int | str | None
+    reason: str | None = None
+
+
+def parse_verdict(text: str, kind: Kind, *, finished: bool = True) -> Verdict:
+    """The verdict of the last marker in `text`.
+
+    `finished` is False where the judge ran into its token limit: a verdict at the very end of the text may then be the
+    beginning of another (`4` of `4.5`), so it counts only where its line has ended.
+    """
+    if not text.strip():
+        return Verdict(None, "the judge wrote nothing")
+    markers = list(_MARKER.finditer(text))
+    if not markers:
+        return Verdict(None, "cut off inside [RESULT]" if _TORN.search(text.rstrip()) else "no [RESULT]")
+    ends = [marker.start() for marker in markers[1:]] + [len(text)]
+    tails = [text[marker.end() : end] for marker, end in zip(markers, ends, strict=True)]
+    found = [_VERDICT[kind].match(tail) for tail in tails]
+    last = found[-1]
+    if last is None:
+        return Verdict(None, _reason(tails[-1], kind))
+    if not finished and not last["end"]:
+        return Verdict(None, "cut off at the verdict")
+    earlier = [_said(match, tail) for match, tail in zip(found[:-1], tails[:-1], strict=True)]
+    if differing := [said for said in earlier if said is not None and said != last["value"]]:
+        return Verdict(None, f"results that differ: {', '.join([*differing, last['value']])}")
+    return Verdict(int(last["value"]) if kind == "grade" else last["value"])
+
+
+def _said(match: re.Match[str] | None, tail: str) -> str | None:
+    """What an earlier marker says: its verdict, or a number that is none; None for a quotation of the format, in which
+    there is neither."""
+    if match is not None:
+        return str(match["value"])
+    number = _NUMBER.match(tail)
+    return number["number"] if number else None
+
+
+def _reason(tail: str, kind: Kind) -> str:
+    shown = " ".join(re.sub(rf"^{_LEAD}", "", tail).split())[:40]
+    if not shown:
+        return "cut off after [RESULT]"
+    return f"{shown!r} after [RESULT] is not {_ASKED[kind]} alone on its line"

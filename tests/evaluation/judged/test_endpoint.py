@@ -1,0 +1,140 @@
+"""A judge behind an address: asked as servers of its kind are, patient with one that is busy, and its key written nowhere."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distft.errors import JudgeError
+from distft.evaluation.endpoint import Endpoint
+from distft.evaluation.generation import TransformersEngine
+from distft.evaluation.settings import Judge
+from distft.evaluation.writing import Answer, Item, Sampling
+from distft.world import World
+
+KEY = "sk-this-is-a-secret"
+Replay = Callable[..., Any]
+
+
+def item(text: str, **sampling: Any) -> Item:
+    return Item(({"role": "user", "content": text},), Sampling(16, **sampling))
+
+
+def endpoint(address: str, **settings: Any) -> Endpoint:
+    return Endpoint(Judge(endpoint=address, model="some-judge", **{"retries": 2, **settings}), World())
+
+
+def answers(judge: Endpoint, *items: Item) -> list[Answer]:
+    found = dict(judge.write(items))
+    return [found[index] for index in range(len(items))]
+
+
+def test_a_real_server_writes_what_its_model_does(served: str, chat_model: Path) -> None:
+    asked = [item("Tell me something."), item("What is a river?")]
+    model = AutoModelForCausalLM.from_pretrained(chat_model)
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    here = TransformersEngine(model, tokenizer, {}, batch_tokens=1_000, template="chat")
+    expected = dict(here.write(asked))
+    judge = Endpoint(Judge(endpoint=served, model=str(chat_model)), World())
+    assert answers(judge, *asked) == [expected[0], expected[1]]
+    sampled = [item("Tell me something.", temperature=1.5, seed=seed) for seed in (1, 2)]
+    one, two = (answers(judge, asked_one)[0].text for asked_one in sampled)
+    assert one != two
+
+
+def test_a_request_is_what_servers_of_its_kind_take(replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    server = replay(lambda body, number: (200, "Fine. [RESULT] 4"))
+    judge = endpoint(server.address + "/", api_key_env="MY_KEY")
+    assert answers(judge, item("Grade this.", temperature=0.5, top_p=0.9)) == [Answer("Fine. [RESULT] 4", 3, True)]
+    (body,) = server.bodies
+    seed = body.pop("seed")
+    assert isinstance(seed, int) and 0 <= seed < 2**31
+    assert body == {
+        "model": "some-judge", "messages": [{"role": "user", "content": "Grade this."}],
+        "max_tokens": 16, "temperature": 0.5, "top_p": 0.9,
+    }  # fmt: skip
+    assert server.headers[0]["path"] == "/v1/chat/completions"
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert KEY not in str(judge.identity)
+
+
+def test_without_a_key_none_is_sent(replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = replay(lambda body, number: (200, "[RESULT] 4"))
+    answers(endpoint(server.address), item("Grade this."))
+    assert "Authorization" not in server.headers[0]
+
+
+def test_a_text_that_ran_into_the_limit_is_not_finished(replay: Replay) -> None:
+    choice = {"finish_reason": "length", "message": {"content": "Feedback: go\ud83d"}}
+    server = replay(lambda body, number: {"choices": [choice]})
+    assert answers(endpoint(server.address), item("Grade this.")) == [Answer("Feedback: go?", 0, False)]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_server_is_asked_again(replay: Replay, status: int) -> None:
+    says = lambda body, number: (status, "later") if number < 2 else (200, "[RESULT] 3")  # noqa: E731
+    server = replay(says, reply_headers={"Retry-After": "0"})
+    assert answers(endpoint(server.address), item("Grade this."))[0].text == "[RESULT] 3"
+    assert len(server.bodies) == 3
+    assert server.bodies[0] == server.bodies[1] == server.bodies[2]
+
+
+def test_one_that_stays_busy_is_given_up(replay: Replay) -> None:
+    server = replay(lambda body, number: (503, "overloaded"), reply_headers={"Retry-After": "0"})
+    with pytest.raises(JudgeError, match=r"tried 3 times: 503 .*overloaded"):
+        answers(endpoint(server.address), item("Grade this."))
+    assert len(server.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [(400, "refuses: 400"), (401, r"set the environment variable OPENAI_API_KEY"), (404, "mostly ends in /v1")],
+)
+def test_a_refusal_is_final_and_the_key_is_not_repeated(
+    replay: Replay, monkeypatch: pytest.MonkeyPatch, status: int, says: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = replay(lambda body, number: (status, f"Not for the key {KEY}, sorry"))
+    with pytest.raises(JudgeError, match=says) as caught:
+        answers(endpoint(server.address, concurrency=1), item("Grade this."), item("And this."))
+    assert KEY not in str(caught.value)
+    assert len(server.bodies) <= 2  # one, or the next as well where it was already on its way
+
+
+@pytest.mark.parametrize("answer", ["<html>Welcome</html>", '{"object": "list"}', '{"choices": []}', "[]"])
+def test_something_else_at_the_address_is_named(replay: Replay, answer: str) -> None:
+    server = replay(lambda body, number: (299, answer))  # sent as it is
+    with pytest.raises(JudgeError, match="does not answer as an OpenAI-compatible server"):
+        answers(endpoint(server.address), item("Grade this."))
+
+
+def test_nobody_at_the_address_is_said_with_the_address_but_without_its_secrets() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(
+        JudgeError, match=f"http://127.0.0.1:{port}/v1/chat/completions does not judge, tried once"
+    ) as caught:
+        answers(endpoint(f"http://me:hidden@127.0.0.1:{port}/v1", retries=0), item("Grade this."))
+    assert "hidden" not in str(caught.value)
+
+
+def test_a_server_that_does_not_answer_in_time_is_asked_again(replay: Replay) -> None:
+    server = replay(lambda body, number: (200, "[RESULT] 3"), delay_s=3.0)
+    with pytest.raises(JudgeError, match=r"tried 2 times: no answer \(ReadTimeout"):
+        answers(endpoint(server.address, timeout_s=0.3, retries=1), item("Grade this."))
+    assert len(server.bodies) == 2
+
+
+def test_so_many_requests_are_under_way_at_once_and_no_more(replay: Replay) -> None:
+    server = replay(lambda body, number: (200, body["messages"][0]["content"]), delay_s=0.2)
+    found = answers(endpoint(server.address, concurrency=3), *(item(f"Text {number}") for number in range(12)))
+    assert [answer.text for answer in found] == [f"Text {number}" for number in range(12)]
+    assert server.busiest == 3
