@@ -314,7 +314,16 @@ def test_models_with_tokenizers_of_their_own_are_judged_by_time_and_by_the_task(
             ("b", "two", 50, 7000, accuracies[1]),
         ):
             for turn in (1, 2, 3):
-                figure = {} if accuracy is None else {"accuracy": {"adapter": {"value": accuracy + turn / 1000}}}
+                rest = {
+                    "title": "accuracy",
+                    "count": 100,
+                    "form": ".3f",
+                    "base": None,
+                    "difference": None,
+                    "verdict": None,
+                }
+                value = {"value": accuracy + turn / 1000, "low": None, "high": None} if accuracy else None
+                figure = {"accuracy": {**rest, "adapter": value}}
                 folders.append(make(parent, f"{name}{turn}", f"model.name={model}", samples_per_second=speed + turn / 10, tokens=tokens,
                                     train_loss=2.5 if name == "a" else 1.5, eval_after=after, evaluation={"imdb": {"figures": figure}}))  # fmt: skip
         return report(folders, equal=["samples"])
