@@ -11,9 +11,10 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from distft.bound import Bound, Facts, Split, bound, whole_run
+from distft.equality import BY_DEFAULT, EQUAL, differences, sameness
 from distft.errors import RunFolderError
 from distft.evaluation.columns import columns
 from distft.intervals import CONFIDENCE, Interval
@@ -23,9 +24,6 @@ from distft.yaml12 import parse_yaml
 
 LOSS_TOLERANCE = 0.01
 """Losses of two variants that are further apart than this share of the first one's are not equal, where an experiment says nothing else."""
-
-_NAMES_OF_A_RUN = ("run.name", "run.dir", "run.resume", "run.force", "tracking.")
-"""What makes no difference to what a run does."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +75,6 @@ TIMES = (
     Figure("saving_time_s", "saving, s", ",.1f"),
 )
 """Figures of a run that stand in a table of their own, beside the split of a step."""
-
-EQUAL: dict[str, tuple[str, ...]] = {
-    "samples": ("as run.samples", "as run.skipped_steps", "data.", "run.seed"),
-    "order": ("data.", "run.seed"),
-    "global_batch": ("as run.global_batch_size", "as run.global_batch_tokens"),
-    "tokens": ("as run.tokens",),
-    "base_weights": ("model.name", "model.revision", "model.dtype", "quantization", "quantization.load_",
-                     "quantization.bnb_4bit_quant_type", "quantization.bnb_4bit_use_double_quant", "quantization.llm_int8_"),
-    "loss": (),
-    "steps": ("as run.steps",),
-    "seed": ("run.seed",),
-}  # fmt: skip
-"""What can be equal, and the facts that have to be for it, by the beginnings of their names; losses are compared instead."""
-
-BY_DEFAULT: tuple[Literal["samples", "order", "global_batch"], ...] = ("samples", "order", "global_batch")
-"""What must be equal for speeds to be compared, where nothing else is declared."""
 
 _AS_RUN = (
     "strategy", "world_size", "steps", "skipped_steps", "samples", "tokens", "global_batch_size", "global_batch_tokens",
@@ -242,7 +224,7 @@ def report(
     runs = tuple(map(_read, {folder.path.resolve(): folder for folder in folders}.values()))
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(_sameness(run), []).append(run)
+        groups.setdefault(sameness(run.facts, run.strategy, run.world_size), []).append(run)
     named = dict(zip(_labels([*groups.values()]), groups.values(), strict=True))
     variants = tuple(_variant(name, members) for name, members in named.items())
     done = {name: finished for name, members in named.items() if (finished := [run for run in members if run.finished])}
@@ -260,7 +242,7 @@ def report(
             if first is not None and name != first
             for comparison in tell.compare(first, name)
         ),
-        differences=_differences(named),
+        differences=differences(_facts(named)),
         missing=missing or {},
         loss_tolerance=loss_tolerance,
         together=tell.together,
@@ -328,12 +310,6 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
 # Variants ---------------------------------------------------------------------------------------------------------------
 
 
-def _sameness(run: Run) -> str:
-    """Equal for runs that are repeats of each other."""
-    facts = {key: _word(value) for key, value in run.facts.items() if not key.startswith((*_NAMES_OF_A_RUN, "as run."))}
-    return json.dumps([facts, run.strategy, run.world_size], sort_keys=True)
-
-
 def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
     """The shortest name in each group, or its folder where another group has that name as well."""
     shortest = [min(group, key=lambda run: len(run.name)) for group in groups]
@@ -369,37 +345,12 @@ def _bound_facts(run: Run, median: Mapping[str, float | None]) -> Facts:
 def _equality(what: str, declared: bool, done: Mapping[str, Sequence[Run]], tolerance: float) -> Equality:
     if sum(map(len, done.values())) < 2:
         return Equality(what, declared, None, {})
-    unequal = _unequal_losses(done, tolerance) if what == "loss" else _differences(done, EQUAL[what])
+    unequal = _unequal_losses(done, tolerance) if what == "loss" else differences(_facts(done), EQUAL[what])
     return Equality(what, declared, not unequal, unequal)
 
 
-def _differences(named: Mapping[str, Sequence[Run]], of: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Facts that are not the same in all runs, those that `of` names the beginnings of, each with its value in every
-    variant: one, or a list where the repeats differ among themselves."""
-    found: dict[str, dict[str, Any]] = {}
-    for key in dict.fromkeys(key for members in named.values() for run in members for key in run.facts):
-        if key.startswith(_NAMES_OF_A_RUN) if of is None else not _begins(key, of):
-            continue
-        # A recipe that says nothing says null; of a run that has not finished nothing is known.
-        told = {name: [run.facts.get(key) for run in members if key in run.facts or not key.startswith("as run.")]
-                for name, members in named.items()}  # fmt: skip
-        if len({_word(value) for values in told.values() for value in values}) > 1:
-            found[key] = {name: _one(values) for name, values in told.items() if values}
-    return found
-
-
-def _begins(key: str, of: Sequence[str]) -> bool:
-    return any(key == start or (start.endswith((".", "_")) and key.startswith(start)) for start in of)
-
-
-def _one(values: Sequence[Any]) -> Any:
-    return values[0] if len({_word(value) for value in values}) == 1 else list(values)
-
-
-def _word(value: Any) -> str:
-    """One text for values that are equal: 0 and 0.0 are."""
-    value = int(value) if isinstance(value, float) and value.is_integer() else value
-    return json.dumps(value, sort_keys=True, default=str)
+def _facts(named: Mapping[str, Sequence[Run]]) -> dict[str, list[Mapping[str, Any]]]:
+    return {name: [run.facts for run in members] for name, members in named.items()}
 
 
 def _unequal_losses(done: Mapping[str, Sequence[Run]], tolerance: float) -> dict[str, dict[str, Any]]:
@@ -434,7 +385,9 @@ class _Comparer:
             what: told.unequal for what in EQUAL if not (told := _equality(what, True, pair, self.tolerance)).equal
         }
         broken = [what for what in self.declared if what in unequal]
-        reworded = "tokens" in unequal and any(_differences(pair, [key]) for key in ("model.name", "model.tokenizer"))
+        reworded = "tokens" in unequal and any(
+            differences(_facts(pair), [key]) for key in ("model.name", "model.tokenizer")
+        )
         compared = []
         for figure in (figure for figure in FIGURES if figure.compared):
             ours, theirs = (_known(run.figures[figure.key] for run in members) for members in pair.values())

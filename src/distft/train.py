@@ -34,7 +34,8 @@ from distft.record import Record
 from distft.samples import at_most, lengths_of
 from distft.stopping import StopTogether
 from distft.strategy import Strategy, whole_numel
-from distft.telemetry import Telemetry, Work, closing_trackers, model_flops_per_token, perplexity, trackers
+from distft.telemetry import Telemetry, Work, model_flops_per_token, perplexity
+from distft.trackers import closing_trackers, trackers
 from distft.trainer import HeldOut, Invariants, Trainer, sft_config
 from distft.watch import Watch
 from distft.world import STOP, Launch, World, say, together

@@ -24,7 +24,7 @@ from distft.machine import describe
 from distft.origin import COMMAND_LINE
 from distft.recipe import Recipe, load_recipe
 from distft.run import RunFolder, to_json, write_atomically
-from distft.telemetry import closing_trackers, log_evaluation
+from distft.trackers import closing_trackers, log_evaluation
 from distft.world import World, say, together
 
 _DAY_S = 24 * 3600
