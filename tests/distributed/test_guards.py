@@ -47,7 +47,7 @@ def test_fsdp_that_is_ddp_in_silence_is_stopped(tmp_path: Path) -> None:
     code, stderr = run_without(
         tmp_path,
         "strategy",
-        "module._make_fsdp_real_on_cpu = lambda: None",
+        "module.make_real_on_cpu = lambda: None",
         "recipe=tiny",
         "strategy=fsdp",
         "quantization=null",
