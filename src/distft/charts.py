@@ -222,7 +222,8 @@ def _pareto(speeds: Mapping[str, tuple[float, float]], memory_title: str) -> Cha
 
 
 def evaluation_charts(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
-    """For each task, its figures of base and adapter as bars with their intervals, by the names of runs; figures of one unit together.
+    """For each task, its figures of base and adapter as bars with their intervals, by the names of runs; figures of one unit together, and
+    categories of the task's items by themselves.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -234,10 +235,23 @@ def evaluation_charts(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Char
                 own = name if task == "perplexity" else figure["form"]  # perplexity and loss have no common scale
                 label = figure["title"] if len(evaluations) == 1 else f"{run}, {figure['title']}"
                 grouped.setdefault((task, own), []).append((label, figure))
+        for task, result in evaluation.items():
+            for name, sides in (result.get("categories") or {}).items():
+                label = name if len(evaluations) == 1 else f"{run}, {name}"
+                known = {
+                    side: sides.get(side)
+                    for side in ("base", "adapter")
+                    if (sides.get(side) or {}).get("value") is not None
+                }
+                whole = {"base": None, "adapter": None, "form": ".2f", "verdict": None, **known}
+                grouped.setdefault((f"{task} by category", ""), []).extend([(label, whole)] if known else [])
     tasks = [task for task, _ in grouped]
     return [
-        _side_by_side(f"evaluation_{task}" + (f"_{number}" if tasks.count(task) > 1 else ""), task, figures)
+        _side_by_side(
+            f"evaluation_{task}".replace(" ", "_") + (f"_{number}" if tasks.count(task) > 1 else ""), task, figures
+        )
         for number, ((task, _), figures) in enumerate(grouped.items())
+        if figures
     ]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from distft.charts import evaluation_charts
 from distft.evaluation.figures import Estimate, bootstrap_weights, compared, mean
 from distft.evaluation.perplexity import figures
 
@@ -49,3 +50,21 @@ def test_perplexity_is_the_exponential_of_the_mean_over_tokens_and_pairs_beat_ch
     assert found["loss"]["verdict"] == found["perplexity"]["verdict"] == "gain"
     wide = found["loss"]["base"]["high"] - found["loss"]["base"]["low"]
     assert found["loss"]["difference"]["high"] - found["loss"]["difference"]["low"] < wide / 5
+
+
+def test_a_chart_has_the_categories_that_have_a_score() -> None:
+    def side(value: float | None) -> dict[str, float | None]:
+        return {"value": value, "low": value, "high": value}
+
+    score = compared(Estimate(4, 3, 5), Estimate(6, 5, 7), Estimate(2, 1, 3), title="score", form=".2f")
+    categories = {
+        "math": {"count": 2, "base": side(3.0), "adapter": side(5.0)},
+        "stem": {"count": 1, "base": side(None), "adapter": side(8.0)},
+        "coding": {"count": 1, "base": side(None), "adapter": side(None)},
+    }
+    charts = evaluation_charts({"run": {"mt_bench": {"figures": {"score": score}, "categories": categories}}})
+    whole, parts = charts
+    assert whole.key == "evaluation_mt_bench" and parts.key == "evaluation_mt_bench_by_category"
+    assert parts.head == ("figure", "base", "adapter")
+    assert [row[0] for row in parts.rows] == ["math", "stem"], "of coding nothing is known"
+    assert "3.00" in parts.rows[0][1] and "5.00" in parts.rows[0][2] and "8.00" in parts.rows[1][2]

@@ -183,7 +183,10 @@ def _known(folder: RunFolder, weights: Mapping[Any, str]) -> dict[str, Any]:
 def _write(folder: RunFolder, record: Mapping[str, Any]) -> None:
     write_atomically(folder.results, to_json(record) + "\n")
     if folder.summary.is_file():
-        found = {task: {"figures": result["figures"]} for task, result in record.items()}
+        found = {
+            task: {part: result[part] for part in ("figures", "categories") if part in result}
+            for task, result in record.items()
+        }
         folder.write_summary(folder.read_summary() | {"evaluation": found})
 
 
