@@ -68,3 +68,12 @@ def test_a_chart_has_the_categories_that_have_a_score() -> None:
     assert parts.head == ("figure", "base", "adapter")
     assert [row[0] for row in parts.rows] == ["math", "stem"], "of coding nothing is known"
     assert "3.00" in parts.rows[0][1] and "5.00" in parts.rows[0][2] and "8.00" in parts.rows[1][2]
+
+
+@pytest.mark.parametrize(("right", "count", "low", "high"), [(0, 6, 0.0, 0.39), (4, 6, 0.30, 0.903), (6, 6, 0.61, 1.0)])
+def test_a_share_has_an_interval_within_0_and_1_and_of_some_width(
+    right: int, count: int, low: float, high: float
+) -> None:
+    """Wilson's, (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), by hand."""
+    found = Estimate.proportion(right / count, count)
+    assert (found.value, found.low, found.high) == pytest.approx((right / count, low, high), abs=0.005)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 LEVEL = 0.95
 RESAMPLES = 10_000
@@ -39,6 +40,12 @@ class Estimate:
     def normal(cls, value: float, error: float) -> Estimate:
         """From the figure and its standard error, as a normal distribution."""
         return cls(value, value - _NORMAL * error, value + _NORMAL * error)
+
+    @classmethod
+    def proportion(cls, value: float, count: int) -> Estimate:
+        """From the share `value` of `count` items: Wilson's interval (1927), which stays within 0 and 1 and has a width at both."""
+        interval = stats.binomtest(round(value * count), count).proportion_ci(LEVEL, method="wilson")
+        return cls(value, float(interval.low), float(interval.high))
 
 
 def compared(

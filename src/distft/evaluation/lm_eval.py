@@ -146,7 +146,7 @@ def figures(found: Mapping[SideName, Results]) -> dict[str, Any]:
             name, _, chosen = key.partition(",")
             if not chosen or name.endswith("_stderr") or not isinstance(values[key], int | float):
                 continue
-            sides = [_estimate(results["results"][task], name, chosen) for results in (base, adapter) if results]
+            sides = [_estimate(results, task, name, chosen) for results in (base, adapter) if results]
             pairs = None if adapter is None else _difference(base, adapter, task, name, chosen, sides[0], sides[1])
             title = f"{task}: {name}" + ("" if chosen == "none" else f" ({chosen})")
             higher = base["higher_is_better"].get(task, {}).get(name, True)
@@ -157,8 +157,13 @@ def figures(found: Mapping[SideName, Results]) -> dict[str, Any]:
     return made
 
 
-def _estimate(values: Mapping[str, Any], name: str, chosen: str) -> Estimate:
-    value, error = float(values[f"{name},{chosen}"]), values.get(f"{name}_stderr,{chosen}")
+def _estimate(results: Results, task: str, name: str, chosen: str) -> Estimate:
+    """lm-eval's figure; its interval from lm-eval's standard error, or Wilson's where the figure is the share of right documents."""
+    figures = results["results"][task]
+    value, error = float(figures[f"{name},{chosen}"]), figures.get(f"{name}_stderr,{chosen}")
+    documents = [*(_values(results, task, name, chosen) or {}).values()]
+    if documents and set(documents) <= {0.0, 1.0} and abs(value - float(np.mean(documents))) < 1e-9:
+        return Estimate.proportion(value, len(documents))
     return Estimate.normal(value, error) if isinstance(error, int | float) else Estimate(value, math.nan, math.nan)
 
 
