@@ -14,6 +14,10 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distft.fsdp2 import keep_layers, layers_of, prefetch
+from distft.launcher import Launcher
+from distft.recipe import load_recipe
+from distft.strategy import Strategy
+from distft.world import World
 
 LAYERS = 5
 
@@ -97,3 +101,17 @@ def test_gradients_are_those_without_it(model: Any) -> None:
     prefetch(model)
     keep_layers(model, 1e12)
     assert all(torch.equal(one, other) for one, other in zip(before, gradients(), strict=True))
+
+
+def test_who_says_when_to_shard_again_is_obeyed_and_what_distft_sets_by_itself_is_nobody() -> None:
+    """The probe's processes inherit the environment of the run: they must decide as the run does."""
+    recipe = load_recipe(["recipe=tiny", "strategy=fsdp", "quantization=null"])
+    world = World(world_size=2, local_world_size=2)
+    environment: dict[str, str] = {}
+    how = Strategy.choose(recipe, world, environment, Launcher())
+    assert how.may_keep_layers
+    how.configure(environment)
+    assert environment["FSDP_VERSION"] == "2", "what accelerate reads is there"
+    assert Strategy.choose(recipe, world, environment, Launcher()).may_keep_layers
+    theirs = {**environment, "FSDP_RESHARD_AFTER_FORWARD": "true"}  # as a --config_file puts it there
+    assert not Strategy.choose(recipe, world, theirs, Launcher()).may_keep_layers

@@ -205,14 +205,14 @@ def _train(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from distft.evaluation.tasks import Request
-    from distft.launch import WORKERS, Node, run
+    from distft.launch import EVALUATION, Node, run
     from distft.strategy import visible_devices
 
     request = Request.of(options.overrides)  # the user's mistakes are found here, before any process is started
     processes = options.nproc or max(visible_devices(), 1)
     if processes < 1:
         raise LaunchError(f"--nproc {processes} starts nothing")
-    return run(options.overrides, processes, request.recipe.run.max_restarts, Node(), WORKERS[1])
+    return run(options.overrides, processes, request.recipe.run.max_restarts, Node(), EVALUATION)
 
 
 def _submit(options: argparse.Namespace) -> None:

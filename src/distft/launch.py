@@ -82,12 +82,12 @@ class Node:
             raise LaunchError(f"--rdzv {self.meeting}: {self.host} cannot be reached from here ({error})") from error
 
 
-WORKERS = ("distft.train", "distft.evaluation")
+TRAINING, EVALUATION = "distft.train", "distft.evaluation"
 """The modules that are started as workers."""
 
 
 def worker_command(
-    arguments: Sequence[str], processes: int, restarts: int, node: Node, module: str = WORKERS[0]
+    arguments: Sequence[str], processes: int, restarts: int, node: Node, module: str = TRAINING
 ) -> list[str]:
     """Command that starts `processes` workers of `module` on this machine; the launcher of several starts them again
     up to `restarts` times.
@@ -138,7 +138,7 @@ def _interface(address: str) -> str | None:
     return None
 
 
-def run(arguments: Sequence[str], processes: int, restarts: int, node: Node, module: str = WORKERS[0]) -> int:
+def run(arguments: Sequence[str], processes: int, restarts: int, node: Node, module: str = TRAINING) -> int:
     """Start `processes` workers on this node, wait for them, and return the exit code of the run: 0, 75, 2 or 1.
 
     Workers that were killed, failed or hung are started again up to `restarts` times: several by their launcher, a single
@@ -229,7 +229,7 @@ def _workers(started: int) -> list[psutil.Process]:
         process = psutil.Process(started)
         if "accelerate.commands.launch" not in process.cmdline():
             return [process]
-        return [child for child in process.children() if set(WORKERS) & set(child.cmdline())]
+        return [child for child in process.children() if {TRAINING, EVALUATION} & set(child.cmdline())]
     return []
 
 

@@ -61,7 +61,6 @@ class Group:
         self.weights, self.biases = self.tensors[0::4], self.tensors[1::4]
         self.a = torch.cat([a.to(dtype) for a in self.tensors[2::4]])
         self.b = [b.to(dtype) for b in self.tensors[3::4]]
-        self.scalings = [spec.scaling for spec in self.specs]  # applied within the products, which costs nothing
         self.ranks = [b.shape[1] for b in self.b]
 
     def forward(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -78,7 +77,7 @@ class Group:
     def grad_input(self, grads: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of x and of A x from those of the outputs."""
         grad_low = torch.cat(
-            [_scaled_product(grad, b, s) for grad, b, s in zip(grads, self.b, self.scalings, strict=True)], 1
+            [_scaled_product(grad, b, spec.scaling) for grad, b, spec in zip(grads, self.b, self.specs, strict=True)], 1
         )
         grad_x = torch.zeros(())
         for number, (spec, weight, grad) in enumerate(zip(self.specs, self.weights, grads, strict=True)):
@@ -96,7 +95,7 @@ class Group:
         found: list[torch.Tensor | None] = []
         for number, part in enumerate(torch.split(low, self.ranks, 1)):
             a, b = self.tensors[4 * number + 2], self.tensors[4 * number + 3]
-            grad_b = _scaled_product(grads[number].t(), part, self.scalings[number])
+            grad_b = _scaled_product(grads[number].t(), part, self.specs[number].scaling)
             found += [None, None, grad_a[number].to(a.dtype), grad_b.to(b.dtype)]
         return found
 

@@ -36,7 +36,7 @@ from distft.stopping import StopTogether
 from distft.strategy import Strategy, whole_numel
 from distft.telemetry import Telemetry, Work, model_flops_per_token, perplexity
 from distft.trackers import closing_trackers, trackers
-from distft.trainer import HeldOut, Invariants, Trainer, sft_config
+from distft.trainer import HeldOut, InTime, Invariants, Trainer, sft_config
 from distft.watch import Watch
 from distft.world import STOP, Launch, World, say, together
 
@@ -96,7 +96,7 @@ def train(arguments: Sequence[str]) -> None:
             skips_spare_rounds=how.skips_spare_rounds, train_dataset=splits.train,
             eval_dataset=at_most(splits.validation, recipe.evaluation.max_samples),
             callbacks=[
-                Invariants(how, recipe, trainable, numbers), stop, profile, telemetry, *trackers(recipe, record.folder, world),
+                Invariants(how, recipe, trainable, numbers), InTime(how, recipe.batching.memory_limit_gib, record.changed), stop, profile, telemetry, *trackers(recipe, record.folder, world),
                 *([held_out] if recipe.evaluation.before_and_after and splits.test is not None else []),
                 checkpoints, watch,
             ],

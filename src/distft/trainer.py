@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -214,9 +215,6 @@ class Invariants(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self._strategy.check_prepared(model, self._recipe, self._trainable)
-        note = self._strategy.gather_in_time(model, self._recipe.batching.memory_limit_gib)
-        if note and self._strategy.world.is_main:
-            say(note)
         self._before = self._strategy.fingerprint(model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
@@ -226,6 +224,20 @@ class Invariants(TrainerCallback):  # type: ignore[misc]
         if self._before is not None and self._learning_rate > 0 and not self._numbers.in_a_row:
             self._strategy.check_updated(model, self._before, self._learning_rate)
             self._before = None
+
+
+class InTime(TrainerCallback):  # type: ignore[misc]
+    """Before step 1 the prepared model is told when to gather what is sharded; what that changes is said, and given to `record`."""
+
+    def __init__(self, strategy: Strategy, memory_limit_gib: float | None, record: Callable[[str], None]) -> None:
+        self._strategy, self._limit_gib, self._record = strategy, memory_limit_gib, record
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        note = self._strategy.gather_in_time(model, self._limit_gib)
+        if note:
+            self._record(note)
+            if self._strategy.world.is_main:
+                say(note)
 
 
 class HeldOut(TrainerCallback):  # type: ignore[misc]

@@ -34,7 +34,7 @@ from distft.recipe import load_recipe
 from distft.run import RunFolder
 from distft.samples import lengths_of
 from distft.strategy import Strategy
-from distft.trainer import sft_config
+from distft.trainer import InTime, sft_config
 from distft.world import World, reduce
 
 PASSES = 2
@@ -82,15 +82,9 @@ class Growing(SFTTrainer):  # type: ignore[misc]
 class Measure(TrainerCallback):  # type: ignore[misc]
     """Writes what each size took, and ends the trial where a size did not fit or the next would not. All ranks agree."""
 
-    def __init__(
-        self, sizes: Sequence[int], budget: Budget, strategy: Strategy, limit_gib: float | None, results: Path
-    ) -> None:
-        self._sizes, self._budget, self._strategy, self._limit_gib = sizes, budget, strategy, limit_gib
-        self._world, self._results = strategy.world, results
+    def __init__(self, sizes: Sequence[int], budget: Budget, world: World, results: Path) -> None:
+        self._sizes, self._budget, self._world, self._results = sizes, budget, world, results
         self._tried: list[tuple[int, float]] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self._strategy.gather_in_time(model, self._limit_gib)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._budget.start()
@@ -138,7 +132,7 @@ def trial(results: Path, arguments: Sequence[str]) -> None:
     trainer = Growing(
         model=model, args=config, processing_class=tokenizer, plan=plan, sizes=sizes, train_dataset=splits.train,
         data_collator=Collator(tokenizer.pad_token_id, packed=recipe.batching.micro_batch_tokens is not None),
-        callbacks=[Measure(sizes, budget, how, recipe.batching.memory_limit_gib, results)],
+        callbacks=[InTime(how, recipe.batching.memory_limit_gib, lambda _: None), Measure(sizes, budget, world, results)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     settle_adapter_dtype(model, recipe, how)
