@@ -19,26 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from synthetic import LLAMA_2_7B
+from synthetic import LLAMA_2_7B, trained_tokenizer
 
 from distft.machine import describe
 from distft.run import RunFolder, to_json, write_atomically
 
 
 def build(folder: Path, rows: Path, layers: int) -> None:
-    """Save the shape with random bf16 weights and a byte-level BPE tokenizer trained on the rows (the hub's is not needed)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    """Save the shape with random bf16 weights and a tokenizer trained on the rows."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=16_000, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
-    tokenizer.train_from_iterator(rows.read_text(encoding="utf-8").splitlines(), trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    trained_tokenizer(folder, rows, 16_000)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM._from_config(

@@ -93,6 +93,23 @@ def model(work: Path, shape: Shape) -> Path:
     return folder
 
 
+def trained_tokenizer(folder: Path, rows: Path, size: int) -> Path:
+    """`folder`, with a byte-level BPE tokenizer of `size` tokens at most, trained on the lines of `rows` (the hub's is not needed)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=_SPECIAL, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    tokenizer.train_from_iterator(rows.read_text(encoding="utf-8").splitlines(), trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
 def sample_lengths(shape: Shape, count: int, generator: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Tokens of `count` samples: those of Dolly-15k under Llama-2's tokenizer, log-normal with median 115 and mean 205, from 16
     to 1,024."""

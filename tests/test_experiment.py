@@ -50,7 +50,16 @@ def value(recipe: Any, key: str) -> Any:
 
 
 def test_the_promised_experiments_are_shipped() -> None:
-    assert set(SHIPPED) == {"tiny", "ddp_vs_fsdp", "strategies", "rank", "duel", "memory_grid", "ablation"}
+    assert set(SHIPPED) == {
+        "tiny",
+        "ddp_vs_fsdp",
+        "ddp_vs_fsdp_published",
+        "strategies",
+        "rank",
+        "duel",
+        "memory_grid",
+        "ablation",
+    }
 
 
 @pytest.mark.parametrize("name", SHIPPED)

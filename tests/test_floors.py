@@ -33,9 +33,9 @@ FLOORS = (
         "evaluation.verdicts",
         "evaluation.vllm_worker",
     ),
-    ("sections", "run", "world", "lora_nodes", "fsdp2", "verdict", "bound", "evaluation.settings"),
-    ("origin", "launcher", "report", "history", "fused"),
-    ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts", "evaluation.journal"),
+    ("sections", "run", "world", "dropout", "fsdp2", "verdict", "bound", "evaluation.settings"),
+    ("origin", "launcher", "report", "history", "lora_nodes"),
+    ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts", "fused", "evaluation.journal"),
     (
         "outcome",
         "strategy",

@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1MLP
 
+from distft.dropout import dropout
 from distft.fused import fuse
-from distft.kernels import dropout
 from distft.lora_nodes import LoraLinears, LoraMlp, Origin, Spec, TiledLoraMlp
 
 SEEDS = (1234, 99)

@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch.nn.functional import silu
 
-from distft.kernels import dequantize, dropout, swiglu, swiglu_backward
+from distft.kernels import dequantize, swiglu, swiglu_backward
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 QUANTISED = [
@@ -95,31 +95,3 @@ def test_swiglu_and_its_gradients_are_those_of_float64(shape: tuple[int, int], d
     for found, exact in zip([forward, of_gate, of_up, again], expected, strict=True):
         assert exact is not None and found.dtype == dtype
         assert (found.double() - exact).norm() <= EXACT[dtype] * exact.norm()
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("p", [0.05, 0.5])
-def test_dropout_zeroes_its_share_and_scales_the_rest(p: float, device: str) -> None:
-    x = torch.full((1000, 1000), 3.0, device=device)
-    found = dropout(x, p, seed=7)
-    dropped = found == 0
-    deviation = (p * (1 - p) / x.numel()) ** 0.5  # of the mean of independent places
-    assert abs(dropped.float().mean().item() - p) < 5 * deviation
-    torch.testing.assert_close(found[~dropped], torch.full_like(found[~dropped], 3.0 / (1 - p)))
-    assert abs(dropped.float().mean(0).max().item() - p) < 7 * (p * (1 - p) / 1000) ** 0.5, "no column is left out"
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_dropout_drops_the_same_places_for_the_same_seed(device: str) -> None:
-    x, y = torch.ones(300, 333, device=device), torch.randn(300, 333, device=device)
-    first = dropout(x, 0.3, seed=7)
-    assert torch.equal(dropout(x, 0.3, seed=7), first)
-    torch.testing.assert_close(dropout(y, 0.3, seed=7), y * first)
-    strided = y.t().contiguous().t()
-    assert torch.equal(dropout(strided, 0.3, seed=7), dropout(y, 0.3, seed=7))
-    assert ((dropout(x, 0.3, seed=8) == 0) == (first == 0)).float().mean() < 0.65, "another seed, other places"
-
-
-def test_no_dropout_copies_nothing() -> None:
-    x = torch.ones(3, 4)
-    assert dropout(x, 0.0, seed=7) is x

@@ -19,7 +19,8 @@ except ImportError:  # PyTorch's CPU builds come without
     triton = None
 
 
-def _on_triton(tensor: torch.Tensor) -> bool:
+def on_triton(tensor: torch.Tensor) -> bool:
+    """Whether Triton is there and works on this tensor."""
     return triton is not None and tensor.is_cuda
 
 
@@ -29,7 +30,7 @@ def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Te
     `state` is bitsandbytes' QuantState: a block of `state.blocksize` values shares one scale; with double quantisation
     (Dettmers et al. 2023, arXiv:2305.14314) the scales are 8-bit codes themselves, less their mean.
     """
-    if not _on_triton(packed) or dtype not in (torch.bfloat16, torch.float16):
+    if not on_triton(packed) or dtype not in (torch.bfloat16, torch.float16):
         from bitsandbytes.functional import dequantize_4bit
 
         dense: torch.Tensor = dequantize_4bit(packed, state)
@@ -48,7 +49,7 @@ def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Te
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) · up (Shazeer 2020, arXiv:2002.05202). All contiguous and of one shape."""
-    if not _on_triton(gate):
+    if not on_triton(gate):
         return torch.nn.functional.silu(gate) * up
     out = torch.empty_like(gate)
     _swiglu[(triton.cdiv(gate.numel(), _ELEMENTS),)](gate, up, out, gate.numel(), ELEMENTS=_ELEMENTS, num_warps=8)
@@ -59,27 +60,13 @@ def swiglu_backward(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of gate and up, and silu(gate) · up once more; on GPUs they take the places of `gate`, `up` and `grad`."""
-    if not _on_triton(gate):
+    if not on_triton(gate):
         sigmoid, silu = torch.sigmoid(gate), torch.nn.functional.silu(gate)
         return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu, silu * up
     _swiglu_backward[(triton.cdiv(gate.numel(), _ELEMENTS),)](
         grad, gate, up, gate.numel(), ELEMENTS=_ELEMENTS, num_warps=8
     )
     return gate, up, grad
-
-
-def dropout(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-    """x with each value zeroed with probability `p`, the others divided by 1 - p; the same places for the same seed."""
-    if p == 0:
-        return x
-    if not _on_triton(x):
-        generator = torch.Generator(x.device).manual_seed(seed)
-        kept = torch.rand(x.shape, device=x.device, generator=generator) >= p
-        return x * kept / (1 - p)
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    _dropout[(triton.cdiv(x.numel(), _ELEMENTS),)](x, out, x.numel(), p, seed, QUARTER=_ELEMENTS // 4, num_warps=4)
-    return out
 
 
 _BLOCKS = 128  # quantisation blocks of a program: 8,192 values
@@ -127,19 +114,3 @@ if triton is not None:
         tl.store(grad + at, silu * g, mask=inside)
         tl.store(gate + at, (d * g * (sigmoid + e * sigmoid * (1 - sigmoid))).to(g.dtype), mask=inside)
         tl.store(up + at, (d * silu).to(g.dtype), mask=inside)
-
-    @triton.jit
-    def _dropout(x, out, size, p, seed, QUARTER: tl.constexpr):
-        lane = tl.arange(0, QUARTER)
-        first, second, third, fourth = tl.rand4x(seed, tl.program_id(0) * QUARTER + lane)  # Philox makes four at a time
-        at = tl.program_id(0).to(tl.int64) * (4 * QUARTER) + lane
-        _drop(x, out, size, p, at, first)
-        _drop(x, out, size, p, at + QUARTER, second)
-        _drop(x, out, size, p, at + 2 * QUARTER, third)
-        _drop(x, out, size, p, at + 3 * QUARTER, fourth)
-
-    @triton.jit
-    def _drop(x, out, size, p, at, uniform):
-        value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-        value = tl.where(uniform >= p, value / (1 - p), 0.0)
-        tl.store(out + at, value.to(out.dtype.element_ty), mask=at < size)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from distft.kernels import dequantize, dropout, swiglu, swiglu_backward
+from distft.dropout import add_dropped_product, dropout, dropped_product
+from distft.kernels import dequantize, swiglu, swiglu_backward
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Group:
 
     def low(self, x: torch.Tensor) -> torch.Tensor:
         """A x [tokens, sum of the ranks]."""
-        return dropout(x, self.p, self.seed) @ self.a.t()
+        return dropped_product(x, self.a, self.p, self.seed)
 
     def grad_input(self, grads: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of x and of A x from those of the outputs."""
@@ -83,9 +84,7 @@ class Group:
         for number, (spec, weight, grad) in enumerate(zip(self.specs, self.weights, grads, strict=True)):
             dense = spec.dense(weight)
             grad_x = grad @ dense if number == 0 else grad_x.addmm_(grad, dense)
-        if self.p:
-            return grad_x.add_(dropout(grad_low @ self.a, self.p, self.seed)), grad_low
-        return grad_x.addmm_(grad_low, self.a), grad_low
+        return add_dropped_product(grad_x, grad_low, self.a, self.p, self.seed), grad_low
 
     def grad_adapters(
         self, x: torch.Tensor, low: torch.Tensor, grads: Sequence[torch.Tensor], grad_low: torch.Tensor
