@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,6 @@ def run(variant: str, seed: int, options: argparse.Namespace, work: Path) -> dic
     return {
         "variant": variant, "seed": seed, "arguments": [word for word in arguments if not word.startswith("run.dir=")],
         "loss_before": summary["eval_before"]["loss"], "loss_after": summary["eval_after"]["loss"], "train_loss": summary["train_loss"],
-        "tokens_per_second": summary["tokens_per_second"],
     }  # fmt: skip
 
 
@@ -82,23 +82,24 @@ def main() -> int:
     parser.add_argument("--learning-rate", default="1e-3")
     parser.add_argument("--set", nargs="*", default=[], help="more overrides for every run")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--commit", default="", help="the commit measured, where there is no git")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = options.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
     runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as work:
-        for seed in options.seeds:
-            for variant in VARIANTS:
-                runs.append(run(variant, seed, options, Path(work)))
-                record = {
-                    "program": "benchmarks/precision.py", "commit": commit, "steps": options.steps,
-                    "environment": {key: value for key, value in describe().items() if key not in ("command", "working_folder")},
-                    "difference_from_fp32": differences(runs) if variant != "fp32" or len(runs) > 1 else {}, "runs": runs,
-                }  # fmt: skip
-                write_atomically(options.output, to_json(record) + "\n")
-                print(json.dumps(runs[-1] | {"arguments": None}), flush=True)
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(options.jobs) as pool:
+        wanted = [(variant, seed) for seed in options.seeds for variant in VARIANTS]
+        for done in pool.map(lambda each: run(*each, options, Path(work)), wanted):  # in this order
+            runs.append(done)
+            record = {
+                "program": "benchmarks/precision.py", "commit": commit, "steps": options.steps,
+                "environment": {key: value for key, value in describe().items() if key not in ("command", "working_folder")},
+                "difference_from_fp32": differences(runs), "runs": runs,
+            }  # fmt: skip
+            write_atomically(options.output, to_json(record) + "\n")
+            print(json.dumps(done | {"arguments": None}), flush=True)
     for variant, found in differences(runs).items():
         print(
             f"{variant}: {found['mean']:+.5f} ({found['min']:+.5f} to {found['max']:+.5f}), learned {found['learned']:.3f}"
