@@ -49,6 +49,8 @@ KINDS = {"ddp": (), "fsdp": ("strategy=fsdp",)}
 
 def go(where: Path, *overrides: str, nproc: int = 2, site: Path | None = None, launcher: bool = False) -> Ended:
     changes = {} if site is None else {"PYTHONPATH": f"{site}:{Path(__file__).parents[2] / 'src'}"}
+    if nproc == 1:  # where there are more GPUs, one process would be refused
+        changes["CUDA_VISIBLE_DEVICES"] = "0"
     if launcher:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(nproc), "--num_machines", "1",
                    "--main_process_port", "29741", "-m", "distft.train", *RUN, *overrides]  # fmt: skip
