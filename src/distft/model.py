@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,18 @@ def _use_liger(base: Any) -> None:
     _apply_liger_kernel_to_instance(
         model=base, cross_entropy=False, fused_linear_cross_entropy=False, swiglu=False, geglu=False
     )
+    for module in base.modules():
+        if getattr(module, "casting_mode", None) == "llama" and not module.offset:  # liger knows whose norms are such
+            module.ligers, module.forward = module.forward, types.MethodType(_rms_norm, module)
+
+
+def _rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """A norm by PyTorch's own kernel: liger's, as fast on the device, keeps the host for 80 µs in the forward and 220 in the backward,
+    this for 16 and 80. Where FSDP2 leaves the host no lead, the device waits for that."""
+    if module.weight.dtype != x.dtype:
+        ligers: torch.Tensor = module.ligers(x)
+        return ligers
+    return torch.nn.functional.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
 
 
 def load_base(
