@@ -135,7 +135,10 @@ def _rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     if module.weight.dtype != x.dtype:
         ligers: torch.Tensor = module.ligers(x)
         return ligers
-    return torch.nn.functional.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
+    with torch.autocast(
+        x.device.type, enabled=False
+    ):  # which would make it one of fp32; inside it computes in fp32 all the same
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
 
 
 def load_base(
