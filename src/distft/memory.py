@@ -45,12 +45,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB}
+_SIZE = rf"([\d.]+) ({'|'.join(_UNITS)})"
+
+
 def asked_bytes(error: BaseException) -> int | None:
     """How much the allocation that failed asked for, where the message says it."""
-    found = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(error))
-    return (
-        None if found is None else int(float(found[1]) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB}[found[2]])
-    )
+    return _bytes(re.search(rf"[Tt]ried to allocate {_SIZE}", str(error)))
+
+
+def taken_bytes(error: BaseException) -> int | None:
+    """How much PyTorch had allocated when the allocation failed, where the message says it: some of it is free again by the time that
+    the error is caught."""
+    return _bytes(re.search(rf"{_SIZE} is allocated by PyTorch", str(error)))
+
+
+def _bytes(found: re.Match[str] | None) -> int | None:
+    return None if found is None else int(float(found[1]) * _UNITS[found[2]])
 
 
 def device_memory(limit_gib: float | None = None) -> tuple[int, int]:
@@ -161,8 +172,13 @@ class Memory:
     ) -> OutOfMemory:
         """`error` in words: where, how much was missing, what to do."""
         free, total = device_memory(self._limit_gib)
-        asked = asked_bytes(error)
-        missing = "" if asked is None or asked <= free else f" ({(asked - free) / GIB:,.2f} GiB too little)"
+        asked, taken = asked_bytes(error), taken_bytes(error)
+        if taken is not None:
+            free = max(min(free, total - taken), 0)
+        if asked is not None and asked > free:
+            missing = f" ({(asked - free) / GIB:,.2f} GiB too little)"
+        else:
+            missing = "" if asked is None or taken is None else ", in pieces too small for it"
         wanted = "an allocation failed" if asked is None else f"{asked / GIB:,.2f} GiB were asked for"
         place = "GPU" if torch.cuda.is_available() else "machine"
         return OutOfMemory(
