@@ -174,9 +174,9 @@ def test_measured_figures_are_those_of_the_record() -> None:
             f"{ours['peak_memory_gb']['median']:.1f}", f"{theirs['peak_memory_gb']['median']:.1f}",
         ]  # fmt: skip
 
-    record = measured("throughput_h200_two_gpus")
-    both = {(pair["case"], pair["reference"]): pair for pair in record["comparisons"]}
     for row in two:
+        record = measured("throughput_h200_" + ("fsdp" if "fsdp" in row[0] else "two_gpus"))
+        both = {(pair["case"], pair["reference"]): pair for pair in record["comparisons"]}
         pair = both[row[0].strip("`"), row[2].strip("`")]
         ours, theirs = record["summary"][pair["case"]], record["summary"][pair["reference"]]
         ratios = [pair["ratio"][figure]["of_medians"] for figure in ("samples_per_second", "tokens_per_second")]
@@ -197,6 +197,22 @@ def test_measured_figures_are_those_of_the_record() -> None:
         sides = [summary[name.strip("`")], summary[name.strip("`") + "_plain"]]
         peaks = [f"{side['peak_memory_gb']['median']:.2f}" for side in sides]
         assert cells == [*peaks, *(f"{side['tokens_per_second']['median']:,.0f}" for side in sides)]
+
+
+def test_what_is_said_of_idle_time_and_of_precision_is_in_the_record() -> None:
+    text = README.split("\n## Measured\n")[1]
+    runs = measured("profile_h200")["runs"]
+    idle = {name: max(rank["idle_share"] for rank in run["profile"]["ranks"]) for name, run in runs.items()}
+    waits = max(rank["communication_exposed_s"] / rank["step_time_s"] for rank in runs["fsdp_bf16"]["profile"]["ranks"])
+    assert f"idle for {idle['single']:.1%} of a step" in text
+    assert f"under FSDP2 for {idle['fsdp_bf16']:.1%}, with {waits:.1%} waiting" in text
+    off = measured("precision_h200")["difference_from_fp32"]
+    for variant in ("shipped", "bf16_masters"):
+        mean, least, most = (f"{off[variant][which]:.4f}" for which in ("mean", "min", "max"))
+        assert f"{mean} ({least} to {most})" in " ".join(text.split()).replace("above that of fp32 throughout ", ""), (
+            variant
+        )
+    assert f"of {off['shipped']['learned']:.2f} learned" in text
 
 
 def test_links_and_pictures_are_there() -> None:
