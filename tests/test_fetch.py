@@ -237,3 +237,34 @@ def test_the_embedded_recipe_needs_no_hub(here: Path, hub: Hub, tiny: Path) -> N
         ended = distft(here, hub, *words, HF_HUB_OFFLINE="1", DISTFT_CACHE=str(tiny.parent))
         assert ended.code == 0, ended.stderr
     assert "nothing is missing" in ended.stdout
+
+
+def test_the_judge_and_the_documents_of_tasks_are_brought_as_well(tmp_path: Path, hub: Hub, tiny: Path) -> None:
+    (tmp_path / "pairs.json").write_text(json.dumps([{"instruction": "Name one thing.", "output": "One."}]))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "rows.yaml").write_text(
+        f"task: rows\ndataset_path: {DATA}\ntest_split: train\noutput_type: multiple_choice\ndoc_to_text: '{{{{instruction}}}}'\n"
+        "doc_to_choice: ['yes', 'no']\ndoc_to_target: 0\nmetric_list:\n  - {metric: acc}\n"
+    )
+    words = (
+        "recipe=tiny", "evaluation.tasks=[alpaca,lm_eval]", "evaluation.alpaca.path=pairs.json", f"evaluation.judge={MODEL}",
+        "evaluation.lm_eval.tasks=[rows]", "evaluation.lm_eval.include_path=tasks",
+    )  # fmt: skip
+    cache = {"DISTFT_CACHE": str(tiny.parent)}
+    asked = len(hub.requests)
+    ended = distft(tmp_path, hub, "fetch", "--check", *words, **cache)
+    assert ended.code == 2, ended.stderr
+    judge, documents = ended.stdout.splitlines()
+    assert judge.startswith(
+        f"the model and tokenizer {MODEL} (the judge) is not in the cache; on a machine with a connection: distft fetch"
+    )
+    assert documents.startswith("a task of rows cannot be loaded: ") and "distft fetch recipe=tiny" in documents
+    assert hub.requests[asked:] == []
+
+    ended = distft(tmp_path, hub, "fetch", *words, **cache)
+    assert ended.code == 0, ended.stderr[-3000:]
+    assert f"model and tokenizer {MODEL} (the judge): {snapshot(tmp_path)}" in ended.stdout
+    asked = len(hub.requests)
+    ended = distft(tmp_path, hub, "fetch", "--check", *words, **cache)
+    assert (ended.code, ended.stdout.startswith("nothing is missing")) == (0, True), ended.stdout + ended.stderr
+    assert hub.requests[asked:] == []

@@ -78,7 +78,7 @@ FLOORS = (
         "evaluation.likelihood",
     ),
     ("train", "trial", "evaluation.judge", "evaluation.perplexity", "evaluation.imdb", "evaluation.lm_eval"),
-    ("evaluation.mt_bench", "evaluation.alpaca"),
+    ("evaluation.mt_bench", "evaluation.alpaca", "evaluation.fetching"),
     ("evaluation.tasks",),
     ("evaluation.__main__",),
     ("cli",),

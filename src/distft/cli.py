@@ -239,6 +239,10 @@ def _fetch(options: argparse.Namespace) -> int:
 
     recipe = _load(options.overrides)
     lines = missing(recipe) if options.check else fetch(recipe)
+    if recipe.evaluation.tasks:
+        from distft.evaluation import fetching
+
+        lines += fetching.missing(recipe) if options.check else fetching.fetch(recipe)
     for line in lines or ["nothing is missing: this recipe runs with the hub offline"]:
         print(line)
     return UserError.exit_code if options.check and lines else 0

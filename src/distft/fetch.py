@@ -42,49 +42,77 @@ def fetch(recipe: Recipe) -> list[str]:
         ModelError: the hub cannot be reached or does not have the model, it is gated, or comes without safetensors.
         DataError: the data cannot be had or used as asked.
     """
-    lines = []
-    for name, parts in _repositories(recipe).items():
-        folder = tiny_model() if name == "tiny" else _local(name) or _download(recipe, name, parts)
-        if lacking := _lacking(folder, parts):
-            raise ModelError(f"{name} comes without {' and '.join(lacking)}, and distft takes nothing in its place")
-        lines.append(f"{' and '.join(parts)} {name}: {folder}, {_size(folder)}")
+    lines = fetch_model(recipe)
     splits = prepare(recipe, load_tokenizer(recipe))
-    for source in sources(recipe.data):
-        files = [Path(file["filename"]) for file in read(source).cache_files]
-        name = f"{source.name}, {source.split} split" if isinstance(source, HubSplit) else str(source)
-        lines.append(f"data {name}: {files[0].parent if files else source}, {_size(*files)}")
+    lines += map(fetch_data, sources(recipe.data))
     tokens = [Path(file["filename"]) for split in (splits.train, splits.validation, splits.test) if split is not None
               for file in split.cache_files]  # fmt: skip
     return [*lines, f"data, tokenised: {tokens[0].parents[1]}, {_size(*tokens)}"]
 
 
+def fetch_model(recipe: Recipe, role: str = "") -> list[str]:
+    """The part of `fetch` that concerns model and tokenizer; `role` is what the lines add to the name."""
+    lines = []
+    for name, parts in _repositories(recipe).items():
+        folder = tiny_model() if name == "tiny" else _local(name) or _download(recipe, name, parts)
+        if lacking := _lacking(folder, parts):
+            raise ModelError(f"{name} comes without {' and '.join(lacking)}, and distft takes nothing in its place")
+        lines.append(f"{' and '.join(parts)} {name}{role}: {folder}, {_size(folder)}")
+    return lines
+
+
+def fetch_data(source: Path | HubSplit) -> str:
+    """Read it, and say where it lies then.
+
+    Raises:
+        DataError: it cannot be had.
+    """
+    files = [Path(file["filename"]) for file in read(source).cache_files]
+    name = f"{source.name}, {source.split} split" if isinstance(source, HubSplit) else str(source)
+    return f"data {name}: {files[0].parent if files else source}, {_size(*files)}"
+
+
 def missing(recipe: Recipe) -> list[str]:
     """What a run of `recipe` with the hub offline would lack, each in words with the remedy. Uses no network."""
-    remedy = f"on a machine with a connection: distft fetch recipe={recipe.source.name}, with the same overrides"
+    found = missing_model(recipe)
+    return found + [line for source in _sources(recipe, found) for line in missing_data(recipe, source)]
+
+
+def remedy(recipe: Recipe) -> str:
+    """What brings what is not in the cache."""
+    return f"on a machine with a connection: distft fetch recipe={recipe.source.name}, with the same overrides"
+
+
+def missing_model(recipe: Recipe, role: str = "") -> list[str]:
+    """The part of `missing` that concerns model and tokenizer; `role` is what the lines add to the name."""
     found = []
-    with _offline():
+    with offline():
         for name, parts in _repositories(recipe).items():
             if name == "tiny":
                 continue  # built where it is not there
             local = _local(name)
             folder = local or _cached(recipe, name)
+            what = " and ".join(parts)
             if folder is not None:
-                mend = "copy it whole" if local else remedy
+                mend = "copy it whole" if local else remedy(recipe)
                 found += [f"{name} lacks {part} in {folder}; {mend}" for part in _lacking(folder, parts)]
             elif name.startswith(("/", ".", "~")):
-                found.append(f"there is no folder {name} ({' and '.join(parts)})")
+                found.append(f"there is no folder {name} ({what}){role}")
             else:
-                found.append(f"the {' and '.join(parts)} {name} is not in the cache; {remedy}")
-        for source in _sources(recipe, found):
-            if isinstance(source, Path):
-                if not source.exists():
-                    found.append(f"there is no data file or folder {source} (data)")
-                continue
-            try:
-                read(source)
-            except DataError:
-                found.append(f"the data {source.name}, {source.split} split, is not in the cache; {remedy}")
+                found.append(f"the {what} {name}{role} is not in the cache; {remedy(recipe)}")
     return found
+
+
+def missing_data(recipe: Recipe, source: Path | HubSplit) -> list[str]:
+    """The part of `missing` that concerns one source of data."""
+    if isinstance(source, Path):
+        return [] if source.exists() else [f"there is no data file or folder {source} (data)"]
+    with offline():
+        try:
+            read(source)
+        except DataError:
+            return [f"the data {source.name}, {source.split} split, is not in the cache; {remedy(recipe)}"]
+    return []
 
 
 def _repositories(recipe: Recipe) -> dict[str, tuple[str, ...]]:
@@ -154,7 +182,7 @@ def _lacking(folder: Path, parts: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
+def offline() -> Iterator[None]:
     """The hub's clients as HF_HUB_OFFLINE=1 makes them; they read it once, when they are imported."""
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True

@@ -12,7 +12,7 @@ import pytest
 from sqlitedict import SqliteDict
 
 from distft.errors import DataError
-from distft.evaluation.lm_eval import _look, figures
+from distft.evaluation.lm_eval import figures, look
 from distft.evaluation.settings import LmEval
 from distft.run import RunFolder
 from tests.evaluation.conftest import distft, environment
@@ -131,9 +131,9 @@ def test_a_figure_that_is_no_mean_over_documents_is_compared_by_its_errors() -> 
 
 def test_a_task_that_there_is_not_is_told(tasks: Path) -> None:
     with pytest.raises(DataError, match=r"knows no task sentimental; .*include_path"):
-        _look(LmEval(tasks=["sentimental", "sentiment"], include_path=str(tasks)))
+        look(LmEval(tasks=["sentimental", "sentiment"], include_path=str(tasks)))
     with pytest.raises(DataError, match=r"arc_easy cannot be loaded: (?s:.*)documents come from the hub"):
-        _look(LmEval(tasks=["arc_easy"]))
+        look(LmEval(tasks=["arc_easy"]))
 
 
 def test_a_report_shows_groups_without_their_parts() -> None:

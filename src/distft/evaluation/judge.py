@@ -120,7 +120,7 @@ class LocalJudge:
         JudgeError: it cannot be had.
         """
         self.judge, self._batch_tokens = settings.judge, settings.generation.batch_tokens
-        self._recipe, self._target = _as_recipe(target.recipe, settings.judge), target
+        self._recipe, self._target = as_recipe(target.recipe, settings.judge), target
         try:
             self._tokenizer = load_tokenizer(self._recipe)
             self._revision = _revision(self._recipe)
@@ -168,7 +168,7 @@ class LocalJudge:
         # What else the error says names settings of the model that is evaluated.
         problem = next(iter(str(error).splitlines()), type(error).__name__)
         return JudgeError(
-            f"the judge {self.judge.model} cannot be loaded: {problem}\n  on a machine with a connection: hf download {self.judge.model}\n"
+            f"the judge {self.judge.model} cannot be loaded: {problem}\n  on a machine with a connection: distft fetch, with the same words, or hf download {self.judge.model}\n"
             "  or give the folder that it lies in (evaluation.judge.model=FOLDER), or a server that has it "
             "(evaluation.judge.endpoint=http://HOST:PORT/v1)"
         )
@@ -267,7 +267,7 @@ def _again(first: Sampling, attempt: int, temperature: float) -> Sampling:
     return replace(first, temperature=max(first.temperature, temperature), seed=first.seed + attempt)
 
 
-def _as_recipe(recipe: Recipe, judge: Judge) -> Recipe:
+def as_recipe(recipe: Recipe, judge: Judge) -> Recipe:
     """A recipe that says of the judge what recipes say of a base."""
     section = recipe.model.model_copy(
         update={"name": judge.model, "revision": judge.revision, "tokenizer": None, "dtype": judge.dtype}

@@ -32,7 +32,7 @@ def run(target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
         DataError: lm-eval does not know a task, or its documents cannot be had.
     """
     section = settings.lm_eval
-    together(target.world, lambda: _look(section))
+    together(target.world, lambda: look(section))
     found: dict[SideName, Results] = {side: _evaluate(target, side, settings, folder) for side in target.sides}
     result: dict[str, Any] = {}
     if target.world.is_main:
@@ -55,8 +55,12 @@ def _manager(section: LmEval) -> Any:
     )
 
 
-def _look(section: LmEval) -> None:
-    """Load the tasks once, so that what is missing is said before the model works."""
+def look(section: LmEval) -> None:
+    """Load the tasks once, so that what is missing is said before the model works.
+
+    Raises:
+        DataError: lm-eval does not know a task, or its documents cannot be had.
+    """
     manager = _manager(section)
     unknown = [name for name in section.tasks if name not in manager.all_tasks]
     if unknown:
@@ -71,7 +75,7 @@ def _look(section: LmEval) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"a task of {', '.join(section.tasks)} cannot be loaded: {reason}\n"
-            "  its documents come from the hub: run it once on a machine with a connection and take HF_HOME along, or give task files with "
+            "  its documents come from the hub: distft fetch, with the same words, on a machine with a connection, or give task files with "
             "local documents (evaluation.lm_eval.include_path)"
         ) from error
 

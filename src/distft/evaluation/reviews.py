@@ -42,6 +42,16 @@ def words_of(recipe: Recipe) -> list[str]:
     return words
 
 
+def source_of(recipe: Recipe) -> Path | data.HubSplit | None:
+    """Where the reviews come from; None where they are the recipe's own held-out rows."""
+    settings, form = recipe.evaluation.imdb, data.format_of(recipe.data)
+    if settings.path is not None:
+        return Path(settings.path).expanduser()
+    if form is not None and form.review:
+        return None
+    return data.HubSplit(data.KNOWN["imdb"].hub or "", None, settings.split)
+
+
 def load(recipe: Recipe, classes: int) -> list[Review]:
     """The rows to classify, in the order of their source: of the file that the settings name, else the recipe's held-out rows where
     its data are reviews, else IMDB's split on the hub; of these the subset that the settings ask for.
@@ -49,15 +59,14 @@ def load(recipe: Recipe, classes: int) -> list[Review]:
     Raises:
         DataError: they cannot be had, or are not reviews with classes below `classes`.
     """
-    settings, form = recipe.evaluation.imdb, data.format_of(recipe.data)
+    settings, form, source = recipe.evaluation.imdb, data.format_of(recipe.data), source_of(recipe)
     text, label = settings.text, settings.label
-    if settings.path is None and form is not None and form.review:
+    if source is None and form is not None:
         where, rows = f"the held-out rows of {recipe.data.name}", _held_out(recipe)
-        text, label = form.review, form.label or label
+        text, label = form.review or text, form.label or label
     else:
-        source = data.HubSplit(data.KNOWN["imdb"].hub or "", None, settings.split)
-        where = settings.path or source.name
-        rows = list(data.read(source if settings.path is None else Path(settings.path).expanduser()))
+        assert source is not None
+        where, rows = source.name if isinstance(source, data.HubSplit) else str(settings.path), list(data.read(source))
     if rows and (missing := [column for column in (text, label) if column not in rows[0]]):
         raise DataError(
             f"{where} has no column {', '.join(missing)}; it has {', '.join(rows[0])}\n"
