@@ -34,7 +34,8 @@ FLOORS = (
         "evaluation.vllm_worker",
     ),
     ("sections", "run", "world", "dropout", "fsdp2", "verdict", "bound", "evaluation.settings"),
-    ("origin", "launcher", "report", "history", "lora_nodes"),
+    ("origin", "launcher", "results", "history", "lora_nodes"),
+    ("report",),
     ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts", "fused", "evaluation.journal"),
     (
         "outcome",
