@@ -82,10 +82,11 @@ FLOORS = (
     ("evaluation.mt_bench", "evaluation.alpaca"),
     ("evaluation.tasks",),
     ("evaluation.__main__",),
+    ("commands",),
     ("cli",),
 )
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
-STRATEGIES = {"ddp", "fsdp", "zero2", "zero3", "deepspeed"}  # not `single`: the cli counts processes by it
+STRATEGIES = {"ddp", "fsdp", "zero2", "zero3", "deepspeed"}  # not `single`: `distft train` counts processes by it
 ROOM = "strategy"  # the one that may branch on them
 
 PACKAGE = Path(distft.__file__).parent
