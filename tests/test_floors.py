@@ -35,7 +35,7 @@ FLOORS = (
     ),
     ("sections", "run", "world", "dropout", "fsdp2", "verdict", "bound", "evaluation.settings"),
     ("origin", "launcher", "results", "history", "lora_nodes"),
-    ("report",),
+    ("recipe_file", "report"),
     ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts", "fused", "evaluation.journal"),
     (
         "outcome",

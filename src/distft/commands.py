@@ -103,7 +103,7 @@ def fetch(options: argparse.Namespace) -> int:
 
 
 def recipes_list(options: argparse.Namespace) -> None:
-    from distft.recipe import list_recipes
+    from distft.recipe_file import list_recipes
 
     _print_list(list_recipes(Path.cwd()))
 
@@ -144,7 +144,7 @@ def _print_section(values: dict[str, object], recipe: Recipe, prefix: str) -> No
 
 def recipes_validate(options: argparse.Namespace) -> int:
     from distft.errors import RecipeError
-    from distft.recipe import list_recipes
+    from distft.recipe_file import list_recipes
 
     failed = 0
     for name in options.names or list_recipes(Path.cwd()):
