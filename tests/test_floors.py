@@ -34,7 +34,8 @@ FLOORS = (
         "evaluation.vllm_worker",
     ),
     ("sections", "run", "world", "dropout", "fsdp2", "verdict", "bound", "evaluation.settings"),
-    ("origin", "launcher", "report", "history", "lora_nodes"),
+    ("origin", "launcher", "results", "history", "lora_nodes"),
+    ("recipe_file", "report"),
     ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts", "fused", "evaluation.journal"),
     (
         "outcome",
@@ -81,10 +82,11 @@ FLOORS = (
     ("evaluation.mt_bench", "evaluation.alpaca", "evaluation.fetching"),
     ("evaluation.tasks",),
     ("evaluation.__main__",),
+    ("commands",),
     ("cli",),
 )
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
-STRATEGIES = {"ddp", "fsdp", "zero2", "zero3", "deepspeed"}  # not `single`: the cli counts processes by it
+STRATEGIES = {"ddp", "fsdp", "zero2", "zero3", "deepspeed"}  # not `single`: `distft train` counts processes by it
 ROOM = "strategy"  # the one that may branch on them
 
 PACKAGE = Path(distft.__file__).parent

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distft.experiment_file import list_experiments
-from distft.recipe import list_recipes
+from distft.recipe_file import list_recipes
 
 ROOT = Path(__file__).parents[1]
 

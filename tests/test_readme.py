@@ -21,7 +21,8 @@ import pytest
 from distft import data, slurm, strategy
 from distft.experiment import load_experiment
 from distft.experiment_file import list_experiments
-from distft.recipe import list_recipes, load_recipe
+from distft.recipe import load_recipe
+from distft.recipe_file import list_recipes
 from distft.sections import StrategyName
 
 ROOT = Path(__file__).parents[1]

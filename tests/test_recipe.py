@@ -12,7 +12,8 @@ import yaml
 from distft import data, strategy
 from distft.errors import Fault, RecipeError
 from distft.packaged import packaged
-from distft.recipe import Recipe, load_recipe, read_yaml, schema
+from distft.recipe import Recipe, load_recipe, schema
+from distft.recipe_file import read_yaml
 
 RECIPES = packaged("recipes")
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -25,7 +25,8 @@ from distft.live import Watched, watched
 from distft.markdown import markdown
 from distft.page import histories, page
 from distft.recipe import Recipe
-from distft.report import Report, outcome, report
+from distft.report import Report, report
+from distft.results import outcome
 from distft.run import RunFolder, write_atomically
 from distft.strategy import visible_devices
 from distft.wandb_report import log_report

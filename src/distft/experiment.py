@@ -18,7 +18,8 @@ from distft.equality import BY_DEFAULT
 from distft.errors import ExperimentError, Fault, RecipeError
 from distft.experiment_file import Budget, Equal, ExperimentFile, find_experiment, read_experiment
 from distft.origin import COMMAND_LINE
-from distft.recipe import Recipe, load_recipe, related
+from distft.recipe import Recipe, load_recipe
+from distft.recipe_file import related
 from distft.report import LOSS_TOLERANCE
 from distft.yaml12 import first_comment, parse_yaml
 

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from distft.errors import ExperimentError, Fault, RecipeError
 from distft.origin import COMMAND_LINE, SECTIONS, Source, faults_of, nearest
 from distft.packaged import packaged
-from distft.recipe import read_yaml
+from distft.recipe_file import read_yaml
 from distft.report import LOSS_TOLERANCE
 from distft.section import Section
 

@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.table import Table
 
 from distft.experiment import ExperimentRun
-from distft.report import outcome
+from distft.results import outcome
 from distft.run import RunFolder
 
 UNKNOWN = "–"

@@ -9,7 +9,8 @@ from typing import Any
 from distft.bound import PARTS
 from distft.evaluation import columns
 from distft.intervals import CONFIDENCE
-from distft.report import FIGURES, TIMES, Figure, Report, Run, Spread
+from distft.report import Report, Spread
+from distft.results import FIGURES, TIMES, Figure, Run
 from distft.verdict import ROUNDING, Comparison, bounds
 
 UNKNOWN = "–"

@@ -25,7 +25,8 @@ from distft.estimate import Shape, cheaper, device_bytes
 from distft.machine import GIB, limit_gpu
 from distft.plan import Lengths
 from distft.probe import probe
-from distft.recipe import Recipe, divisors, list_recipes, load_recipe
+from distft.recipe import Recipe, divisors, load_recipe
+from distft.recipe_file import list_recipes
 from distft.record import Record
 from distft.run import to_json, write_atomically
 from distft.strategy import Strategy

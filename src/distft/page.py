@@ -24,7 +24,8 @@ from distft.markdown import (
     variant_rows,
 )
 from distft.packaged import packaged
-from distft.report import FIGURES, Report
+from distft.report import Report
+from distft.results import FIGURES
 from distft.run import RunFolder
 
 

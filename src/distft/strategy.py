@@ -22,7 +22,8 @@ from distft.errors import Fault, InvariantError, LaunchError
 from distft.fsdp2 import keep_layers, make_real_on_cpu, prefetch
 from distft.launcher import Launcher
 from distft.packaged import packaged
-from distft.recipe import Recipe, read_yaml
+from distft.recipe import Recipe
+from distft.recipe_file import read_yaml
 from distft.sections import StrategyName
 from distft.world import World, reduce
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from distft.markdown import comparison_rows, time_rows
 from distft.offline import WANDB_FINISH_S, has_wandb_key
-from distft.report import FIGURES, Report
+from distft.report import Report
+from distft.results import FIGURES
 from distft.sections import Tracking
 from distft.world import say
 

@@ -1,0 +1,268 @@
+"""What each command of `distft` does with its options.
+
+Each imports what it needs when it runs: `distft --help` waits for no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distft.errors import Fault, LaunchError, RunFolderError, StorageError, UserError
+from distft.recipe import Recipe
+
+if TYPE_CHECKING:
+    from distft.experiment import Experiment
+
+
+def _checks() -> tuple[Callable[[Recipe], list[Fault]], ...]:
+    from distft import data, slurm, strategy
+
+    return strategy.faults, data.faults, slurm.faults
+
+
+def _load(arguments: Sequence[str]) -> Recipe:
+    from distft.recipe import load_recipe
+
+    return load_recipe(arguments, checks=_checks())
+
+
+def _load_experiment(arguments: Sequence[str], repeats: int | None = None) -> Experiment:
+    from distft.experiment import load_experiment
+
+    return load_experiment(arguments, checks=_checks(), repeats=repeats)
+
+
+def _is_experiment(words: Sequence[str]) -> bool:
+    return any(word.startswith("experiment=") for word in words)
+
+
+def train(options: argparse.Namespace) -> int:
+    from distft.launch import Node, run
+    from distft.strategy import visible_devices
+
+    node = Node.of(options.nnodes, options.node_rank, options.rdzv)
+    recipe = _load(options.overrides)  # the user's mistakes are found here, before any process is started
+    devices = visible_devices()
+    processes = options.nproc or (1 if recipe.strategy == "single" else max(devices, 1))
+    if processes < 1:
+        raise LaunchError(f"--nproc {processes} starts nothing")
+    if devices and processes > devices:
+        raise LaunchError(
+            f"--nproc {processes} asks for more processes than there are GPUs here ({devices}); ask for {devices} at most"
+        )
+    recipe.check_division(processes * node.count)
+    return run(options.overrides, processes, recipe.run.max_restarts, node)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from distft.evaluation.tasks import Request
+    from distft.launch import EVALUATION, Node, run
+    from distft.strategy import visible_devices
+
+    request = Request.of(options.overrides)  # the user's mistakes are found here, before any process is started
+    processes = options.nproc or max(visible_devices(), 1)
+    if processes < 1:
+        raise LaunchError(f"--nproc {processes} starts nothing")
+    return run(options.overrides, processes, request.recipe.run.max_restarts, Node(), EVALUATION)
+
+
+def submit(options: argparse.Namespace) -> None:
+    from distft.submission import Submission
+
+    words: list[str] = options.overrides
+    if _is_experiment(words):
+        submission = Submission.of_experiment(_load_experiment(words), words)
+    elif not any(word.startswith("recipe=") for word in words):
+        raise LaunchError("say what to submit: recipe=NAME, or experiment=NAME")
+    else:
+        submission = Submission.of_recipe(_load(words), words)
+    print(submission.script.rstrip() if options.dry_run else "\n".join(submission.submit()))
+
+
+def jobs(options: argparse.Namespace) -> None:
+    from distft.slurm import Jobs
+
+    print("\n".join(Jobs.of(options.dir).table()))
+
+
+def fetch(options: argparse.Namespace) -> int:
+    from distft.fetch import fetch, missing
+
+    recipe = _load(options.overrides)
+    lines = missing(recipe) if options.check else fetch(recipe)
+    if recipe.evaluation.tasks:
+        from distft.evaluation import fetching
+
+        lines += fetching.missing(recipe) if options.check else fetching.fetch(recipe)
+    for line in lines or ["nothing is missing: this recipe runs with the hub offline"]:
+        print(line)
+    return UserError.exit_code if options.check and lines else 0
+
+
+def recipes_list(options: argparse.Namespace) -> None:
+    from distft.recipe_file import list_recipes
+
+    _print_list(list_recipes(Path.cwd()))
+
+
+def _print_list(files: Mapping[str, Path]) -> None:
+    from distft.yaml12 import first_comment
+
+    for name, path in files.items():
+        print(f"{name:<16} {first_comment(path.read_text(encoding='utf-8'))}".rstrip())
+
+
+def recipes_show(options: argparse.Namespace) -> None:
+    recipe = _load([f"recipe={options.name}", *options.overrides])
+    print(f"# {recipe.source.name}: " + " ← ".join(str(path) for path in reversed(recipe.source.files)))
+    _print_section(recipe.model_dump(), recipe, "")
+    recipe.check_division(options.nproc)
+    size, micro = recipe.batching.global_batch_size, recipe.batching.micro_batch
+    if size is None or micro == "auto" or recipe.batching.micro_batch_tokens is not None:
+        print("# gradient_accumulation_steps: the fewest with which the data's longest step fits")
+    else:
+        print(f"# gradient_accumulation_steps: {size // (micro * options.nproc)}  (derived: {size} / ({micro} × "
+              f"{options.nproc} process{'es' if options.nproc > 1 else ''}))")  # fmt: skip
+
+
+def _print_section(values: dict[str, object], recipe: Recipe, prefix: str) -> None:
+    import yaml
+
+    depth = "  " * prefix.count(".")
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            print(f"{depth}{key}:")
+            _print_section(value, recipe, f"{prefix}{key}.")
+        else:
+            text = yaml.safe_dump({key: value}, default_flow_style=None, width=1000, allow_unicode=True).strip()
+            text = text[1:-1] if text.startswith("{") else text
+            print(f"{depth}{text:<{58 - len(depth)}}  # {recipe.source.of(prefix + key)}")
+
+
+def recipes_validate(options: argparse.Namespace) -> int:
+    from distft.errors import RecipeError
+    from distft.recipe_file import list_recipes
+
+    failed = 0
+    for name in options.names or list_recipes(Path.cwd()):
+        try:
+            _load([f"recipe={name}"])
+            print(f"{name}: valid")
+        except RecipeError as error:
+            failed += 1
+            print(f"{name}: {error}", file=sys.stderr)
+    return UserError.exit_code if failed else 0
+
+
+def recipes_schema(options: argparse.Namespace) -> None:
+    from distft.recipe import schema
+
+    print(json.dumps(schema(), indent=2))
+
+
+def experiments_list(options: argparse.Namespace) -> None:
+    from distft.experiment_file import list_experiments
+
+    _print_list(list_experiments(Path.cwd()))
+
+
+def experiments_show(options: argparse.Namespace) -> None:
+    experiment = _load_experiment([f"experiment={options.name}", *options.overrides])
+    count = f"{len(experiment.runs)} runs of {len(experiment.variants)} variants"
+    print(f"# {experiment.name}: {experiment.description}\n# {experiment.path}: {count}")
+    print(f"# must be equal: {', '.join(experiment.equal) or 'nothing is declared'}")
+    for run in experiment.runs:
+        print(f"distft train {shlex.join(run.arguments)}")
+
+
+def compare(options: argparse.Namespace) -> int:
+    from distft.compare import Comparison
+    from distft.markdown import markdown
+
+    for number, what in ((options.nproc, "--nproc"), (options.repeats, "--repeats")):
+        if number is not None and number < 1:
+            raise LaunchError(f"{what} {number} starts nothing")
+    comparison = Comparison(_load_experiment(options.overrides, options.repeats), options.nproc)
+    made = comparison.run(resume=options.resume, watch=options.watch)
+    print(markdown(made), end="")
+    print("\nreport: " + ", ".join(map(str, comparison.files)))
+    return 0 if comparison.complete else 1
+
+
+def report(options: argparse.Namespace) -> None:
+    from distft.compare import report_on, track
+    from distft.history import History
+    from distft.markdown import markdown
+    from distft.page import histories, page
+    from distft.report import report
+    from distft.run import RunFolder
+
+    words: list[str] = options.overrides
+    if words and all(word.endswith(".json") for word in words):  # what anybody's Trainer has logged
+        logged = [History.of_log(Path(word)) for word in words]
+        _hand_over(
+            page(" and ".join(each.name for each in logged), logged),
+            options.output or Path(words[0]).with_suffix(".html"),
+        )
+        return
+    experiment = _load_experiment(words) if _is_experiment(words) else None
+    made = report_on(experiment) if experiment else report([RunFolder(Path(word)) for word in words])
+    kind = ".json" if options.json else "" if options.output is None else options.output.suffix
+    if kind == ".html":
+        text = page(made.title, histories(made), made)
+    else:
+        text = made.to_json() if kind == ".json" else markdown(made)
+    _hand_over(text, options.output)
+    if experiment is not None:
+        track(experiment, made)
+
+
+def _hand_over(text: str, output: Path | None) -> None:
+    from distft.run import write_atomically
+
+    if output is None:
+        print(text, end="")
+        return
+    try:
+        write_atomically(output, text)
+    except OSError as error:
+        raise StorageError(f"the report cannot be written to {output}: {error.strerror}") from error
+    print(f"report: {output}")
+
+
+def data_preview(options: argparse.Namespace) -> None:
+    from distft.data import preview
+    from distft.model import load_tokenizer
+
+    recipe = _load(options.overrides)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    rows = options.rows or range(options.samples)
+    print(preview(recipe, load_tokenizer(recipe), rows=rows, colour=colour))
+
+
+def merge(options: argparse.Namespace) -> None:
+    from distft.model import merge
+    from distft.run import RunFolder
+    from distft.strategy import visible_devices
+
+    folder = RunFolder(options.folder)
+    if not folder.adapter.is_dir():
+        raise RunFolderError(f"{folder.path} holds no adapter to merge ({folder.adapter} is missing)")
+    target = options.output or folder.merged
+    if target.exists():
+        raise RunFolderError(f"{target} exists, and distft never writes over anything; give another --output")
+    merge(_load([f"recipe={folder.recipe}"]), folder.adapter, target, {"": 0} if visible_devices() else None)
+    print(f"merged model: {target}")
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from distft.doctor import doctor
+
+    return doctor(bandwidth=not options.no_bandwidth, as_json=options.json)
