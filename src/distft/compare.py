@@ -18,8 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from distft.errors import Interrupted, MissingExtraError, RunFolderError
-from distft.evaluation.checks import check
+from distft.errors import ExperimentError, Interrupted, MissingExtraError, RunFolderError
 from distft.experiment import Experiment, ExperimentRun
 from distft.live import Watched, watched
 from distft.markdown import markdown
@@ -50,7 +49,7 @@ class Comparison:
 
         Raises:
             RunFolderError: runs of this experiment are there, and `resume` is off.
-            RecipeError: a global batch does not divide over the processes, or an evaluation lacks a file.
+            RecipeError: a global batch does not divide over the processes, or an evaluation lacks something.
             Interrupted: a signal came; the runs that are left can be made with `resume`.
         """
         there = [run.name for run in self.experiment.runs if folder_of(run) is not None]
@@ -61,7 +60,7 @@ class Comparison:
             )
         for run in self.experiment.runs:
             run.recipe.check_division(self.processes_of(run.recipe))
-            check(run.recipe)
+        self._check_evaluations()
         folders = {run.name: folder_of(run) for run in self.experiment.runs}
         logs = log_of(self.experiment, self.experiment.runs[0]).parent
         try:
@@ -116,6 +115,28 @@ class Comparison:
         """Whether every run has a result."""
         return all(self._result(run) is not None for run in self.experiment.runs)
 
+    def _check_evaluations(self) -> None:
+        """Raises ExperimentError with all that the evaluations lack which are still to be made."""
+        different: dict[str, Recipe] = {}
+        for run in self.experiment.runs:
+            if self._tasks_left(run):
+                recipe = run.recipe
+                parts = (recipe.evaluation, recipe.data)
+                different.setdefault(f"{recipe.run.seed} {[part.model_dump_json() for part in parts]}", recipe)
+        if not different:
+            return
+        from distft.evaluation import ready  # imports peft and lm-eval, for which `distft report` need not wait
+
+        faults = dict.fromkeys(fault for recipe in different.values() for fault in ready.faults(recipe))
+        if faults:
+            raise ExperimentError([*faults])
+
+    def _tasks_left(self, run: ExperimentRun) -> list[str]:
+        """The tasks of a run's evaluation, where not all of them have a result."""
+        folder, tasks = folder_of(run), run.recipe.evaluation.tasks
+        found = {} if folder is None else folder.read_summary().get("evaluation") or {}
+        return [] if all(task in found for task in tasks) else [*tasks]
+
     def _result(self, run: ExperimentRun) -> str | None:
         """`finished`, `out of memory`, or None where it has to be made. Going out of memory is a result where the recipe allows no restart:
         started again, the run would take a smaller micro-batch and be another."""
@@ -160,10 +181,8 @@ class Comparison:
 
     def _evaluate(self, run: ExperimentRun, place: str) -> None:
         """What the run's recipe says, where it has finished and has not been evaluated yet."""
-        folder, tasks = folder_of(run), run.recipe.evaluation.tasks
+        folder, tasks = folder_of(run), self._tasks_left(run)
         if folder is None or not tasks or self._result(run) != "finished":
-            return
-        if all(task in (folder.read_summary().get("evaluation") or {}) for task in tasks):
             return
         log = self.parent / f"{self.experiment.name}-logs" / f"{run.name}.evaluation.log"
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -217,12 +217,12 @@ def _prepare(
 ) -> tuple[DatasetDict, Report]:
     apply = formatter(recipe)
     data = recipe.data
-    _check_columns(raw, data, data.path or data.name)
+    check_columns(raw, data, data.path or data.name)
     kept = [example for row in raw if (example := apply(row)) is not None]
     empty = len(raw) - len(kept)
     parts = split(kept, data, recipe.run.seed, with_test=official is None)
     if official is not None:
-        _check_columns(official, data, data.test_path or f"{data.name}, test split")
+        check_columns(official, data, data.test_path or f"{data.name}, test split")
         parts["test"] = [example for row in official if (example := apply(row)) is not None]
         empty += len(official) - len(parts["test"])
     if not parts["train"]:
@@ -341,7 +341,8 @@ def _load_local(path: Path) -> Dataset:
     return rows
 
 
-def _check_columns(rows: Dataset, data: Data, where: str) -> None:
+def check_columns(rows: Dataset, data: Data, where: str) -> None:
+    """Raises DataError where `rows` lack a column that the format names."""
     form = format_of(data)
     assert form is not None
     fields = ("text", "prompt", "completion", "instruction", "context", "response", "review", "label")
@@ -354,9 +355,6 @@ def _check_columns(rows: Dataset, data: Data, where: str) -> None:
             f"the data ({where}) has no column {', '.join(missing.values())}; it has {', '.join(rows.column_names)}\n"
             "  name yours: " + " ".join(f"data.format.{field}=COLUMN" for field in missing)
         )
-
-
-# ---- preview ---------------------------------------------------------------------------------------------------------
 
 
 def preview(recipe: Recipe, tokenizer: Any, *, rows: Sequence[int], colour: bool) -> str:

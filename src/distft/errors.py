@@ -146,6 +146,7 @@ class Interrupted(DistftError):
     exit_code = 75
 
     def __init__(self, by: str, how: str = "") -> None:
+        self.by = by
         super().__init__(f"stopped by {by} {how}".rstrip())
 
 

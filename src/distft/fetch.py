@@ -19,11 +19,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from distft.data import HubSplit, prepare, read, sources
 from distft.errors import DataError, ModelError
 from distft.model import load_tokenizer
 from distft.recipe import Recipe
+from distft.recipe_file import list_recipes
 from distft.tiny import tiny_model
 
 _TEXTS = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
@@ -80,23 +82,28 @@ def missing(recipe: Recipe) -> list[str]:
 
 def remedy(recipe: Recipe) -> str:
     """What brings what is not in the cache."""
-    return f"on a machine with a connection: distft fetch recipe={recipe.source.name}, with the same overrides"
+    named, files = recipe.source.name, recipe.source.files
+    wanted = named if not files or list_recipes(Path.cwd()).get(named) == files[-1] else files[-1]
+    return f"on a machine with a connection: distft fetch recipe={wanted}, with the same overrides"
 
 
-def missing_model(recipe: Recipe, role: str = "") -> list[str]:
-    """The part of `missing` that concerns model and tokenizer; `role` is what the lines add to the name."""
+def missing_model(recipe: Recipe, role: str = "", *, hub: bool = True) -> list[str]:
+    """The part of `missing` that concerns model and tokenizer; `role` is what the lines add to the name. Without `hub` what the hub may
+    have is left out: folders alone are looked at."""
     found = []
     with offline():
         for name, parts in _repositories(recipe).items():
             if name == "tiny":
                 continue  # built where it is not there
             local = _local(name)
+            if local is None and not hub and _may_be_on_hub(name):
+                continue
             folder = local or _cached(recipe, name)
             what = " and ".join(parts)
             if folder is not None:
                 mend = "copy it whole" if local else remedy(recipe)
                 found += [f"{name} lacks {part} in {folder}; {mend}" for part in _lacking(folder, parts)]
-            elif name.startswith(("/", ".", "~")):
+            elif not _may_be_on_hub(name):
                 found.append(f"there is no folder {name} ({what}){role}")
             else:
                 found.append(f"the {what} {name}{role} is not in the cache; {remedy(recipe)}")
@@ -134,6 +141,15 @@ def _sources(recipe: Recipe, found: list[str]) -> list[Path | HubSplit]:
 def _local(name: str) -> Path | None:
     path = Path(name).expanduser()
     return path if path.is_dir() else None
+
+
+def _may_be_on_hub(name: str) -> bool:
+    """Whether the hub could have a repository of this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not name.startswith(("/", ".", "~"))
 
 
 def _revision(recipe: Recipe, name: str) -> str | None:

@@ -7,9 +7,10 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from distft.errors import Fault
 from distft.evaluation.settings import Evaluation
@@ -89,11 +90,10 @@ def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) ->
         section = str(location[0]) if len(location) > 1 else ""
         if leaf in OWNED.get(section, {}):
             return Fault(where, key, "is not set here", OWNED[section][leaf])
-        return Fault(where, key, "unknown key", _suggestion(leaf, section))
+        return Fault(where, key, "unknown key", _suggestion(leaf, section, _fields(location[:-1])))
     expected = error["msg"].removeprefix("Input should be ")
     if error["type"] == "string_pattern_mismatch":
-        cls = SECTIONS.get(str(location[0]))
-        field = cls.model_fields.get(leaf) if cls is not None else None
+        field = _fields(location[:-1]).get(leaf)
         told = (field.description or "") if field is not None else ""
         return Fault(where, key, f"{error['input']!r} is not written as it has to be", told.strip())
     value = error["input"]
@@ -101,13 +101,24 @@ def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) ->
     return Fault(where, key, f"expected {expected}, got {got}")
 
 
-def _suggestion(leaf: str, section: str) -> str:
+def _fields(location: Sequence[Any]) -> Mapping[str, FieldInfo]:
+    """The fields of the section at a place, of one within another as well; none where that is no section of distft's own."""
+    cls = SECTIONS.get(str(location[0])) if location else None
+    for name in location[1:]:
+        field = None if cls is None else cls.model_fields.get(str(name))
+        choices = () if field is None else (field.annotation, *get_args(field.annotation))
+        cls = next((each for each in choices if isinstance(each, type) and issubclass(each, Section)), None)
+    return {} if cls is None else cls.model_fields
+
+
+def _suggestion(leaf: str, section: str, beside: Iterable[str]) -> str:
+    """What may be meant by an unknown key: one of those `beside` it first, for a section may stand within another."""
     names = field_names()
     if leaf == "extends":
         return "it stands in a recipe file; on the command line, recipe=NAME takes a recipe"
     if leaf in RENAMED:
         return f"it is {RENAMED[leaf]}"
-    near = nearest(leaf, names[section] if section in names else names[""])
+    near = nearest(leaf, beside) or nearest(leaf, names[section] if section in names else names[""])
     if near:
         return near
     elsewhere = [f"{other}.{leaf}" for other, fields in names.items() if other and leaf in fields]

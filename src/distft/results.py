@@ -112,6 +112,10 @@ def read_run(folder: RunFolder) -> Run:
     Raises:
         RunFolderError: it is no run folder, or a file in it is damaged.
     """
+    if folder.results.is_file() and not folder.summary.is_file():
+        raise RunFolderError(
+            f"in {folder.path} nothing was trained that a report could be on, only evaluated: what the tasks found stands in {folder.results}"
+        )
     summary = folder.read_summary()
     recipe = _parsed(folder, folder.recipe.name, parse_yaml)
     environment = _parsed(folder, folder.environment.name, json.loads) if folder.environment.is_file() else {}
@@ -131,8 +135,8 @@ def read_run(folder: RunFolder) -> Run:
         **columns(summary.get("evaluation")),
     }  # fmt: skip
     as_run = _AS_RUN if summary.get("status") == "finished" else ("strategy", "world_size")
-    facts = dict(_leaves(recipe)) | {f"as run.{key}": summary.get(key) for key in as_run}
-    facts |= _leaves({key: environment.get(key) for key in _MACHINE}, "machine.")
+    facts = dict(leaves(recipe)) | {f"as run.{key}": summary.get(key) for key in as_run}
+    facts |= leaves({key: environment.get(key) for key in _MACHINE}, "machine.")
     return Run(
         folder.name, str(folder.path), str(summary.get("status")), summary.get("cause"), summary.get("strategy"),
         summary.get("world_size"), figures, facts, _split(folder), summary.get("evaluation") or {},
@@ -158,9 +162,10 @@ def _parsed(folder: RunFolder, name: str, parse: Callable[[str], Any]) -> dict[s
     return content
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """The values of nested mappings by their dotted keys."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from distft.errors import Interrupted
 from distft.evaluation.tasks import evaluate
 from distft.outcome import debug_flag, guarded
 
@@ -13,7 +14,10 @@ def main() -> int:
     arguments = debug_flag(sys.argv[1:])
 
     def work() -> None:
-        evaluate(arguments)
+        try:
+            evaluate(arguments)
+        except Interrupted as error:
+            raise Interrupted(error.by, "(what was done is kept: the same command goes on from there)") from error
 
     return guarded(work)
 

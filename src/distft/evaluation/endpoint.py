@@ -23,7 +23,32 @@ from distft.world import World, say
 
 _LONGEST_WAIT_S = 60.0
 _CONNECT_S = 10.0
+_LOOK_S = 3.0
+"""How long a server may take to show that it is there."""
 _BUSY = 429
+
+
+def unreachable(judge: Judge) -> list[str]:
+    """In a line why no request would reach `judge.endpoint`; none where something answers there, whatever it says, or takes longer.
+
+    It is asked once for its list of models.
+    """
+    try:
+        url = httpx.URL((judge.endpoint or "").rstrip("/") + "/models")
+    except httpx.InvalidURL as error:
+        return [f"is no address: {error}"]
+    try:
+        httpx.get(url, headers=_headers(judge), timeout=_LOOK_S)
+    except httpx.ReadTimeout:
+        return []
+    except httpx.HTTPError as error:
+        return [f"no server answers at {without_secrets(url)} ({type(error).__name__}: {error})"]
+    return []
+
+
+def without_secrets(url: httpx.URL) -> httpx.URL:
+    """As it may be shown: what stands before an @ is a secret."""
+    return url.copy_with(userinfo=b"")
 
 
 class Endpoint:
@@ -33,9 +58,9 @@ class Endpoint:
         assert judge.endpoint is not None
         self.judge = judge
         self.url = httpx.URL(judge.endpoint.rstrip("/") + "/chat/completions")
-        # What stands before an @ is a secret.
-        self.shown = str(self.url.copy_with(userinfo=b""))
+        self.shown = str(without_secrets(self.url))
         self.threads = max(1, judge.concurrency // world.world_size)
+        self._speaking, self._said = threading.Lock(), ""
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -52,8 +77,7 @@ class Endpoint:
         """
         if not items:
             return
-        key = self._key()
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = _headers(self.judge)
         timeout = httpx.Timeout(self.judge.timeout_s, connect=min(_CONNECT_S, self.judge.timeout_s))
         over = threading.Event()
         with httpx.Client(headers=headers, timeout=timeout) as client, ThreadPoolExecutor(self.threads) as pool:
@@ -64,9 +88,6 @@ class Endpoint:
             finally:  # one has failed, or nobody wants the rest: no request waits for its next try
                 over.set()
                 pool.shutdown(cancel_futures=True)
-
-    def _key(self) -> str | None:
-        return os.environ.get(self.judge.api_key_env) or None
 
     def _ask(self, client: httpx.Client, item: Item, over: threading.Event) -> Answer:
         sampling = item.sampling
@@ -96,7 +117,7 @@ class Endpoint:
             if attempt < self.judge.retries:
                 wait = min(2.0**attempt, _LONGEST_WAIT_S) if asked_to_wait is None else asked_to_wait
                 if attempt == 2:  # one that passes by itself is no news
-                    say(f"the judge at {self.shown}: {problem}; asked again in {wait:.0f} s")
+                    self._say(f"the judge at {self.shown}: {problem}; asked again in {wait:.0f} s")
                 if over.wait(wait):
                     break
         tried = "once" if self.judge.retries == 0 else f"{self.judge.retries + 1} times"
@@ -104,6 +125,13 @@ class Endpoint:
             f"the judge at {self.shown} does not judge, tried {tried}: {problem}; is the server up, and is "
             "evaluation.judge.endpoint its base URL (http://HOST:PORT/v1)? What is judged is kept: start again to go on"
         )
+
+    def _say(self, line: str) -> None:
+        """Once, for the threads meet the same trouble together."""
+        with self._speaking:
+            if line != self._said:
+                say(line)
+            self._said = line
 
     def _answer(self, response: httpx.Response) -> Answer:
         try:
@@ -122,16 +150,25 @@ class Endpoint:
 
     def _start(self, response: httpx.Response) -> str:
         """The beginning of what the server says; some repeat the key."""
-        key, text = self._key(), " ".join(response.text.split())
+        key, text = _key(self.judge), " ".join(response.text.split())
         return (text.replace(key, "…") if key else text)[:300]
 
     def _remedy(self, status: int) -> str:
         if status in (401, 403):
-            known = "its key is not accepted" if self._key() else "no key was sent"
+            known = "its key is not accepted" if _key(self.judge) else "no key was sent"
             return f" ({known}: set the environment variable {self.judge.api_key_env})"
         if status == 404:
             return " (evaluation.judge.endpoint is the base URL, which mostly ends in /v1; evaluation.judge.model is a name that the server knows)"
         return ""
+
+
+def _key(judge: Judge) -> str | None:
+    return os.environ.get(judge.api_key_env) or None
+
+
+def _headers(judge: Judge) -> dict[str, str]:
+    key = _key(judge)
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _retry_after(response: httpx.Response) -> float | None:

@@ -19,8 +19,7 @@ def fetch(recipe: Recipe) -> list[str]:
     Raises:
         ModelError: the judge cannot be had.
         DataError: the data of a task cannot be had.
-        RecipeError: a file that a task needs is not given or not there.
-        MissingExtraError: a package that a task needs is not installed.
+        RecipeError: a file that a task needs is not given or not there, or a package is not installed.
     """
     check(recipe)
     settings, lines = recipe.evaluation, []

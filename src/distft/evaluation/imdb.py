@@ -5,6 +5,7 @@ Metrics are scikit-learn's; their intervals come from the bootstrap over reviews
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from distft.evaluation.likelihood import batches, continuation_log_likelihoods
 from distft.evaluation.settings import Evaluation
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.writing import Item, Sampling, generate
-from distft.world import together
+from distft.run import read_lines, write_atomically
+from distft.world import say, together
 
 _TITLES = {
     "accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "macro_f1": "macro F1",
@@ -39,7 +41,12 @@ def run(target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
     """
     section = settings.imdb
     words = together(target.world, lambda: reviews.words_of(target.recipe))
-    rows = together(target.world, lambda: reviews.load(target.recipe, len(words)))
+    there = together(target.world, lambda: reviews.load(target.recipe, len(words)))
+    rows = together(target.world, lambda: reviews.chosen(target.recipe, there, len(words)))
+    if section.balanced and section.subset is None and len(rows) < len(there) and target.world.is_main:
+        say(
+            f"imdb: {len(rows)} of {len(there)} reviews, as many of each class (evaluation.imdb.balanced=false takes all)"
+        )
     limit = section.max_length or target.recipe.training.get("max_length", 1024)
     prompts = [reviews.prompt_of(row.text, words, target.tokenizer, limit) for row in rows]
     labels = np.array([row.label for row in rows])
@@ -50,7 +57,7 @@ def run(target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
             likelihoods = _score(target, side, rows, prompts, settings, folder)
             found["logprob"][side] = np.array([int(np.argmax(row)) for row in likelihoods])
         if "generation" in section.methods:
-            answers = _write(target, side, rows, prompts, settings, folder)
+            answers = _write(target, side, rows, prompts, words, settings, folder)
             read = [parse(answer, words) for answer in answers]
             found["generation"][side] = np.array([len(words) if label is None else label for label in read])
             unparsed[side] = [answer for answer, label in zip(answers, read, strict=True) if label is None]
@@ -113,18 +120,31 @@ class _PromptEngine(TransformersEngine):
 
 
 def _write(
-    target: Target, side: SideName, rows: Sequence[reviews.Review], prompts: Sequence[reviews.Prompt], settings: Evaluation,
-    folder: Path,
+    target: Target, side: SideName, rows: Sequence[reviews.Review], prompts: Sequence[reviews.Prompt], words: Sequence[str],
+    settings: Evaluation, folder: Path,
 ) -> list[str]:  # fmt: skip
-    """What the model writes after every prompt, the likeliest token each time."""
+    """What the model writes after every prompt, the likeliest token each time; kept with each review's label and the class that was
+    read."""
     texts = [target.tokenizer.decode(prompt.prefix) for prompt in prompts]
     ids = {text: prompt.prefix for text, prompt in zip(texts, prompts, strict=True)}
     sampling = Sampling(settings.imdb.max_new_tokens)
     items = [Item(({"role": "user", "content": text},), sampling) for text in texts]
     with target.side(side):
         engine = _PromptEngine(target, side, ids, settings.generation.batch_tokens)
-        answers = generate(engine, items, target.world, folder / f"generation-{side}.jsonl", f"imdb, {side}, answers")
+        path = folder / f"generation-{side}.jsonl"
+        answers = generate(engine, items, target.world, path, f"imdb, {side}, answers")
+    if target.world.is_main:
+        of = {text: row for text, row in reversed([*zip(texts, rows, strict=True)])}
+        lines = [_explained(record, of.get(record["prompt"]), words) for record in read_lines(path)]
+        write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return [answer.text for answer in answers]
+
+
+def _explained(record: dict[str, Any], review: reviews.Review | None, words: Sequence[str]) -> dict[str, Any]:
+    """The record of an answer with what it was to and how it was read: both class numbers, `read` null where there is no label word."""
+    if review is None:  # of other settings
+        return record
+    return {**record, "row": review.row, "label": review.label, "read": parse(record["text"], words)}
 
 
 def parse(text: str, words: Sequence[str]) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from distft.run import append_lines, read_lines, write_atomically
-from distft.world import World, together
+from distft.world import World, say, together
 
 Work = Callable[[list[int]], Iterable[tuple[int, dict[str, Any]]]]
 
@@ -47,6 +47,8 @@ def complete(
     known = {record["key"]: record for file in _files(path) for record in read_lines(file)}
     together(world, lambda: None)  # nobody appends before all have read
     missing = [*{key: i for i, key in reversed([*enumerate(keys)]) if key not in known}.values()]
+    if known and world.is_main and (there := sum(key in known for key in keys)):
+        say(f"{title or path.stem}: {there} of {len(keys)} are done already, in {path}")
     missing.sort(key=lambda i: (-(costs[i] if costs is not None else 0), i))
     share = missing[world.rank :: world.world_size]
     part = path.with_name(f"{path.stem}.rank{world.rank}.jsonl")

@@ -166,10 +166,15 @@ class LocalJudge:
 
     def _unavailable(self, error: Exception) -> JudgeError:
         # What else the error says names settings of the model that is evaluated.
-        problem = next(iter(str(error).splitlines()), type(error).__name__)
+        problem = next(iter(str(error).splitlines()), type(error).__name__).replace("(model.name)", "").strip()
+        name = self.judge.model
+        fetched = (
+            "" if name.startswith(("/", ".", "~")) or Path(name).is_dir()
+            else f"  on a machine with a connection: distft fetch, with the same words, or hf download {name}\n"
+        )  # fmt: skip
         return JudgeError(
-            f"the judge {self.judge.model} cannot be loaded: {problem}\n  on a machine with a connection: distft fetch, with the same words, or hf download {self.judge.model}\n"
-            "  or give the folder that it lies in (evaluation.judge.model=FOLDER), or a server that has it "
+            f"the judge {name} cannot be loaded: {problem}\n{fetched}"
+            "  give the folder that it lies in (evaluation.judge.model=FOLDER), or a server that has it "
             "(evaluation.judge.endpoint=http://HOST:PORT/v1)"
         )
 

@@ -5,6 +5,7 @@ The model is handed to lm-eval as it is loaded, the adapter on it through PEFT. 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from distft.errors import DataError
 from distft.evaluation.figures import Estimate, compared
 from distft.evaluation.settings import Evaluation, LmEval
 from distft.evaluation.target import SideName, Target
-from distft.world import World, together
+from distft.origin import nearest
+from distft.world import World
 
 Results = Mapping[str, Any]
 
@@ -28,11 +30,9 @@ def run(target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
 
     What was answered already is found in its caches of answers, one a side, rank and adapter.
 
-    Raises:
-        DataError: lm-eval does not know a task, or its documents cannot be had.
+    `look` says beforehand whether lm-eval has the tasks.
     """
     section = settings.lm_eval
-    together(target.world, lambda: look(section))
     found: dict[SideName, Results] = {side: _evaluate(target, side, settings, folder) for side in target.sides}
     result: dict[str, Any] = {}
     if target.world.is_main:
@@ -48,11 +48,15 @@ def run(target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
 
 
 def _manager(section: LmEval) -> Any:
+    return _index(None if section.include_path is None else str(Path(section.include_path).expanduser()))
+
+
+@functools.cache
+def _index(include_path: str | None) -> Any:
+    """lm-eval's tasks by their names: it reads thousands of files for it."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(
-        include_path=None if section.include_path is None else str(Path(section.include_path).expanduser())
-    )
+    return TaskManager(include_path=include_path)
 
 
 def look(section: LmEval) -> None:
@@ -64,8 +68,9 @@ def look(section: LmEval) -> None:
     manager = _manager(section)
     unknown = [name for name in section.tasks if name not in manager.all_tasks]
     if unknown:
+        near = "; ".join(hint for name in unknown if (hint := nearest(name, manager.all_tasks)))
         raise DataError(
-            f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, and evaluation.lm_eval.include_path=FOLDER adds yours"
+            f"lm-eval knows no task {', '.join(unknown)}{f' ({near})' if near else ''}; `lm-eval ls tasks` lists them, and evaluation.lm_eval.include_path=FOLDER adds yours"
         )
     try:
         manager.load(section.tasks)

@@ -32,6 +32,7 @@ TEMPERATURE = {
 OTHER_TEMPERATURE = 0.7
 """That of a category which the benchmark does not have (FastChat's gen_model_answer.py)."""
 TURNS = 2
+_KEYS = ("question_id", "category", "turns")
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,12 @@ def read_questions(path: Path, limit: int | None = None) -> list[TwoTurns]:
 def _question(line: str, where: str) -> TwoTurns:
     try:
         record = json.loads(line)
+        if isinstance(record, dict) and (lacking := [key for key in _KEYS if key not in record]):
+            raise DataError(f"{where} has no {', '.join(lacking)}: a question of MT-Bench has {', '.join(_KEYS)}")
         turns, reference = record["turns"], record.get("reference") or []
         question = TwoTurns(record["question_id"], record["category"], tuple(turns), tuple(reference))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where} is no question of MT-Bench (question_id, category, turns): {error!r}") from error
+        raise DataError(f"{where} is no question of MT-Bench, a JSON object of {', '.join(_KEYS)}: {error}") from error
     texts = [question.category, *question.turns, *question.reference]
     if len(question.turns) != TURNS or not all(isinstance(one, str) for one in texts) or isinstance(turns, str):
         raise DataError(f"{where}: a question has a category and {TURNS} turns, all of them text")

@@ -54,7 +54,7 @@ def source_of(recipe: Recipe) -> Path | data.HubSplit | None:
 
 def load(recipe: Recipe, classes: int) -> list[Review]:
     """The rows to classify, in the order of their source: of the file that the settings name, else the recipe's held-out rows where
-    its data are reviews, else IMDB's split on the hub; of these the subset that the settings ask for.
+    its data are reviews, else IMDB's split on the hub.
 
     Raises:
         DataError: they cannot be had, or are not reviews with classes below `classes`.
@@ -74,17 +74,31 @@ def load(recipe: Recipe, classes: int) -> list[Review]:
         )
     found = []
     for number, row in enumerate(rows):
-        if not isinstance(row[text], str) or not isinstance(row[label], int) or not 0 <= row[label] < classes:
+        if not isinstance(row[text], str):
+            raise DataError(f"row {number} of {where} has no text in its column {text}: {str(row)[:200]}")
+        if not isinstance(row[label], int) or not 0 <= row[label] < classes:
+            words = ", ".join(f"{number} for {word!r}" for number, word in enumerate(words_of(recipe)))
             raise DataError(
-                f"row {number} of {where} is no review with a class from 0 to {classes - 1}: {str(row)[:200]}"
+                f"row {number} of {where} has {str(row[label])[:40]!r} in its column {label}, where labels are class numbers: {words}\n"
+                "  other words, or more: evaluation.imdb.label_words=[WORD,WORD]"
             )
         found.append(Review(number, row[text], row[label]))
-    chosen = subset(found, settings.subset, settings.balanced, recipe.evaluation.seed, classes)
-    if not chosen:
+    return found
+
+
+def chosen(recipe: Recipe, found: Sequence[Review], classes: int) -> list[Review]:
+    """Of the rows that `load` gives, the subset that the settings ask for.
+
+    Raises:
+        DataError: none is left.
+    """
+    settings = recipe.evaluation.imdb
+    rows = subset(found, settings.subset, settings.balanced, recipe.evaluation.seed, classes)
+    if not rows:
         raise DataError(
-            f"no review is left to classify in {where}; one of the classes may have no row (evaluation.imdb.balanced=false)"
+            "no review is left to classify; one of the classes may have no row (evaluation.imdb.balanced=false)"
         )
-    return chosen
+    return rows
 
 
 def _held_out(recipe: Recipe) -> list[Mapping[str, Any]]:

@@ -5,29 +5,36 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 from filelock import FileLock, Timeout
 
 from distft import data, strategy
-from distft.errors import LaunchError, RunFolderError
-from distft.evaluation.checks import check
+from distft.errors import Fault, LaunchError, RunFolderError
+from distft.evaluation import ready
 from distft.evaluation.columns import figures, shown
+from distft.evaluation.endpoint import without_secrets
 from distft.evaluation.settings import TaskName
 from distft.evaluation.target import Target
 from distft.machine import describe
-from distft.origin import COMMAND_LINE
+from distft.origin import COMMAND_LINE, nearest
 from distft.recipe import Recipe, load_recipe
+from distft.results import leaves
 from distft.run import RunFolder, to_json, write_atomically
 from distft.trackers import closing_trackers, log_evaluation
-from distft.world import World, say, together
+from distft.world import OUTCOME, World, say, together
 
 _DAY_S = 24 * 3600
+_NAMED = 3
+"""So many settings that differ are named."""
+Check = Callable[[Recipe], list[Fault]]
 
 
 @dataclass(frozen=True)
@@ -40,13 +47,14 @@ class Request:
     result: Path | None
 
     @classmethod
-    def of(cls, words: Sequence[str]) -> Request:
-        """From `RUN key.path=value …`, or `model=PATH adapter=PATH key.path=value …`.
+    def of(cls, words: Sequence[str], *, look: bool = True) -> Request:
+        """From `RUN key.path=value …`, or `model=PATH adapter=PATH key.path=value …`. With `look` all is looked at that a task will
+        read or ask, short of loading a model.
 
         Raises:
             LaunchError: neither a run nor a model is named, or both are.
             RunFolderError: the run has no result, or the folder is none.
-            RecipeError: the recipe and its overrides have faults, or a task lacks something.
+            RecipeError: the recipe and its overrides have faults, or the model or a task lacks something.
         """
         runs = [word for word in words if "=" not in word]
         given = {key: text for key, _, text in (word.partition("=") for word in words) if key in ("model", "adapter")}
@@ -55,20 +63,25 @@ class Request:
             raise LaunchError(
                 "say what to evaluate: a run folder (runs/NAME), or model=NAME_OR_FOLDER and perhaps adapter=FOLDER"
             )
-        return cls._of_run(Path(runs[0]), rest) if runs else cls._of_model(given["model"], given.get("adapter"), rest)
+        checks = (ready.faults_of_base, ready.faults) if look else ()
+        if runs:
+            return cls._of_run(Path(runs[0]), rest, checks)
+        return cls._of_model(given["model"], given.get("adapter"), rest, checks)
 
     @classmethod
-    def _of_run(cls, path: Path, words: Sequence[str]) -> Request:
+    def _of_run(cls, path: Path, words: Sequence[str], checks: Sequence[Check]) -> Request:
         folder = RunFolder(path)
         if not folder.recipe.is_file():
-            raise RunFolderError(f"{path} is no run folder ({folder.recipe.name} is missing)")
+            raise RunFolderError(_no_run(path))
         result = next((place for place in (folder.adapter, folder.model) if place.is_dir()), None)
         if result is None:
-            raise RunFolderError(f"{path} holds neither adapter/ nor model/: the run has not finished")
-        return cls(_recipe([f"recipe={_as_path(folder.recipe)}", *words]), folder, result)
+            raise RunFolderError(
+                f"{path} holds neither adapter/ nor model/: the run has not finished; {_go_on(folder)}, and then it can be evaluated"
+            )
+        return cls(_recipe([f"recipe={_as_path(folder.recipe)}", *words], checks), folder, result)
 
     @classmethod
-    def _of_model(cls, model: str, adapter: str | None, words: Sequence[str]) -> Request:
+    def _of_model(cls, model: str, adapter: str | None, words: Sequence[str], checks: Sequence[Check]) -> Request:
         """The recipe is that of the run that the adapter lies in; else the model as it comes, in bf16."""
         result = None if adapter is None else Path(adapter).expanduser()
         if result is not None and not (result / "adapter_config.json").is_file():
@@ -76,15 +89,11 @@ class Request:
         named = f"model.name={json.dumps(model)}"
         if result is not None and RunFolder(result.parent).recipe.is_file():
             folder = RunFolder(result.parent)
-            return cls(_recipe([f"recipe={_as_path(folder.recipe)}", named, *words]), folder, result)
+            return cls(_recipe([f"recipe={_as_path(folder.recipe)}", named, *words], checks), folder, result)
         plain = ["recipe=tiny", named, "model.dtype=bfloat16", "quantization=null", "training.max_length=1024",
                  "tracking.report_to=[]"]  # fmt: skip
         name = "-".join(["evaluate", *(Path(part).name for part in (model, adapter) if part)])
-        recipe = _recipe([*plain, *words])
-        if "perplexity" in recipe.evaluation.tasks and recipe.source.of("data.name") != COMMAND_LINE:
-            raise LaunchError(
-                "say of which text the perplexity is: data.name=FILE data.format.text=COLUMN, or a data set's name"
-            )
+        recipe = _recipe([*plain, *words], (_text_is_named, *checks))
         return cls(recipe, RunFolder(Path(recipe.run.dir).expanduser() / name), result)
 
 
@@ -92,13 +101,43 @@ def _as_path(file: Path) -> str:
     return str(file if file.is_absolute() else Path.cwd() / file)
 
 
-def _recipe(words: Sequence[str]) -> Recipe:
-    recipe = load_recipe(words, checks=(data.faults,))
-    if not recipe.evaluation.tasks:
+def _no_run(path: Path) -> str:
+    """What is said of a folder that is none of a run."""
+    if path.is_dir():
+        return f"{path} is no run folder (recipe.yaml is missing)"
+    beside = [str(folder.parent) for folder in sorted(path.parent.glob("*/recipe.yaml"))]
+    there = f"there are: {', '.join(beside)}" if beside else "distft train makes one"
+    return f"{path} is no run folder: there is no such folder ({nearest(str(path), beside) or there})"
+
+
+def _go_on(folder: RunFolder) -> str:
+    """How a run that has not finished is finished."""
+    command = folder.read_environment().get("command") or []
+    words = shlex.join(command[1:]) or f"recipe={folder.recipe} run.name={folder.name}"
+    return f"distft train {words} goes on with it"
+
+
+def _text_is_named(recipe: Recipe) -> list[Fault]:
+    """A bare model comes without data, and those of the recipe `tiny` are none that anybody asked for."""
+    if "perplexity" not in recipe.evaluation.tasks or recipe.source.of("data.name") == COMMAND_LINE:
+        return []
+    return [Fault(COMMAND_LINE, "data.name", "is required: of which text is the perplexity",
+                  "data.name=FILE data.format.text=COLUMN, or a data set's name")]  # fmt: skip
+
+
+def _recipe(words: Sequence[str], checks: Sequence[Check]) -> Recipe:
+    def with_task(recipe: Recipe) -> Recipe:
+        if recipe.evaluation.tasks:
+            return recipe
         section = recipe.evaluation.model_copy(update={"tasks": ["perplexity"]})
-        recipe = recipe.model_copy(update={"evaluation": section})
-    check(recipe)
-    return recipe
+        return recipe.model_copy(update={"evaluation": section})
+
+    def found(recipe: Recipe) -> list[Fault]:
+        # Tasks that are misspelt are none here, and perplexity is not what was meant.
+        misspelt = not recipe.evaluation.tasks and recipe.source.of("evaluation.tasks") == COMMAND_LINE
+        return [fault for check in checks for fault in check(recipe if misspelt else with_task(recipe))]
+
+    return with_task(load_recipe(words, checks=(data.faults, found)))
 
 
 def evaluate(words: Sequence[str]) -> dict[str, Any]:
@@ -109,7 +148,8 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         DistftError: something is missing or does not fit; the message says what.
     """
-    request = Request.of(words)
+    # What `distft evaluate` has looked at before it started this process is there.
+    request = Request.of(words, look=OUTCOME not in os.environ)
     # A rank may wait long for the others at the end of its share.
     world = replace(World.from_environment(os.environ), timeout_s=_DAY_S)
     devices = strategy.visible_devices()
@@ -142,6 +182,8 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
                     "time": datetime.now(UTC).isoformat(timespec="seconds"), "world_size": world.world_size,
                     "weights": target.identity, "adapter": None if request.result is None else str(request.result),
                 }  # fmt: skip
+                if (line := replaced(record.get(task), result)) is not None:
+                    say(f"{task}: {line} ({folder.results})")
                 record[task] = result
                 _write(folder, record)
                 for line in lines(task, result):
@@ -162,6 +204,8 @@ def _task(name: TaskName) -> Any:
 def _settings(recipe: Recipe, task: TaskName) -> dict[str, Any]:
     """What the result depends on besides the weights."""
     settings = recipe.evaluation.model_dump()
+    if recipe.evaluation.judge.endpoint is not None:
+        settings["judge"]["endpoint"] = str(without_secrets(httpx.URL(recipe.evaluation.judge.endpoint)))
     judged = ("generation", "judge") if task in ("mt_bench", "alpaca") else ()
     own = {key: settings[key] for key in (task, *judged, "seed", "max_samples") if key in settings}
     return own | {
@@ -177,7 +221,41 @@ def _known(folder: RunFolder, weights: Mapping[Any, str]) -> dict[str, Any]:
     if not folder.results.is_file():
         return {}
     found = json.loads(folder.results.read_text(encoding="utf-8"))
-    return {task: result for task, result in found.items() if result["weights"] == weights}
+    kept = {task: result for task, result in found.items() if result["weights"] == weights}
+    if others := found.keys() - kept.keys():
+        say(
+            f"{', '.join(sorted(others))}: what {folder.results} has is of other weights, and is left out of it from now on"
+        )
+    return kept
+
+
+def replaced(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:
+    """In words that a task's result takes the place of one of other settings; None where it does not."""
+    if before is None:
+        return None
+    settings = [dict(leaves(result["settings"])) for result in (before, now)]
+    differing = [
+        f"{key} {_as_yaml(settings[0].get(key))} → {_as_yaml(settings[1].get(key))}"
+        for key in settings[0] | settings[1]
+        if settings[0].get(key) != settings[1].get(key) and not key.startswith("packages.")
+    ]
+    counts = [_items(result) for result in (before, now)]
+    if not differing and counts[0] == counts[1]:
+        return None
+    how = f", with {', '.join(differing[:_NAMED])}{' and more' if len(differing) > _NAMED else ''}" if differing else ""
+    return f"replaces an earlier result on {counts[0]:,} items by one on {counts[1]:,}{how}"
+
+
+def _items(result: Mapping[str, Any]) -> int:
+    """Of how many items a task's result is: those of its first figure, over all benchmarks where there are several."""
+    counts: dict[str, int] = {}
+    for _, name, figure in figures({"": result}):
+        counts.setdefault(name.rpartition("/")[0] if "/" in name else "", figure["count"] or 0)
+    return sum(counts.values())
+
+
+def _as_yaml(value: Any) -> str:
+    return json.dumps(value, default=str)
 
 
 def _write(folder: RunFolder, record: Mapping[str, Any]) -> None:
