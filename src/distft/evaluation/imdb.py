@@ -134,7 +134,7 @@ def _write(
         path = folder / f"generation-{side}.jsonl"
         answers = generate(engine, items, target.world, path, f"imdb, {side}, answers")
     if target.world.is_main:
-        of = {text: row for text, row in reversed([*zip(texts, rows, strict=True)])}
+        of = dict(reversed([*zip(texts, rows, strict=True)]))  # of equal prompts the first, as in the journal
         lines = [_explained(record, of.get(record["prompt"]), words) for record in read_lines(path)]
         write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return [answer.text for answer in answers]
