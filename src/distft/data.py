@@ -56,7 +56,10 @@ KNOWN = {
 def faults(recipe: Recipe) -> list[Fault]:
     """Faults of the data section that are seen without reading any data."""
     data, found = recipe.data, []
-    if data.name not in KNOWN and data.format is None:
+    file = _file(data)
+    if data.name not in KNOWN and data.format is None and file is not None and not file.exists():
+        found.append(Fault(recipe.source.of("data.name"), "data.name", f"there is no file or folder {file}"))
+    elif data.name not in KNOWN and data.format is None:
         found.append(Fault(
             recipe.source.of("data.name"), "data.format", f"is required for {data.name!r}, which is none of {', '.join(KNOWN)}",
             "data.format.text=COLUMN, or data.format.prompt=COLUMN data.format.completion=COLUMN",
@@ -268,18 +271,26 @@ class HubSplit(NamedTuple):
     split: str
 
 
+def _file(data: Data) -> Path | None:
+    """The file or folder that is named, whether it is there or not; None where the data come from the hub."""
+    known = KNOWN.get(data.name)
+    own = packaged(known.file) if known and known.file else known.made() if known and known.made else None
+    if data.path or own is not None:
+        return Path(data.path or str(own)).expanduser()
+    named = data.name.startswith((".", "/", "~")) or Path(data.name).suffix in _READERS
+    return Path(data.name).expanduser() if named else None
+
+
 def sources(data: Data) -> list[Path | HubSplit]:
     """Where the rows come from that are split, and after it the held-out split where it has a place of its own.
 
     Raises:
         DataError: `data.name` is nothing that is known.
     """
-    known = KNOWN.get(data.name)
-    own = packaged(known.file) if known and known.file else known.made() if known and known.made else None
-    path = data.path or (None if own is None else str(own))
+    known, file = KNOWN.get(data.name), _file(data)
     test = [Path(data.test_path).expanduser()] if data.test_path else []
-    if path or data.name.startswith((".", "/", "~")) or Path(data.name).suffix in _READERS:
-        return [Path(path or data.name).expanduser(), *test]
+    if file is not None:
+        return [file, *test]
     hub = known.hub if known else data.name
     if hub is None or (known is None and "/" not in data.name):
         raise DataError(
