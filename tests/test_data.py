@@ -14,8 +14,9 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
 from distft import data
-from distft.data import Splits, preview, split
+from distft.data import Splits, split
 from distft.errors import DataError
+from distft.preview import preview
 from distft.recipe import Recipe, load_recipe
 from distft.samples import (
     IGNORED,

@@ -221,12 +221,14 @@ variants:
 budget: {step: 5}
 equal: [sample]
 repeats: two
-""", "evaluation.max_sample=3", "run.name=y")  # fmt: skip
+""", "evaluation.max_sample=3", "run.name=y", "budget.steps=3", "variants.a.lora.r=3")  # fmt: skip
     path = tmp_path / "recipes" / "experiments" / "mine.yaml"
     assert {str(fault).removeprefix(f"{path}: ") for fault in found} == {
         "command line: run.name: is not set here (each run is named after the experiment and its variant; run.dir=FOLDER keeps "
         "runs apart)",
         "command line: evaluation.max_sample: unknown key (did you mean max_samples?)",
+        "command line: budget.steps: is not set here (training.max_steps=N is a budget of all runs as well)",
+        "command line: variants.a.lora.r: is not set here (copy the experiment's file into recipes/experiments to change it)",
         "repeat: unknown key (did you mean repeats?)",
         "lora: unknown key (values of recipes stand under overrides, variants or grid)",
         "variants.a.lora.rank: unknown key (it is lora.r)",

@@ -67,7 +67,7 @@ FLOORS = (
         "evaluation.scores",
         "evaluation.vllm_engine",
     ),
-    ("watch", "trainer", "estimate", "probe", "fetch", "facts", "live", "evaluation.target"),
+    ("watch", "trainer", "estimate", "probe", "fetch", "preview", "facts", "live", "evaluation.target"),
     (
         "memory",
         "submission",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from distft.cli import main
 from distft.errors import RunFolderError
@@ -60,6 +61,15 @@ def row(text: str, heading: str, first: str) -> dict[str, str]:
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_no_process_writes_to_was_killed(tmp_path: Path) -> None:
+    folder = make(tmp_path, "a", status="running")
+    with FileLock(folder.lock):
+        (run,) = report([folder]).runs
+        assert (run.status, run.cause) == ("running", None)
+    (run,) = report([folder]).runs
+    assert run.status == "killed" and "goes on from the last checkpoint" in str(run.cause)
 
 
 def test_a_run_s_figures_are_those_of_its_folder(tmp_path: Path) -> None:

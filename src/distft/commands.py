@@ -238,8 +238,8 @@ def _hand_over(text: str, output: Path | None) -> None:
 
 
 def data_preview(options: argparse.Namespace) -> None:
-    from distft.data import preview
     from distft.model import load_tokenizer
+    from distft.preview import preview
 
     recipe = _load(options.overrides)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

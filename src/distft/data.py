@@ -24,7 +24,7 @@ from filelock import FileLock
 from distft.errors import DataError, Fault
 from distft.packaged import packaged
 from distft.recipe import Recipe
-from distft.samples import IGNORED, Example, format_dolly, format_review, lengths_of, tokenise
+from distft.samples import IGNORED, Example, format_dolly, format_review, tokenise
 from distft.sections import Data, Format
 from distft.tiny import cache_folder, tiny_sentiment
 
@@ -56,7 +56,10 @@ KNOWN = {
 def faults(recipe: Recipe) -> list[Fault]:
     """Faults of the data section that are seen without reading any data."""
     data, found = recipe.data, []
-    if data.name not in KNOWN and data.format is None:
+    file = _file(data)
+    if data.name not in KNOWN and data.format is None and file is not None and not file.exists():
+        found.append(Fault(recipe.source.of("data.name"), "data.name", f"there is no file or folder {file}"))
+    elif data.name not in KNOWN and data.format is None:
         found.append(Fault(
             recipe.source.of("data.name"), "data.format", f"is required for {data.name!r}, which is none of {', '.join(KNOWN)}",
             "data.format.text=COLUMN, or data.format.prompt=COLUMN data.format.completion=COLUMN",
@@ -268,18 +271,26 @@ class HubSplit(NamedTuple):
     split: str
 
 
+def _file(data: Data) -> Path | None:
+    """The file or folder that is named, whether it is there or not; None where the data come from the hub."""
+    known = KNOWN.get(data.name)
+    own = packaged(known.file) if known and known.file else known.made() if known and known.made else None
+    if data.path or own is not None:
+        return Path(data.path or str(own)).expanduser()
+    named = data.name.startswith((".", "/", "~")) or Path(data.name).suffix in _READERS
+    return Path(data.name).expanduser() if named else None
+
+
 def sources(data: Data) -> list[Path | HubSplit]:
     """Where the rows come from that are split, and after it the held-out split where it has a place of its own.
 
     Raises:
         DataError: `data.name` is nothing that is known.
     """
-    known = KNOWN.get(data.name)
-    own = packaged(known.file) if known and known.file else known.made() if known and known.made else None
-    path = data.path or (None if own is None else str(own))
+    known, file = KNOWN.get(data.name), _file(data)
     test = [Path(data.test_path).expanduser()] if data.test_path else []
-    if path or data.name.startswith((".", "/", "~")) or Path(data.name).suffix in _READERS:
-        return [Path(path or data.name).expanduser(), *test]
+    if file is not None:
+        return [file, *test]
     hub = known.hub if known else data.name
     if hub is None or (known is None and "/" not in data.name):
         raise DataError(
@@ -355,44 +366,3 @@ def check_columns(rows: Dataset, data: Data, where: str) -> None:
             f"the data ({where}) has no column {', '.join(missing.values())}; it has {', '.join(rows.column_names)}\n"
             "  name yours: " + " ".join(f"data.format.{field}=COLUMN" for field in missing)
         )
-
-
-def preview(recipe: Recipe, tokenizer: Any, *, rows: Sequence[int], colour: bool) -> str:
-    """The samples `rows` of the train split with trained and masked tokens told apart, the histogram of lengths, and what
-    was truncated or dropped."""
-    splits = prepare(recipe, tokenizer)
-    lines: list[str] = []
-    for number in (number for number in rows if number < len(splits.train)):
-        row = splits.train[number]
-        trained = sum(label != IGNORED for label in row["labels"])
-        lines += [
-            f"── sample {number}: {len(row['input_ids'])} tokens, {trained} trained " + "─" * 40,
-            _shown(row, tokenizer, colour),
-        ]
-    lengths = lengths_of(splits.train).tolist()
-    lines += ["── lengths in tokens (train) " + "─" * 40, *_histogram(lengths), *splits.report.lines()]
-    lines.append("legend: " + ("\033[32mtrained\033[0m \033[2mmasked\033[0m" if colour else "⟦trained⟧ masked"))
-    return "\n".join(lines)
-
-
-def _shown(row: Mapping[str, Any], tokenizer: Any, colour: bool) -> str:
-    pieces, start = [], 0
-    trained = [label != IGNORED for label in row["labels"]]
-    for end in range(1, len(trained) + 1):
-        if end == len(trained) or trained[end] != trained[start]:
-            piece = tokenizer.decode(row["input_ids"][start:end], skip_special_tokens=False)
-            marks = ("\033[32m", "\033[0m") if trained[start] else ("\033[2m", "\033[0m")
-            pieces.append(marks[0] + piece + marks[1] if colour else f"⟦{piece}⟧" if trained[start] else piece)
-            start = end
-    return "".join(pieces)
-
-
-def _histogram(lengths: Sequence[int], bins: int = 10, width: int = 40) -> list[str]:
-    low, high = min(lengths), max(lengths) + 1
-    step = max(1, -(-(high - low) // bins))
-    counts = [sum(low + i * step <= n < low + (i + 1) * step for n in lengths) for i in range(-(-(high - low) // step))]
-    top = max(counts)
-    return [
-        f"{low + i * step:>7,} – {low + (i + 1) * step - 1:<7,} {count:>7,} {'█' * round(width * count / top)}"
-        for i, count in enumerate(counts)
-    ]

@@ -138,6 +138,11 @@ def _read_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, str], list
         "recipe": "an experiment names its recipes itself; copy its file into recipes/experiments to change them",
         "run.name": "each run is named after the experiment and its variant; run.dir=FOLDER keeps runs apart",
     }
+    of_file = {"budget": "training.max_steps=N is a budget of all runs as well", "repeats": "--repeats N"}
+    for key in [key for key in given if key.partition(".")[0] in ExperimentFile.model_fields]:
+        refused[key] = of_file.get(
+            key.partition(".")[0], "copy the experiment's file into recipes/experiments to change it"
+        )
     faults = [Fault(COMMAND_LINE, key, "is not set here", refused[key]) for key in refused if given.pop(key, None)]
     return given.pop("experiment", "").partition("=")[2], given, faults
 

@@ -134,11 +134,17 @@ def read_run(folder: RunFolder) -> Run:
         "perplexity_before": before.get("perplexity"), "perplexity_after": after.get("perplexity"),
         **columns(summary.get("evaluation")),
     }  # fmt: skip
-    as_run = _AS_RUN if summary.get("status") == "finished" else ("strategy", "world_size")
+    status, cause = str(summary.get("status")), summary.get("cause")
+    if status == "running" and not folder.is_held():  # SIGKILL and a lost machine leave no time to say so
+        status, cause = (
+            "killed",
+            "no process writes to its folder any more; the command that started it goes on from the last checkpoint",
+        )
+    as_run = _AS_RUN if status == "finished" else ("strategy", "world_size")
     facts = dict(leaves(recipe)) | {f"as run.{key}": summary.get(key) for key in as_run}
     facts |= leaves({key: environment.get(key) for key in _MACHINE}, "machine.")
     return Run(
-        folder.name, str(folder.path), str(summary.get("status")), summary.get("cause"), summary.get("strategy"),
+        folder.name, str(folder.path), status, cause, summary.get("strategy"),
         summary.get("world_size"), figures, facts, _split(folder), summary.get("evaluation") or {},
     )  # fmt: skip
 

@@ -164,6 +164,15 @@ class RunFolder:
         """Held by the process that writes here, for as long as it lives."""
         return self.path / ".lock"
 
+    def is_held(self) -> bool:
+        """Whether a process writes here, by its lock; True where nobody can tell (no lock yet, or a disk that knows none)."""
+        try:
+            with self.lock.open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        return False
+
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
