@@ -72,6 +72,7 @@ _AS_RUN = (
     "micro_batch", "micro_batch_tokens", "gradient_accumulation_steps", "checkpointed_layers", "attn_implementation",
     "trainable_parameters", "parameters",
 )  # fmt: skip
+_AS_EVALUATED = {"name": "model", "dtype": "dtype", "bits": "bits"}
 _MACHINE = ("python", "cuda", "cpus", "packages", "gpus")
 
 
@@ -113,9 +114,7 @@ def read_run(folder: RunFolder) -> Run:
         RunFolderError: it is no run folder, or a file in it is damaged.
     """
     if folder.results.is_file() and not folder.summary.is_file():
-        raise RunFolderError(
-            f"in {folder.path} nothing was trained that a report could be on, only evaluated: what the tasks found stands in {folder.results}"
-        )
+        return _evaluated(folder)
     summary = folder.read_summary()
     recipe = _parsed(folder, folder.recipe.name, parse_yaml)
     environment = _parsed(folder, folder.environment.name, json.loads) if folder.environment.is_file() else {}
@@ -146,6 +145,18 @@ def read_run(folder: RunFolder) -> Run:
     return Run(
         folder.name, str(folder.path), status, cause, summary.get("strategy"),
         summary.get("world_size"), figures, facts, _split(folder), summary.get("evaluation") or {},
+    )  # fmt: skip
+
+
+def _evaluated(folder: RunFolder) -> Run:
+    """A model that was evaluated as it came: `distft evaluate model=…` trains nothing, so there is no summary."""
+    evaluation = _parsed(folder, folder.results.name, json.loads)
+    figures = dict.fromkeys(figure.key for figure in (*FIGURES, *TIMES)) | columns(evaluation)
+    made: Mapping[str, Any] = next(iter(evaluation.values()), {})
+    facts = {f"model.{key}": (made.get("settings") or {}).get(name) for key, name in _AS_EVALUATED.items()}
+    return Run(
+        folder.name, str(folder.path), "evaluated", "nothing was trained here", None, None, figures,
+        facts | {"adapter": made.get("adapter")}, None, evaluation,
     )  # fmt: skip
 
 

@@ -75,9 +75,7 @@ class Request:
             raise RunFolderError(_no_run(path))
         result = next((place for place in (folder.adapter, folder.model) if place.is_dir()), None)
         if result is None:
-            raise RunFolderError(
-                f"{path} holds neither adapter/ nor model/: the run has not finished; {_go_on(folder)}, and then it can be evaluated"
-            )
+            raise RunFolderError(f"{path} holds neither adapter/ nor model/: {_unfinished(folder)}")
         return cls(_recipe([f"recipe={_as_path(folder.recipe)}", *words], checks), folder, result)
 
     @classmethod
@@ -105,16 +103,21 @@ def _no_run(path: Path) -> str:
     """What is said of a folder that is none of a run."""
     if path.is_dir():
         return f"{path} is no run folder (recipe.yaml is missing)"
-    beside = [str(folder.parent) for folder in sorted(path.parent.glob("*/recipe.yaml"))]
-    there = f"there are: {', '.join(beside)}" if beside else "distft train makes one"
-    return f"{path} is no run folder: there is no such folder ({nearest(str(path), beside) or there})"
+    beside = {folder.parent.name: str(folder.parent) for folder in sorted(path.parent.glob("*/recipe.yaml"))}
+    near = nearest(path.name, beside)
+    there = f"there are: {', '.join(beside.values())}" if beside else "distft train makes one"
+    return f"{path} is no run folder: there is no such folder ({near or there})"
 
 
-def _go_on(folder: RunFolder) -> str:
-    """How a run that has not finished is finished."""
-    command = folder.read_environment().get("command") or []
-    words = shlex.join(command[1:]) or f"recipe={folder.recipe} run.name={folder.name}"
-    return f"distft train {words} goes on with it"
+def _unfinished(folder: RunFolder) -> str:
+    """Why a run has no result yet, and what brings it one."""
+    if folder.is_held():
+        return "the run has not finished; wait for it"
+    started = folder.read_environment()
+    command = shlex.join(["distft", "train", *(started.get("command") or ["", f"recipe={folder.recipe}"])[1:]])
+    where = started.get("working_folder")
+    place = f", started in {where}," if where not in (None, str(Path.cwd())) else ""
+    return f"the run has not finished; {command}{place} goes on with it"
 
 
 def _text_is_named(recipe: Recipe) -> list[Fault]:
