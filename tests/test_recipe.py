@@ -401,6 +401,9 @@ def test_the_message_has_a_line_for_each_fault_with_place_key_problem_and_hint()
         ("model.torch_dtype", "it is model.dtype"),
         ("lr", "it is training.learning_rate"),
         ("data.xyzzy", ""),
+        ("evaluation.imdb.subst", "did you mean subset?"),  # in a section within a section
+        ("evaluation.judge.retrys", "did you mean retries?"),
+        ("data.format.instructon", "did you mean instruction?"),
     ],
 )
 def test_an_unknown_key_names_the_one_that_was_meant(key: str, hint: str) -> None:

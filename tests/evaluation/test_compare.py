@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distft.compare import Comparison
-from distft.errors import RecipeError
+from distft.errors import ExperimentError, RecipeError
 from distft.experiment import load_experiment
 from distft.run import RunFolder
 from tests.evaluation.conftest import distft
@@ -55,6 +55,20 @@ def test_what_an_evaluation_lacks_is_told_before_the_first_run(tmp_path: Path, m
     write(tmp_path, EXPERIMENT.replace("tasks: [imdb]", "tasks: [mt_bench]"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=r"evaluation\.mt_bench\.questions: is required"):
+        Comparison(load_experiment(["experiment=ranks"])).run(resume=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_files_that_no_judge_could_use_are_told_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, EXPERIMENT.replace("tasks: [imdb]", "tasks: [alpaca], alpaca: {path: pairs.json}, judge: {endpoint: 'http://127.0.0.1:9/v1'}"))  # fmt: skip
+    (tmp_path / "pairs.json").write_text('[{"instruction": "One"}]')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ExperimentError,
+        match=r"2 faults:\n.*pairs\.json, entry 1(?s:.*)judge\.endpoint: no server answers at http://127",
+    ):
         Comparison(load_experiment(["experiment=ranks"])).run(resume=False)
     assert not (tmp_path / "runs").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 
 from distft.errors import Fault, LaunchError, RecipeError, RunFolderError
+from distft.evaluation import ready
 from distft.evaluation.checks import check
-from distft.evaluation.tasks import Request
+from distft.evaluation.tasks import Request, _known, replaced
 from distft.offline import _records
 from distft.recipe import load_recipe
 from distft.run import RunFolder, read_lines, write_atomically
@@ -71,6 +73,18 @@ def test_the_whole_chain_learns_and_every_place_has_its_figures(run: RunFolder) 
         records = read_lines(run.evaluation / "perplexity" / f"{side}.jsonl")
         loss = -sum(record["log_likelihood"] for record in records) / perplexity["tokens"]
         assert perplexity["figures"]["perplexity"][side]["value"] == pytest.approx(math.exp(loss))
+    there = sum(found["imdb"]["of_class"])
+    assert (
+        f"imdb: {there} of 240 reviews, as many of each class (evaluation.imdb.balanced=false takes all)"
+        in ended.stderr
+    )
+    written = read_lines(run.evaluation / "imdb" / "generation-adapter.jsonl")
+    matrix = [[0, 0, 0], [0, 0, 0]]
+    for record in written:
+        matrix[record["label"]][2 if record["read"] is None else record["read"]] += 1
+    assert len(written) == there and matrix == found["imdb"]["confusion"]["generation"]["adapter"]
+    labels = {record["row"]: record["label"] for record in read_lines(run.evaluation / "imdb" / "logprob-base.jsonl")}
+    assert {record["row"]: record["label"] for record in written} == labels
     unparsed = found["imdb"]["unparsed"]["base"]
     assert len(unparsed["first"]) == min(5, unparsed["count"])
 
@@ -140,7 +154,10 @@ def test_killed_in_the_middle_it_goes_on_and_scores_nothing_twice(run: RunFolder
     marked = [{**record, "log_likelihoods": [-1000.0, -2000.0 - number]} for number, record in enumerate(known)]
     torn = '{"key": "torn'
     write_atomically(part, "".join(json.dumps(record) + "\n" for record in marked) + torn)
-    distft(where, "evaluate", "runs/learned", *words)
+    ended = distft(where, "evaluate", "runs/learned", *words)
+    assert (
+        f"imdb, base, likelihoods: {len(marked)} of " in ended.stderr and "are done already, in runs/" in ended.stderr
+    )
     records = {record["key"]: record for record in read_lines(run.evaluation / "imdb" / "logprob-base.jsonl")}
     assert [records[record["key"]] for record in marked] == marked  # taken as they were, not scored again
     assert len(records) == result(run)["imdb"]["reviews"] > len(marked)
@@ -167,14 +184,76 @@ def test_a_model_and_an_adapter_are_evaluated_as_the_adapters_run_was_trained(ru
     assert apart["figures"]["accuracy"]["adapter"] == beside["figures"]["accuracy"]["adapter"]
 
 
+def test_a_trial_that_replaces_a_result_says_so_and_a_model_alone_can_be_reported(tmp_path: Path) -> None:
+    words = ["evaluate", "model=tiny", "data.name=tiny_sentiment", "evaluation.tasks=[imdb]", LOGPROB]
+    assert "replaces" not in distft(tmp_path, *words, "evaluation.imdb.subset=20").stderr
+    folder = RunFolder(tmp_path / "runs" / "evaluate-tiny")
+    ended = distft(tmp_path, *words, "evaluation.imdb.subset=10")
+    assert (
+        "imdb: replaces an earlier result on 20 items by one on 10, with imdb.subset 20 → 10 (runs/evaluate-tiny/evaluation.json)"
+        in ended.stderr
+    )
+    assert ended.stderr.rstrip().endswith("distft: results: runs/evaluate-tiny/evaluation.json")
+    accuracy = result(folder)["imdb"]["figures"]["accuracy"]["base"]
+    report = distft(tmp_path, "report", "runs/evaluate-tiny").stdout
+    assert "evaluated: nothing was trained here" in report
+    assert f"{accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]" in report
+
+
+def test_results_of_other_weights_are_not_left_out_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path)
+    records = {"imdb": {"weights": {"base": "a"}}, "alpaca": {"weights": {"base": "b"}}}
+    write_atomically(folder.results, json.dumps(records))
+    assert _known(folder, {"base": "b"}) == {"alpaca": records["alpaca"]}
+    assert f"imdb: what {folder.results} has is of other weights, and is left out" in capsys.readouterr().err
+
+
+def test_what_replaces_a_result_is_named_by_what_differs() -> None:
+    def of(count: int, **settings: Any) -> dict[str, Any]:
+        figure = {"count": count}
+        return {
+            "settings": {"packages": {"torch": "1"}, **settings},
+            "figures": {"a/acc": figure, "a/f1": figure, "b/acc": figure},
+        }
+
+    before = of(20, seed=1, judge={"model": "a", "mode": "absolute"})
+    assert replaced(None, before) is None and replaced(before, before) is None
+    newer = of(20, seed=1, judge={"model": "a", "mode": "absolute"}, packages={"torch": "2"})
+    assert replaced(before, newer) is None
+    now = of(5, seed=1, judge={"model": "a", "mode": "pairwise"})
+    assert (
+        replaced(before, now)
+        == 'replaces an earlier result on 40 items by one on 10, with judge.mode "absolute" → "pairwise"'
+    )
+
+
+def test_stopped_by_a_signal_it_says_that_the_same_command_goes_on(run: RunFolder) -> None:
+    words = ["evaluation.tasks=[imdb]", LOGPROB, "tracking.report_to=[]", "evaluation.batch_tokens=1"]
+    command = [sys.executable, "-m", "distft.evaluation", "runs/learned", *words]
+    child = subprocess.Popen(command, cwd=run.path.parents[1], env=environment(), stderr=subprocess.PIPE, text=True)
+    part = run.evaluation / "imdb" / "logprob-base.rank0.jsonl"
+    deadline = time.monotonic() + 300
+    while not (part.is_file() and read_lines(part)):
+        assert child.poll() is None and time.monotonic() < deadline, child.communicate()
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 75
+    assert "stopped by SIGINT (what was done is kept: the same command goes on from there)" in said
+
+
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
         ([], LaunchError, "say what to evaluate: a run folder"),
         (["adapter=x"], LaunchError, "say what to evaluate"),
-        (["nowhere"], RunFolderError, "nowhere is no run folder"),
+        (["nowhere"], RunFolderError, "nowhere is no run folder: there is no such folder"),
         (["model=tiny", "adapter=nowhere"], RunFolderError, "nowhere holds no adapter"),
-        (["model=tiny"], LaunchError, r"of which text the perplexity is: data\.name="),
+        (["model=tiny"], RecipeError, r"data\.name: is required: of which text is the perplexity \(data\.name=FILE"),
+        (["model=/no/such/model"], RecipeError, r"2 faults(?s:.*)data\.name(?s:.*)model\.name: there is no folder /no/such/model"),
+        (["model=tiny", "data.name=tiny", "data.test_fraction=0"], RecipeError, r"holds out no rows"),
         (["model=tiny", "evaluation.tasks=[imbd]"], RecipeError, r"evaluation\.tasks\.0: expected 'perplexity'"),
         (["model=tiny", "evaluation.judge.modell=x"], RecipeError, r"evaluation\.judge\.modell: unknown key"),
     ],
@@ -189,8 +268,18 @@ def test_a_mistake_is_told_before_anything_is_loaded(
 
 def test_an_unfinished_run_has_nothing_to_evaluate(learned: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(learned.recipe.read_text(encoding="utf-8"), encoding="utf-8")
-    with pytest.raises(RunFolderError, match="the run has not finished"):
+    with (
+        pytest.raises(RunFolderError, match="the run has not finished; wait for it"),
+        (tmp_path / ".lock").open("w") as lock,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
         Request.of([str(tmp_path)])
+    started = {"command": ["train.py", "recipe=a", "run.name=b"], "working_folder": str(Path.cwd())}
+    (tmp_path / "environment.json").write_text(json.dumps(started), encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"has not finished; distft train recipe=a run\.name=b goes on with it"):
+        Request.of([str(tmp_path)])
+    with pytest.raises(RunFolderError, match=f"did you mean {tmp_path}"):
+        Request.of([str(tmp_path.with_name(f"{tmp_path.name}s"))])
 
 
 def test_files_that_tasks_lack_are_told_all_at_once() -> None:
@@ -202,6 +291,59 @@ def test_files_that_tasks_lack_are_told_all_at_once() -> None:
         "evaluation.mt_bench.questions", "evaluation.alpaca.path", "evaluation.imdb.path", "evaluation.lm_eval.include_path",
     ]  # fmt: skip
     assert all(isinstance(fault, Fault) and fault.where == "command line" for fault in caught.value.faults[1:])
+
+
+def test_all_that_tasks_lack_is_told_at_once_before_a_process_is_started(tmp_path: Path) -> None:
+    (tmp_path / "pairs.json").write_text('[{"question": "a"}]')
+    (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "category": "math"}\n')
+    (tmp_path / "rows.csv").write_text("text,label\nGood,positive\n")
+    (tmp_path / "rubric.txt").write_text("Score 1: bad\n")
+    words = [
+        "model=tiny", "data.name=tiny_sentiment", "evaluation.tasks=[perplexity,imdb,lm_eval,alpaca,mt_bench]", "evaluation.judge=./judge",
+        "evaluation.alpaca.path=pairs.json", "evaluation.mt_bench.questions=questions.jsonl", "evaluation.imdb.path=rows.csv",
+        "evaluation.lm_eval.tasks=[arc_eazy]", "evaluation.judge.rubric=rubric.txt", "evaluation.imdb.subst=20",
+    ]  # fmt: skip
+    said = distft(tmp_path, "evaluate", *words, code=2).stderr
+    assert "the recipe has 7 faults:" in said
+    for line in (
+        "evaluation.imdb.subst: unknown key (did you mean subset?)",
+        "evaluation.mt_bench.questions: questions.jsonl, line 1 has no turns",
+        "evaluation.alpaca.path: pairs.json, entry 1: AlpacaEval's format has",
+        "evaluation.imdb.path: row 0 of rows.csv has 'positive' in its column label, where labels are class numbers: 0 for 'negative', 1 for",
+        "evaluation.lm_eval.tasks: lm-eval knows no task arc_eazy (did you mean arc_easy?)",
+        "evaluation.judge.rubric: the rubric rubric.txt lacks Score 2:",
+        "evaluation.judge.model: there is no folder ./judge",
+    ):
+        assert f"command line: {line}" in said
+    assert "distft: perplexity: " not in said and not (tmp_path / "runs").exists()
+
+
+def test_what_is_not_in_the_cache_is_a_fault_where_the_hub_is_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    (tmp_path / "pairs.json").write_text('[{"instruction": "a", "output": "b"}]')
+    recipe = load_recipe(["evaluation.tasks=[alpaca]", f"evaluation.alpaca.path={tmp_path / 'pairs.json'}", "evaluation.judge=no/judge",
+                          "model.name=no/base"])  # fmt: skip
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (judge,), (base,) = ready.faults(recipe), ready.faults_of_base(recipe)
+    assert judge.key == "evaluation.judge.model" and "no/judge (the judge) is not in the cache" in judge.problem
+    assert base.key == "model.name" and "no/base is not in the cache" in base.problem
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert ready.faults(recipe) == ready.faults_of_base(recipe) == []
+
+
+def test_columns_of_the_text_are_looked_at_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"body": "some text"}\n' * 20)
+    words = [
+        "model=tiny",
+        f"data.name={tmp_path / 'text.jsonl'}",
+        "data.format.text=text",
+        "training.completion_only_loss=false",
+    ]
+    with pytest.raises(RecipeError, match=r"has no column text; it has body \(name yours: data.format.text=COLUMN"):
+        Request.of(words)
 
 
 def test_a_judge_is_a_name_or_a_mapping_and_tasks_do_not_change_what_is_learned() -> None:

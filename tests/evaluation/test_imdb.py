@@ -150,8 +150,13 @@ def test_reviews_of_a_file_are_checked(tmp_path: Path) -> None:
     ):
         reviews.load(load_recipe(words), 2)
     words += ["evaluation.imdb.text=body", "evaluation.imdb.label=stars"]
-    with pytest.raises(DataError, match=r"row 2 of .* is no review with a class from 0 to 1"):
+    with pytest.raises(
+        DataError,
+        match=r"row 2 of .* has '2' in its column stars, where labels are class numbers: 0 for 'negative', 1 for",
+    ):
         reviews.load(load_recipe(words), 2)
+    with pytest.raises(DataError, match="no review is left"):
+        reviews.chosen(load_recipe(words), [reviews.Review(0, "x", 1)], 2)
     assert [row.label for row in reviews.load(load_recipe([*words, "evaluation.imdb.balanced=false"]), 3)] == [0, 1, 2]
     with pytest.raises(DataError, match="label words"):
         reviews.words_of(load_recipe([*words, "evaluation.imdb.label_words=[good, Good]"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import os
@@ -24,7 +25,7 @@ from distft.evaluation.endpoint import without_secrets
 from distft.evaluation.settings import TaskName
 from distft.evaluation.target import Target
 from distft.machine import describe
-from distft.origin import COMMAND_LINE, nearest
+from distft.origin import COMMAND_LINE
 from distft.recipe import Recipe, load_recipe
 from distft.results import leaves
 from distft.run import RunFolder, to_json, write_atomically
@@ -104,9 +105,10 @@ def _no_run(path: Path) -> str:
     if path.is_dir():
         return f"{path} is no run folder (recipe.yaml is missing)"
     beside = {folder.parent.name: str(folder.parent) for folder in sorted(path.parent.glob("*/recipe.yaml"))}
-    near = nearest(path.name, beside)
+    close = difflib.get_close_matches(path.name, beside, n=1)
     there = f"there are: {', '.join(beside.values())}" if beside else "distft train makes one"
-    return f"{path} is no run folder: there is no such folder ({near or there})"
+    hint = f"did you mean {beside[close[0]]}?" if close else there
+    return f"{path} is no run folder: there is no such folder ({hint})"
 
 
 def _unfinished(folder: RunFolder) -> str:

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distft.errors import JudgeError
-from distft.evaluation.endpoint import Endpoint
+from distft.evaluation.endpoint import Endpoint, unreachable
 from distft.evaluation.generation import TransformersEngine
 from distft.evaluation.settings import Judge
 from distft.evaluation.writing import Answer, Item, Sampling
@@ -124,6 +124,28 @@ def test_nobody_at_the_address_is_said_with_the_address_but_without_its_secrets(
     ) as caught:
         answers(endpoint(f"http://me:hidden@127.0.0.1:{port}/v1", retries=0), item("Grade this."))
     assert "hidden" not in str(caught.value)
+
+
+def test_whether_a_server_is_there_is_seen_in_a_moment(replay: Replay, served: str) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        port = busy.getsockname()[1]
+        address = f"http://me:hidden@127.0.0.1:{port}/v1"
+        (line,) = unreachable(Judge(endpoint=address))
+        assert line.startswith(f"no server answers at http://127.0.0.1:{port}/v1/models (ConnectError")
+        busy.listen()  # takes the request and says nothing: there, and slow
+        assert unreachable(Judge(endpoint=address)) == []
+    assert unreachable(Judge(endpoint=served)) == []
+    server = replay(lambda body, number: (200, "[RESULT] 3"))  # has no list of models
+    assert unreachable(Judge(endpoint=server.address)) == [] and not server.bodies
+    assert unreachable(Judge(endpoint="http://[half/v1"))[0].startswith("is no address")
+
+
+def test_several_requests_in_one_trouble_say_it_once(replay: Replay, capsys: pytest.CaptureFixture[str]) -> None:
+    server = replay(lambda body, number: (503, "overloaded"), reply_headers={"Retry-After": "0"})
+    with pytest.raises(JudgeError, match="tried 4 times"):
+        answers(endpoint(server.address, concurrency=4, retries=3), *(item(f"Text {number}") for number in range(4)))
+    assert capsys.readouterr().err.count("overloaded; asked again in 0 s") == 1
 
 
 def test_a_server_that_does_not_answer_in_time_is_asked_again(replay: Replay) -> None:

@@ -163,6 +163,12 @@ def test_a_judge_that_is_not_here_is_named_with_its_remedies(target: Target, tmp
     with pytest.raises(JudgeError, match=f"the judge {name} cannot be loaded") as caught:
         judge_all(QUESTIONS, target, evaluation(judge=name), tmp_path)
     assert "evaluation.judge.model=FOLDER" in str(caught.value) and "evaluation.judge.endpoint" in str(caught.value)
+    assert f"hf download {name}" in str(caught.value)
+    with pytest.raises(
+        JudgeError, match="the judge /no/judge cannot be loaded: there is no folder /no/judge\n"
+    ) as caught:
+        judge_all(QUESTIONS, target, evaluation(judge="/no/judge"), tmp_path)
+    assert "hf download" not in str(caught.value) and "(model.name)" not in str(caught.value)
 
 
 def test_a_judge_that_is_named_alone_keeps_the_settings_beside_it(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_questions_are_read_as_the_benchmark_writes_them(questions: Path) -> Non
     [
         ("", "no question"),
         ("{]", "line 1 is no question"),
-        ('{"question_id": 1, "category": "math"}', "line 1 is no question"),
+        ('{"question_id": 1, "category": "math"}', "line 1 has no turns: a question of MT-Bench has question_id"),
         ('{"question_id": 1, "category": "math", "turns": ["One"]}', "2 turns"),
         ('{"question_id": 1, "category": "math", "turns": "ab"}', "2 turns"),
         ('{"question_id": 1, "category": null, "turns": ["One", "Two"]}', "all of them text"),
