@@ -138,7 +138,7 @@ def test_whether_a_server_is_there_is_seen_in_a_moment(replay: Replay, served: s
     assert unreachable(Judge(endpoint=served)) == []
     server = replay(lambda body, number: (200, "[RESULT] 3"))  # has no list of models
     assert unreachable(Judge(endpoint=server.address)) == [] and not server.bodies
-    assert unreachable(Judge(endpoint="http://[half/v1"))[0].startswith("is no address")
+    assert unreachable(Judge(endpoint="http://127.0.0.1:port/v1"))[0].startswith("is no address")
 
 
 def test_several_requests_in_one_trouble_say_it_once(replay: Replay, capsys: pytest.CaptureFixture[str]) -> None:
