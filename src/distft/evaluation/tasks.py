@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from distft import data, strategy
 from distft.errors import LaunchError, RunFolderError
+from distft.evaluation import details
 from distft.evaluation.checks import check
 from distft.evaluation.columns import figures, shown
 from distft.evaluation.settings import TaskName
@@ -144,8 +145,10 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
                 }  # fmt: skip
                 record[task] = result
                 _write(folder, record)
-                for line in lines(task, result):
+                for line in [*lines(task, result), *details.lines(task, result)]:
                     say(line)
+                for line in details.warnings(task, result, str(folder.evaluation / task)):
+                    say(f"warning: {line}")
         if world.is_main:
             log_evaluation(request.recipe, folder, _flat(record))
             say(f"results: {folder.results}")
@@ -184,8 +187,7 @@ def _write(folder: RunFolder, record: Mapping[str, Any]) -> None:
     write_atomically(folder.results, to_json(record) + "\n")
     if folder.summary.is_file():
         found = {
-            task: {part: result[part] for part in ("figures", "categories") if part in result}
-            for task, result in record.items()
+            task: {part: result[part] for part in details.PARTS if part in result} for task, result in record.items()
         }
         folder.write_summary(folder.read_summary() | {"evaluation": found})
 
