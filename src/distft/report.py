@@ -16,7 +16,6 @@ from distft.bound import Bound, Facts, Split, bound, whole_run
 from distft.equality import BY_DEFAULT, EQUAL, differences, sameness
 from distft.errors import RunFolderError
 from distft.evaluation import details
-from distft.evaluation.columns import headline
 from distft.intervals import CONFIDENCE, Interval
 from distft.results import FIGURES, TIMES, Run, read_run
 from distft.run import RunFolder, to_json
@@ -105,7 +104,7 @@ class Report:
         (variant,) = self.variants
         if not variant.finished:
             return f"{variant.name} has no finished run ({', '.join(dict.fromkeys(run.outcome for run in self.runs))})."
-        told = {run: headline(found) for run, found in self.evaluations.items()}
+        told = {run: details.headline(found) for run, found in self.evaluations.items()}
         if any(told.values()):
             return " ".join(f"{run}: {text}" if len(self.runs) > 1 else text for run, text in told.items() if text)
         before, after = (variant.spreads[f"perplexity_{when}"] for when in ("before", "after"))

@@ -1,4 +1,4 @@
-"""What a report shows of evaluations: from the `evaluation` of summaries to columns, rows and one sentence."""
+"""What a report shows of evaluations: from the `evaluation` of summaries to columns and rows."""
 
 from __future__ import annotations
 
@@ -23,12 +23,6 @@ _COLUMNS = {
     "imdb_accuracy": ("imdb", "accuracy"), "imdb_f1": ("imdb", "f1"), "mt_bench_score": ("mt_bench", "score"),
     "alpaca_win_rate": ("alpaca", "win_rate"), "alpaca_preferred_rate": ("alpaca", "preferred_rate"),
 }  # fmt: skip
-_HEADLINE = {
-    "perplexity": ("perplexity",), "imdb": ("accuracy", "generation_accuracy"), "mt_bench": ("score",),
-    "alpaca": ("win_rate", "preferred_rate"),
-}  # fmt: skip
-"""The figures of a task that a headline names; of others all."""
-_NAMED = 6
 _UNKNOWN = "–"
 
 
@@ -64,32 +58,6 @@ def rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         for run, evaluation in evaluations.items()
         for task, _, figure in figures(evaluation)
     ]  # fmt: skip
-
-
-def headline(evaluation: Mapping[str, Any]) -> str:
-    """What one fine-tune changed, in a sentence or two, or that it changed nothing; empty where nothing was measured on both sides."""
-    told: dict[str, list[str]] = {}
-    for task, name, figure in figures(evaluation):
-        if figure["verdict"] and name in _HEADLINE.get(task, (name,)):
-            changed = figure["verdict"] in ("gain", "loss")
-            sides = " → ".join(_value(figure[side], figure["form"]) for side in ("base", "adapter"))
-            words = f"{figure['title']} {sides} ({figure['verdict']})" if changed else str(figure["title"])
-            told.setdefault("changed" if changed else figure["verdict"], []).append(words)
-    changes = told.pop("changed", [])
-    rest = [f"{verdict} in {_listed(names, ', ')}" for verdict, names in told.items()]
-    if changes:
-        more = "; ".join(rest)
-        return f"The fine-tune changed {_listed(changes, '; ')}." + (f" {more[0].upper()}{more[1:]}." if more else "")
-    return f"The fine-tune changed nothing that these items can tell from chance: {'; '.join(rest)}." if rest else ""
-
-
-def _listed(names: list[str], between: str) -> str:
-    more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
-    return between.join([*names[:_NAMED], *more])
-
-
-def _value(estimate: Mapping[str, float | None] | None, form: str) -> str:
-    return shown({"value": (estimate or {}).get("value")}, form)
 
 
 def shown(estimate: Mapping[str, float | None] | None, form: str) -> str:

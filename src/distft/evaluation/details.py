@@ -1,4 +1,5 @@
-"""What stands behind the figures of evaluations, for the console and for reports: confusion matrices, categories, outcomes, the judge.
+"""What stands behind the figures of evaluations, for the console and for reports: confusion matrices, categories, outcomes, the judge; and
+what they come to, in a sentence.
 
 From the result of a task, or from what summaries keep of it (PARTS), to tables, and to warnings of figures that say nothing.
 """
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distft.evaluation.columns import shown
+from distft.evaluation.columns import figures, shown
 
 PARTS = (
     "figures", "categories", "confusion", "unparsed", "outcomes", "position", "judge", "judged", "reasons",
@@ -21,6 +22,12 @@ _METHODS = {"logprob": "by likelihood", "generation": "by generation"}
 _SIDES = ("base", "adapter")
 _ANSWER = 60
 """Characters of an answer that are shown."""
+_HEADLINE = {
+    "perplexity": ("perplexity",), "imdb": ("accuracy", "generation_accuracy"), "mt_bench": ("score",),
+    "alpaca": ("win_rate", "preferred_rate"),
+}  # fmt: skip
+"""The figures of a task that a headline names; of others all."""
+_NAMED = 6
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,11 @@ def of_task(task: str, result: Mapping[str, Any]) -> Iterator[Detail]:
     for method, words in _METHODS.items():
         if method in confusion:
             # The likeliest of the label words is always one of them.
-            said = confusion["columns"] if method == "generation" else confusion["rows"]
+            said = [f"said {word}" for word in confusion["rows"]] + (
+                ["no label word"] if method == "generation" else []
+            )
             yield Detail(
-                f"{task}: confusion matrix {words}", ("side", "class", *(f"said {word}" for word in said)),
+                f"{task}: confusion matrix {words}", ("side", "class", *said),
                 tuple((side, word, *(f"{count:,}" for count in counts[: len(said)]))
                       for side, matrix in confusion[method].items() for word, counts in zip(confusion["rows"], matrix, strict=True)),
             )  # fmt: skip
@@ -88,15 +97,16 @@ def of_task(task: str, result: Mapping[str, Any]) -> Iterator[Detail]:
 
 
 def lines(task: str, result: Mapping[str, Any]) -> list[str]:
-    """The tables as lines of a console, one a row."""
-    return [
-        f"{detail.title}: {', '.join(f'{name} {cell}' if name not in _NAMELESS else cell for name, cell in zip(detail.head, row, strict=True))}"
-        for detail in of_task(task, result)
-        for row in detail.rows
-    ]
-
-
-_NAMELESS = ("side", "category", "the first")
+    """The tables as lines of a console, one for all rows of a side."""
+    found = []
+    for detail in of_task(task, result):
+        for first in dict.fromkeys(row[0] for row in detail.rows):
+            cells = [zip(detail.head[1:], row[1:], strict=True) for row in detail.rows if row[0] == first]
+            told = "; ".join(
+                ", ".join(cell if name == "the first" else f"{name} {cell}" for name, cell in row) for row in cells
+            )
+            found.append(f"{detail.title}: {first}: {told}")
+    return found
 
 
 def warnings(task: str, result: Mapping[str, Any], folder: str) -> list[str]:
@@ -131,6 +141,35 @@ def warnings(task: str, result: Mapping[str, Any], folder: str) -> list[str]:
             f"nothing ({told})"
         )
     return found
+
+
+def headline(evaluation: Mapping[str, Any]) -> str:
+    """What one fine-tune changed, in a sentence or two, or that it changed nothing; empty where nothing was measured on both sides."""
+    told: dict[str, list[str]] = {}
+    doubtful = [task for task, result in evaluation.items() if warnings(task, result, task)]
+    for task, name, figure in figures(evaluation):
+        if figure["verdict"] and task not in doubtful and name in _HEADLINE.get(task, (name,)):
+            changed = figure["verdict"] in ("gain", "loss")
+            sides = " → ".join(_value(figure[side], figure["form"]) for side in ("base", "adapter"))
+            title = f"{task} {figure['title']}" if task == "imdb" else str(figure["title"])
+            words = f"{title} {sides} ({figure['verdict']})" if changed else title
+            told.setdefault("changed" if changed else figure["verdict"], []).append(words)
+    changes = told.pop("changed", [])
+    rest = [f"{verdict} in {_listed(names, ', ')}" for verdict, names in told.items()]
+    rest += [f"the judge's verdicts mean little in {', '.join(doubtful)}"] if doubtful else []
+    if changes:
+        more = "; ".join(rest)
+        return f"The fine-tune changed {_listed(changes, '; ')}." + (f" {more[0].upper()}{more[1:]}." if more else "")
+    return f"The fine-tune changed nothing that these items can tell from chance: {'; '.join(rest)}." if rest else ""
+
+
+def _listed(names: list[str], between: str) -> str:
+    more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
+    return between.join([*names[:_NAMED], *more])
+
+
+def _value(estimate: Mapping[str, float | None] | None, form: str) -> str:
+    return shown({"value": (estimate or {}).get("value")}, form)
 
 
 def _quoted(texts: Sequence[str]) -> str:

@@ -60,12 +60,14 @@ def run(target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
     for method, predicted in found.items():
         prefix = "" if method == "logprob" else "generation_"
         items = [of_how_many(labels, values, section.positive) for values in predicted.values()]
+        # Sides say "positive" of different numbers of reviews: the smaller is the one that counts.
         for name, figure in compare(labels, predicted, len(words), section.positive, settings.seed).items():
             if method == "logprob" and name == "unparsed":
                 continue
             how = "" if method == "logprob" else " by generation"
-            figures[prefix + name] = compared(*figure, title=_TITLES[name] + how, count=len(rows),
-                                              pairs=min(side.get(name, len(rows)) for side in items), better="lower" if name == "unparsed" else "higher")  # fmt: skip
+            count = min(side.get(name, len(rows)) for side in items)
+            figures[prefix + name] = compared(*figure, title=_TITLES[name] + how, count=count,
+                                              better="lower" if name == "unparsed" else "higher")  # fmt: skip
         matrices[method] = {side: confusion(labels, values, len(words)) for side, values in predicted.items()}
     return {
         "reviews": len(rows), "of_class": np.bincount(labels, minlength=len(words)).tolist(), "label_words": words,
