@@ -16,6 +16,7 @@ import pytest
 
 from distft.errors import Fault, LaunchError, RecipeError, RunFolderError
 from distft.evaluation.checks import check
+from distft.evaluation.settings import TaskName
 from distft.evaluation.tasks import Request
 from distft.offline import _records
 from distft.recipe import load_recipe
@@ -72,11 +73,19 @@ def test_the_whole_chain_learns_and_every_place_has_its_figures(run: RunFolder) 
         loss = -sum(record["log_likelihood"] for record in records) / perplexity["tokens"]
         assert perplexity["figures"]["perplexity"][side]["value"] == pytest.approx(math.exp(loss))
     unparsed = found["imdb"]["unparsed"]["base"]
-    assert len(unparsed["first"]) == min(5, unparsed["count"])
+    assert len(unparsed["first"]) == min(5, unparsed["count"]) > 0
+    matrix = found["imdb"]["confusion"]["logprob"]["adapter"]
+    said = "; ".join(
+        f"class {word}, said negative {row[0]}, said positive {row[1]}"
+        for word, row in zip(("negative", "positive"), matrix, strict=True)
+    )
+    assert f"imdb: confusion matrix by likelihood: adapter: {said}" in ended.stderr
+    assert f'imdb: answers without a label word: base: answers {unparsed["count"]}, "' in ended.stderr
 
     summary = run.read_summary()
     assert summary["status"] == "finished"
-    assert summary["evaluation"]["imdb"]["figures"] == found["imdb"]["figures"]
+    for part in ("figures", "confusion", "unparsed"):
+        assert summary["evaluation"]["imdb"][part] == found["imdb"][part]
     tracked = logged_to_wandb(run)
     assert tracked["evaluation/imdb/accuracy/adapter"] == pytest.approx(accuracy["adapter"]["value"])
     assert tracked["evaluation/imdb/accuracy/adapter_low"] == pytest.approx(accuracy["adapter"]["low"])
@@ -85,7 +94,8 @@ def test_the_whole_chain_learns_and_every_place_has_its_figures(run: RunFolder) 
 
     report = distft(where, "report", "runs/learned").stdout
     assert f"{accuracy['adapter']['value']:.3f} [{accuracy['adapter']['low']:.3f}" in report
-    assert "IMDB accuracy" in report
+    assert "IMDB accuracy" in report and "### imdb: confusion matrix by generation" in report
+    assert report.splitlines()[2].startswith("**The fine-tune changed held-out perplexity ")
     distft(where, "report", "runs/learned", "--output", "page.html")
     page = (where / "page.html").read_text(encoding="utf-8")
     assert "What the fine-tune changed" in page and "Evaluation: imdb" in page
@@ -165,6 +175,13 @@ def test_a_model_and_an_adapter_are_evaluated_as_the_adapters_run_was_trained(ru
     apart = result(RunFolder(where / "runs" / "evaluate-tiny-elsewhere"))["imdb"]
     assert apart["weights"] == beside["weights"]
     assert apart["figures"]["accuracy"]["adapter"] == beside["figures"]["accuracy"]["adapter"]
+
+
+def test_the_help_lists_the_tasks(tmp_path: Path) -> None:
+    shown = distft(tmp_path, "evaluate", "--help").stdout
+    listed = shown.split("tasks (evaluation.tasks=")[1].splitlines()[1:]
+    assert [line.split()[0] for line in listed if line.strip()] == list(TaskName.__args__)
+    assert all(len(line) <= 100 and len(line.split()) > 2 for line in listed if line.strip())
 
 
 @pytest.mark.parametrize(
