@@ -127,6 +127,18 @@ def test_a_single_run_s_headline_says_what_the_fine_tune_changed_or_nothing(tmp_
     failed = report([make(tmp_path, "bad", status="failed", cause="OutOfMemory: no")]).verdict
     assert failed == "bad has no finished run (out of memory)."
 
+    alone = {
+        "title": "accuracy",
+        "form": ".2f",
+        "count": 40,
+        "base": {"value": 0.5},
+        "adapter": None,
+        "difference": None,
+        "verdict": None,
+    }
+    untrained = make(tmp_path, "alone", status="evaluated", evaluation={"imdb": {"figures": {"accuracy": alone}}})
+    assert report([untrained]).verdict.startswith("The base alone was evaluated")
+
     found = an_evaluation(imdb="gain", alpaca="too few items")
     fair = {
         task: {key: value for key, value in of.items() if key not in ("position", "judged")}

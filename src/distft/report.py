@@ -102,11 +102,13 @@ class Report:
     def _changed(self) -> str:
         """Of one variant: what its evaluation found, else what training measured before and after, else how it ended."""
         (variant,) = self.variants
-        if not variant.finished:
-            return f"{variant.name} has no finished run ({', '.join(dict.fromkeys(run.outcome for run in self.runs))})."
         told = {run: details.headline(found) for run, found in self.evaluations.items()}
         if any(told.values()):
             return " ".join(f"{run}: {text}" if len(self.runs) > 1 else text for run, text in told.items() if text)
+        if self.evaluations and not variant.finished:
+            return "The base alone was evaluated, so that nothing says what a fine-tune changes."
+        if not variant.finished:
+            return f"{variant.name} has no finished run ({', '.join(dict.fromkeys(run.outcome for run in self.runs))})."
         before, after = (variant.spreads[f"perplexity_{when}"] for when in ("before", "after"))
         if before is None or after is None:
             return ""
