@@ -33,7 +33,7 @@ FLOORS = (
         "evaluation.verdicts",
         "evaluation.vllm_worker",
     ),
-    ("sections", "run", "world", "dropout", "fsdp2", "verdict", "bound", "evaluation.settings"),
+    ("sections", "run", "world", "dropout", "fsdp2", "verdict", "bound", "evaluation.settings", "evaluation.details"),
     ("origin", "launcher", "results", "history", "lora_nodes"),
     ("recipe_file", "report"),
     ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts", "fused", "evaluation.journal"),

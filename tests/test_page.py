@@ -244,6 +244,110 @@ def test_the_page_says_where_the_time_went_and_what_bounds_each_variant(browser:
     assert (lines[0][2], lines[STEPS][2]) == ("29", "30")
 
 
+def evaluated(parent: Path, name: str, verdict: str = "gain") -> RunFolder:
+    """A run with the figures of an evaluation as wide as they come, and with a judge that goes by the place."""
+    folder = run_folder(parent, name, "ddp", 20.0, 30.0)
+
+    def figure(title: str, form: str, scale: float, verdict: str) -> dict[str, Any]:
+        sides = {side: {"value": by * scale, "low": 0.9 * by * scale, "high": 1.1 * by * scale}
+                 for side, by in (("base", 1.0), ("adapter", 0.5), ("difference", -0.5))}  # fmt: skip
+        return {
+            "title": title,
+            "better": "lower",
+            "form": form,
+            "count": 12_240,
+            "level": 0.95,
+            **sides,
+            "verdict": verdict,
+        }
+
+    evaluation = {
+        "perplexity": {"figures": {"perplexity": figure("held-out perplexity", ",.2f", 8079.12, verdict)}},
+        "imdb": {
+            "figures": {"accuracy": figure("accuracy", ".3f", 0.9, "no difference"),
+                        "generation_unparsed": figure("answers without a label word by generation", ".3f", 0.9, "no difference")},
+            "confusion": {"rows": ["negative", "positive"], "columns": ["negative", "positive", "unparsed"],
+                          "logprob": {side: [[101, 11, 0], [7, 105, 0]] for side in ("base", "adapter")}},
+            "unparsed": {"base": {"count": 224, "first": ["Tell <b>me</b> something. " * 3, "and " * 40]}},
+        },
+        "mt_bench": {
+            "figures": {"score": figure("MT-Bench score out of 10", ".2f", 8.0, "too few items")},
+            "categories": {word: {"count": 10, "base": {"value": 7.0, "low": 6.0, "high": 8.0}} for word in ("humanities", "math")},
+        },
+        "alpaca": {
+            "figures": {"preferred_rate": figure("AlpacaEval pairs won, asked which is better in both orders", ".1%", 0.5, "no difference")},
+            "outcomes": {"base": {"win": 0, "tie": 805, "loss": 0, "unparsed": 0}}, "judge": {"mode": "pairwise"},
+            "position": {"base": {"first_preferred": 1.0, "inconsistent": 805, "pairs": 805}},
+        },
+    }  # fmt: skip
+    folder.summary.write_text(json.dumps({**json.loads(folder.summary.read_text()), "evaluation": evaluation}))
+    return folder
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+@pytest.mark.parametrize("width", [375, 1300])
+def test_difference_and_verdict_of_an_evaluation_are_in_sight(
+    browser: Browser, tmp_path: Path, width: int, runs: int
+) -> None:
+    folders = [evaluated(tmp_path, f"tiny_sentiment-seed{number}-rank32") for number in range(runs)]
+    report(tmp_path, *(str(folder.path) for folder in folders), "--output", "page.html")
+    page, told = opened(browser, tmp_path / "page.html", viewport={"width": width, "height": 900})
+    assert told == [] and page.evaluate("document.documentElement.scrollWidth") <= width
+    boxes = page.evaluate("""[...document.querySelectorAll('section[aria-labelledby^=evaluation] .scroll')].map(box => [
+        box.scrollWidth, box.clientWidth,
+        ...[...box.querySelectorAll('tbody :is(th, td)')].map(cell => cell.getBoundingClientRect()).map(cell => cell.right)])""")
+    assert len(boxes) == 5, "figures, a matrix, answers, categories, outcomes"
+    for whole, seen, *rights in boxes:
+        assert whole <= seen and max(rights) <= width, "nothing has to be scrolled for"
+    table = page.locator("section[aria-labelledby=evaluation] table")
+    assert table.get_by_role("row").count() == 5 * runs + (width > 375), (
+        "rows for those who hear the page, whatever they look like"
+    )
+    cell = table.get_by_role("cell", name="-4,039.56").first
+    assert cell.text_content() == "-4,039.56 [-3,635.60,\u00a0-4,443.52]"
+    gain = table.get_by_role("cell", name="gain").first
+    assert gain.is_visible() and gain.bounding_box()["y"] < page.locator("#charts").bounding_box()["y"]
+    sizes = page.evaluate(
+        "[...document.querySelectorAll('section[aria-labelledby^=evaluation] :is(th, td)')].map(c => parseFloat(getComputedStyle(c).fontSize))"
+    )
+    assert min(sizes) >= 14
+    if width == 375:
+        named = page.evaluate("getComputedStyle(document.querySelector('.stacked td:last-child'), '::before').content")
+        assert named == "attr(data-head)" or named == '"verdict"', (
+            "each cell has its head before it, for the head is above no column"
+        )
+        lefts = page.evaluate("""[...document.querySelectorAll('.stacked tbody tr')].slice(0, 5).map(row =>
+            new Set([...row.cells].map(cell => Math.round(cell.getBoundingClientRect().left))).size)""")
+        assert set(lefts) == {1}, "the cells of a row stand below each other"
+    bars = page.evaluate("""[...document.querySelectorAll('#chart-evaluation_alpaca svg')].map(svg => {
+        const texts = [...svg.querySelectorAll('text')].filter(t => /AlpacaEval|asked|orders/.test(t.textContent)).map(t => t.getBoundingClientRect());
+        return [Math.max(...texts.map(t => t.width)), svg.getBoundingClientRect().width]; })""")
+    assert bars and all(label < whole / 2 for label, whole in bars), "a label leaves room for its bar"
+
+
+def test_the_page_of_one_run_says_what_its_fine_tune_changed(browser: Browser, tmp_path: Path) -> None:
+    for name, verdict, headline in (
+        ("changed", "gain", "The fine-tune changed held-out perplexity 8,079.12 → 4,039.56 (gain)."),
+        ("same", "no difference", "The fine-tune changed nothing that these items can tell from chance: no difference in held-out perplexity, imdb accuracy; "),
+    ):  # fmt: skip
+        folder = evaluated(tmp_path, name, verdict)
+        report(tmp_path, str(folder.path), "--output", f"{name}.html")
+        page, _ = opened(browser, tmp_path / f"{name}.html")
+        text = page.text_content("main")
+        assert page.text_content(".verdict").startswith(headline)
+        assert "nothing to compare" not in text
+        assert "The judge's verdicts mean little in alpaca".lower() in page.text_content(".verdict").lower()
+        warning = page.text_content(".warning")
+        assert (
+            "two orders disagree in half of the pairs or more" in warning
+            and "805 of 805 pairs, what stood first preferred in 100%" in warning
+        )
+        assert '"Tell <b>me</b> something. ' in text and page.locator(".stacked b").count() == 0
+        headings = page.locator("section[aria-labelledby^=evaluation-] h3").all_text_contents()
+        assert headings == ["imdb: confusion matrix by likelihood", "imdb: answers without a label word", "mt_bench: score out of 10 by category",
+                            "alpaca: outcomes, asked which is better, in both orders"]  # fmt: skip
+
+
 def test_a_page_holds_all_that_it_needs(made: Path) -> None:
     text = (made / "page.html").read_text()
     assert "<script" not in text and "a<b>&c" not in text

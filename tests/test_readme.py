@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 
 from distft import data, slurm, strategy
+from distft.evaluation.columns import TASKS
+from distft.evaluation.settings import TaskName
 from distft.experiment import load_experiment
 from distft.experiment_file import list_experiments
 from distft.recipe import load_recipe
@@ -155,6 +157,48 @@ def test_tables_name_every_shipped_recipe_and_every_strategy(tmp_path: Path) -> 
     assert {row[0].strip("`") for row in rows_of("Recipes")} == set(list_recipes(tmp_path))
     assert {row[0].strip("`") for row in rows_of("Experiments and reports")} == set(list_experiments(tmp_path))
     assert [row[0].strip("`") for row in rows_of("Strategies")] == list(StrategyName.__args__)
+
+
+def test_evaluations_are_described_by_tasks_and_keys_that_there_are() -> None:
+    section = README.split("\n## Evaluate\n")[1].split("\n## ")[0]
+    tasks, files = tables_of("Evaluate")
+    assert {row[0].strip("`") for row in tasks} == set(TaskName.__args__) == set(TASKS)
+    keys = set(re.findall(r"`(evaluation(?:\.\w+)+)`", section)) | set(re.findall(r"(evaluation(?:\.\w+)+)=", section))
+    recipe = load_recipe([])
+    for key in keys - {"evaluation.json"}:
+        value: Any = recipe
+        for part in key.split("."):
+            assert hasattr(value, part), key
+            value = getattr(value, part)
+    assert {row[0].strip("`") for row in files} <= keys
+    assert {"evaluation.judge.mode", "evaluation.judge.rubric", "evaluation.generation.max_new_tokens"} <= keys
+    judge = recipe.evaluation.judge
+    assert f"`evaluation.judge.mode`\nis `{judge.mode}` by default" in section
+    assert f"tokens ({recipe.evaluation.generation.max_new_tokens})" in section
+    assert f"`evaluation.judge.max_new_tokens` ({judge.max_new_tokens})" in section
+
+
+def test_the_files_of_evaluations_are_as_the_page_says(tmp_path: Path) -> None:
+    """A file of each kind with what its row names, and no more."""
+    from distft.evaluation.alpaca import read_pairs
+    from distft.evaluation.judge import rubric_of
+    from distft.evaluation.mt_bench import read_questions
+    from distft.evaluation.reviews import load
+
+    given = {row[0].strip("`"): re.findall(r"`(\w+)`", row[2]) for row in tables_of("Evaluate")[1]}
+    columns = {"text": "Good.", "label": 1, "question_id": 1, "category": "math", "turns": ["One?", "Two?"], "reference": ["1", "2"],
+               "instruction": "Say one.", "output": "One.", "dataset": "mine"}  # fmt: skip
+    files = {}
+    for key, names in given.items():
+        files[key] = tmp_path / f"{key}.jsonl"
+        files[key].write_text(json.dumps({name: columns[name] for name in names if name in columns}) + "\n")
+    words = [f"evaluation.imdb.path={files['evaluation.imdb.path']}", "evaluation.imdb.balanced=false"]
+    assert [(row.text, row.label) for row in load(load_recipe(words), 2)] == [("Good.", 1)]
+    assert read_questions(files["evaluation.mt_bench.questions"])[0].reference == ("1", "2")
+    assert read_pairs(files["evaluation.alpaca.path"])[0].dataset == "mine"
+    rubric = files["evaluation.judge.rubric"]
+    rubric.write_text("Is it polite?\n" + "".join(f"Score {grade}: so\n" for grade in range(1, 6)))
+    assert "polite" in rubric_of(load_recipe([f"evaluation.judge.rubric={rubric}"]).evaluation.judge)
 
 
 def measured(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_a_run_s_figures_are_those_of_its_folder(tmp_path: Path) -> None:
         "eval_loss_after": 2.0, "perplexity_before": 54.6, "perplexity_after": 7.39, "train_time_s": 4.0,
         "samples_per_second": 40.0, "tokens_per_second": 2000.0, "mfu": 0.5, "peak_memory_gib": 8.0, "energy_j": 1234.5,
         "restarts": 2, "imdb_accuracy": None, "imdb_f1": None, "mt_bench_score": None, "alpaca_win_rate": None,
-        **dict.fromkeys(("hfu", "joules_per_sample", "joules_per_step", "energy_idle_share", "step_time_s", "data_wait_s",
+        "alpaca_preferred_rate": None, **dict.fromkeys(("hfu", "joules_per_sample", "joules_per_step", "energy_idle_share", "step_time_s", "data_wait_s",
                          "evaluation_time_s", "saving_time_s", "host_rss_gib")),
     }  # fmt: skip
     shown = row(markdown(made), "Runs", "a")
@@ -93,6 +94,110 @@ def test_a_run_s_figures_are_those_of_its_folder(tmp_path: Path) -> None:
     assert json.loads(made.to_json())["runs"][0]["figures"] == run.figures
     assert set(equal(made).values()) == {None}
     assert made.comparisons == ()
+
+
+def an_evaluation(**verdicts: str) -> dict[str, Any]:
+    """What a summary holds of two tasks: the verdicts on an accuracy and on pairs won, and what stands behind them."""
+    side = {"value": 0.5, "low": 0.4, "high": 0.6}
+
+    def figure(title: str, verdict: str) -> dict[str, Any]:
+        return {
+            "title": title,
+            "form": ".2f",
+            "count": 40,
+            "base": side,
+            "adapter": {**side, "value": 0.75},
+            "difference": side,
+            "verdict": verdict,
+        }
+
+    counts = {"judgements": 8, "unparsed": 5, "asked_again": 0}
+    return {
+        "imdb": {
+            "figures": {"accuracy": figure("accuracy", verdicts["imdb"]), "f1": figure("F1", "gain")},
+            "confusion": {"rows": ["bad", "good"], "columns": ["bad", "good", "unparsed"], "logprob": {"base": [[7, 3, 0], [4, 6, 0]]},
+                          "generation": {"base": [[0, 1, 9], [2, 3, 5]]}},
+            "unparsed": {"base": {"count": 14, "first": ["no | idea", "no | idea", "hm"]}, "adapter": {"count": 0, "first": []}},
+        },
+        "alpaca": {
+            "figures": {"preferred_rate": figure("pairs won", verdicts["alpaca"])},
+            "outcomes": {side: {"win": 1, "tie": 2, "loss": 1, "unparsed": 4} for side in ("base", "adapter")},
+            "position": {"base": {"first_preferred": 0.75, "inconsistent": 2, "pairs": 4}, "adapter": {"first_preferred": 0.5, "inconsistent": 1, "pairs": 4}},
+            "judge": {"model": "j", "mode": "pairwise", "max_new_tokens": 18},
+            "judged": {"base": {**counts, "unparsed": 4}, "adapter": counts},
+            "reasons": {"cut off before [RESULT]": 6, "no [RESULT]": 3},
+        },
+    }  # fmt: skip
+
+
+def test_a_single_run_s_headline_says_what_the_fine_tune_changed_or_nothing(tmp_path: Path) -> None:
+    measured = report([make(tmp_path, "measured")]).verdict
+    assert measured.startswith("Held-out perplexity 54.60 before training and 7.39 after it")
+    assert report([make(tmp_path, "bare", eval_before=None)]).verdict == ""
+    failed = report([make(tmp_path, "bad", status="failed", cause="OutOfMemory: no")]).verdict
+    assert failed == "bad has no finished run (out of memory)."
+
+    alone = {
+        "title": "accuracy",
+        "form": ".2f",
+        "count": 40,
+        "base": {"value": 0.5},
+        "adapter": None,
+        "difference": None,
+        "verdict": None,
+    }
+    untrained = make(tmp_path, "alone", status="evaluated", evaluation={"imdb": {"figures": {"accuracy": alone}}})
+    assert report([untrained]).verdict.startswith("The base alone was evaluated")
+
+    found = an_evaluation(imdb="gain", alpaca="too few items")
+    fair = {
+        task: {key: value for key, value in of.items() if key not in ("position", "judged")}
+        for task, of in found.items()
+    }
+    headline = "The fine-tune changed imdb accuracy 0.50 → 0.75 (gain). Too few items in pairs won."
+    made = report([make(tmp_path, "changed", evaluation=fair)])
+    assert made.verdict == headline and f"**{headline}**" in markdown(made)
+    assert json.loads(made.to_json())["verdict"] == headline and made.warnings == []
+    doubted = report([make(tmp_path, "doubted", evaluation=found)]).verdict
+    assert (
+        doubted == "The fine-tune changed imdb accuracy 0.50 → 0.75 (gain). The judge's verdicts mean little in alpaca."
+    )
+    fair["imdb"]["figures"]["accuracy"]["verdict"] = "no difference"
+    same = report([make(tmp_path, "same", evaluation=fair)]).verdict
+    assert same == (
+        "The fine-tune changed nothing that these items can tell from chance: no difference in imdb accuracy; too few items in pairs won."
+    )
+    two = report([make(tmp_path, "one", "lora.r=1"), make(tmp_path, "two", "lora.r=2", evaluation=found)]).verdict
+    assert two.startswith("two is as fast as one"), "the headline of several variants is how they compare"
+
+
+def test_a_report_shows_what_stands_behind_the_figures_and_warns(tmp_path: Path) -> None:
+    folder = make(tmp_path, "a", evaluation=an_evaluation(imdb="gain", alpaca="gain"))
+    text = markdown(report([folder]))
+    assert "| task   |" in text, "one run needs no column of names"
+    rows = {
+        tuple(cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|")))
+        for line in text.splitlines()
+        if line.startswith("|")
+    }
+    assert {
+        ("base", "bad", "7", "3"), ("side", "class", "said bad", "said good", "no label word"), ("base", "good", "2", "3", "5"),
+        ("base", "14", '"no \\| idea" · "hm"'),
+        ("side", "wins", "ties", "losses", "not read", "preferred the first", "orders disagree"),
+        ("base", "1", "2", "1", "4", "75.0%", "2 of 4 pairs"), ("adapter", "1", "2", "1", "4", "50.0%", "1 of 4 pairs"),
+    } <= rows  # fmt: skip
+    assert "### alpaca: outcomes, asked which is better, in both orders" in text
+    unread, biased = (line for line in text.splitlines() if line.startswith("- Warning: "))
+    assert unread == (
+        "- Warning: alpaca: 9 of 16 verdicts of the judge could not be read, so that its figures say little; the commonest reason, 6 times: "
+        f"cut off before [RESULT] (evaluation.judge.max_new_tokens=18). See {folder.path}/evaluation/alpaca/judgements.jsonl."
+    )
+    assert "orders disagree in half of the pairs or more" in biased
+    assert "(base 2 of 4 pairs, what stood first preferred in 75%)" in biased, "the adapter's 1 of 4 is below half"
+    several = markdown(report([folder, make(tmp_path, "b", evaluation=an_evaluation(imdb="loss", alpaca="loss"))]))
+    table = several.split("### imdb: confusion matrix by likelihood\n\n")[1].split("\n\n")[0].splitlines()
+    first = [[cell.strip() for cell in line.split("|")[1:4]] for line in (table[0], *table[2:])]
+    assert first == [["run", "side", "class"], *([run, "base", word] for run in "ab" for word in ("bad", "good"))]
 
 
 def test_a_run_that_did_not_finish_stands_there_with_its_cause_and_what_is_known(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ _INK, _GRID = "#010203", "#010204"
 """Stand in the drawing for the page's `currentColor` and for its fainter lines."""
 _ROWS = 40
 """Of the table beside a chart; longer curves are thinned out in it."""
+_LABEL = 22
+"""Characters of a line of a bar's label, so that it leaves room for the bar."""
 _STYLE: Any = {
     "svg.fonttype": "none", "font.size": 9, "axes.edgecolor": _GRID, "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK,
     "ytick.color": _INK, "grid.color": _GRID, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -257,12 +260,14 @@ def evaluation_charts(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Char
 
 def _side_by_side(key: str, task: str, figures: Sequence[tuple[str, Mapping[str, Any]]]) -> Chart:
     sides = [side for side in ("base", "adapter") if any(figure[side] for _, figure in figures)]
+    labels = [textwrap.fill(label, _LABEL) for label, _ in figures]
+    lines = sum(max(2, label.count("\n") + 1) for label in labels)
 
     def draw(axes: Axes) -> None:
         axes.set_axisbelow(True)
         whole = axes.get_figure(root=True)
         assert whole is not None
-        whole.set_figheight(1.2 + 0.42 * len(figures))
+        whole.set_figheight(1.2 + 0.21 * lines)
         for number, side in enumerate(sides):
             known = [(row, figure[side]) for row, (_, figure) in enumerate(figures) if figure[side]]
             values = [estimate["value"] or 0.0 for _, estimate in known]
@@ -273,7 +278,7 @@ def _side_by_side(key: str, task: str, figures: Sequence[tuple[str, Mapping[str,
                 xerr=[[max(value - low, 0.0) for value, (low, _) in zip(values, bounds, strict=True)],
                       [max(high - value, 0.0) for value, (_, high) in zip(values, bounds, strict=True)]],
             )  # fmt: skip
-        axes.set_yticks(range(len(figures)), [label for label, _ in figures])
+        axes.set_yticks(range(len(figures)), labels)
         axes.invert_yaxis()
 
     rows = tuple((label, *(columns.shown(figure[side], figure["form"]) for side in sides)) for label, figure in figures)

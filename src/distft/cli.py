@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distft import __version__, commands
+from distft.evaluation.columns import TASKS
 from distft.outcome import debug_flag, guarded
 
 OVERRIDES = "recipe=NAME and key.path=value …"
@@ -46,7 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=commands.train)
 
-    evaluate = subparsers.add_parser("evaluate", help="base and adapter side by side: what the fine-tune changed")
+    evaluate = subparsers.add_parser(
+        "evaluate",
+        help="base and adapter side by side: what the fine-tune changed",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="tasks (evaluation.tasks=[NAME,NAME]; the recipe's where it is not given):\n"
+        + "\n".join(f"  {name:<12}{what}" for name, what in TASKS.items()),
+    )
     evaluate.add_argument(
         "overrides",
         nargs="*",

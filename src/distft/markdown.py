@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from distft.bound import PARTS
-from distft.evaluation import columns
+from distft.evaluation import columns, details
 from distft.intervals import CONFIDENCE
 from distft.report import Report, Spread
 from distft.results import FIGURES, TIMES, Figure, Run
@@ -27,7 +27,7 @@ _RANGES = (
 def markdown(report: Report) -> str:
     """The whole report, ending in a newline."""
     count = count_of_runs(report)
-    answer = [f"**{report.verdict}**"] if len(report.variants) > 1 else []
+    answer = [f"**{report.verdict}**"] if report.verdict else []
     missing = [f"Not there: {_names(report.missing)}."] if report.missing else []
     parts = [
         [f"# {report.title}", *answer, count, *missing],
@@ -110,7 +110,19 @@ def _unfinished(report: Report) -> list[str]:
 def _evaluations(report: Report) -> list[str]:
     if not report.evaluations:
         return []
-    return ["## What the fine-tune changed", columns.NOTE, _table(columns.HEAD, columns.rows(report.evaluations))]
+    found = report.evaluations
+    warnings = "\n".join(f"- Warning: {line}." for line in report.warnings)
+    return [
+        "## What the fine-tune changed",
+        _table(columns.head(found), columns.rows(found)),
+        columns.NOTE,
+        *([warnings] if warnings else []),
+        *(
+            block
+            for detail in details.tables(found)
+            for block in (f"### {detail.title}", _table(detail.head, detail.rows))
+        ),
+    ]
 
 
 def variant_rows(report: Report) -> tuple[list[str], list[list[str]]]:

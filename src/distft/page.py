@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from distft.charts import charts, evaluation_charts
-from distft.evaluation import columns
+from distft.evaluation import columns, details
 from distft.history import History
 from distft.markdown import (
     NOT_PROFILED,
@@ -31,21 +31,25 @@ from distft.run import RunFolder
 
 @dataclass(frozen=True)
 class Table:
-    """Its cells are texts; those that were shortened stand in `whole` with the whole, which the page tells on hovering."""
+    """Its cells are texts; those that were shortened stand in `whole` with the whole, which the page tells on hovering. Where `stacked`, a
+    row becomes a block on a narrow screen, each cell with its head before it; else the table scrolls."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     whole: Mapping[str, str] = field(default_factory=dict)
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with a table or with lines under it."""
+    """A heading with a table or with lines under it; `part` of the section before it."""
 
     key: str
     title: str
     table: Table | None = None
     lines: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    part: bool = False
 
 
 def histories(report: Report) -> list[History]:
@@ -108,13 +112,29 @@ def _sections(report: Report | None) -> list[Section]:
         head, rows, notes = comparison_rows(report)
         told = [note.replace("`", "") for note in notes]
         found.append(Section("against", f"Against {report.comparisons[0].against}", Table(head, rows), told))
-    if report.evaluations:
-        told = [columns.NOTE.replace("`", "")]
-        table = Table(columns.HEAD, columns.rows(report.evaluations))
-        found.append(Section("evaluation", "What the fine-tune changed", table, told))
+    changed = _changed(report)
+    found = [*changed, *found] if len(report.variants) == 1 else [*found, *changed]
     found.append(Section("equal", "What was equal", Table(*equality_rows(report))))
     found.append(Section("runs", "Runs", Table(*run_rows(report), whole)))
     head, rows = unfinished_rows(report)
     if rows:
         found.append(Section("unfinished", "Not finished", Table(head, rows)))
     return found
+
+
+def _changed(report: Report) -> list[Section]:
+    """What evaluations found: the figures, and a part for each table behind them."""
+    evaluations = report.evaluations
+    if not evaluations:
+        return []
+    # An interval stays on one line; it may stand below its figure.
+    rows = [
+        [cell.replace(", ", ",\u00a0") if "[" in cell else cell for cell in row] for row in columns.rows(evaluations)
+    ]
+    table = Table(columns.head(evaluations), rows, stacked=True)
+    told, title = [columns.NOTE.replace("`", "")], "What the fine-tune changed"
+    parts = [
+        Section(f"evaluation-{number}", detail.title, Table(detail.head, detail.rows, stacked=True), part=True)
+        for number, detail in enumerate(details.tables(evaluations))
+    ]
+    return [Section("evaluation", title, table, told, report.warnings), *parts]

@@ -15,6 +15,7 @@ from typing import Any
 from distft.bound import Bound, Facts, Split, bound, whole_run
 from distft.equality import BY_DEFAULT, EQUAL, differences, sameness
 from distft.errors import RunFolderError
+from distft.evaluation import details
 from distft.intervals import CONFIDENCE, Interval
 from distft.results import FIGURES, TIMES, Run, read_run
 from distft.run import RunFolder, to_json
@@ -86,7 +87,9 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """The answer in one sentence."""
+        """The answer in one sentence: how the variants compare, or of a single one what its fine-tune changed."""
+        if len(self.variants) == 1:
+            return self._changed
         outcomes = {run.name: run.outcome for run in self.runs}
         ended = {
             variant.name: ", ".join(dict.fromkeys(outcomes[run] for run in variant.runs))
@@ -94,6 +97,35 @@ class Report:
             if not variant.finished
         }
         return sentence(self.comparisons, {figure.key: figure.title for figure in FIGURES if figure.quality}, ended)
+
+    @property
+    def _changed(self) -> str:
+        """Of one variant: what its evaluation found, else what training measured before and after, else how it ended."""
+        (variant,) = self.variants
+        told = {run: details.headline(found) for run, found in self.evaluations.items()}
+        if any(told.values()):
+            return " ".join(f"{run}: {text}" if len(self.runs) > 1 else text for run, text in told.items() if text)
+        if self.evaluations and not variant.finished:
+            return "The base alone was evaluated, so that nothing says what a fine-tune changes."
+        if not variant.finished:
+            return f"{variant.name} has no finished run ({', '.join(dict.fromkeys(run.outcome for run in self.runs))})."
+        before, after = (variant.spreads[f"perplexity_{when}"] for when in ("before", "after"))
+        if before is None or after is None:
+            return ""
+        return (
+            f"Held-out perplexity {before.median:,.2f} before training and {after.median:,.2f} after it, without an interval; "
+            "distft evaluate says what the fine-tune changed."
+        )
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes figures of evaluations mean nothing, a line each."""
+        return [
+            line
+            for run in self.runs
+            for task, result in run.evaluation.items()
+            for line in details.warnings(task, result, f"{run.path}/evaluation/{task}")
+        ]
 
     @property
     def evaluations(self) -> dict[str, Mapping[str, Any]]:

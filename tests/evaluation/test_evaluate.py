@@ -18,6 +18,7 @@ import pytest
 from distft.errors import Fault, LaunchError, RecipeError, RunFolderError
 from distft.evaluation import ready
 from distft.evaluation.checks import check
+from distft.evaluation.settings import TaskName
 from distft.evaluation.tasks import Request, _known, replaced
 from distft.offline import _records
 from distft.recipe import load_recipe
@@ -86,11 +87,19 @@ def test_the_whole_chain_learns_and_every_place_has_its_figures(run: RunFolder) 
     labels = {record["row"]: record["label"] for record in read_lines(run.evaluation / "imdb" / "logprob-base.jsonl")}
     assert {record["row"]: record["label"] for record in written} == labels
     unparsed = found["imdb"]["unparsed"]["base"]
-    assert len(unparsed["first"]) == min(5, unparsed["count"])
+    assert len(unparsed["first"]) == min(5, unparsed["count"]) > 0
+    matrix = found["imdb"]["confusion"]["logprob"]["adapter"]
+    said = "; ".join(
+        f"class {word}, said negative {row[0]}, said positive {row[1]}"
+        for word, row in zip(("negative", "positive"), matrix, strict=True)
+    )
+    assert f"imdb: confusion matrix by likelihood: adapter: {said}" in ended.stderr
+    assert f'imdb: answers without a label word: base: answers {unparsed["count"]}, "' in ended.stderr
 
     summary = run.read_summary()
     assert summary["status"] == "finished"
-    assert summary["evaluation"]["imdb"]["figures"] == found["imdb"]["figures"]
+    for part in ("figures", "confusion", "unparsed"):
+        assert summary["evaluation"]["imdb"][part] == found["imdb"][part]
     tracked = logged_to_wandb(run)
     assert tracked["evaluation/imdb/accuracy/adapter"] == pytest.approx(accuracy["adapter"]["value"])
     assert tracked["evaluation/imdb/accuracy/adapter_low"] == pytest.approx(accuracy["adapter"]["low"])
@@ -99,7 +108,8 @@ def test_the_whole_chain_learns_and_every_place_has_its_figures(run: RunFolder) 
 
     report = distft(where, "report", "runs/learned").stdout
     assert f"{accuracy['adapter']['value']:.3f} [{accuracy['adapter']['low']:.3f}" in report
-    assert "IMDB accuracy" in report
+    assert "IMDB accuracy" in report and "### imdb: confusion matrix by generation" in report
+    assert report.splitlines()[2].startswith("**The fine-tune changed held-out perplexity ")
     distft(where, "report", "runs/learned", "--output", "page.html")
     page = (where / "page.html").read_text(encoding="utf-8")
     assert "What the fine-tune changed" in page and "Evaluation: imdb" in page
@@ -242,6 +252,13 @@ def test_stopped_by_a_signal_it_says_that_the_same_command_goes_on(run: RunFolde
     _, said = child.communicate(timeout=60)
     assert child.returncode == 75
     assert "stopped by SIGINT (what was done is kept: the same command goes on from there)" in said
+
+
+def test_the_help_lists_the_tasks(tmp_path: Path) -> None:
+    shown = distft(tmp_path, "evaluate", "--help").stdout
+    listed = shown.split("tasks (evaluation.tasks=")[1].splitlines()[1:]
+    assert [line.split()[0] for line in listed if line.strip()] == list(TaskName.__args__)
+    assert all(len(line) <= 100 and len(line.split()) > 2 for line in listed if line.strip())
 
 
 @pytest.mark.parametrize(

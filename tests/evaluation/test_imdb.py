@@ -12,7 +12,7 @@ from sklearn import metrics as sklearn_metrics
 
 from distft.errors import DataError
 from distft.evaluation import reviews
-from distft.evaluation.imdb import compare, confusion, metrics, parse, resampled
+from distft.evaluation.imdb import compare, confusion, metrics, of_how_many, parse, resampled
 from distft.evaluation.likelihood import continuation_log_likelihoods
 from distft.evaluation.reviews import Review, prompt_of, subset
 from distft.recipe import load_recipe
@@ -97,11 +97,29 @@ def test_the_difference_is_taken_over_pairs() -> None:
     labels = np.arange(200) % 2
     base = np.where(np.arange(200) % 5 == 0, 1 - labels, labels)
     better = base.copy()
-    better[:12] = labels[:12]  # never worse than the base, so that no bootstrap sample says otherwise
+    better[:50] = labels[:50]  # ten more are right, none is lost
     found = compare(labels, {"base": base, "adapter": better}, 2, 1, seed=0)["accuracy"]
-    assert [side.value for side in found] == pytest.approx([0.8, 0.815, 0.015])
-    assert found[2].low >= 0
+    assert [side.value for side in found] == pytest.approx([0.8, 0.85, 0.05])
+    assert found[2].low > 0
     assert found[0].high > found[1].low  # the sides' own intervals overlap
+
+
+def test_a_share_that_is_all_or_nothing_has_a_width_and_one_of_nothing_none() -> None:
+    labels = np.arange(224) % 2
+    nothing, all_right = np.full(224, 2), labels.copy()  # no label word at all, and each class right
+    found = compare(labels, {"base": nothing, "adapter": all_right}, 2, 1, seed=0)
+    base, adapter, difference = found["accuracy"]
+    assert (base.value, base.low) == (0, 0) and 0.01 < base.high < 0.02, "0 of 224"
+    assert (adapter.value, adapter.high) == (1, 1) and adapter.low < 0.99
+    assert difference.value == 1 and 0.9 < difference.low < 0.99
+    assert found["recall"][1].low == pytest.approx(wilson_of_all(112))
+    assert found["precision"][1].low == pytest.approx(wilson_of_all(112))
+    assert np.isnan([found["precision"][0].low, found["precision"][2].low]).all(), "the base said it of none"
+    assert of_how_many(labels, nothing, 1) == {"accuracy": 224, "precision": 0, "recall": 112, "unparsed": 224}
+
+
+def wilson_of_all(count: int) -> float:
+    return 1 / (1 + 1.959963984540054**2 / count)
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,7 @@ def test_a_verdict_at_which_the_text_was_cut_off_may_be_the_beginning_of_another
     assert parse_verdict("[RESULT] 4", "grade", finished=False).reason == "cut off at the verdict"
     assert parse_verdict("[RESULT] 4.", "grade", finished=False).value is None
     assert parse_verdict("[RESULT] 4\nAlso", "grade", finished=False).value == 4
+    assert parse_verdict("Feedback: so", "grade", finished=False).reason == "cut off before [RESULT]"
 
 
 prose = st.text(max_size=300).filter(lambda text: not re.search("result", text, re.IGNORECASE))

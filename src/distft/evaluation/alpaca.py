@@ -19,8 +19,8 @@ import numpy as np
 from distft.errors import DataError
 from distft.evaluation.figures import Floats
 from distft.evaluation.generation import engine_of
-from distft.evaluation.judge import Judgement, Question, count, judge_all, out_of_ten
-from distft.evaluation.scores import described, mean_of_known, paired, share
+from distft.evaluation.judge import Judgement, Question, count, judge_all, out_of_ten, reasons
+from distft.evaluation.scores import described, mean_of_known, paired, paired_shares, share
 from distft.evaluation.settings import Evaluation
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.writing import Answer, Item, Sampling, generate
@@ -29,6 +29,11 @@ from distft.world import together
 
 Outcome = Literal["win", "tie", "loss", "unparsed"]
 POINTS: Mapping[Outcome, float] = {"win": 1.0, "tie": 0.5, "loss": 0.0, "unparsed": float("nan")}
+_WON = {
+    "absolute": ("win_rate", "AlpacaEval pairs won, graded one by one"),
+    "pairwise": ("preferred_rate", "AlpacaEval pairs won, asked which is better in both orders"),
+}
+"""Name and title of the share of pairs won, for each mode of the judge: the two are not the same figure."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,8 @@ def read_pairs(path: Path, limit: int | None = None) -> list[Pair]:
 def run(target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
     """Answer and judge, on both sides. All ranks enter, and all get the result.
 
-    `figures`: win_rate (a tie is half a win), score (mean out of 10; in absolute mode) and unparsed (share of the verdicts). `outcomes`
-    counts each side's wins, ties, losses and pairs without a verdict, `position` says how much the place of an answer mattered.
+    `figures`: win_rate in absolute mode, preferred_rate in pairwise mode (a tie is half a win), score (mean out of 10; in absolute mode) and
+    unparsed (share of the verdicts). `outcomes` counts each side's wins, ties, losses and pairs without a verdict, `position` says how much the place of an answer mattered.
 
     Raises:
         DataError: the pairs cannot be read.
@@ -147,22 +152,25 @@ def result(judgements: Mapping[SideName, Sequence[Judgement]], settings: Evaluat
     }
     points = {side: np.array([POINTS[one.outcome] for one in all_]) for side, all_ in found.items()}
     unparsed = {side: count(given)["unparsed"] / len(given) for side, given in judgements.items()}
+    name, title = _WON[settings.judge.mode]
     figures = {
-        "win_rate": paired(points, settings.seed, title="AlpacaEval pairs won against the reference", form=".1%"),
+        name: paired_shares(points, title=title, form=".1%"),
         "unparsed": share(unparsed, "AlpacaEval verdicts that could not be read", len(next(iter(judgements.values())))),
     }
     reference = None
     if settings.judge.mode == "absolute":
         scores = {side: _scores(all_, 0) for side, all_ in found.items()}
-        figures["score"] = paired(scores, settings.seed, title="AlpacaEval score out of 10", form=".2f")
-        reference = mean_of_known(_scores(found["base"], 1), settings.seed).value
+        figures["score"] = paired(scores, title="AlpacaEval score out of 10", form=".2f")
+        reference = mean_of_known(_scores(found["base"], 1)).value
     return {
         "figures": figures,
         "outcomes": {side: _counts(all_) for side, all_ in found.items()},
         "reference_score": reference,
         "position": {side: _position(all_) for side, all_ in found.items()},
         "pairs": len(found["base"]),
+        "judge": settings.judge.model_dump(include={"model", "mode", "max_new_tokens"}),
         "judged": {side: count(given) for side, given in judgements.items()},
+        "reasons": reasons(judgements.values()),
     }
 
 

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+TASKS = {
+    "perplexity": "of the held-out split",
+    "imdb": "classification of reviews: accuracy, precision, recall, F1",
+    "lm_eval": "benchmarks of lm-evaluation-harness (MMLU, ARC and GSM8K where none is named)",
+    "mt_bench": "two-turn questions, graded by a judge",
+    "alpaca": "answers beside those of a reference, by a judge",
+}
+"""The names of the tasks and what each is, for who asks the command."""
 NOTE = (
-    "Base and adapter on the same items, with 95% intervals. `gain` and `loss`: the interval of the difference leaves 0 out; "
-    "`no difference`: it does not, so that the difference may be chance and means nothing."
+    "Base and adapter on the same items, with 95% intervals: Wilson's of shares, Student's of means, the bootstrap's of F1 and perplexity. "
+    "`gain` and `loss`: the interval of the difference leaves 0 out; `no difference`: it does not, so that the difference may be chance "
+    "and means nothing; `too few items`: fewer than 10 pairs, on which nothing is said either way."
 )
-HEAD = ("run", "task", "figure", "items", "base", "adapter", "difference", "verdict")
+_SIDES = ("base", "adapter", "difference")
 _COLUMNS = {
     "imdb_accuracy": ("imdb", "accuracy"), "imdb_f1": ("imdb", "f1"), "mt_bench_score": ("mt_bench", "score"),
-    "alpaca_win_rate": ("alpaca", "win_rate"),
+    "alpaca_win_rate": ("alpaca", "win_rate"), "alpaca_preferred_rate": ("alpaca", "preferred_rate"),
 }  # fmt: skip
 _UNKNOWN = "–"
 
@@ -35,11 +44,17 @@ def figures(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[s
                 yield task, name, figure
 
 
+def head(evaluations: Mapping[str, Any]) -> list[str]:
+    """Of the table of figures; one run needs no column of names."""
+    return [*(["run"] if len(evaluations) > 1 else []), "task", "figure", "items", *_SIDES, "verdict"]
+
+
 def rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """The cells under HEAD, for the evaluation of each run by its name."""
+    """The cells under `head`, for the evaluation of each run by its name."""
     return [
-        [run, task, str(figure["title"]), f"{figure['count']:,}" if figure["count"] is not None else _UNKNOWN,
-         *(shown(figure[side], figure["form"]) for side in ("base", "adapter", "difference")), figure["verdict"] or _UNKNOWN]
+        [*([run] if len(evaluations) > 1 else []), task, str(figure["title"]),
+         f"{figure['count']:,}" if figure["count"] is not None else _UNKNOWN,
+         *(shown(figure[side], figure["form"]) for side in _SIDES), figure["verdict"] or _UNKNOWN]
         for run, evaluation in evaluations.items()
         for task, _, figure in figures(evaluation)
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Classification of reviews by a causal model: by the likelihood of the label words, and by what it writes.
 
-Metrics are scikit-learn's; their intervals come from the bootstrap over reviews, the same for both sides.
+Metrics are scikit-learn's. Accuracy, precision, recall and what could not be parsed are shares and have Wilson's intervals; those of F1 come
+from the bootstrap over reviews, the same for both sides.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distft.evaluation import reviews
-from distft.evaluation.figures import RESAMPLES, Estimate, Floats, compared
+from distft.evaluation.figures import RESAMPLES, Estimate, Floats, compared, correlation
 from distft.evaluation.generation import TransformersEngine
 from distft.evaluation.journal import complete, key_of
 from distft.evaluation.likelihood import batches, continuation_log_likelihoods
@@ -65,11 +66,14 @@ def run(target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
     matrices: dict[str, Any] = {}
     for method, predicted in found.items():
         prefix = "" if method == "logprob" else "generation_"
+        items = [of_how_many(labels, values, section.positive) for values in predicted.values()]
+        # Sides say "positive" of different numbers of reviews: the smaller is the one that counts.
         for name, figure in compare(labels, predicted, len(words), section.positive, settings.seed).items():
             if method == "logprob" and name == "unparsed":
                 continue
             how = "" if method == "logprob" else " by generation"
-            figures[prefix + name] = compared(*figure, title=_TITLES[name] + how, count=len(rows),
+            count = min(side.get(name, len(rows)) for side in items)
+            figures[prefix + name] = compared(*figure, title=_TITLES[name] + how, count=count,
                                               better="lower" if name == "unparsed" else "higher")  # fmt: skip
         matrices[method] = {side: confusion(labels, values, len(words)) for side, values in predicted.items()}
     return {
@@ -196,10 +200,19 @@ def resampled(matrices: Floats, positive: int) -> dict[str, Floats]:
     }  # fmt: skip
 
 
+def of_how_many(labels: NDArray[np.int64], predicted: NDArray[np.int64], positive: int) -> dict[str, int]:
+    """Of how many reviews each metric that is a share is one: recall of those of the class, precision of those that were said to be."""
+    return {
+        "accuracy": len(labels), "precision": int((predicted == positive).sum()), "recall": int((labels == positive).sum()),
+        "unparsed": len(labels),
+    }  # fmt: skip
+
+
 def compare(
     labels: NDArray[np.int64], predicted: dict[SideName, NDArray[np.int64]], classes: int, positive: int, seed: int
 ) -> dict[str, list[Estimate | None]]:
-    """Every metric of base and adapter (None where there is none) and of their difference, with intervals.
+    """Every metric of base and adapter (None where there is none) and of their difference, with intervals: of shares Wilson's, and of
+    their difference Newcombe's with the correlation that they have in bootstrap samples; of F1 the bootstrap's.
 
     A bootstrap sample of the reviews is a draw of how often each combination of class and predictions comes (multinomial), so that
     ten thousand of them cost little.
@@ -216,14 +229,25 @@ def compare(
             matrices[:, label, guess] += drawn[:, column]
         again[side] = resampled(matrices, positive)
     values = {side: metrics(labels, predicted[side], classes, positive) for side in sides}
+    items = {side: of_how_many(labels, predicted[side], positive) for side in sides}
     found: dict[str, list[Estimate | None]] = {}
     for name in values[sides[0]]:
-        estimates: list[Estimate | None] = [Estimate.of(values[side][name], again[side][name]) for side in sides]
+        is_share = name in items[sides[0]]
+        own = {
+            side: Estimate.proportion(values[side][name], items[side][name])
+            if is_share
+            else Estimate.of(values[side][name], again[side][name])
+            for side in sides
+        }
         difference = None
         if len(sides) == 2:
             base, adapter = sides
-            difference = Estimate.of(
-                values[adapter][name] - values[base][name], again[adapter][name] - again[base][name]
-            )
-        found[name] = [*estimates, *([None] * (2 - len(sides))), difference]
+            if is_share:
+                difference = Estimate.apart(
+                    own[base], own[adapter], correlation(again[base][name], again[adapter][name])
+                )
+            else:
+                value = values[adapter][name] - values[base][name]
+                difference = Estimate.of(value, again[adapter][name] - again[base][name])
+        found[name] = [*own.values(), *([None] * (2 - len(sides))), difference]
     return found

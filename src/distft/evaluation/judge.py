@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -266,6 +267,12 @@ def count(judgements: Sequence[Judgement]) -> dict[str, int]:
         "unparsed": sum(one.value is None for one in judgements),
         "asked_again": sum(one.attempts > 1 for one in judgements),
     }
+
+
+def reasons(judgements: Iterable[Sequence[Judgement]]) -> dict[str, int]:
+    """Why verdicts could not be read, and how many for each reason, the commonest first."""
+    found = Counter(one.reason for group in judgements for one in group if one.value is None and one.reason)
+    return dict(found.most_common())
 
 
 def _again(first: Sampling, attempt: int, temperature: float) -> Sampling:

@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 from distft.errors import DataError
-from distft.evaluation.figures import Estimate, compared
+from distft.evaluation.figures import Estimate, apart_in_pairs, compared
 from distft.evaluation.settings import Evaluation, LmEval
 from distft.evaluation.target import SideName, Target
 from distft.origin import nearest
@@ -146,7 +146,7 @@ def _lm(model: Any, tokenizer: Any, world: World, section: LmEval) -> Any:
 
 def figures(found: Mapping[SideName, Results]) -> dict[str, Any]:
     """Every metric of every task and group, both sides, and their difference over pairs of the same document where the metric is a mean
-    over documents; else as that of two independent figures. Those of a group's parts are marked as `detail`, which reports leave out."""
+    over documents (Newcombe's interval where each is right or wrong, else Student's); else as that of two independent figures. Those of a group's parts are marked as `detail`, which reports leave out."""
     base, adapter = found["base"], found.get("adapter")
     made: dict[str, Any] = {}
     parts = {leaf for below in base.get("group_subtasks", {}).values() for leaf in below}
@@ -210,9 +210,10 @@ def _difference(
         differences = np.array([others[document] - values[document] for document in values])
         means = float(np.mean([*values.values()])), float(np.mean([*others.values()]))
         if np.allclose(means, (one.value, other.value), rtol=0, atol=1e-6):
-            return Estimate.normal(
-                other.value - one.value, float(differences.std(ddof=1)) / math.sqrt(len(differences))
-            )
+            if set(values.values()) | set(others.values()) <= {0.0, 1.0}:
+                sides = (np.array([found[document] for document in values]) for found in (values, others))
+                return apart_in_pairs(*sides)
+            return Estimate.student(differences)
     widths = [(side.high - side.low) / 2 for side in (one, other)]
     value, width = other.value - one.value, math.hypot(*widths)
     return Estimate(value, value - width, value + width)

@@ -17,7 +17,7 @@ import numpy as np
 from distft.errors import DataError
 from distft.evaluation.figures import Floats
 from distft.evaluation.generation import engine_of
-from distft.evaluation.judge import Judgement, Question, count, judge_all, out_of_ten
+from distft.evaluation.judge import Judgement, Question, count, judge_all, out_of_ten, reasons
 from distft.evaluation.scores import described, mean_of_known, paired, share
 from distft.evaluation.settings import Evaluation
 from distft.evaluation.target import SideName, Target
@@ -189,18 +189,20 @@ def result(
     unparsed = {side: count(found)["unparsed"] / len(found) for side, found in judgements.items()}
     return {
         "figures": {
-            **{name: paired(values, settings.seed, title=title, form=".2f") for name, (title, values) in named.items()},
+            **{name: paired(values, title=title, form=".2f") for name, (title, values) in named.items()},
             "unparsed": share(unparsed, "MT-Bench verdicts that could not be read", TURNS * len(questions)),
         },
         "categories": {
             name: {
                 "count": int(member.sum()),
-                **{side: asdict(mean_of_known(values[member], settings.seed)) for side, values in samples.items()},
+                **{side: asdict(mean_of_known(values[member])) for side, values in samples.items()},
             }
             for name, member in members.items()
         },
         "questions": len(questions),
+        "judge": settings.judge.model_dump(include={"model", "max_new_tokens"}) | {"mode": "absolute"},
         "judged": {side: count(found) for side, found in judgements.items()},
+        "reasons": reasons(judgements.values()),
     }  # fmt: skip
 
 

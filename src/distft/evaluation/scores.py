@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from distft.evaluation.figures import Estimate, Floats, compared, mean
+from distft.evaluation.figures import Estimate, Floats, apart_in_pairs, compared
 from distft.evaluation.writing import Answer
 
 Side = Literal["base", "adapter"]
 
 
-def mean_of_known(values: Floats, seed: int) -> Estimate:
-    """The mean of those of `values` [items] that are not NaN."""
-    return mean(values[np.isfinite(values)], seed)
+def mean_of_known(values: Floats) -> Estimate:
+    """The mean of those of `values` [items] that are not NaN, with Student's interval."""
+    return Estimate.student(values[np.isfinite(values)])
 
 
 def paired(
-    sides: Mapping[Side, Floats], seed: int, *, title: str, form: str, better: Literal["higher", "lower"] = "higher"
+    sides: Mapping[Side, Floats], *, title: str, form: str, better: Literal["higher", "lower"] = "higher"
 ) -> dict[str, Any]:
     """A figure (`figures.compared`) of a value for each item and side, NaN where an item has none. The difference is over the items that
     have one on both sides."""
     base, adapter = sides["base"], sides.get("adapter")
-    difference = None if adapter is None else mean_of_known(adapter - base, seed)
+    difference = None if adapter is None else mean_of_known(adapter - base)
     return compared(
-        mean_of_known(base, seed), None if adapter is None else mean_of_known(adapter, seed), difference,
-        title=title, better=better, form=form, count=len(base),
+        mean_of_known(base), None if adapter is None else mean_of_known(adapter), difference,
+        title=title, better=better, form=form, count=len(base), pairs=None if adapter is None else _pairs(base, adapter),
     )  # fmt: skip
 
 
+def paired_shares(sides: Mapping[Side, Floats], *, title: str, form: str) -> dict[str, Any]:
+    """The same of values from 0 to 1 (a tie is a half), whose mean is a share: Wilson's and Newcombe's intervals."""
+    base, adapter = sides["base"], sides.get("adapter")
+    own = {side: Estimate.share(values[np.isfinite(values)]) for side, values in sides.items()}
+    difference = None
+    if adapter is not None:
+        both = np.isfinite(base) & np.isfinite(adapter)
+        difference = apart_in_pairs(base[both], adapter[both])
+    return compared(
+        own["base"], own.get("adapter"), difference,
+        title=title, form=form, count=len(base), pairs=None if adapter is None else _pairs(base, adapter),
+    )  # fmt: skip
+
+
+def _pairs(base: Floats, adapter: Floats) -> int:
+    return int((np.isfinite(base) & np.isfinite(adapter)).sum())
+
+
 def share(sides: Mapping[Side, float], title: str, count: int) -> dict[str, Any]:
-    """A figure of a share that is no estimate of anything, so without an interval."""
-    estimates = {side: Estimate(value, math.nan, math.nan) for side, value in sides.items()}
+    """A figure of a share of `count`, with Wilson's interval; its difference is nobody's gain."""
+    estimates = {side: Estimate.proportion(value, count) for side, value in sides.items()}
     return compared(estimates["base"], estimates.get("adapter"), title=title, better="lower", form=".1%", count=count)
 
 

@@ -67,7 +67,7 @@ class MtBench(Section):
 
 
 class Alpaca(Section):
-    """Answers beside those of a reference, judged in both orders."""
+    """Answers beside those of a reference, judged as judge.mode says."""
 
     path: str | None = None
     """File of instructions with reference outputs in AlpacaEval's format (JSON, or JSON lines: instruction, output)."""
@@ -101,7 +101,8 @@ class Judge(Section):
     endpoint: str | None = Field(None, pattern=r"^https?://\S+$")
     """Base URL of an OpenAI-compatible server, `http://127.0.0.1:8000/v1` say; null: the model is loaded here."""
     mode: Literal["absolute", "pairwise"] = "absolute"
-    """How a pair is judged: `absolute` grades each answer by the rubric, `pairwise` asks which is better."""
+    """How a pair is judged: `absolute` grades each answer by itself, and the higher grade wins; `pairwise` asks which is better, once in each
+    order. The two are different figures. MT-Bench's answers are graded in both modes."""
     temperature: float = Field(0.0, ge=0)
     """Sampling temperature of the first attempt; 0 takes the likeliest token each time."""
     retry_temperature: float = Field(0.7, gt=0)

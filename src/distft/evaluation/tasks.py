@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from distft import data, strategy
 from distft.errors import Fault, LaunchError, RunFolderError
-from distft.evaluation import ready
+from distft.evaluation import details, ready
 from distft.evaluation.columns import figures, shown
 from distft.evaluation.endpoint import without_secrets
 from distft.evaluation.settings import TaskName
@@ -191,8 +191,10 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
                     say(f"{task}: {line} ({folder.results})")
                 record[task] = result
                 _write(folder, record)
-                for line in lines(task, result):
+                for line in [*lines(task, result), *details.lines(task, result)]:
                     say(line)
+                for line in details.warnings(task, result, str(folder.evaluation / task)):
+                    say(f"warning: {line}")
         if world.is_main:
             log_evaluation(request.recipe, folder, _flat(record))
             say(f"results: {folder.results}")
@@ -267,8 +269,7 @@ def _write(folder: RunFolder, record: Mapping[str, Any]) -> None:
     write_atomically(folder.results, to_json(record) + "\n")
     if folder.summary.is_file():
         found = {
-            task: {part: result[part] for part in ("figures", "categories") if part in result}
-            for task, result in record.items()
+            task: {part: result[part] for part in details.PARTS if part in result} for task, result in record.items()
         }
         folder.write_summary(folder.read_summary() | {"evaluation": found})
 

@@ -45,7 +45,9 @@ def parse_verdict(text: str, kind: Kind, *, finished: bool = True) -> Verdict:
         return Verdict(None, "the judge wrote nothing")
     markers = list(_MARKER.finditer(text))
     if not markers:
-        return Verdict(None, "cut off inside [RESULT]" if _TORN.search(text.rstrip()) else "no [RESULT]")
+        if _TORN.search(text.rstrip()):
+            return Verdict(None, "cut off inside [RESULT]")
+        return Verdict(None, "no [RESULT]" if finished else "cut off before [RESULT]")
     ends = [marker.start() for marker in markers[1:]] + [len(text)]
     tails = [text[marker.end() : end] for marker, end in zip(markers, ends, strict=True)]
     found = [_VERDICT[kind].match(tail) for tail in tails]

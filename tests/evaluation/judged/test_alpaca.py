@@ -12,6 +12,8 @@ import pytest
 
 from distft.errors import DataError
 from distft.evaluation.alpaca import Judged, Pair, judged, read_pairs, result, run
+from distft.evaluation.columns import columns
+from distft.evaluation.details import lines, warnings
 from distft.evaluation.judge import Judgement
 from distft.evaluation.target import Target
 from distft.run import read_lines, to_json
@@ -187,7 +189,33 @@ def test_a_judge_that_always_takes_the_first_says_nothing_and_is_reported(
     for side in ("base", "adapter"):
         assert found["outcomes"][side] == {"win": 0, "tie": 4, "loss": 0, "unparsed": 0}
         assert found["position"][side] == {"first_preferred": 1.0, "inconsistent": 4, "pairs": 4}
-        assert found["figures"]["win_rate"][side]["value"] == 0.5
+        won = found["figures"]["preferred_rate"][side]
+        assert won["value"] == 0.5 and won["low"] < 0.2 and won["high"] > 0.8, "of four pairs"
+    (warning,) = warnings("alpaca", found, "folder")
+    assert "two orders disagree in half of the pairs or more" in warning
+    assert "base 4 of 4 pairs, what stood first preferred in 100%" in warning
+    (base, adapter) = lines("alpaca", found)
+    assert base == (
+        "alpaca: outcomes, asked which is better, in both orders: base: wins 0, ties 4, losses 0, not read 0, preferred the first 100.0%, "
+        "orders disagree 4 of 4 pairs"
+    )
+    assert adapter.startswith("alpaca: outcomes, asked which is better, in both orders: adapter: wins 0")
+
+
+def test_the_two_modes_are_two_figures_with_titles_that_say_so() -> None:
+    graded = {side: [Judgement(grade, None, 1) for grade in (3, 2) * 12] for side in ("base", "adapter")}
+    preferred = {side: [Judgement(place, None, 1) for place in "AB" * 12] for side in ("base", "adapter")}
+    one = result(graded, evaluation())  # type: ignore[arg-type]
+    other = result(preferred, evaluation(judge={"mode": "pairwise"}))  # type: ignore[arg-type]
+    assert one["figures"]["win_rate"]["title"] == "AlpacaEval pairs won, graded one by one"
+    assert other["figures"]["preferred_rate"]["title"] == "AlpacaEval pairs won, asked which is better in both orders"
+    assert "preferred_rate" not in one["figures"] and "win_rate" not in other["figures"]
+    assert columns({"alpaca": one})["alpaca_win_rate"] == 1.0 == columns({"alpaca": other})["alpaca_preferred_rate"]
+    assert columns({"alpaca": one})["alpaca_preferred_rate"] is None is columns({"alpaca": other})["alpaca_win_rate"]
+    assert lines("alpaca", one)[0].startswith("alpaca: outcomes, graded one by one: base: wins 12, ties 0")
+    assert warnings("alpaca", one, "") == warnings("alpaca", other, "") == [], (
+        "a judge whose orders agree is no cause for a warning"
+    )
 
 
 def test_a_real_server_judges_from_end_to_end(
@@ -201,6 +229,6 @@ def test_a_real_server_judges_from_end_to_end(
     found = run(target, settings, tmp_path / "alpaca")
     assert found["outcomes"]["adapter"] == {"win": 0, "tie": 0, "loss": 0, "unparsed": 1}
     assert found["judged"]["base"] == {"judgements": 2, "unparsed": 2, "asked_again": 2}
-    assert json.loads(to_json(found))["figures"]["win_rate"]["base"]["value"] is None
+    assert json.loads(to_json(found))["figures"]["preferred_rate"]["base"]["value"] is None
     records = read_lines(tmp_path / "alpaca" / "judgements.jsonl")
     assert len(records) == 4 and all(len(record["attempts"]) == 2 for record in records)

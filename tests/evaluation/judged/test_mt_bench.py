@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from distft.errors import DataError
+from distft.evaluation.details import lines, warnings
 from distft.evaluation.judge import Judgement
 from distft.evaluation.mt_bench import TEMPERATURE, TwoTurns, read_questions, result, run
 from distft.evaluation.target import Target
@@ -107,6 +108,12 @@ def test_means_are_over_samples_and_what_is_unparsed_is_counted() -> None:
     assert found["figures"]["turn_2"]["adapter"]["value"] == pytest.approx((8 + 10) / 2)
     assert found["figures"]["unparsed"]["base"]["value"] == pytest.approx(3 / 6)
     assert found["judged"]["adapter"] == {"judgements": 6, "unparsed": 1, "asked_again": 0}
+    assert found["reasons"] == {"no [RESULT]": 4}
+    assert warnings("mt_bench", found, "") == [], "half of the base's are not most"
+    assert lines("mt_bench", found)[0].startswith(
+        "mt_bench: score out of 10 by category: math: questions 2, base 5.50 ["
+    )
+    assert found["figures"]["score"]["verdict"] == "too few items"
     assert list(found["categories"]) == ["math", "stem"]
     assert found["categories"]["math"]["count"] == 2
     assert found["categories"]["math"]["adapter"]["value"] == pytest.approx(8.5)
@@ -204,5 +211,10 @@ def test_a_real_server_judges_from_end_to_end(
     assert found["figures"]["unparsed"]["adapter"]["value"] == 1.0
     shown = json.loads(to_json(found))["figures"]["score"]
     assert shown["base"]["value"] is None and shown["verdict"] is None
+    (warning,) = warnings("mt_bench", found, "runs/a/evaluation/mt_bench")
+    assert warning == (
+        "mt_bench: 8 of 8 verdicts of the judge could not be read, so that its figures say little; the commonest reason, 8 times: "
+        "cut off before [RESULT] (evaluation.judge.max_new_tokens=6). See runs/a/evaluation/mt_bench/judgements.jsonl"
+    )
     records = read_lines(tmp_path / "mt_bench" / "judgements.jsonl")
     assert len(records) == 8 and all(record["attempts"][0]["output"] for record in records)
