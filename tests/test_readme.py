@@ -78,6 +78,7 @@ def test_the_page_has_every_kind_of_command() -> None:
     assert len(ALL) - len(ELSEWHERE) - len(MAKE) >= 6
 
 
+@pytest.mark.timeout(1500)  # all of the page's commands
 def test_commands_and_programs_run_in_the_order_of_the_page(reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(reader)
     for language, text in blocks("sh", "python"):
