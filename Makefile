@@ -13,9 +13,9 @@ demo: setup
 	@n=$$(.venv/bin/python -c 'import torch; print(min(2, torch.cuda.device_count() or 2))'); set -x; \
 	  .venv/bin/distft train recipe=tiny --nproc $$n
 
-# Two at a time: most tests start processes, and wait for them.
+# Two files at a time: most tests start processes, and wait for them.
 test: setup
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup
+	@.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-faults: setup
 	@.venv/bin/python -m pytest -m "not gpu" tests/faults

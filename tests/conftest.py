@@ -22,18 +22,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-ONE_MACHINE = ("slurm/test_cluster.py", "slurm/test_jobs.py", "distributed/test_two_hosts.py", "test_readme.py")
-"""Files that take the machine's own names, ports and networks, and so run one after the other."""
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With -n and --dist loadgroup: the tests of a file stay together, for they share what takes long to make."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            file = item.path.relative_to(Path(__file__).parent).as_posix()
-            item.add_marker(pytest.mark.xdist_group("machine" if file in ONE_MACHINE else file))
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """`@pytest.mark.gpu` needs one CUDA device, `@pytest.mark.gpu(2)` two."""
     marker = item.get_closest_marker("gpu")
