@@ -1,43 +1,53 @@
 """DDP against FSDP2 as a user compares them: `distft compare` with our settings and with those of the public report, on real rows.
 
     python benchmarks/ddp_vs_fsdp.py --rows dolly.jsonl --output result.json
-    python benchmarks/ddp_vs_fsdp.py --rows dolly.jsonl --shape tiny --experiments ddp_vs_fsdp --repeats 1 --output result.json  # no GPU
+    python benchmarks/ddp_vs_fsdp.py --rows dolly.jsonl --shape tiny --experiments ddp_vs_fsdp --repeats 2 --output result.json  # no GPU
 
 The model has Llama-2-7B's shape and random weights, the tokenizer is trained on the rows. The rows are repeated until a run has as many
-as it takes. What stands in the result is each experiment's own report.
+as it takes. What stands in the result is each experiment's own report. Its runs lie in `--work`: the same command with more
+`--repeats` makes only those that are missing, and leaves an experiment in the result that it does not name.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import synthetic
 import torch
+from provenance import provenance
 
-from distft.machine import describe
 from distft.run import to_json, write_atomically
 
-STEPS = {"ddp_vs_fsdp": 50, "ddp_vs_fsdp_published": 20}
+STEPS = {"ddp_vs_fsdp": 40, "ddp_vs_fsdp_published": 10}
 
 
-def repeated(rows: Path, count: int, work: Path) -> Path:
-    """A file of at least `count` rows: those of `rows`, over and over."""
+def repeated(rows: Path, count: int, path: Path) -> Path:
+    """`path`, with at least `count` rows: those of `rows`, over and over."""
     lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
-    path = work / "rows.jsonl"
     path.write_text("".join(lines * -(-count // len(lines))), encoding="utf-8")
     return path
+
+
+def ended(command: list[str], limit_s: float) -> int:
+    """The exit code. At the limit the command is asked to stop as by Ctrl-C, so that it reports on the runs that it has made."""
+    child = subprocess.Popen(command)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return child.wait(limit_s)
+    child.terminate()
+    return child.wait()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, required=True, help="rows in Dolly's schema, a .jsonl file")
     parser.add_argument("--experiments", nargs="+", default=[*STEPS], choices=STEPS)
-    parser.add_argument("--steps", type=int, help="of every run, in place of 50 and 20")
+    parser.add_argument("--steps", type=int, help="of every run, in place of 40 and 10")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shape", default="llama-2-7b", choices=synthetic.SHAPES)
     parser.add_argument("--work", type=Path, default=Path("/tmp/distft-ddp-vs-fsdp"))
@@ -53,33 +63,28 @@ def main() -> int:
         options.work / "tokenizer", options.rows, min(16_000, shape.config["vocab_size"])
     )
     model = synthetic.model(options.work, shape)
-    commit = (
-        options.commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    )
-    record = {
-        "program": "benchmarks/ddp_vs_fsdp.py", "commit": commit, "shape": shape.name, "experiments": {},
-        "environment": {key: value for key, value in describe().items() if key not in ("command", "working_folder")},
+    before = json.loads(options.output.read_text(encoding="utf-8")) if options.output.is_file() else {"experiments": {}}
+    record: dict[str, Any] = {
+        **provenance(__file__, options.commit), "shape": shape.name, "rows_repeated": True, "experiments": before["experiments"],
     }  # fmt: skip
     worst = 0
     for name in options.experiments:
         steps = options.steps or STEPS[name]
         # A tenth of the rows is held out; a step has 64.
-        rows = repeated(options.rows, -(-steps * 64 * 10 // 8), options.work)
-        folder = options.work / f"runs-{time.time_ns()}"
+        rows = repeated(options.rows, -(-steps * 64 * 10 // 8), options.work / f"{name}.jsonl")
+        folder = options.work / f"runs-{name}"
         arguments = [
             f"experiment={name}", f"model.name={model}", f"model.tokenizer={tokenizer}", f"data.path={rows}", f"training.max_steps={steps}",
-            "training.logging_steps=5", f"run.dir={folder}", "tracking.report_to=[]", *options.set,
+            "training.logging_steps=5", "evaluation.max_samples=128", f"run.dir={folder}", "tracking.report_to=[]", *options.set,
         ]  # fmt: skip
-        command = [sys.executable, "-m", "distft.cli", "compare", *arguments, "--repeats", str(options.repeats)]
+        words = ["compare", *arguments, "--repeats", str(options.repeats), "--resume"]
         if not torch.cuda.is_available():
-            command += ["--nproc", "2"]
-        start = time.perf_counter()
-        code = subprocess.run(command, timeout=options.limit).returncode
+            words += ["--nproc", "2"]
+        code = ended([sys.executable, "-m", "distft.cli", *words], options.limit)
         worst = worst or code
         report = folder / f"{name}.json"
         record["experiments"][name] = {
-            "command": " ".join(["distft compare", *arguments, "--repeats", str(options.repeats)]), "exit_code": code,
-            "wall_s": time.perf_counter() - start, "steps": steps, "rows_repeated": True,
+            "command": " ".join(["distft", *words]), "exit_code": code, "steps": steps,
             "report": json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None,
         }  # fmt: skip
         write_atomically(options.output, to_json(record) + "\n")

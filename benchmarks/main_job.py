@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import provenance
 from synthetic import LLAMA_2_7B, trained_tokenizer
 
-from distft.machine import describe
 from distft.run import RunFolder, to_json, write_atomically
 
 
@@ -93,15 +93,7 @@ def main() -> int:
         f"model.name={shape}", f"data.path={options.rows.resolve()}", f"training.max_steps={options.steps}", "training.logging_steps=1",
         "training.save_strategy=no", "training.eval_strategy=no", "tracking.report_to=[]", *options.set,
     ]  # fmt: skip
-    commit = (
-        options.commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    )
-    record: dict[str, Any] = {
-        "program": "benchmarks/main_job.py",
-        "commit": commit,
-        "environment": {key: value for key, value in describe().items() if key not in ("command", "working_folder")},
-        "runs": [],
-    }
+    record: dict[str, Any] = {**provenance(__file__, options.commit), "runs": []}
     for recipe in options.recipes:
         result = run(recipe, arguments, options.work, options.limit)
         record["runs"].append(result)

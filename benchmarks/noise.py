@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from distft.machine import describe
+from provenance import provenance
+
 from distft.run import RunFolder, to_json, write_atomically
 
 OVERRIDES = ["recipe=tiny", "strategy=single", "evaluation.before_and_after=false", "training.logging_steps=1", "training.eval_strategy=no",
@@ -31,7 +32,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     overrides = [*OVERRIDES, f"training.max_steps={options.steps}"]
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="distft-noise-") as folder:
@@ -46,9 +46,8 @@ def main() -> None:
                          "load_of_the_last_minute": os.getloadavg()[0]})  # fmt: skip
             print(runs[-1], flush=True)
     logs = [math.log(run["samples_per_second"]) for run in runs]
-    environment = {key: value for key, value in describe().items() if key not in ("command", "working_folder")}
     record = {
-        "program": "benchmarks/noise.py", "commit": commit, "overrides": overrides, "environment": environment,
+        **provenance(__file__), "overrides": overrides,
         "standard_deviation_of_log_samples_per_second": statistics.stdev(logs), "runs": runs,
     }  # fmt: skip
     write_atomically(options.output, to_json(record) + "\n")

@@ -22,7 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distft.machine import describe
+from provenance import provenance
+
 from distft.probe import free_port
 from distft.run import to_json, write_atomically
 
@@ -149,7 +150,6 @@ def main() -> int:
         work(options.worker)
         return 0
     os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     runs = []
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory() as where:
@@ -157,8 +157,7 @@ def main() -> int:
         print(json.dumps(runs[-1]), flush=True)
     shares = [key for key in runs[0] if "_share" in key or key == "save_added_wait_of_write"]
     result = {
-        "program": "benchmarks/overhead.py", "commit": commit, "overrides": OVERRIDES, "processes": 2,
-        "environment": {key: value for key, value in describe().items() if key not in ("command", "working_folder")},
+        **provenance(__file__), "overrides": OVERRIDES, "processes": 2,
         "of_all_repeats": {key: [run[key] for run in runs] for key in shares}, "repeats": runs,
     }  # fmt: skip
     write_atomically(options.output, to_json(result) + "\n")

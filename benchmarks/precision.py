@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import provenance
 
 from distft import train
-from distft.machine import describe
 from distft.run import RunFolder, to_json, write_atomically
 
 BF16 = ["model.dtype=bfloat16", "training.bf16=true", "quantization.bnb_4bit_compute_dtype=bfloat16"]
@@ -86,16 +86,13 @@ def main() -> int:
     parser.add_argument("--commit", default="", help="the commit measured, where there is no git")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = options.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(options.jobs) as pool:
         wanted = [(variant, seed) for seed in options.seeds for variant in VARIANTS]
         for done in pool.map(lambda each: run(*each, options, Path(work)), wanted):  # in this order
             runs.append(done)
             record = {
-                "program": "benchmarks/precision.py", "commit": commit, "steps": options.steps,
-                "environment": {key: value for key, value in describe().items() if key not in ("command", "working_folder")},
+                **provenance(__file__, options.commit), "steps": options.steps,
                 "difference_from_fp32": differences(runs), "runs": runs,
             }  # fmt: skip
             write_atomically(options.output, to_json(record) + "\n")

@@ -26,10 +26,10 @@ from typing import Any
 
 import psutil
 import torch
+from provenance import provenance
 
 from distft import manifest
 from distft.checkpoint import read_tensors
-from distft.machine import describe
 from distft.run import RunFolder, to_json, write_atomically
 
 STRATEGIES = {"ddp": (), "fsdp": ("strategy=fsdp", "quantization.bnb_4bit_quant_storage=float32")}
@@ -238,11 +238,9 @@ def main() -> int:
     random.seed(options.seed)
     os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
     work = Path(tempfile.mkdtemp(prefix="distft-soak-")).resolve()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     result: dict[str, Any] = {
-        "program": "benchmarks/soak.py", "commit": commit, "minutes": options.minutes, "seed": options.seed,
+        **provenance(__file__), "minutes": options.minutes, "seed": options.seed,
         "steps_of_a_run": options.steps, "save_steps": SAVE_STEPS, "overrides": overrides("ddp", options.steps),
-        "environment": {key: value for key, value in describe().items() if key not in ("command", "working_folder")},
     }  # fmt: skip
 
     whole: dict[str, RunFolder] = {}

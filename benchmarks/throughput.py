@@ -28,9 +28,10 @@ import synthetic
 import torch
 from cases import BESIDE, CASES, Batch, Case, Reference
 from comparison import compare, table
+from provenance import provenance
 
 from distft.data import split
-from distft.machine import GIB, describe, device_flops
+from distft.machine import GIB, device_flops
 from distft.plan import Plan
 from distft.probe import free_port
 from distft.recipe import Recipe, load_recipe
@@ -324,11 +325,8 @@ def main() -> int:
         name: [*beside[name], *(other for other in chosen[:number] if CASES[other].gpus == CASES[name].gpus)]
         for number, name in enumerate(chosen)
     }
-    git = ["git", "-C", str(REFERENCES), "rev-parse", "HEAD"]
-    commit = options.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
     record: dict[str, Any] = {
-        "program": "benchmarks/throughput.py", "commit": commit,
-        "environment": {key: value for key, value in describe().items() if key not in ("command", "working_folder")},
+        **provenance(__file__, options.commit),
         "shape": shape.name, "layers": shape.config["num_hidden_layers"], "parameters_without_embeddings": shape.parameters,
         "device_flops": runner.flops, "warmup_steps": options.warmup, "steps": options.steps, "reference_steps": options.reference_steps, "reference_warmup_steps": options.reference_warmup,
         "mean_tokens_of_a_sample": statistics.mean(inputs.lengths.tolist()), "comparisons": [], "summary": {}, "runs": [],
