@@ -34,6 +34,7 @@ FLOORS = (
         "evaluation.vllm_worker",
     ),
     ("sections", "run", "world", "dropout", "fsdp2", "verdict", "bound", "evaluation.settings", "evaluation.details"),
+    ("upstream",),
     ("origin", "launcher", "results", "history", "lora_nodes"),
     ("recipe_file", "report"),
     ("recipe", "machine", "samples", "plan", "manifest", "markdown", "charts", "fused", "evaluation.journal"),

@@ -109,7 +109,7 @@ def test_waits_are_counted_through_any_iterator() -> None:
 def test_clocks_of_a_run_and_of_one_that_goes_on(tmp_path: Path) -> None:
     """A run that is stopped in an epoch counts its waits when it goes on, and steps under the profiler are in no rate."""
     command = [
-        sys.executable, "-m", "distft.cli", "train", "--nproc", "1", "recipe=tiny", "strategy=single", "training.max_steps=9", "run.dir=runs",
+        sys.executable, "-m", "distft.cli", "train", "--nproc", "1", "recipe=tiny", "strategy=single", "training.max_steps=10", "run.dir=runs",
         "tracking.profile_steps=2", "tracking.throughput_warmup_steps=1", "tracking.report_to=[]", "training.logging_steps=3",
         "training.eval_strategy=no", "training.save_strategy=steps", "training.save_steps=2", "training.save_total_limit=9", "evaluation.max_samples=8",
     ]  # fmt: skip
@@ -123,18 +123,18 @@ def test_clocks_of_a_run_and_of_one_that_goes_on(tmp_path: Path) -> None:
 
     summary, records = made()
     logged = {record["step"]: record for record in records if "loss" in record}
-    assert list(logged) == [1, 3, 6, 9], "a window ends where the profiled steps end"
+    assert list(logged) == [1, 3, 6, 9, 10], "a window ends where the profiled steps end, and with the last step"
     assert logged[3]["samples_per_second"] is None and logged[6]["samples_per_second"] > 0
-    seconds = 96 / summary["samples_per_second"]  # steps 4 to 9
-    assert summary["step_time_s"] == pytest.approx(seconds / 6)
+    seconds = 112 / summary["samples_per_second"]  # steps 4 to 10
+    assert summary["step_time_s"] == pytest.approx(seconds / 7)
     assert 0 < summary["data_wait_s"] < seconds + summary["train_time_s"]
     assert summary["evaluation_time_s"] > 0 and summary["saving_time_s"] > 0
     assert summary["joules_per_sample"] is None and summary["hfu"] is None
     assert logged[9]["host_rss_by_rank_gib"] == [pytest.approx(logged[9]["host_rss_gib"])]
 
     folder = tmp_path / "runs" / "tiny"
-    shutil.rmtree(folder / "checkpoints" / "checkpoint-9")
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-10")
     (folder / "summary.json").write_text(json.dumps(summary | {"status": "interrupted", "cause": "SIGTERM"}))
     again, records = made()
-    assert again["restarts"] == 1 and again["steps"] == 9
+    assert again["restarts"] == 1 and again["steps"] == 10
     assert again["data_wait_s"] > 0

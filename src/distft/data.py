@@ -22,11 +22,11 @@ from datasets.utils.logging import disable_progress_bar
 from filelock import FileLock
 
 from distft.errors import DataError, Fault
-from distft.packaged import packaged
+from distft.packaged import cache_folder, packaged
 from distft.recipe import Recipe
 from distft.samples import IGNORED, Example, format_dolly, format_review, tokenise
 from distft.sections import Data, Format
-from distft.tiny import cache_folder, tiny_sentiment
+from distft.tiny import tiny_sentiment
 
 _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 _VERSION = 2  # of the prepared form; part of the cache's key

@@ -298,7 +298,7 @@ def _hugging_face() -> dict[str, Any]:
 
     from distft.attention import VARLEN, kernel
     from distft.offline import has_wandb_key
-    from distft.tiny import cache_folder
+    from distft.packaged import cache_folder
 
     token = Path(constants.HF_TOKEN_PATH)
     attention = [VARLEN] if torch.cuda.is_available() and kernel() is not None else []

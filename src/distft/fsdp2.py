@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from distft.errors import LaunchError
 
@@ -19,6 +18,9 @@ KEPT = 1 / 8
 
 def layers_of(model: nn.Module) -> list[Any]:
     """The layers of a prepared model, each sharded for itself, in their order."""
+    # Takes half a second, for which no command waits that starts no training.
+    from torch.distributed.fsdp import FSDPModule
+
     stacks = (m for m in model.modules() if isinstance(m, nn.ModuleList) and all(isinstance(x, FSDPModule) for x in m))
     return list(max(stacks, key=len, default=()))
 

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -16,7 +16,6 @@ from distft.errors import Fault
 from distft.evaluation.settings import Evaluation
 from distft.section import Section
 from distft.sections import (
-    OWNED,
     RENAMED,
     Batching,
     Data,
@@ -25,8 +24,8 @@ from distft.sections import (
     Run,
     Slurm,
     Tracking,
-    upstream_section,
 )
+from distft.upstream import OWNED, UPSTREAMS, section_for
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -129,9 +128,8 @@ def field_names() -> dict[str, list[str]]:
     """The fields of each section, and under `""` the sections."""
     names = {name: list(cls.model_fields) for name, cls in SECTIONS.items()}
     names[""] = [*names, "strategy", "lora", "training", "extends"]
-    upstreams: tuple[Literal["lora"], Literal["training"]] = ("lora", "training")
-    for upstream in upstreams:
-        names[upstream] = list(upstream_section(upstream).model_fields)
+    for upstream in UPSTREAMS:
+        names[upstream] = list(section_for(upstream).model_fields)
     return names
 
 

@@ -1,7 +1,8 @@
-"""Where the files that travel with distft are: in the installed package, or at the top of a checkout."""
+"""Where distft's files are: those that travel with it, in the installed package or at the top of a checkout, and those that it makes."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -21,3 +22,10 @@ def packaged(name: str) -> Path:
     raise FileNotFoundError(
         f"distft's own file {name!r} is missing from this installation ({PACKAGE}); install it again"
     )
+
+
+def cache_folder() -> Path:
+    """`$DISTFT_CACHE`, else `distft` in the user's cache folder."""
+    if "DISTFT_CACHE" in os.environ:
+        return Path(os.environ["DISTFT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distft"

@@ -28,8 +28,8 @@ from distft.sections import (
     Slurm,
     StrategyName,
     Tracking,
-    upstream_section,
 )  # fmt: skip
+from distft.upstream import UPSTREAMS, section_for, upstream_section
 from distft.yaml12 import dump_yaml
 
 
@@ -202,7 +202,7 @@ def schema() -> dict[str, Any]:
         "type": "string",
         "description": "One other recipe, by name or path, that this one changes.",
     }
-    for name in ("lora", "training"):
+    for name in UPSTREAMS:
         section = upstream_section(name).model_json_schema()
         document["$defs"] |= section.pop("$defs", {})
         help_text = document["properties"][name].get("description", "")
@@ -229,10 +229,10 @@ def _sort_alternatives(node: Any) -> None:
 def _validate(values: dict[str, Any], source: Source, faults: list[Fault]) -> Recipe | None:
     """The recipe without its faulty keys, so that the pairs among the others can be checked as well; or None."""
     tree = dict(values)
-    for name in ("lora", "training"):
+    for name in UPSTREAMS:
         if isinstance(tree.get(name), dict):
             try:
-                upstream_section(name).model_validate(tree[name])
+                section_for(name, tree[name]).model_validate(tree[name])
             except ValidationError as error:
                 # null takes back a key that upstream does not let be null
                 faults += [

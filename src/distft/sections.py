@@ -1,60 +1,18 @@
 """What a recipe can say: one class a section; the docstring under each field is its help everywhere.
 
 `lora` and `training` have no class here. They are PEFT's `LoraConfig` and TRL's `SFTConfig` under their own field
-names, checked against the installed versions by `upstream_section`, less the fields that distft owns itself.
+names, checked against the installed versions by `upstream`, less the fields that distft owns itself.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-import functools
-import importlib
-import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, create_model
+from pydantic import Field
 
 from distft.section import DType, Section
 
 StrategyName = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
-
-_BY_BATCHING = "set batching.micro_batch or batching.global_batch_size; accumulation is derived"
-_BY_PACKING = "set batching.micro_batch_tokens: whole samples are packed up to so many tokens"
-_BY_RUN = "set run.dir, run.name or run.seed"
-_BY_STRATEGY = "set strategy; how it shards stands in accelerate_configs/"
-_BY_TRACKING = "set tracking.report_to and tracking.project"
-_BY_DATA = "distft prepares the data itself: see data.format, training.max_length, training.completion_only_loss"
-_BY_MODEL = "set it in the model section"
-_BY_ORDER = "the order of the samples is a function of run.seed alone, so that every world size sees the same"
-
-OWNED: dict[str, dict[str, str]] = {
-    "training": {
-        **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"), _BY_BATCHING),
-        **dict.fromkeys(("output_dir", "seed", "data_seed", "run_name", "resume_from_checkpoint"), _BY_RUN),
-        **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "accelerator_config", "local_rank"), _BY_STRATEGY),
-        **dict.fromkeys(("report_to", "project", "disable_tqdm"), _BY_TRACKING),
-        **dict.fromkeys(
-            ("dataset_text_field", "dataset_kwargs", "chat_template_path", "assistant_only_loss", "truncation_mode",
-             "eos_token", "pad_token", "remove_unused_columns", "label_names"),
-            _BY_DATA,
-        ),
-        **dict.fromkeys(("train_sampling_strategy", "length_column_name", "shuffle_dataset", "dataloader_drop_last"), _BY_ORDER),
-        **dict.fromkeys(("packing", "packing_strategy", "eval_packing", "padding_free"), _BY_PACKING),
-        **dict.fromkeys(("model_init_kwargs", "trust_remote_code", "use_cache"), _BY_MODEL),
-        "average_tokens_across_devices": "the loss is always normalised over all trained tokens of the global batch",
-        "do_train": "distft.train trains", "do_eval": "set training.eval_strategy", "do_predict": "set evaluation",
-        "load_best_model_at_end": "not available in this version: the adapter of the last step is saved",
-        **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
-                         "hub_revision"), "distft writes to the run folder; push runs/<name>/adapter with `hf upload`"),
-    },
-    "lora": {
-        **dict.fromkeys(("task_type", "peft_type", "inference_mode", "base_model_name_or_path", "peft_version",
-                         "auto_mapping", "runtime_config"), "distft sets it"),
-        "revision": "set model.revision",
-    },
-}  # fmt: skip
-"""Upstream fields that a recipe does not set, each with what to set instead."""
 
 RENAMED: dict[str, str] = {
     "evaluation_strategy": "training.eval_strategy",
@@ -317,37 +275,3 @@ class Slurm(Section):
     """Seconds before the time limit at which the run is told to save and stop; a save has to fit. SLURM may be 30 s early."""
     max_requeues: int = Field(20, ge=0)
     """How many times a job that was stopped before it had finished goes back into the queue."""
-
-
-@functools.cache
-def upstream_section(name: Literal["lora", "training"]) -> type[BaseModel]:
-    """The section `name` as a strict model of the fields that the installed PEFT or TRL takes, less those of `OWNED`.
-
-    Imports TRL or PEFT at the first call. All fields are optional: what a recipe does not set stays upstream's default.
-    """
-    module, cls = {"training": ("trl", "SFTConfig"), "lora": ("peft", "LoraConfig")}[name]
-    config = getattr(importlib.import_module(module), cls)
-    hints = typing.get_type_hints(config)
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        if field.init and field.name not in OWNED[name]:
-            help_text = " ".join(str(field.metadata.get("help", "")).split())
-            fields[field.name] = (_describable(hints[field.name]), Field(None, description=help_text or None))
-    return create_model(
-        config.__name__,
-        __config__=ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, protected_namespaces=()),
-        __doc__=f"{config.__module__.split('.')[0]}.{config.__name__}: fields that are not set keep its defaults.",
-        **fields,
-    )
-
-
-def _describable(hint: Any) -> Any:
-    """`hint` as pydantic can check and describe it; Any for a class of upstream's own."""
-    choices = [option for option in typing.get_args(hint) if isinstance(option, type) and issubclass(option, enum.Enum)]
-    if choices:  # `SchedulerType | str`: only the names of the enumeration are understood
-        return Literal[tuple(str(member.value) for member in choices[0])]
-    try:
-        TypeAdapter(hint).json_schema()
-    except (PydanticUserError, ValueError):
-        return Any
-    return hint

@@ -11,12 +11,11 @@ import os
 import shutil
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from distft.errors import Fault, InvariantError, LaunchError
 from distft.fsdp2 import keep_layers, make_real_on_cpu, prefetch
@@ -26,6 +25,10 @@ from distft.recipe import Recipe
 from distft.recipe_file import read_yaml
 from distft.sections import StrategyName
 from distft.world import World, reduce
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 _BITSANDBYTES_OPTIMIZERS = ("paged_", "adamw_bnb", "lion_8bit", "lion_32bit", "adamw_8bit", "rmsprop_bnb", "ademamix")
 
@@ -262,7 +265,7 @@ class Strategy:
             partitioned = hasattr(parameter, "ds_id")
             if parameter.is_meta:
                 return f"parameter {name} is on the meta device: its weights were never loaded"
-            if self.name == "fsdp" and not isinstance(parameter, DTensor):
+            if self.name == "fsdp" and not _is_sharded(parameter):
                 return f"FSDP was asked for, but parameter {name} is not sharded (a {type(parameter).__name__}, no DTensor)"
             if self.on_gpu and parameter.device.type == "cpu" and not partitioned and not self._offloads():
                 return f"parameter {name} is on the CPU, and this run trains on a GPU"
@@ -354,14 +357,21 @@ class Strategy:
 
                 with deepspeed.zero.GatheredParameters([parameter]):
                     yield name, parameter.data
-            elif isinstance(parameter, DTensor):
+            elif _is_sharded(parameter):
                 yield name, parameter.full_tensor()
             else:
                 yield name, parameter.data
 
 
+def _is_sharded(tensor: torch.Tensor) -> TypeIs[DTensor]:
+    # Takes half a second, for which no command waits that starts no training.
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
 def _local(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return parameter.to_local() if _is_sharded(parameter) else parameter
 
 
 def whole_numel(parameter: torch.Tensor) -> int:

@@ -154,7 +154,9 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step in (self._warmup, state.max_steps):
-            control.should_log = True  # a window of the rates ends here: they leave the warm-up out, and no step after it
+            control.should_log = (
+                True  # a window of the rates ends here: they leave the warm-up out, and no step after it
+            )
         if control.should_log or control.should_evaluate or control.should_save:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()

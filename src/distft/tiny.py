@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from distft.packaged import packaged
+from distft.packaged import cache_folder, packaged
 from distft.run import write_atomically
 from distft.sentiment import reviews
 from distft.world import say
@@ -24,13 +24,6 @@ VOCABULARY = 2_048
 CONTEXT = 128
 STEPS = 250
 BATCH = 16
-
-
-def cache_folder() -> Path:
-    """`$DISTFT_CACHE`, else `distft` in the user's cache folder."""
-    if "DISTFT_CACHE" in os.environ:
-        return Path(os.environ["DISTFT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distft"
 
 
 def tiny_model() -> Path:
