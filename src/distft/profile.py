@@ -109,7 +109,7 @@ class Profile(TrainerCallback):  # type: ignore[misc]
         return self._first < step <= self._first + self._steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._first = max(self._warmup, state.global_step + 1)
+        self._first = state.global_step + self._warmup
         self._steps = max(min(self._wanted, state.max_steps - self._first - 1), 0)
         if self._wanted and not self._steps and self._world.is_main:
             say(

@@ -5,10 +5,11 @@ All ranks measure and reduce; rank 0 alone writes metrics.jsonl, the console and
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,6 +114,8 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
     profiled: Callable[[int], bool] = lambda step: False
     """Whether a step ran under the profiler. Its time is not that of the others; windows end where such steps begin and end."""
     waits: Waits = field(default_factory=Waits)
+    resumed: Mapping[str, Any] = field(default_factory=dict)
+    """What `carried` said when the checkpoint was saved that the run goes on from."""
     steps_total: int = 0
     whole: Window = field(default_factory=Window)
     _window: Window = field(default_factory=Window)
@@ -121,17 +124,41 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
     _idle_watts: float | None = None
     _evaluating_s: float = 0.0
     _saving_s: float = 0.0
+    _began_at: int = 0
     _step_logged: int = 0
     _tokens_logged: int = 0
+    _losses: float = 0.0
     _unwritten: list[dict[str, Any]] = field(default_factory=list)
     _by_rank: dict[str, list[float]] = field(default_factory=dict)
     _bar: Any = None
     _energy: EnergyMeter | None = None
+    _energy_j: float | None = None
     _started: float = 0.0
     train_time_s: float | None = None
 
     def __post_init__(self) -> None:
         self._flops = device_flops()
+        if self.resumed:
+            self.whole, self._losses = Window(**self.resumed["whole"]), self.resumed["losses"]
+            self._evaluating_s, self._saving_s = self.resumed["evaluating_s"], self.resumed["saving_s"]
+            self.waits.seconds += self.resumed["waited_s"]
+
+    def carried(self) -> dict[str, Any]:
+        """What a run that goes on from here has to know, so that its figures are of all its steps and not of the last ones alone."""
+        return {
+            "whole": dataclasses.asdict(self.whole), "losses": self._losses, "evaluating_s": self._evaluating_s, "saving_s": self._saving_s,
+            "waited_s": self.waits.seconds, "trained_s": self._trained_s, "energy_j": self._energy_j,
+        }  # fmt: skip
+
+    @property
+    def _trained_s(self) -> float:
+        """Seconds of training until now, those of earlier starts as well; not what came after the checkpoint that the run went on from."""
+        return float(time.perf_counter() - self._started + self.resumed.get("trained_s", 0.0))
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Of all steps until the last log, one of which comes with the last step and with every save."""
+        return self._losses / self._step_logged if self._step_logged else None
 
     # Trainer's events -------------------------------------------------------------------------------------------------
 
@@ -141,7 +168,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         total = reduce([watts or 0.0], "sum", self.world)[0]
         self._idle_watts = None if watts is None else total
         self.steps_total = state.max_steps
-        self._step_logged = state.global_step
+        self._began_at = self._step_logged = state.global_step
         self._tokens_logged = self.plan.tokens_after(state.global_step)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -153,16 +180,14 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         self._lap()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step in (self._warmup, state.max_steps):
-            control.should_log = (
-                True  # a window of the rates ends here: they leave the warm-up out, and no step after it
-            )
-        if control.should_log or control.should_evaluate or control.should_save:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self._window += self._lap()
+        # A window of the rates ends with the warm-up, which they leave out, and with the last step, which they do not.
+        control.should_log |= state.global_step in (self._warmup, state.max_steps)
+        self._pause(control)
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._pause(control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         self._evaluating_s += self._lap().seconds
@@ -195,7 +220,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
             self._show(logs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.train_time_s = time.perf_counter() - self._started
+        self.train_time_s = self._trained_s
         self._lap()
         self._write()
         if self._unwritten:
@@ -220,10 +245,20 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
             return
         self._unwritten.clear()
 
+    def _pause(self, control: Any) -> None:
+        """End a stretch of training where something else comes next. Before a save that is a log too, so that what has been logged until a
+        checkpoint is all that came before it."""
+        control.should_log |= control.should_save
+        if control.should_log or control.should_evaluate:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self._window += self._lap()
+
     @property
     def _warmup(self) -> int:
-        """First steps that the run's rates leave out; at least one step is always measured."""
-        return min(self.recipe.tracking.throughput_warmup_steps, max(self.steps_total - 1, 0))
+        """The last of the steps that the run's rates leave out after each of its starts; at least one step is always measured."""
+        warm = self._began_at + self.recipe.tracking.throughput_warmup_steps
+        return min(warm, max(self.steps_total - 1, 0))
 
     def _lap(self) -> Window:
         """Seconds and joules of this process's GPU since the last call."""
@@ -247,16 +282,18 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
             window = Window()  # its rates would be the profiler's
         elif self._step_logged >= self._warmup:
             self.whole += window
+        self._losses += logs["loss"] * (step - self._step_logged)
         self._step_logged, self._tokens_logged = step, tokens
-        logs |= {"samples": samples, "tokens": tokens, "time_s": time.perf_counter() - self._started}
+        logs |= {"samples": samples, "tokens": tokens, "time_s": self._trained_s}
         logs |= window.rates(self.world.world_size, self.work, self._flops) | self.memory()
         logs["energy_j"] = self.energy()
 
     def energy(self) -> float | None:
         """Joules that the GPUs of all ranks have used since training began. All ranks enter."""
         joules = self._energy.joules() if self._energy else None
-        total = reduce([joules or 0.0], "sum", self.world)[0]
-        return total if joules is not None else None
+        total = float(reduce([joules or 0.0], "sum", self.world)[0]) + (self.resumed.get("energy_j") or 0.0)
+        self._energy_j = total if joules is not None else None
+        return self._energy_j
 
     def memory(self) -> dict[str, float | None]:
         """Peak allocated and reserved GPU memory and host RSS of the worst rank, in GiB. All ranks enter."""

@@ -84,13 +84,22 @@ def train(arguments: Sequence[str]) -> None:
         recomputed = recomputed_parameters(model, by_trainer=bool(config.gradient_checkpointing))
         waits = Waits()
         profile = Profile(record.folder, recipe, world, waits)
-        telemetry = Telemetry(record.folder, recipe, world, plan, Work.of(flops, recomputed), profile.covers, waits)
         carried = record.place.carried
+        telemetry = Telemetry(
+            record.folder,
+            recipe,
+            world,
+            plan,
+            Work.of(flops, recomputed),
+            profile.covers,
+            waits,
+            carried.get("telemetry", {}),
+        )
         held_out = HeldOut(at_most(splits.test, recipe.evaluation.max_samples), carried.get("before"))
         stop = StopTogether(world, Launch.of(os.environ).began, recipe.run.max_time_s)
         numbers = BadNumbers(recipe, record.folder, world, plan, carried.get("skipped_steps", 0))
         checkpoints = Checkpoints(record.folder, how, recipe.training.get("save_total_limit"),
-                                  lambda: {"before": held_out.before, "skipped_steps": numbers.skipped})  # fmt: skip
+                                  lambda: {"before": held_out.before, "skipped_steps": numbers.skipped, "telemetry": telemetry.carried()})  # fmt: skip
         trainer = Trainer(
             model=model, args=config, processing_class=tokenizer, plan=plan, numbers=numbers, checkpoints=checkpoints, waits=waits,
             skips_spare_rounds=how.skips_spare_rounds, train_dataset=splits.train,
@@ -105,7 +114,7 @@ def train(arguments: Sequence[str]) -> None:
         held_out.trainer = trainer
         settle_adapter_dtype(model, recipe, how)
         with closing(profile):
-            output = trainer.train(resume_from_checkpoint=record.place.resume_from)
+            trainer.train(resume_from_checkpoint=record.place.resume_from)
         with telemetry.aside():
             profile.write()
         stop.raise_if_stopped(checkpoints.last)
@@ -116,7 +125,7 @@ def train(arguments: Sequence[str]) -> None:
         with telemetry.saving():
             saved = save_result(trainer.model, recipe, how, record.folder)
         record.note(
-            train_loss=None if numbers.skipped else output.training_loss,  # its mean counts a skipped step as 0
+            train_loss=None if numbers.skipped else telemetry.mean_loss,  # it would count a skipped step as 0
             steps=trainer.state.global_step, skipped_steps=numbers.skipped, adapter=str(saved), **telemetry.figures(),
         )  # fmt: skip
         if world.is_main:
