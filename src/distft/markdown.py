@@ -154,7 +154,8 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]], list[st
         "different": "`× 1.23 (1.20 – 1.26)`: the ratio of the geometric means and its interval, which excludes 1.",
         "no difference": "`no difference (0.97 – 1.03)`: the interval of the ratio holds 1, so that this may be chance.",
         "equal": f"`equal`: all runs within {ROUNDING:.2%} of each other.",
-        "no spread": "`(× 1.23)`: one run on a side, so that there is no spread to judge by; this may be chance.",
+        "no spread": "`(× 1.23)`: one run on a side, so that there is no spread to judge by and this may be chance; or a loss, which the seed decides that "
+        "all repeats share.",
     }
     if verdicts & {"different", "no difference"}:
         among = (
@@ -174,7 +175,10 @@ def _reason(item: Comparison) -> str:
         return f"the verdict on its speed is withheld: {item.why}"
     if item.why.startswith("not equal"):
         return f"its speed is not compared, for it did other work ({item.why})"
-    return f"{next(figure.title.split(',')[0] for figure in FIGURES if figure.key == item.figure)} is not compared: {item.why}"
+    title = next(figure.title.split(",")[0] for figure in FIGURES if figure.key == item.figure)
+    if item.verdict != "not compared":
+        return f"{title} from {item.why}: {item.verdict}"
+    return f"{title} is not compared: {item.why}"
 
 
 NOT_PROFILED = "No run was profiled: tracking.profile_steps=3 makes a report say what the steps were bound by."

@@ -15,11 +15,11 @@ from typing import Any
 from distft.bound import Bound, Facts, Split, bound, whole_run
 from distft.equality import BY_DEFAULT, EQUAL, differences, sameness
 from distft.errors import RunFolderError
-from distft.evaluation import details
+from distft.evaluation import columns, details
 from distft.intervals import CONFIDENCE, Interval
 from distft.results import FIGURES, TIMES, Run, read_run
 from distft.run import RunFolder, to_json
-from distft.verdict import Comparison, judge, sentence
+from distft.verdict import Comparison, judge, judge_items, sentence
 
 LOSS_TOLERANCE = 0.01
 """Losses of two variants that are further apart than this share of the first one's are not equal, where an experiment says nothing else."""
@@ -261,6 +261,9 @@ class _Comparer:
         """How many variants have an interval beside the first: those with two runs and more."""
         return max(1, sum(len(members) > 1 for members in [*self.done.values()][1:]))
 
+    def _estimates(self, variant: str, key: str) -> list[Mapping[str, float | None]]:
+        return [found for run in self.done[variant] if (found := columns.estimate(run.evaluation, key))]
+
     def compare(self, first: str, name: str) -> list[Comparison]:
         """The variant `name` beside `first` in every figure that both have."""
         pair = {key: self.done[key] for key in (first, name)}
@@ -278,6 +281,12 @@ class _Comparer:
                 continue
             found, verdict = judge(ours, theirs, self.together)
             why = ""
+            if figure.quality:
+                one, other = (self._estimates(key, figure.key) for key in (first, name))
+                verdict, why = judge_items(one, other, figure.form)
+                found = found and Interval(found.centre)
+            elif figure.per_token and not figure.speed and verdict != "equal":
+                found, verdict = found and Interval(found.centre), "no spread"
             if figure.speed and broken == ["loss"]:
                 found, verdict, why = None, "withheld", _diverged(unequal["loss"], first, name, self.tolerance)
             elif figure.speed and broken:

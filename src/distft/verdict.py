@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distft.intervals import Interval, difference, ratio
+
+CLOSE = 1.05
+"""Speeds are called equal where the interval of their ratio lies within this factor either way. A wider one that holds 1 says that the
+repeats cannot tell."""
 
 ROUNDING = 1e-4
 """Figures that all lie within this share of each other are equal: strategies round sums in different orders."""
@@ -24,7 +29,7 @@ class Comparison:
     - `different`: the interval excludes 1 (of figures that are 0 or negative, which have no ratio, that of the difference excludes 0)
     - `no difference`: it does not
     - `equal`: all but for rounding
-    - `no spread`: fewer than two runs on a side
+    - `no spread`: fewer than two runs on a side, or a loss: repeats share the seed that decides it, so that theirs is no spread of it
     - `withheld`: a speed, where losses that were declared equal diverge
     - `not compared`: `why` not
     """
@@ -49,6 +54,30 @@ def judge(one: Sequence[float], other: Sequence[float], together: int = 1) -> tu
         return found, "no spread"
     apart = difference(one, other, together).excludes(0) if found is None else found.excludes(1)
     return found, "different" if apart else "no difference"
+
+
+def judge_items(
+    one: Sequence[Mapping[str, float | None]], other: Sequence[Mapping[str, float | None]], form: str
+) -> tuple[str, str]:
+    """The verdict on a figure of a task, and why, in words. Each side's estimates (`value`, `low`, `high`) are those of its runs; their
+    intervals are over the task's items, for repeats share the seed, and how little they differ says nothing of how well they learned.
+
+    The items of both sides are the same ones, but which of them each solves is not looked at: the interval of the difference is then
+    rather too wide (Newcombe 1998, method 10, without the correlation of the pairs)."""
+    from distft.evaluation.figures import (
+        Estimate,  # its library takes half a second, for which most reports need not wait
+    )
+
+    def mean(runs: Sequence[Mapping[str, float | None]], key: str) -> float:
+        return statistics.fmean(math.nan if (value := each[key]) is None else value for each in runs)
+
+    base, adapter = (Estimate(mean(runs, "value"), mean(runs, "low"), mean(runs, "high")) for runs in (one, other))
+    apart = Estimate.apart(base, adapter, correlation=0.0)
+    told = f"{base.value:{form}} to {adapter.value:{form}}"
+    if not (math.isfinite(apart.low) and math.isfinite(apart.high)):
+        return "no spread", told
+    verdict = "no difference" if apart.low <= 0 <= apart.high else "different"
+    return verdict, f"{told}, by {apart.low:+{form}} to {apart.high:+{form}} over the items"
 
 
 def sentence(
@@ -84,8 +113,11 @@ def _speed(item: Comparison) -> str:
         return f"{one} ran once or {other} did, so that a difference could be chance{seen}"
     if item.verdict == "different" and item.ratio:
         return f"{one} is {_times(item)}"
-    bounds = "" if item.low is None or item.high is None else f" ({item.low:.2f}–{item.high:.2f} times)"
-    return f"{one} is as fast as {other}, as far as the repeats can tell{bounds}"
+    if item.low is None or item.high is None:
+        return f"{one} is as fast as {other}"
+    if item.low >= 1 / CLOSE and item.high <= CLOSE:
+        return f"{one} is as fast as {other} ({item.low:.2f}–{item.high:.2f} times)"
+    return f"whether {one} is faster or slower than {other} the repeats cannot tell (here {_times(item)})"
 
 
 def _times(item: Comparison) -> str:
@@ -93,7 +125,7 @@ def _times(item: Comparison) -> str:
     assert item.ratio is not None
     slow = item.ratio < 1
     centre, low, high = item.ratio, item.low, item.high
-    if slow:  # `high` is below 1 as well, or there would be nothing to say; `low` may be as good as 0
+    if slow:  # `low` may be as good as 0, and `high` infinite
         centre, low, high = (
             1 / centre,
             None if high is None else 1 / high,
@@ -110,7 +142,7 @@ def _quality(speed: Comparison, beside: Sequence[Comparison], quality: Mapping[s
     ):
         return ""
     solved = [item for item in beside if item.figure in quality and item.ratio is not None]
-    words = [f"{quality[item.figure]} × {item.ratio:.3f}{bounds(item)}, {item.verdict}" for item in solved]
+    words = [f"{quality[item.figure]} {item.why or f'× {item.ratio:.3f}'}, {item.verdict}" for item in solved]
     told = ", and on the task: " + "; ".join(words) if words else "; how well they solve the task no run has measured"
     return f", in time to the same samples{told}"
 

@@ -28,11 +28,14 @@ _UNKNOWN = "–"
 
 def columns(evaluation: Mapping[str, Any] | None) -> dict[str, float | None]:
     """The figures of a run's adapter (of its base, where that is all) that stand beside its speed; None where unknown."""
-    found: dict[str, float | None] = {}
-    for key, (task, name) in _COLUMNS.items():
-        figure = ((evaluation or {}).get(task) or {}).get("figures", {}).get(name) or {}
-        side = figure.get("adapter") or figure.get("base") or {}
-        found[key] = side.get("value")
+    return {key: estimate(evaluation, key).get("value") for key in _COLUMNS}
+
+
+def estimate(evaluation: Mapping[str, Any] | None, key: str) -> Mapping[str, float | None]:
+    """`value`, `low` and `high` of the figure that stands in the column `key`; {} where it is unknown."""
+    task, name = _COLUMNS[key]
+    figure = ((evaluation or {}).get(task) or {}).get("figures", {}).get(name) or {}
+    found: Mapping[str, float | None] = figure.get("adapter") or figure.get("base") or {}
     return found
 
 
