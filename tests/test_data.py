@@ -737,3 +737,19 @@ def test_a_preview_counts_tokens_and_shows_lengths_and_what_was_dropped(tokenize
     assert f"sample 0: {len(ids)} tokens, {sum(label != IGNORED for label in labels)} trained" in text
     assert f"data: train 1, validation 0, test 0 samples; {len(ids)} training tokens" in text
     assert "lengths in tokens (train)" in text and "█" in text
+
+
+def test_the_digest_is_of_the_texts_in_their_order(prepare: Prepare, tmp_path: Path) -> None:
+    rows = [{"body": f"Row {number}."} for number in range(4)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+
+    def digest(*words: str) -> str:
+        return prepare(f"data.name={file}", "data.format.text=body", *ALL, *words).report.digest
+
+    first = digest()
+    assert digest("training.max_length=2") == first, "how a text is cut into tokens does not matter"
+    assert digest("run.seed=1") != first
+    write_rows(file, reversed(rows))
+    assert digest() != first
+    write_rows(file, rows)
+    assert digest() == first

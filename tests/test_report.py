@@ -349,6 +349,7 @@ def test_losses_that_differ_by_rounding_alone_are_equal(tmp_path: Path) -> None:
         (["lora.r=4"], {"train_loss": 2.53}, {"loss"}),
         (["lora.r=4"], {"eval_after": {"loss": 1.9, "perplexity": 6.7}}, {"loss"}),
         (["run.on_bad_numbers=skip"], {"skipped_steps": 1}, {"samples"}),
+        ([], {"data_digest": "other rows under the same name"}, {"samples", "order"}),
     ],
 )  # fmt: skip
 def test_what_was_equal_follows_from_the_folders(

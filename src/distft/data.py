@@ -29,7 +29,7 @@ from distft.sections import Data, Format
 from distft.tiny import tiny_sentiment
 
 _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-_VERSION = 2  # of the prepared form; part of the cache's key
+_VERSION = 3  # of the prepared form; part of the cache's key
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -89,6 +89,8 @@ class Report:
     dropped_untrained: dict[str, int]
     truncated: dict[str, int]
     tokens: dict[str, int]
+    digest: str
+    """Of the texts to train on, in their order: the same whatever the tokenizer, another where a file of the same name holds other rows."""
 
     def lines(self) -> list[str]:
         sizes = ", ".join(f"{name} {count:,}" for name, count in self.rows.items())
@@ -249,7 +251,10 @@ def _prepare(
         counts["tokens"][name] = sum(map(len, ids))
         if ids:
             splits[name] = Dataset.from_dict({"input_ids": ids, "labels": labels}, features=_FEATURES)
-    return DatasetDict(splits), Report(dropped_empty=empty, **counts)
+    texts = hashlib.sha256()
+    for example in parts["train"]:
+        texts.update(json.dumps([example.text, example.trained_from]).encode())
+    return DatasetDict(splits), Report(dropped_empty=empty, **counts, digest=texts.hexdigest()[:16])
 
 
 def split(rows: Sequence[Any], data: Data, seed: int, *, with_test: bool) -> dict[str, list[Any]]:

@@ -13,10 +13,12 @@ from typing import Any, Literal
 _NAMES_OF_A_RUN = ("run.name", "run.dir", "run.resume", "run.force", "tracking.")
 """What makes no difference to what a run does."""
 
+DIGEST = "digest of the data"
+"""The fact that says what the texts were: names of files say it only while nobody writes to them."""
 
 EQUAL: dict[str, tuple[str, ...]] = {
-    "samples": ("as run.samples", "as run.skipped_steps", "data.", "run.seed"),
-    "order": ("data.", "run.seed"),
+    "samples": ("as run.samples", "as run.skipped_steps", "data.", DIGEST, "run.seed"),
+    "order": ("data.", DIGEST, "run.seed"),
     "global_batch": ("as run.global_batch_size", "as run.global_batch_tokens"),
     "tokens": ("as run.tokens",),
     "base_weights": ("model.name", "model.revision", "model.dtype", "quantization", "quantization.load_",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distft.bound import Split
+from distft.equality import DIGEST
 from distft.errors import RunFolderError
 from distft.evaluation.columns import columns
 from distft.run import RunFolder
@@ -142,6 +143,8 @@ def read_run(folder: RunFolder) -> Run:
         )
     as_run = _AS_RUN if status == "finished" else ("strategy", "world_size")
     facts = dict(leaves(recipe)) | {f"as run.{key}": summary.get(key) for key in as_run}
+    if summary.get("data_digest") is not None:
+        facts[DIGEST] = summary["data_digest"]
     facts |= leaves({key: environment.get(key) for key in _MACHINE}, "machine.")
     return Run(
         folder.name, str(folder.path), status, cause, summary.get("strategy"),
