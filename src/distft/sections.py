@@ -33,6 +33,9 @@ RENAMED: dict[str, str] = {
 """Names that people bring from older versions and other tools, and what they are called here."""
 
 
+_CLOCK = r"^(\d+-)?\d{1,2}:\d\d:\d\d$"
+
+
 class Run(Section):
     """Which run this is and where its folder goes."""
 
@@ -50,8 +53,11 @@ class Run(Section):
     """A NaN or infinite loss or gradient norm: `stop` ends the run, `skip` leaves that step's update out, ten in a row at most."""
     max_restarts: int = Field(3, ge=0)
     """How many times `distft train` starts the processes again after one was killed, failed or hung."""
-    max_time: str | None = Field(None, pattern=r"^(\d+-)?\d{1,2}:\d\d:\d\d$")
+    max_time: str | None = Field(None, pattern=_CLOCK)
     """Save and stop before this much time has passed since the start, as SLURM writes it: `[days-]hours:minutes:seconds`."""
+    train_time: str | None = Field(None, pattern=_CLOCK)
+    """End as after the last step, evaluated and finished, once so much time was trained, evaluations and saves on the way counted, those
+    of earlier starts as well. The learning rate's schedule is that of all steps."""
     hang_timeout_s: float = Field(900.0, gt=0)
     """A run that makes no progress inside a step, a batch of an evaluation or a save for so many seconds is ended with every rank's
     Python stacks in its folder; the first step is left out. Keep it above the longest save, and below training.ddp_timeout
@@ -60,11 +66,20 @@ class Run(Section):
     @property
     def max_time_s(self) -> float | None:
         """`max_time` in seconds."""
-        if self.max_time is None:
-            return None
-        days, _, clock = self.max_time.rpartition("-")
-        hours, minutes, seconds = map(int, clock.split(":"))
-        return float(((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)
+        return _seconds(self.max_time)
+
+    @property
+    def train_time_s(self) -> float | None:
+        """`train_time` in seconds."""
+        return _seconds(self.train_time)
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    days, _, clock = text.rpartition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return float(((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 class Model(Section):

@@ -1,4 +1,4 @@
-"""Signals and the deadline during training: all ranks agree on one step, save there, and stop."""
+"""Signals and deadlines during training: all ranks agree on one step and stop there, with a checkpoint or with the result."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from distft.errors import Interrupted
 from distft.world import STOP, World
 
 _KEY = "distft/stop"
+_ENOUGH = "run.train_time"
 
 
 class StopTogether(TrainerCallback):  # type: ignore[misc]
@@ -20,11 +21,21 @@ class StopTogether(TrainerCallback):  # type: ignore[misc]
 
     The rank that was asked proposes the step after next in the process group's store. No rank can be beyond it by then: to
     finish the next step it needs that rank's gradients. The store answers on the host, so the device never waits.
-    `began` is a Unix time, `max_time_s` what may pass from then on.
+    `began` is a Unix time, `max_time_s` what may pass from then on. Once `train_time_s` were trained, of which earlier starts had
+    `trained_s`, the training ends as after its last step.
     """
 
-    def __init__(self, world: World, began: float, max_time_s: float | None) -> None:
+    def __init__(
+        self,
+        world: World,
+        began: float,
+        max_time_s: float | None,
+        train_time_s: float | None = None,
+        trained_s: float = 0.0,
+    ) -> None:
         self._several = world.world_size > 1
+        self._left_s = None if train_time_s is None else train_time_s - trained_s
+        self._enough: float | None = None
         self._stopped: tuple[int, str] | None = None
         self._deadline = None if max_time_s is None else began + max_time_s
         self._step_s = 0.0
@@ -33,6 +44,7 @@ class StopTogether(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         STOP.deferred = STOP.training = True
+        self._enough = None if self._left_s is None else time.monotonic() + self._left_s
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._clock = time.monotonic()
@@ -42,8 +54,10 @@ class StopTogether(TrainerCallback):  # type: ignore[misc]
         self._step_s, self._clock = max(self._step_s, now - self._clock), now
         plan = self._plan(state.global_step)
         if plan is not None and state.global_step >= plan[0]:
-            self._stopped = plan
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
+            if plan[1] != _ENOUGH:
+                self._stopped = plan
+                control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._save_s = max(self._save_s, time.monotonic() - self._clock)
@@ -58,7 +72,7 @@ class StopTogether(TrainerCallback):  # type: ignore[misc]
         # Two more steps and the save have to fit, each taken as long as the longest so far and half as long again.
         if self._deadline is not None and time.time() + 1.5 * (2 * self._step_s + self._save_s) > self._deadline:
             return "run.max_time"
-        return None
+        return _ENOUGH if self._enough is not None and time.monotonic() >= self._enough else None
 
     def _plan(self, step: int) -> tuple[int, str] | None:
         """The step to stop after and what asked for it, if any rank was asked."""

@@ -66,10 +66,7 @@ class Submission:
         _check(recipes)
         job = Job(experiment.name, tuple(run.arguments for run in experiment.runs), is_array=True)
         report = (*arguments, "--output", str(_runs(first) / f"{experiment.name}.md"))
-        slurm = first.slurm
-        if any(recipe.run.max_time is not None for recipe in recipes):  # a budget in minutes is that of one start
-            slurm = slurm.model_copy(update={"max_requeues": 0})
-        return cls(job, slurm, Jobs.of(_runs(first)), frozenset(recipe.strategy for recipe in recipes), report)
+        return cls(job, first.slurm, Jobs.of(_runs(first)), frozenset(recipe.strategy for recipe in recipes), report)
 
     @property
     def script(self) -> str:

@@ -246,9 +246,9 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         self._unwritten.clear()
 
     def _pause(self, control: Any) -> None:
-        """End a stretch of training where something else comes next. Before a save that is a log too, so that what has been logged until a
-        checkpoint is all that came before it."""
-        control.should_log |= control.should_save
+        """End a stretch of training where something else comes next. Before a save or the end that is a log too, so that what has been
+        logged until then is all that came before it."""
+        control.should_log |= control.should_save or control.should_training_stop
         if control.should_log or control.should_evaluate:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()

@@ -78,6 +78,18 @@ def test_a_run_saves_and_stops_before_its_time_is_over(kind: str, tmp_path: Path
     assert "stopped by run.max_time after step" in ended.folder.read_summary()["cause"]
 
 
+@pytest.mark.parametrize("kind", ["single", "ddp"])
+def test_a_run_that_has_trained_long_enough_ends_with_its_result(kind: str, tmp_path: Path) -> None:
+    """As after its last step, on all ranks after the same one, and not as one that was stopped."""
+    ended = go(tmp_path, kind, *LONG, "run.train_time=00:00:06")
+    assert ended.code == 0, ended.stderr[-3000:]
+    summary = ended.folder.read_summary()
+    assert summary["status"] == "finished" and summary["train_time_s"] >= 6
+    last = ended.folder.read_metrics()[-1]["step"]
+    assert 3 < summary["steps"] == last and summary["samples"] == summary["steps"] * 16
+    assert list(ended.folder.adapter.glob("*.safetensors")) and summary["train_loss"] > 0
+
+
 def test_a_time_in_another_spelling_is_a_fault(tmp_path: Path) -> None:
     ended = go(tmp_path, "single", "run.max_time=90m")
     assert ended.code == 2
