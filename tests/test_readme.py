@@ -207,7 +207,7 @@ def measured(name: str) -> Any:
 
 
 def test_measured_figures_are_those_of_the_record() -> None:
-    one, two, strategies, long = tables_of("Measured")
+    one, two, strategies, question, long = tables_of("Measured")
     record = measured("throughput_h200")
     pairs = {pair["case"]: pair for pair in record["comparisons"] if pair["reference"].startswith("unsloth")}
     for name, *cells in one:
@@ -237,6 +237,26 @@ def test_measured_figures_are_those_of_the_record() -> None:
     for name, *cells in strategies:
         found = summary[name.strip("`")]
         assert cells == [format(found[figure]["median"], form) for figure, form in forms.items()]
+
+    experiments = measured("ddp_vs_fsdp_h200")["experiments"]
+    for settings, name, runs, rate, kind, compute, host, *rest in question:
+        experiment = "ddp_vs_fsdp" if settings == "distft's" else "ddp_vs_fsdp_published"
+        (variant,) = (
+            each
+            for each in experiments[experiment]["report"]["variants"]
+            if each["name"] == f"{experiment}-{name.strip('`')}"
+        )
+        found, split = variant["spreads"], variant["split"]
+        spread = found["samples_per_second"]
+        several = f" ({spread['least']:.1f}–{spread['greatest']:.1f})" if variant["finished"] > 1 else ""
+        parts = sum(split[key] for key in ("compute_s", "communication_s", "copy_s", "data_wait_s", "host_s"))
+        assert [runs, rate] == [str(variant["finished"]), f"{spread['median']:.1f}{several}"]
+        assert [kind, compute, host] == [
+            variant["bound"]["kind"],
+            *(f"{split[key] / parts:.0%}" for key in ("compute_s", "host_s")),
+        ]
+        forms = {"mfu": ".3f", "peak_memory_gib": ".1f", "joules_per_sample": ".1f"}
+        assert rest == [format(found[key]["median"], form) for key, form in forms.items()]
 
     summary = measured("long_context_h200")["summary"]
     for name, *cells in long:
