@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from provenance import provenance
 
 from distft.run import to_json, write_atomically
 
-STEPS = {"ddp_vs_fsdp": 40, "ddp_vs_fsdp_published": 10}
+STEPS = {"ddp_vs_fsdp": 40, "ddp_vs_fsdp_published": 6}
+RESHARD = {"FSDP_RESHARD_AFTER_FORWARD": "true"}
+"""Of the published settings: full sharding gathers every layer for the forward and again for the backward."""
 
 
 def repeated(rows: Path, count: int, path: Path) -> Path:
@@ -34,9 +38,9 @@ def repeated(rows: Path, count: int, path: Path) -> Path:
     return path
 
 
-def ended(command: list[str], limit_s: float) -> int:
+def ended(command: list[str], environment: Mapping[str, str], limit_s: float) -> int:
     """The exit code. At the limit the command is asked to stop as by Ctrl-C, so that it reports on the runs that it has made."""
-    child = subprocess.Popen(command)
+    child = subprocess.Popen(command, env={**os.environ, **environment})
     with contextlib.suppress(subprocess.TimeoutExpired):
         return child.wait(limit_s)
     child.terminate()
@@ -47,7 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, required=True, help="rows in Dolly's schema, a .jsonl file")
     parser.add_argument("--experiments", nargs="+", default=[*STEPS], choices=STEPS)
-    parser.add_argument("--steps", type=int, help="of every run, in place of 40 and 10")
+    parser.add_argument("--steps", type=int, help="of every run, in place of 40 and 6")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shape", default="llama-2-7b", choices=synthetic.SHAPES)
     parser.add_argument("--work", type=Path, default=Path("/tmp/distft-ddp-vs-fsdp"))
@@ -80,11 +84,12 @@ def main() -> int:
         words = ["compare", *arguments, "--repeats", str(options.repeats), "--resume"]
         if not torch.cuda.is_available():
             words += ["--nproc", "2"]
-        code = ended([sys.executable, "-m", "distft.cli", *words], options.limit)
+        environment = RESHARD if name == "ddp_vs_fsdp_published" else {}
+        code = ended([sys.executable, "-m", "distft.cli", *words], environment, options.limit)
         worst = worst or code
         report = folder / f"{name}.json"
         record["experiments"][name] = {
-            "command": " ".join(["distft", *words]), "exit_code": code, "steps": steps,
+            "command": " ".join([*(f"{key}={value}" for key, value in environment.items()), "distft", *words]), "exit_code": code, "steps": steps,
             "report": json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None,
         }  # fmt: skip
         write_atomically(options.output, to_json(record) + "\n")
