@@ -597,7 +597,7 @@ def test_repeats_share_one_split_and_one_bound(tmp_path: Path) -> None:
     assert (shown["bound"], shown["host, ms a step"], shown["saving, s"]) == (
         "arithmetic",
         "200.0 (22%)",
-        "1.0 (1.0 – 1.0)",
+        "1.0",
     )
     assert f"- `{first.name}` is bound by arithmetic: compute 67%" in text
     stored = json.loads(made.to_json())["variants"][0]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from distft.bound import Split
@@ -25,6 +28,10 @@ _INK, _GRID = "#010203", "#010204"
 """Stand in the drawing for the page's `currentColor` and for its fainter lines."""
 _ROWS = 40
 """Of the table beside a chart; longer curves are thinned out in it."""
+_NAMED = 4
+"""Curves, bars and points that a caption names; the table beside the chart has all."""
+_LEGEND = 14
+"""Points that a legend names; of more, those on the front stand out and are named in place."""
 _LABEL = 22
 """Characters of a line of a bar's label, so that it leaves room for the bar."""
 _STYLE: Any = {
@@ -140,7 +147,7 @@ def _curves(chart: _Curves, histories: Sequence[History]) -> Chart | None:
         for x, y in _thinned(points)
     ]
     return Chart(
-        chart.key, chart.title, f"{chart.y_title} over {chart.x_title}: {'; '.join(ends)}.", _svg(draw, len(variants)),
+        chart.key, chart.title, f"{chart.y_title} over {chart.x_title}: {_few(ends)}.", _svg(chart.key, draw, variants),
         ("run", chart.x_title, chart.y_title), tuple(rows),
     )  # fmt: skip
 
@@ -180,12 +187,12 @@ def _bars(
         axes.set_xlabel(unit)
 
     rows = tuple((name, *(f"{bar.get(part, 0.0) * scale:,.1f}" for part in parts)) for name, bar in times.items())
-    largest = "; ".join(
+    largest = [
         f"{name} {part} {bar[part] / sum(bar.values()):.0%}"
         for name, bar in times.items()
         if sum(bar.values()) > 0 and (part := max(bar, key=lambda part: bar[part]))
-    )
-    return Chart(key, title, f"{told}. The largest part of each: {largest}.", _svg(draw, len(parts)),
+    ]
+    return Chart(key, title, f"{told}. The largest part of each: {_few(largest)}.", _svg(key, draw, parts, rows=len(times)),
                  ("variant", *(f"{part}, {unit}" for part in parts)), rows)  # fmt: skip
 
 
@@ -193,35 +200,87 @@ def _pareto(speeds: Mapping[str, tuple[float, float]], memory_title: str) -> Cha
     """Memory against speed; the front are those that no other beats in both."""
     if len(speeds) < 2:
         return None
-    front = sorted(
-        (memory, speed)
-        for memory, speed in speeds.values()
+    front = {
+        name: (memory, speed)
+        for name, (memory, speed) in speeds.items()
         if not any(m <= memory and s >= speed and (m, s) != (memory, speed) for m, s in speeds.values())
-    )
+    }
+    legend = [*speeds] if len(speeds) <= _LEGEND else [*front, others := f"{len(speeds) - len(front)} others"]
 
     def draw(axes: Axes) -> None:
-        for number, (name, (memory, speed)) in enumerate(speeds.items()):
+        axes.plot(*zip(*sorted(front.values()), strict=True), color=_INK, linewidth=0.8, zorder=1)
+        for place, (name, point) in enumerate(speeds.items()):
+            plain = name not in legend
+            number = legend.index(others if plain else name)
             axes.plot(
-                [memory],
-                [speed],
-                "os^vDPX"[number % 7],
-                color=COLOURS[number % len(COLOURS)],
-                label=name,
-                linestyle="none",
-            )
-        axes.plot(*zip(*front, strict=True), color=_INK, linewidth=0.8, zorder=0)
+                *([value] for value in point), "." if plain else "os^vDPX"[(number + number // 7) % 7], linestyle="none", zorder=2,
+                color=_INK if plain else COLOURS[number % len(COLOURS)], markersize=3 if plain else 6, gid=f"point{place}",
+                label=others if plain and others not in axes.get_legend_handles_labels()[1] else name if name in legend else None,
+            )  # fmt: skip
         axes.set_xlabel(memory_title)
         axes.set_ylabel("samples/s")
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0, top=1.12 * max(speed for _, speed in speeds.values()))
+        axes.set_xlim(left=0, right=1.06 * max(memory for memory, _ in speeds.values()))
 
-    best = [name for name, point in speeds.items() if point in front]
     rows = tuple(
-        (name, f"{memory:,.2f}", f"{speed:,.2f}", "yes" if name in best else "no")
+        (name, f"{memory:,.2f}", f"{speed:,.2f}", "yes" if name in front else "no")
         for name, (memory, speed) in speeds.items()
     )
-    return Chart("pareto", "Memory against speed", f"No variant is both smaller and faster than {', '.join(best)}.", _svg(draw, len(speeds)),
+    svg = _svg("pareto", draw, legend, lambda axes: _name_points(axes, front, [*speeds.values()]))
+    for place, name in enumerate(speeds):  # what a point is, on hovering
+        svg = svg.replace(f'<g id="pareto-point{place}">', f"<g><title>{escape(name)}</title>")
+    return Chart("pareto", "Memory against speed", f"No variant is both smaller and faster than {_few(front, ', ')}.", svg,
                  ("variant", memory_title, "samples/s", "on the front"), rows)  # fmt: skip
+
+
+def _name_points(axes: Axes, named: Mapping[str, tuple[float, float]], points: Sequence[tuple[float, float]]) -> None:
+    """A name beside each point of `named`, without the words that all begin with, where it lies inside the axes and over the fewest points; none
+    where it would lie over another name."""
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(min(named), max(named), strict=False))
+    shared = "".join(letter for letter, _ in alike).rfind("-") + 1 if len(named) > 1 else 0
+    inside = axes.get_window_extent()
+    marks = [tuple(axes.transData.transform(point)) for point in points]
+    placed: list[Any] = []
+    for name, point in sorted(named.items(), key=lambda item: item[1]):
+        text, best = (
+            axes.annotate(name[shared:], point, (0, 0), textcoords="offset points", fontsize=7, va="center"),
+            None,
+        )
+        for rise, side in (
+            (0, 1),
+            (0, -1),
+            (8, 1),
+            (-8, 1),
+            (8, -1),
+            (-8, -1),
+            (9, 0),
+            (-9, 0),
+            (17, 0),
+            (-17, 0),
+            (26, 0),
+            (-26, 0),
+        ):
+            text.set_horizontalalignment("left" if side > 0 else "right" if side < 0 else "center")
+            text.set_position((7 * side, rise))
+            box = text.get_window_extent()
+            cut = (
+                max(inside.x0 - box.x0, 0)
+                + max(box.x1 - inside.x1, 0)
+                + max(inside.y0 - box.y0, 0)
+                + max(box.y1 - inside.y1, 0)
+            )
+            over = 99 * sum(box.overlaps(other) for other in placed) + sum(
+                bool(box.padded(4).contains(*mark)) for mark in marks
+            )
+            if best is None or (cut, over) < best[0]:
+                best = (cut, over), text.get_position(), text.get_horizontalalignment(), box
+        assert best is not None
+        if best[0][0] > 0 or best[0][1] >= 99:
+            text.remove()
+            continue
+        text.set_position(best[1])
+        text.set_horizontalalignment(best[2])
+        placed.append(best[3])
 
 
 def evaluation_charts(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
@@ -282,12 +341,12 @@ def _side_by_side(key: str, task: str, figures: Sequence[tuple[str, Mapping[str,
         axes.invert_yaxis()
 
     rows = tuple((label, *(columns.shown(figure[side], figure["form"]) for side in sides)) for label, figure in figures)
-    told = "; ".join(f"{label}: {figure['verdict']}" for label, figure in figures if figure["verdict"])
+    told = _few([f"{label}: {figure['verdict']}" for label, figure in figures if figure["verdict"]])
     return Chart(
         key,
         f"Evaluation: {task}",
         f"With 95% intervals. {told}.".replace(" .", ""),
-        _svg(draw, len(sides)),
+        _svg(key, draw, sides),
         ("figure", *sides),
         rows,
     )
@@ -299,25 +358,42 @@ def _bound(estimate: Mapping[str, Any], which: str) -> float:
     return float((estimate["value"] or 0.0) if bound is None or bound != bound else bound)
 
 
-def _svg(draw: Callable[[Axes], None], entries: int) -> str:
+def _svg(
+    key: str, draw: Callable[[Axes], None], legend: Sequence[str], name: Callable[[Axes], None] | None = None, rows: int = 0
+) -> str:  # fmt: skip
+    """The drawing with a legend of so many entries; `name` writes names into it once all has its place. Its ids begin with `key`, for those of
+    several drawings stand in one page. Of more than eight `rows` it is higher."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("the charts of a report", "matplotlib", "report") from error
+    columns = 2 if max(map(len, legend), default=0) <= _LABEL + 4 else 1
+    height = 2.7 + 0.17 * math.ceil(len(legend) / columns) + 0.2 * max(0, rows - 8)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.2, 2.7 + 0.17 * math.ceil(entries / 2)), layout="constrained")
+        figure = Figure(figsize=(4.2, height), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
-        if entries > 1:
-            figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        if len(legend) > 1:
+            figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+        if name is not None:
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            name(axes)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(_GRID, "var(--faint)")
     for number, colour in enumerate(COLOURS):
         svg = svg.replace(colour, f"var(--series-{number})")
-    return svg
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{key}-", svg)
+
+
+def _few(texts: Iterable[str], between: str = "; ") -> str:
+    """The first of them, and how many more there are."""
+    texts = [*texts]
+    more = len(texts) - _NAMED
+    return between.join(texts[:_NAMED]) + (f" … and {more} more" if more > 0 else "")
 
 
 def _finite(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

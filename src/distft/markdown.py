@@ -19,9 +19,11 @@ _CELL = 64
 """Characters of a cell that says how a run ended; the whole stands below the table."""
 NO_ENERGY = "Energy is what NVIDIA GPUs count; nothing is estimated where there is none."
 _RANGES = (
-    "The median of the finished runs, and from the least to the greatest. Repeats share the seed: their range is what the "
+    "The median of the finished runs, and from the least to the greatest where they differ. Repeats share the seed: their range is what the "
     "machine makes of one training, not what another seed would give."
 )
+_FIRST = ("samples_per_second", "tokens_per_second", "mfu", "peak_memory_gib", "joules_per_sample", "train_time_s")
+"""What a comparison is made for stands first in the tables of variants; the other figures follow in their own order."""
 
 
 def markdown(report: Report) -> str:
@@ -92,11 +94,17 @@ def unfinished_rows(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def _runs(report: Report) -> list[str]:
-    head, rows = run_rows(report)
-    known = [figure for figure in FIGURES if figure.title in head]
-    unknown = [figure.title.split(",")[0] for figure in FIGURES if figure not in known and not figure.quality]
-    return ["## Runs", _table(head, rows), *([f"Not known of any run: {', '.join(unknown)}."] if unknown else []),
-            *([NO_ENERGY] if "energy" in unknown else [])]  # fmt: skip
+    return ["## Runs", _table(*run_rows(report)), *unknown_lines(report)]
+
+
+def unknown_lines(report: Report) -> list[str]:
+    """Which figures no run has, so that nobody looks for them."""
+    known = {figure.key for figure in FIGURES if any(run.figures[figure.key] is not None for run in report.runs)}
+    unknown = [figure.title.split(",")[0] for figure in FIGURES if figure.key not in known and not figure.quality]
+    return [
+        *([f"Not known of any run: {', '.join(unknown)}."] if unknown else []),
+        *([NO_ENERGY] if "energy" in unknown else []),
+    ]
 
 
 def _unfinished(report: Report) -> list[str]:
@@ -126,27 +134,48 @@ def _evaluations(report: Report) -> list[str]:
 
 
 def variant_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Head and cells of the table of variants: medians, and ranges where there are several runs."""
-    known = [f for f in FIGURES if f.compared and any(variant.spreads[f.key] for variant in report.variants)]
+    """Head and cells of the table of variants: medians, and ranges where runs differ, what matters first; behind the samples/s their ratio
+    to the first variant's."""
+    known = _ordered(f for f in FIGURES if f.compared and any(variant.spreads[f.key] for variant in report.variants))
     ended = {run.name: how_it_ended(run) for run in report.runs if not run.finished}
-    rows = [
-        [variant.name, "; ".join(dict.fromkeys([f"{variant.finished} of {len(variant.runs)}", *(ended[run] for run in variant.runs if run in ended)])),
-         *(_range(variant.spreads[figure.key], figure) for figure in known)]
-        for variant in report.variants
-    ]  # fmt: skip
-    return ["variant", "finished", *(figure.title for figure in known)], rows
+    speeds = {item.variant: item for item in report.comparisons if item.figure == "samples_per_second"}
+    against = next((item.against for item in speeds.values()), None)
+    head, rows = ["variant", "finished"], []
+    for figure in known:
+        head += [figure.title, *(["speed-up"] if against and figure.key == "samples_per_second" else [])]
+    for variant in report.variants:
+        stopped = (ended[run] for run in variant.runs if run in ended)
+        row = [variant.name, "; ".join(dict.fromkeys([f"{variant.finished} of {len(variant.runs)}", *stopped]))]
+        for figure in known:
+            row.append(_range(variant.spreads[figure.key], figure))
+            if against and figure.key == "samples_per_second":
+                row.append("the first" if variant.name == against else _verdict(speeds.get(variant.name)))
+        rows.append(row)
+    return head, rows
+
+
+def _ordered(figures: Iterable[Figure]) -> list[Figure]:
+    return sorted(figures, key=lambda figure: _FIRST.index(figure.key) if figure.key in _FIRST else len(_FIRST))
+
+
+def range_lines(report: Report) -> list[str]:
+    """What the figures of the table of variants are."""
+    speeds = [item for item in report.comparisons if item.figure == "samples_per_second"]
+    told = [f"The speed-up is the ratio of samples/s to those of {_names([speeds[0].against])}."] if speeds else []
+    repeated = any(variant.finished > 1 for variant in report.variants)
+    return [*([_RANGES] if repeated else []), *told]
 
 
 def _variants(report: Report) -> list[str]:
     if max((variant.finished for variant in report.variants), default=0) < 2:
         return []
-    return ["## Variants", _RANGES, _table(*variant_rows(report))]
+    return ["## Variants", " ".join(range_lines(report)), _table(*variant_rows(report))]
 
 
 def comparison_rows(report: Report) -> tuple[list[str], list[list[str]], list[str]]:
     """Head and cells of the table of comparisons, and what its words mean."""
     found = {(item.variant, item.figure): item for item in report.comparisons}
-    shown = [figure for figure in FIGURES if any(key == figure.key for _, key in found)]
+    shown = _ordered(figure for figure in FIGURES if any(key == figure.key for _, key in found))
     names = list(dict.fromkeys(item.variant for item in report.comparisons))
     rows = [[name, *(_verdict(found.get((name, figure.key))) for figure in shown)] for name in names]
     verdicts = {item.verdict for item in report.comparisons}
@@ -196,7 +225,8 @@ def time_rows(report: Report) -> tuple[list[str], list[list[str]]]:
         ]
         times = [_range(variant.spreads[figure.key], figure) for figure in TIMES]
         rows.append([variant.name, variant.bound.kind if variant.bound else UNKNOWN, *parts, *times])
-    return head, rows
+    known = [0, *(n for n in range(1, len(head)) if any(row[n] != UNKNOWN for row in rows))]
+    return [head[n] for n in known], [[row[n] for n in known] for row in rows]
 
 
 def bound_lines(report: Report) -> list[str]:
@@ -247,20 +277,33 @@ def equality_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     return ["what", "declared", "equal"], rows
 
 
-def _equality(report: Report) -> list[str]:
+def equal_losses(report: Report) -> str:
+    """When losses are called equal."""
+    return f"Losses are equal where the medians are within {report.loss_tolerance:.2%} of the first variant's."
+
+
+def unequal_lines(report: Report) -> list[str]:
+    """The facts that make something unequal."""
     facts = {key: values for item in report.equality for key, values in item.unequal.items()}
-    lines = _facts(facts, [variant.name for variant in report.variants])
-    tolerance = f"Losses are equal where the medians are within {report.loss_tolerance:.2%} of the first variant's."
-    return ["## What was equal", _table(*equality_rows(report)), tolerance, *lines]
+    return _facts(facts, [variant.name for variant in report.variants])
+
+
+def difference_lines(report: Report) -> list[str]:
+    """Every fact in which variants differ."""
+    return _facts(report.differences, [variant.name for variant in report.variants])
+
+
+def _equality(report: Report) -> list[str]:
+    return ["## What was equal", _table(*equality_rows(report)), equal_losses(report), *_list(unequal_lines(report))]
 
 
 def _differences(report: Report) -> list[str]:
-    lines = _facts(report.differences, [variant.name for variant in report.variants])
-    return ["## What differs", *lines] if lines else []
+    lines = difference_lines(report)
+    return ["## What differs", *_list(lines)] if lines else []
 
 
 def _facts(facts: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """One list with a line for each fact, and one for what a section has where others lack the section."""
+    """A line for each fact, and one for what a section has where others lack the section."""
     lines: list[str] = []
     sections: dict[str, list[str]] = {}
     for key, values in facts.items():
@@ -274,8 +317,7 @@ def _facts(facts: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list
             sections.setdefault(line, []).append(f"{leaf} {given[0]}".lstrip())
         else:
             lines.append(f"`{key}`: " + ", ".join(f"{value} (in {_names(group)})" for value, group in groups.items()))
-    lines += [line.format(", ".join(parts)) for line, parts in sections.items()]
-    return ["\n".join(f"- {line}" for line in lines)] if lines else []
+    return lines + [line.format(", ".join(parts)) for line, parts in sections.items()]
 
 
 # Words ------------------------------------------------------------------------------------------------------------------
@@ -283,6 +325,11 @@ def _facts(facts: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list
 
 def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _list(lines: Iterable[str]) -> list[str]:
+    """A block with an item a line; none where there is no line."""
+    return [text] if (text := "\n".join(f"- {line}" for line in lines)) else []
 
 
 def _names(names: Iterable[str]) -> str:
@@ -304,7 +351,7 @@ def _range(spread: Spread | None, figure: Figure) -> str:
     if spread is None:
         return UNKNOWN
     median, least, greatest = (f"{value:{figure.form}}" for value in (spread.median, spread.least, spread.greatest))
-    return median if spread.runs == 1 else f"{median} ({least} – {greatest})"
+    return median if least == greatest else f"{median} ({least} – {greatest})"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,16 @@ from distft.markdown import (
     bound_lines,
     comparison_rows,
     count_of_runs,
+    difference_lines,
+    equal_losses,
     equality_rows,
     how_it_ended,
+    range_lines,
     run_rows,
     time_rows,
+    unequal_lines,
     unfinished_rows,
+    unknown_lines,
     variant_rows,
 )
 from distft.packaged import packaged
@@ -31,23 +37,24 @@ from distft.run import RunFolder
 
 @dataclass(frozen=True)
 class Table:
-    """Its cells are texts; those that were shortened stand in `whole` with the whole, which the page tells on hovering. Where `stacked`, a
-    row becomes a block on a narrow screen, each cell with its head before it; else the table scrolls."""
+    """Its cells are texts; those that were shortened stand in `whole` with the whole, which the page tells on hovering. A row becomes a block
+    on a narrow screen, each cell with its head before it; on others words of a `tight` table break before it scrolls."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     whole: Mapping[str, str] = field(default_factory=dict)
-    stacked: bool = False
+    tight: bool = False
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with a table or with lines under it; `part` of the section before it."""
+    """A heading with a table or with lines under it, and a list of `items`, folded where it is long; `part` of the section before it."""
 
     key: str
     title: str
     table: Table | None = None
     lines: Sequence[str] = ()
+    items: Sequence[str] = ()
     warnings: Sequence[str] = ()
     part: bool = False
 
@@ -69,6 +76,7 @@ def page(title: str, logged: Sequence[History], report: Report | None = None) ->
         MissingExtraError: matplotlib is not installed.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["pieces"] = _pieces
     template = environment.from_string(packaged("assets/report.html").read_text(encoding="utf-8"))
     # Where no run was on a GPU, the memory of the host's processes.
     figure = next(
@@ -99,23 +107,20 @@ def _sections(report: Report | None) -> list[Section]:
         return []
     whole = {how_it_ended(run): " ".join(run.cause.split()) for run in report.runs if run.cause and not run.finished}
     found = [
-        Section(
-            "variants",
-            "Variants",
-            Table(*variant_rows(report), whole),
-            ["Medians of the finished runs, and from the least to the greatest."],
-        )
-    ]
-    told = [line.replace("`", "") for line in bound_lines(report)] or [NOT_PROFILED]
-    found.append(Section("time", "Where the time goes", Table(*time_rows(report)), told))
+        Section("variants", "Variants", Table(*variant_rows(report), whole), _plain(range_lines(report))),
+        Section("time", "Where the time goes", Table(*time_rows(report)),
+                [] if bound_lines(report) else [NOT_PROFILED], _plain(bound_lines(report))),
+    ]  # fmt: skip
     if report.comparisons:
         head, rows, notes = comparison_rows(report)
-        told = [note.replace("`", "") for note in notes]
-        found.append(Section("against", f"Against {report.comparisons[0].against}", Table(head, rows), told))
+        found.append(Section("against", f"Against {report.comparisons[0].against}", Table(head, rows), _plain(notes)))
     changed = _changed(report)
     found = [*changed, *found] if len(report.variants) == 1 else [*found, *changed]
-    found.append(Section("equal", "What was equal", Table(*equality_rows(report))))
-    found.append(Section("runs", "Runs", Table(*run_rows(report), whole)))
+    equal = Table(*equality_rows(report))
+    found.append(Section("equal", "What was equal", equal, [equal_losses(report)], _plain(unequal_lines(report))))
+    if differing := _plain(difference_lines(report)):
+        found.append(Section("differs", "What differs", items=differing))
+    found.append(Section("runs", "Runs", Table(*run_rows(report), whole), unknown_lines(report)))
     head, rows = unfinished_rows(report)
     if rows:
         found.append(Section("unfinished", "Not finished", Table(head, rows)))
@@ -131,10 +136,19 @@ def _changed(report: Report) -> list[Section]:
     rows = [
         [cell.replace(", ", ",\u00a0") if "[" in cell else cell for cell in row] for row in columns.rows(evaluations)
     ]
-    table = Table(columns.head(evaluations), rows, stacked=True)
-    told, title = [columns.NOTE.replace("`", "")], "What the fine-tune changed"
+    table = Table(columns.head(evaluations), rows, tight=True)
+    told, title = _plain([columns.NOTE]), "What the fine-tune changed"
     parts = [
-        Section(f"evaluation-{number}", detail.title, Table(detail.head, detail.rows, stacked=True), part=True)
+        Section(f"evaluation-{number}", detail.title, Table(detail.head, detail.rows, tight=True), part=True)
         for number, detail in enumerate(details.tables(evaluations))
     ]
-    return [Section("evaluation", title, table, told, report.warnings), *parts]
+    return [Section("evaluation", title, table, told, warnings=report.warnings), *parts]
+
+
+def _plain(lines: Sequence[str]) -> list[str]:
+    return [line.replace("`", "") for line in lines]
+
+
+def _pieces(cell: str) -> list[str]:
+    """Of a cell, which may break before a range in brackets but not within it: every second piece is such a range."""
+    return re.split(r"(\([^()]{1,24}\))", cell)
