@@ -13,8 +13,10 @@ demo: setup
 	@n=$$(.venv/bin/python -c 'import torch; print(min(2, torch.cuda.device_count() or 2))'); set -x; \
 	  .venv/bin/distft train recipe=tiny --nproc $$n
 
-# Two files at a time: most tests start processes, and wait for them.
+# Two files at a time: most tests start processes, and wait for them. The embedded model is built before, once: whoever came first would
+# build it while the other test takes half of the machine, and run into its limit.
 test: setup
+	@DISTFT_CACHE=.pytest_cache/distft .venv/bin/python -c 'from distft.tiny import tiny_model; tiny_model()'
 	@.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-faults: setup
