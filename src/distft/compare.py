@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from distft.equality import differences
-from distft.errors import ExperimentError, Interrupted, MissingExtraError, RunFolderError
+from distft.errors import ExperimentError, Fault, Interrupted, MissingExtraError, RunFolderError
 from distft.experiment import Experiment, ExperimentRun
 from distft.live import Watched, watched
 from distft.markdown import markdown
@@ -60,6 +60,7 @@ class Comparison:
 
         Raises:
             RunFolderError: runs of this experiment are there, and `resume` is off; or they were made with another recipe.
+            ExperimentError: a model or data is missing, so that no variant could run.
             RecipeError: a global batch does not divide over the processes, or an evaluation lacks something.
             Interrupted: a signal came; the runs that are left can be made with `resume`.
         """
@@ -74,6 +75,7 @@ class Comparison:
         self._check_recipes()
         for run in self.experiment.runs:
             _set_damaged_aside(run)
+        self._check_needs()
         self._check_evaluations()
         folders = {run.name: folder_of(run) for run in self.experiment.runs}
         logs = log_of(self.experiment, self.experiment.runs[0]).parent
@@ -144,6 +146,25 @@ class Comparison:
         if folder is None or _read(run).status == _DAMAGED:
             return False
         return self._result(run) is not None or any(folder.checkpoints.glob("*"))
+
+    def _check_needs(self) -> None:
+        """Raises ExperimentError with all that is missing of models and data where every variant lacks something: each run would find it out
+        for itself. Where only some do, theirs are failed runs of the report. What the hub may have is left to the runs, unless it is offline."""
+        if any(self._result(run) for run in self.experiment.runs):
+            return
+        from huggingface_hub import constants
+
+        from distft.fetch import missing  # imports transformers and datasets, for which `distft report` need not wait
+
+        lacking: dict[str, list[str]] = {}
+        for recipe in (run.recipe for run in self.experiment.runs):
+            model = recipe.model
+            read = f"{[model.name, model.tokenizer, model.revision]} {recipe.data.model_dump_json()}"
+            if read not in lacking:
+                lacking[read] = missing(recipe, hub=constants.HF_HUB_OFFLINE)
+        if all(lacking.values()):
+            lines = dict.fromkeys(line for lines in lacking.values() for line in lines)
+            raise ExperimentError([Fault(self.experiment.name, "", line) for line in lines])
 
     def _check_evaluations(self) -> None:
         """Raises ExperimentError with all that the evaluations lack which are still to be made."""
