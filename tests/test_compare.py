@@ -60,7 +60,7 @@ def test_one_that_fails_leaves_the_others_alone_and_is_made_up_for(tmp_path: Pat
     )
     assert [(variant["name"], variant["finished"]) for variant in report["variants"]][2] == ("mine-broken", 0)
     assert "mine-broken has no finished run (failed)" in report["verdict"]
-    (row,) = [line for line in done.stdout.splitlines() if line.startswith("| mine-broken ")]
+    row, *_ = [line for line in done.stdout.splitlines() if line.startswith("| mine-broken ")]
     assert "failed: there is no data file or folder rows.jsonl" in row
     assert {each["what"]: each["equal"] for each in report["equality"] if each["declared"]} == {
         "order": True,
