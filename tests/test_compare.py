@@ -9,6 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+from huggingface_hub import constants
+
+from distft.compare import Comparison
+from distft.errors import ExperimentError
 from distft.experiment import load_experiment
 from distft.run import RunFolder
 
@@ -48,11 +53,15 @@ def test_one_that_fails_leaves_the_others_alone_and_is_made_up_for(tmp_path: Pat
     assert [(run["name"], run["status"]) for run in report["runs"]] == [
         ("mine-four", "finished"),
         ("mine-full", "finished"),
+        ("mine-broken", "failed"),
     ]
-    assert report["missing"].keys() == {"mine-broken"}
-    assert report["missing"]["mine-broken"].startswith("there is no data file or folder rows.jsonl")
-    (row,) = [line for line in done.stdout.splitlines() if line.startswith("| mine-broken ")]
-    assert "not there: there is no data file or folder rows.jsonl" in row
+    assert report["missing"] == {} and report["runs"][2]["cause"].startswith(
+        "there is no data file or folder rows.jsonl"
+    )
+    assert [(variant["name"], variant["finished"]) for variant in report["variants"]][2] == ("mine-broken", 0)
+    assert "mine-broken has no finished run (failed)" in report["verdict"]
+    row, *_ = [line for line in done.stdout.splitlines() if line.startswith("| mine-broken ")]
+    assert "failed: there is no data file or folder rows.jsonl" in row
     assert {each["what"]: each["equal"] for each in report["equality"] if each["declared"]} == {
         "order": True,
         "global_batch": True,
@@ -95,6 +104,71 @@ def test_a_signal_stops_the_run_at_hand_and_resume_goes_on_with_it(tmp_path: Pat
     assert "2/3 mine-full: finished in" in rest.stderr, rest.stderr
     assert run.read_summary()["status"] == "finished"
     assert not list((tmp_path / "runs").glob("mine-four-*"))
+
+
+def finished(where: Path, *more: str) -> list[RunFolder]:
+    """Folders of `four` and `full` as finished runs leave them, without having trained."""
+    folders = []
+    for run in load_experiment(["experiment=mine", "tracking.report_to=[]", *more], folder=where).runs[:2]:
+        folders.append(RunFolder.claim(where / "runs", run.name, exact=True))
+        folders[-1].recipe.write_text(run.recipe.to_yaml())
+        folders[-1].write_summary({"status": "finished", "strategy": "single", "world_size": 1})
+    return folders
+
+
+def test_a_damaged_run_is_made_anew_beside_what_is_left_of_it(tmp_path: Path) -> None:
+    four, _ = finished(folder_with(tmp_path))
+    four.summary.write_text(torn := four.summary.read_text()[:80])
+    (tmp_path / "runs" / "mine-four.damaged").mkdir()
+    done = call(tmp_path, "--resume")
+    assert (
+        "mine-four is made anew, and its folder now lies in runs/mine-four.damaged-2: runs/mine-four holds no readable summary"
+        in done.stderr
+    )
+    assert "1/3 mine-four: finished in" in done.stderr and "2/3 mine-full: had finished" in done.stderr, done.stderr
+    assert (tmp_path / "runs" / "mine-four.damaged-2" / "summary.json").read_text() == torn
+    report = json.loads((tmp_path / "runs" / "mine.json").read_text())
+    assert [run["status"] for run in report["runs"]] == ["finished", "finished", "failed"]
+
+
+def test_runs_of_another_recipe_do_not_count_as_made(tmp_path: Path) -> None:
+    folders = finished(folder_with(tmp_path))
+    done = call(tmp_path, "--resume", "lora.r=4")
+    assert done.returncode == 2 and "had finished" not in done.stderr
+    assert "2 of 3 runs of mine were made with another recipe than their names mean now:" in done.stderr
+    assert "  lora.r: 16 then, 4 now (mine-four, mine-full)\nrun.dir=FOLDER starts apart" in done.stderr
+    for folder in folders:  # one that would be made from its beginning in any case
+        folder.write_summary({"status": "failed", "strategy": "single", "world_size": 1})
+    Comparison(
+        load_experiment(["experiment=mine", f"run.dir={tmp_path / 'runs'}", "lora.r=4"], folder=tmp_path)
+    )._check_recipes()
+
+
+@pytest.mark.parametrize(
+    ("words", "offline", "lines"),
+    [
+        (["model.name=/no/such/model"], False, ["mine: there is no folder /no/such/model (model and tokenizer)"]),
+        (["model.name=nobody/none"], False, []),
+        (["data.name=no.jsonl", "model.tokenizer=/no"], False, ["mine: there is no folder /no (tokenizer)", "mine: there is no data file or folder no.jsonl (data)"]),
+        (["model.name=nobody/none"], True, ["mine: the model and tokenizer nobody/none is not in the cache; on a machine"]),
+    ],
+)  # fmt: skip
+def test_what_every_run_lacks_is_told_once_before_the_first(
+    words: list[str], offline: bool, lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    folder_with(tmp_path)
+    comparison = Comparison(
+        load_experiment(["experiment=mine", f"run.dir={tmp_path / 'runs'}", *words], folder=tmp_path)
+    )
+    if not lines:
+        comparison._check_needs()  # one variant alone lacks its data, and the hub may have the model
+        return
+    with pytest.raises(ExperimentError) as caught:
+        comparison.run(resume=False)
+    told = str(caught.value).splitlines()[1:]
+    assert [line.strip()[: len(expected)] for line, expected in zip(told, lines, strict=False)] == lines
+    assert not (tmp_path / "runs").exists()
 
 
 def test_out_of_memory_is_a_result_where_no_restart_is_allowed(tmp_path: Path) -> None:

@@ -163,12 +163,14 @@ grid:
     [
         ("steps: 7", "training.max_steps", 7),
         ("samples: 160", "training.max_steps", 10),
+        ("tokens: 9999", "training.max_steps", 9),
         ("minutes: 1.5", "run.max_time", "00:01:30"),
         ("minutes: 1501", "run.max_time", "1-01:01:00"),
     ],
 )
 def test_a_budget_is_the_override_that_it_means(budget: str, key: str, expected: Any, tmp_path: Path) -> None:
-    write(tmp_path, f"base: tiny\nvariants: {{a: }}\nbudget: {{{budget}}}\n")
+    batch = "{global_batch_size: null, global_batch_tokens: 1024}" if "tokens" in budget else "{global_batch_size: 16}"
+    write(tmp_path, f"base: tiny\nvariants: {{a: {{batching: {batch}}}}}\nbudget: {{{budget}}}\n")
     (run,) = load(tmp_path).runs
     assert value(run.recipe, key) == expected
 
@@ -268,9 +270,12 @@ repeats: two
         ("base: tiny\nvariants: {a: }\nbudget: {samples: 100}\n",
          "budget.samples: 100 samples are no whole number of global batches of 16 (96 or 112)"),
         ("base: tiny\nvariants: {a: {batching: {global_batch_size: null, global_batch_tokens: 900}}}\nbudget: {samples: 16}\n",
-         "budget.samples: a global batch counted in tokens holds no fixed number of samples (give steps)"),
+         "budget.samples: a global batch counted in tokens holds no fixed number of samples (give steps or tokens)"),
         ("base: tiny\nvariants: {a: }\nbudget: {tokens: 1000}\n",
-         "budget.tokens: steps hold whole samples, so that no number of them is exactly so many tokens (give steps or samples)"),
+         "budget.tokens: a global batch counted in samples holds no fixed number of tokens (give steps or samples, or count the batch by "
+         "batching.global_batch_tokens)"),
+        ("base: tiny\nvariants: {a: {batching: {global_batch_size: null, global_batch_tokens: 900}}}\nbudget: {tokens: 800}\n",
+         "budget.tokens: 800 tokens are less than a global batch of 900"),
         ("base: tiny\nvariants: {a: }\nbudget: {minutes: 0.001}\n", "budget.minutes: 0.001 minutes are no whole number of seconds"),
         ("base: tiny\nvariants: {a: {recipe: ddp_qlora}, a-2: }\n",
          "the run mine-a-2 would be taken for the next run of mine-a (give its variant another name)"),
@@ -281,6 +286,17 @@ repeats: two
 def test_a_fault_is_told_once_in_words_that_mend_it(text: str, told: str, tmp_path: Path) -> None:
     found = faults(tmp_path, text)
     assert [str(fault).removeprefix(f"{fault.where}: ") for fault in found] == [told]
+
+
+def test_what_is_wrong_is_told_where_there_are_no_variants_as_well(tmp_path: Path) -> None:
+    text = "base: tinyy\nvariant: {a: {}}\noverides: {lora.r: 1}\nbudget: {steps: 3, samples: 16}\n"
+    path = write(tmp_path, text)
+    assert {str(fault).removeprefix(f"{path}: ") for fault in faults(tmp_path, text)} == {
+        "base: there is no recipe 'tinyy' (did you mean tiny?)",
+        "variant: unknown key (did you mean variants?)",
+        "overides: unknown key (did you mean overrides?)",
+        "budget: expected one of steps, samples, tokens, minutes, got steps and samples",
+    }
 
 
 def test_a_fault_of_the_recipe_itself_keeps_its_own_place(tmp_path: Path) -> None:
@@ -335,7 +351,8 @@ def test_recipes_by_their_names_make_an_experiment() -> None:
     [
         (["tiny", "tiny"], "tiny: is named twice"),
         (["tiny", "experiment=rank"], "experiment: beside recipes (tiny)"),
-        (["tiny", "ddp_qlorra"], "there is no recipe 'ddp_qlorra'"),
+        (["tiny", "ddp_qlorra"], "command line: ddp_qlorra: there is no recipe 'ddp_qlorra' (did you mean ddp_qlora?)"),
+        (["tiny", "./own.yaml"], "command line: own: there is no file ./own.yaml"),
     ],
 )
 def test_recipes_that_make_none_are_refused(words: list[str], said: str) -> None:

@@ -106,7 +106,7 @@ def test_the_table_follows_the_runs_in_a_terminal(tiny: Path, place: Path) -> No
         f"{summary['samples_per_second']:,.1f}",
         "–",
     ]
-    assert rows[-1][:2] == ["mine-broken", "not there"]
+    assert rows[-1][:2] == ["mine-broken", "failed"]
     assert "2 of 2 runs have ended" in plain and "mine-logs" in plain
     assert (
         "distft: 1/2 mine-small: finished in" in plain

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ from distft.evaluation.figures import Estimate
 from distft.experiment import load_experiment
 from distft.markdown import markdown
 from distft.recipe import load_recipe
-from distft.report import Report, report
+from distft.report import NOT_THERE, Report, report, report_on_runs
+from distft.results import Run, read_run
 from distft.run import RunFolder, to_json
 
 FIGURES: dict[str, Any] = {
@@ -96,6 +98,11 @@ def test_a_run_s_figures_are_those_of_its_folder(tmp_path: Path) -> None:
     assert json.loads(made.to_json())["runs"][0]["figures"] == run.figures
     assert set(equal(made).values()) == {None}
     assert made.comparisons == ()
+
+
+def test_two_runs_of_one_variant_say_nothing_of_what_variants_have_in_common(tmp_path: Path) -> None:
+    made = report([make(tmp_path, "a"), make(tmp_path, "a-r2"), make(tmp_path, "b", "lora.r=4", status="failed")])
+    assert set(equal(made).values()) == {None} and row(markdown(made), "What was equal", "samples")["equal"] == "–"
 
 
 def an_evaluation(**verdicts: str) -> dict[str, Any]:
@@ -477,12 +484,25 @@ def test_of_many_that_did_not_finish_the_sentence_names_three(tmp_path: Path) ->
 
 def test_what_never_began_stands_in_its_row_with_its_cause(tmp_path: Path) -> None:
     why = "there is no data file " + "x" * 100
-    made = report([make(tmp_path, "a")], missing={"gone": why, "later": ""})
+    recipes = [load_recipe(["recipe=tiny", f"lora.r={r}"]).model_dump() for r in (1, 2)]
+    absent = [
+        Run.unread(tmp_path / name, NOT_THERE, cause, recipe)
+        for name, cause, recipe in zip(("gone", "later"), (why, None), recipes, strict=True)
+    ]
+    made = report_on_runs([read_run(make(tmp_path, "a")), *absent])
     text = markdown(made)
     assert row(text, "Runs", "gone")["status"] == f"not there: {why}"[:63] + "…"
     assert row(text, "Runs", "later")["status"] == "not there"
     assert f"- `gone`: not there: {why}\n- `later`: not there\n" in text
-    assert json.loads(made.to_json())["missing"] == {"gone": why, "later": ""}
+    document = json.loads(made.to_json())
+    assert document["missing"] == {"gone": why, "later": ""}
+    assert [(variant["name"], variant["finished"]) for variant in document["variants"]] == [
+        ("a", 1),
+        ("gone", 0),
+        ("later", 0),
+    ]
+    assert document["differences"] == {"lora.r": {"a": 16, "gone": 1, "later": 2}}, "nothing is said of their machine"
+    assert "later has no finished run (not there)" in made.verdict
 
 
 def test_a_section_that_one_lacks_is_one_line(tmp_path: Path) -> None:
@@ -490,6 +510,88 @@ def test_a_section_that_one_lacks_is_one_line(tmp_path: Path) -> None:
     (line,) = [line for line in text.split("## What differs")[1].splitlines() if "quantization" in line]
     assert line.startswith("- `quantization`: load_in_4bit true, load_in_8bit false, ")
     assert line.endswith(" (in `a`), not set (in `b`)")
+
+
+# ---- an experiment ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the runs of an experiment `mine`: a and b, twice each, of which a-r2 is not there."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipes" / "experiments" / "mine.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("base: tiny\nvariants: {a: {lora.r: 1}, b: {lora.r: 2}}\nrepeats: 2\n")
+    for name, r in (("a", 1), ("b", 2), ("b-r2", 2)):
+        make(tmp_path / "runs", f"mine-{name}", f"lora.r={r}")
+    return tmp_path / "runs"
+
+
+def reported(capsys: Any, *words: str) -> tuple[dict[str, Any], str]:
+    """The report on `mine` as JSON, and what was said beside it."""
+    assert main(["report", "experiment=mine", "tracking.report_to=[]", *words, "--json"]) == 0
+    shown = capsys.readouterr()
+    return json.loads(shown.out), shown.err
+
+
+@pytest.mark.parametrize("name", ["summary.json", "profile.json", "recipe.yaml", "environment.json"])
+def test_a_damaged_folder_is_a_row_of_its_experiment(name: str, mine: Path, capsys: Any) -> None:
+    path = mine / "mine-b" / name
+    path.write_text(path.read_text()[:50] if path.exists() else '{"ran')
+    document, said = reported(capsys)
+    damaged = next(run for run in document["runs"] if run["name"] == "mine-b")
+    assert damaged["status"] == "damaged" and name in damaged["cause"] and said == ""
+    assert {variant["name"]: (variant["runs"], variant["finished"]) for variant in document["variants"]} == {
+        "mine-a": (["mine-a", "mine-a-r2"], 1),
+        "mine-b": (["mine-b", "mine-b-r2"], 1),
+    }
+    assert document["differences"] == {"lora.r": {"mine-a": 1, "mine-b": 2}}
+    assert main(["report", "experiment=mine", "tracking.report_to=[]"]) == 0
+    assert f"- `mine-b`: damaged: {damaged['cause']}\n" in capsys.readouterr().out
+
+
+def test_a_run_that_failed_before_it_had_a_folder_is_one_of_its_variant(mine: Path, capsys: Any) -> None:
+    """Where the first variant has no finished run, the sentence says with which the others are compared."""
+    shutil.rmtree(mine / "mine-a")
+    path = mine.parent / "recipes" / "experiments" / "mine.yaml"
+    path.write_text(path.read_text().replace("b: {lora.r: 2}", "b: {lora.r: 2}, c: {lora.r: 3}"))
+    make(mine, "mine-c", "lora.r=3")
+    log = mine / "mine-logs" / "mine-a.log"
+    log.parent.mkdir()
+    log.write_text("distft: there is no folder /no/such/model (model)\nat exit\n")
+    assert reported(capsys)[0]["missing"]["mine-a"] == "there is no folder /no/such/model (model)", (
+        "it may have just begun"
+    )
+    log.write_text(log.read_text() + "distft compare: this run ended without a folder, with exit code 2\n")
+    document, _ = reported(capsys)
+    assert document["missing"].keys() == {"mine-a-r2", "mine-c-r2"}
+    assert [(run["name"], run["outcome"], run["cause"]) for run in document["runs"] if run["status"] != "finished"] == [
+        ("mine-a", "failed", "there is no folder /no/such/model (model)")
+    ]
+    assert [(variant["name"], variant["runs"], variant["finished"]) for variant in document["variants"]] == [
+        ("mine-a", ["mine-a", "mine-a-r2"], 0),
+        ("mine-b", ["mine-b", "mine-b-r2"], 2),
+        ("mine-c", ["mine-c", "mine-c-r2"], 1),
+    ]
+    assert document["verdict"].startswith("mine-c is as fast as mine-b")
+    assert document["verdict"].endswith(
+        "; mine-a has no finished run (failed, not there, so that the others are compared with mine-b)."
+    )
+
+
+def test_runs_of_another_recipe_are_told(mine: Path, capsys: Any) -> None:
+    document, said = reported(
+        capsys, "training.max_steps=7", "lora.r=4", "slurm.nodes=2", "evaluation.seed=1", "tracking.tags=[x]"
+    )
+    assert len(document["runs"]) == 3
+    assert said.splitlines() == [
+        "distft: warning: 3 of 4 runs of mine were made with another recipe than their names mean now:",
+        "  lora.r: 1 then, 4 now (mine-a)",
+        "  training.max_steps: None then, 7 now (mine-a, mine-b, mine-b-r2)",
+        "  lora.r: 2 then, 4 now (mine-b, mine-b-r2)",
+    ]
+    _, said = reported(capsys, "evaluation.max_samples=3")
+    assert "evaluation.max_samples: None then, 3 now" in said, "its losses are of other rows"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -560,7 +662,8 @@ def test_an_experiment_that_was_run_is_reported_with_what_is_missing(
     ]  # fmt: skip
     assert len(document["missing"]) == 6
     assert all(item["equal"] for item in document["equality"])
-    assert set(document["differences"]) == {"strategy", "as run.strategy"}
+    assert {key.partition(".")[0] for key in document["differences"]} == {"strategy", "as run", "quantization"}
+    assert [variant["finished"] for variant in document["variants"]] == [0, 0, 1, 1]
     assert main(["report", *words]) == 0
     assert "Not there: `tiny-ddp_4bit`, `tiny-fsdp_4bit`, `tiny-ddp_4bit-r2`" in capsys.readouterr().out
 

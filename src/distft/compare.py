@@ -7,25 +7,27 @@ experiment's), so that a machine that grows slower meets all variants alike.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from distft.errors import ExperimentError, Interrupted, MissingExtraError, RunFolderError
+from distft.equality import differences
+from distft.errors import ExperimentError, Fault, Interrupted, MissingExtraError, RunFolderError
 from distft.experiment import Experiment, ExperimentRun
 from distft.live import Watched, watched
 from distft.markdown import markdown
 from distft.page import histories, page
 from distft.recipe import Recipe
-from distft.report import Report, report
-from distft.results import outcome
+from distft.report import NOT_THERE, Report, report_on_runs
+from distft.results import Run, leaves, outcome, read_run
 from distft.run import RunFolder, write_atomically
 from distft.strategy import visible_devices
 from distft.wandb_report import log_report
@@ -33,6 +35,15 @@ from distft.world import say
 
 _EVERY_S = 0.5
 """How often the table of the runs is drawn anew."""
+_MAKES_NO_DIFFERENCE = ("evaluation.", "slurm.", "run.max_restarts", "run.hang_")
+"""What a finished run may say otherwise than its experiment does now, besides names and trackers: it is as fast and has learned the same."""
+_MEASURED = ("evaluation.before_and_after", "evaluation.max_samples")
+"""What training itself measures by, so that losses and perplexities of runs that say something else are not of the same rows."""
+_NAMED = 3
+"""Runs that a message names."""
+_DAMAGED = "damaged"
+_ENDED = "distft compare: this run ended without a folder, with exit code "
+"""What its log says last of a run that failed so early; without it nobody knows whether the run has ended."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,8 @@ class Comparison:
         `<experiment>-logs/`. With `watch` a table in the terminal follows them.
 
         Raises:
-            RunFolderError: runs of this experiment are there, and `resume` is off.
+            RunFolderError: runs of this experiment are there, and `resume` is off; or they were made with another recipe.
+            ExperimentError: a model or data is missing, so that no variant could run.
             RecipeError: a global batch does not divide over the processes, or an evaluation lacks something.
             Interrupted: a signal came; the runs that are left can be made with `resume`.
         """
@@ -60,6 +72,10 @@ class Comparison:
             )
         for run in self.experiment.runs:
             run.recipe.check_division(self.processes_of(run.recipe))
+        self._check_recipes()
+        for run in self.experiment.runs:
+            _set_damaged_aside(run)
+        self._check_needs()
         self._check_evaluations()
         folders = {run.name: folder_of(run) for run in self.experiment.runs}
         logs = log_of(self.experiment, self.experiment.runs[0]).parent
@@ -94,7 +110,8 @@ class Comparison:
         write_atomically(self.parent / f"{self.experiment.name}.md", markdown(made))
         write_atomically(self.parent / f"{self.experiment.name}.json", made.to_json())
         try:
-            write_atomically(self.parent / f"{self.experiment.name}.html", page(made.title, histories(made), made))
+            readable = replace(made, runs=tuple(run for run in made.runs if run.status != _DAMAGED))
+            write_atomically(self.parent / f"{self.experiment.name}.html", page(made.title, histories(readable), made))
         except MissingExtraError as error:
             say(f"no page with charts: {error}")
         return made
@@ -114,6 +131,40 @@ class Comparison:
     def complete(self) -> bool:
         """Whether every run has a result."""
         return all(self._result(run) is not None for run in self.experiment.runs)
+
+    def _check_recipes(self) -> None:
+        """Raises RunFolderError where runs that are there would pass for those of a recipe that they were not made with."""
+        made = {run.name: _read(run) for run in self.experiment.runs if self._stays(run)}
+        if told := _changed(self.experiment, made):
+            raise RunFolderError(
+                f"{told}\nrun.dir=FOLDER starts apart; else take the old values, or remove those folders to make these runs anew"
+            )
+
+    def _stays(self, run: ExperimentRun) -> bool:
+        """Whether `run` is not made from its beginning: it has a result, or a checkpoint to go on from."""
+        folder = folder_of(run)
+        if folder is None or _read(run).status == _DAMAGED:
+            return False
+        return self._result(run) is not None or any(folder.checkpoints.glob("*"))
+
+    def _check_needs(self) -> None:
+        """Raises ExperimentError with all that is missing of models and data where every variant lacks something: each run would find it out
+        for itself. Where only some do, theirs are failed runs of the report. What the hub may have is left to the runs, unless it is offline."""
+        if any(self._result(run) for run in self.experiment.runs):
+            return
+        from huggingface_hub import constants
+
+        from distft.fetch import missing  # imports transformers and datasets, for which `distft report` need not wait
+
+        lacking: dict[str, list[str]] = {}
+        for recipe in (run.recipe for run in self.experiment.runs):
+            model = recipe.model
+            read = f"{[model.name, model.tokenizer, model.revision]} {recipe.data.model_dump_json()}"
+            if read not in lacking:
+                lacking[read] = missing(recipe, hub=constants.HF_HUB_OFFLINE)
+        if all(lacking.values()):
+            lines = dict.fromkeys(line for lines in lacking.values() for line in lines)
+            raise ExperimentError([Fault(self.experiment.name, "", line) for line in lines])
 
     def _check_evaluations(self) -> None:
         """Raises ExperimentError with all that the evaluations lack which are still to be made."""
@@ -163,7 +214,7 @@ class Comparison:
                 code = child.wait() if table is None else _follow(child, run, table)
         folder = folder_of(run)
         if table is not None:
-            table.look(run, folder, "not there" if folder is None else None)
+            table.look(run, folder, "failed" if folder is None else None)
         summary: dict[str, Any] = {} if folder is None else folder.read_summary()
         if summary.get("status") == "finished":
             rate = summary.get("samples_per_second")
@@ -173,6 +224,9 @@ class Comparison:
             cause = summary.get("cause") or _last_line(log)
             how = outcome(str(summary.get("status", "failed")), cause)
             say(f"{place}: {how} (exit code {code}): {' '.join(str(cause).split())}")
+        if folder is None and not signums:
+            with log.open("a", encoding="utf-8") as output:
+                output.write(f"\n{_ENDED}{code}\n")
         if signums:
             raise Interrupted(
                 signal.Signals(signums[0]).name,
@@ -222,18 +276,77 @@ def _follow(child: subprocess.Popen[Any], run: ExperimentRun, table: Watched) ->
 
 
 def report_on(experiment: Experiment) -> Report:
-    """The report on those runs of `experiment` that are there.
+    """The report on the runs of `experiment`: those that are there, those that failed before they had a folder, and those that are damaged.
+    Where some were made with another recipe than the experiment means now, a line says so.
 
     Raises:
-        RunFolderError: none is, or one is damaged.
+        RunFolderError: there is none.
     """
-    folders = {run.name: folder_of(run) for run in experiment.runs}
-    logs = {run.name: log_of(experiment, run) for run in experiment.runs}
-    return report(
-        [folder for folder in folders.values() if folder is not None], title=f"Experiment {experiment.name}",
-        equal=experiment.equal, loss_tolerance=experiment.loss_tolerance,
-        missing={name: _last_line(logs[name]) if logs[name].is_file() else "" for name, folder in folders.items() if folder is None},
+    runs = {
+        run.name: replace(
+            _without_folder(experiment, run) if folder_of(run) is None else _read(run), variant=run.variant
+        )
+        for run in experiment.runs
+    }
+    if told := _changed(experiment, runs):
+        say(f"warning: {told}")
+    return report_on_runs(
+        [*runs.values()], title=f"Experiment {experiment.name}", equal=experiment.equal, loss_tolerance=experiment.loss_tolerance,
     )  # fmt: skip
+
+
+def _read(run: ExperimentRun) -> Run:
+    """The run as its folder says, which is there; `damaged` where that cannot be read."""
+    folder = folder_of(run)
+    assert folder is not None
+    try:
+        return read_run(folder)
+    except RunFolderError as error:
+        return Run.unread(folder.path, _DAMAGED, str(error), run.recipe.model_dump())
+
+
+def _without_folder(experiment: Experiment, run: ExperimentRun) -> Run:
+    """One that has failed before it had a folder, where its log says so, else one that is not there."""
+    log = log_of(experiment, run)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    status = "failed" if lines and lines[-1].startswith(_ENDED) else NOT_THERE
+    cause = _last_line(log) if lines else None
+    path = _parent(run) / run.name
+    return Run.unread(path, status, cause, run.recipe.model_dump())
+
+
+def _changed(experiment: Experiment, made: Mapping[str, Run]) -> str:
+    """In words, which of the runs that are there were made with another recipe than `experiment` means by their names now, and in what it
+    differs; empty where none was."""
+    found: dict[str, list[str]] = {}
+    for run in experiment.runs:
+        there = made.get(run.name)
+        if there is None or not there.recorded:
+            continue
+        now = dict(leaves(run.recipe.model_dump()))
+        for key, values in differences({"then": [there.asked], "now": [now]}).items():
+            if key.startswith(_MEASURED) or not key.startswith(_MAKES_NO_DIFFERENCE):
+                found.setdefault(f"{key}: {values['then']!r} then, {values['now']!r} now", []).append(there.name)
+    if not found:
+        return ""
+    count = len({name for names in found.values() for name in names})
+    lines = [f"  {line} ({_some(names)})" for line, names in found.items()]
+    more = [f"  and {len(lines) - 2 * _NAMED} more"] if len(lines) > 2 * _NAMED else []
+    head = f"{count} of {len(experiment.runs)} runs of {experiment.name} were made with another recipe than their names mean now:"
+    return "\n".join([head, *lines[: 2 * _NAMED], *more])
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
+def _set_damaged_aside(run: ExperimentRun) -> None:
+    """Where the folder of `run` cannot be read, give it another name, so that the run is made anew and nothing is lost."""
+    while (folder := folder_of(run)) is not None and (found := _read(run)).status == _DAMAGED:
+        names = (f"{folder.name}.damaged{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
+        aside = next(path for name in names if not (path := folder.path.with_name(name)).exists())
+        folder.path.rename(aside)
+        say(f"{run.name} is made anew, and its folder now lies in {aside}: {found.cause}")
 
 
 def log_of(experiment: Experiment, run: ExperimentRun) -> Path:
@@ -260,6 +373,7 @@ def _parent(run: ExperimentRun) -> Path:
 def _last_line(log: Path) -> str:
     """What distft said last, or else the last line that there is."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = [line for line in lines if line.strip() and not line.startswith(_ENDED)]
     said = [line.removeprefix("distft: ") for line in lines if line.startswith("distft: ")]
     return (said or lines or ["it printed nothing"])[-1]
 

@@ -102,6 +102,7 @@ def load_experiment(
         content = read_experiment(path, faults)
     content = content if repeats is None else content.model_copy(update={"repeats": repeats})
     variants = _variants(content, path, folder, faults)
+    faults += _faults_of_budget(content.budget, path)
     found = {(fault.where, fault.key, fault.problem): fault for fault in faults}
     runs = []
     for repeat, variant in itertools.product(range(1, content.repeats + 1), variants):
@@ -119,7 +120,7 @@ def load_experiment(
             found.setdefault((fault.where, fault.key, fault.problem.removesuffix(variant.told)), fault)
     faults = [*found.values()] or _clashes([run.name for run in runs], path)
     if faults:
-        raise ExperimentError(faults)
+        raise ExperimentError([_of_command_line(fault, path) for fault in faults] if recipes else faults)
     description = "recipes as they are" if recipes else first_comment(path.read_text(encoding="utf-8"))
     return Experiment(path.stem, tuple(runs), tuple(content.equal), description, path, content.loss_tolerance)
 
@@ -181,6 +182,8 @@ def _variants(content: ExperimentFile, path: Path, folder: Path, faults: list[Fa
             name = "-".join(name for name, _ in point)
             chosen = tuple(setting for _, settings in point for setting in settings)
             found.append(_Variant(name, base, (*shared, *chosen), "grid", f", with {name}"))
+    if not found and base is not None:  # there are no runs, and what is wrong with the base is told all the same
+        found.append(_Variant("base", base, tuple(shared), "overrides"))
     refused, valid = _refused(content), []
     for variant in found:
         if re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]*", variant.name):
@@ -292,14 +295,23 @@ def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)  # JSON is YAML on one line
 
 
+def _asked(budget: Budget | None) -> dict[str, Any]:
+    return {} if budget is None else {key: value for key, value in budget.model_dump().items() if value is not None}
+
+
+def _faults_of_budget(budget: Budget | None, path: Path) -> list[Fault]:
+    asked = _asked(budget)
+    if budget is None or len(asked) == 1:
+        return []
+    expected = f"expected one of {', '.join(Budget.model_fields)}, got {' and '.join(asked) or 'none'}"
+    return [Fault(str(path), "budget", expected)]
+
+
 def _budget(
     budget: Budget | None, variant: _Variant, given: Mapping[str, str], path: Path, folder: Path, faults: list[Fault]
 ) -> list[_Setting]:
     """The override that the budget means; a fault where none means exactly that."""
-    asked = {} if budget is None else {key: value for key, value in budget.model_dump().items() if value is not None}
-    if budget is not None and len(asked) != 1:
-        expected = f"expected one of {', '.join(Budget.model_fields)}, got {' and '.join(asked) or 'none'}"
-        faults.append(Fault(str(path), "budget", expected))
+    asked = _asked(budget)
     if len(asked) != 1:
         return []
     ((kind, amount),) = asked.items()
@@ -309,10 +321,6 @@ def _budget(
         faults.append(Fault(str(path), place, problem + variant.told, hint))
         return []
 
-    if kind == "tokens":
-        return refuse(
-            "steps hold whole samples, so that no number of them is exactly so many tokens", "give steps or samples"
-        )
     if kind == "minutes":
         seconds = Fraction(str(amount)) * 60
         if seconds.denominator != 1:
@@ -321,15 +329,23 @@ def _budget(
         days, hours = divmod(minutes // 60, 24)
         clock = f"{hours:02}:{minutes % 60:02}:{rest:02}"
         return [_Setting("run.max_time", f"{days}-{clock}" if days else clock, place)]
-    if kind == "samples":
+    if kind in ("samples", "tokens"):
         try:
             words = _arguments(variant, variant.settings, given, path.stem, path.stem)
-            size = load_recipe(words, folder=folder).batching.global_batch_size
+            batching = load_recipe(words, folder=folder).batching
         except RecipeError:
             return []  # what is wrong is found with the run itself
+        size = batching.global_batch_size if kind == "samples" else batching.global_batch_tokens
+        if size is None and kind == "samples":
+            return refuse("a global batch counted in tokens holds no fixed number of samples", "give steps or tokens")
         if size is None:
-            return refuse("a global batch counted in tokens holds no fixed number of samples", "give steps")
-        if amount % size:
+            return refuse(
+                "a global batch counted in samples holds no fixed number of tokens",
+                "give steps or samples, or count the batch by batching.global_batch_tokens",
+            )
+        if kind == "tokens" and amount < size:
+            return refuse(f"{amount} tokens are less than a global batch of {size}")
+        if kind == "samples" and amount % size:
             below = amount // size * size
             near = f"{below} or {below + size}" if below else str(size)
             return refuse(f"{amount} samples are no whole number of global batches of {size}", near)
@@ -347,6 +363,13 @@ def _faults_of_base(variant: _Variant, given: Mapping[str, str], checks: Checks,
     except RecipeError as error:
         return frozenset(fault for fault in error.faults if fault.key != "recipe")
     return frozenset()
+
+
+def _of_command_line(fault: Fault, path: Path) -> Fault:
+    """A fault of an experiment without a file, said of the recipe that the command line names."""
+    if fault.where != str(path):
+        return fault
+    return replace(fault, where=COMMAND_LINE, key=fault.key.removeprefix("variants.").removesuffix(".recipe"))
 
 
 def _placed(fault: Fault, variant: _Variant, given: Mapping[str, str], path: Path) -> Fault:

@@ -25,7 +25,8 @@ class Budget(Section):
     samples: int | None = Field(None, ge=1)
     """Samples, a whole number of global batches: training.max_steps. Within one epoch; the last batch of an epoch is smaller."""
     tokens: int | None = Field(None, ge=1)
-    """Refused: steps hold whole samples."""
+    """Tokens, where the global batch is counted in them: training.max_steps, as many whole steps as they hold. A step holds whole samples, so
+    that it has about the batch's tokens, and the budget is met about as well."""
     minutes: float | None = Field(None, gt=0)
     """Wall-clock since the start of the processes: run.max_time, at which a run saves and ends as interrupted."""
 

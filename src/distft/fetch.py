@@ -74,10 +74,12 @@ def fetch_data(source: Path | HubSplit) -> str:
     return f"data {name}: {files[0].parent if files else source}, {_size(*files)}"
 
 
-def missing(recipe: Recipe) -> list[str]:
-    """What a run of `recipe` with the hub offline would lack, each in words with the remedy. Uses no network."""
-    found = missing_model(recipe)
-    return found + [line for source in _sources(recipe, found) for line in missing_data(recipe, source)]
+def missing(recipe: Recipe, *, hub: bool = True) -> list[str]:
+    """What a run of `recipe` with the hub offline would lack, each in words with the remedy. Uses no network. Without `hub` what the hub may
+    have is left out: folders and files alone are looked at."""
+    found = missing_model(recipe, hub=hub)
+    looked_at = [source for source in _sources(recipe, found) if hub or isinstance(source, Path)]
+    return found + [line for source in looked_at for line in missing_data(recipe, source)]
 
 
 def remedy(recipe: Recipe) -> str:

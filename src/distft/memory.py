@@ -161,12 +161,19 @@ class Memory:
         micro_batch = self.recipe.micro_batch
         smaller = self._smaller(micro_batch)
         # The others come to hear of it at their next start, in `_after_faults`.
-        raise self._out_of_memory(
-            error, f"with a micro-batch of {self._in_words(micro_batch)}", self.cheaper_recipes() if smaller is None else
-            f"The run goes on from its last checkpoint with a micro-batch of {self._in_words(smaller)} and the same global batch: by itself where distft train "
-            "started it, else with the same command",
-            {"micro_batch": micro_batch}, restart=True,
-        ) from error  # fmt: skip
+        when, facts = f"with a micro-batch of {self._in_words(micro_batch)}", {"micro_batch": micro_batch}
+        raise self._out_of_memory(error, when, self._remedy(smaller), facts, restart=True) from error
+
+    def _remedy(self, smaller: int | None) -> str:
+        """What comes after going out of memory; `smaller` is the micro-batch that a restart would take, None where there is none."""
+        if smaller is None:
+            return self.cheaper_recipes()
+        if self.recipe.run.max_restarts == 0:
+            return f"No restart is allowed (run.max_restarts: 0); one would take a micro-batch of {self._in_words(smaller)}"
+        return (
+            f"The run goes on from its last checkpoint with a micro-batch of {self._in_words(smaller)} and the same global batch: by itself "
+            "where distft train started it, else with the same command"
+        )
 
     def _out_of_memory(
         self, error: BaseException, when: str, remedy: str, facts: Mapping[str, Any], *, restart: bool

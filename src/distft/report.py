@@ -25,6 +25,10 @@ LOSS_TOLERANCE = 0.01
 """Losses of two variants that are further apart than this share of the first one's are not equal, where an experiment says nothing else."""
 
 
+NOT_THERE = "not there"
+"""The status of a run that should be there, and of which nobody knows how it ended."""
+
+
 @dataclass(frozen=True)
 class Spread:
     """A figure of a variant over its finished runs: median, least and greatest, and of how many."""
@@ -60,7 +64,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Equality:
-    """Whether `what` was equal in all finished runs, None where fewer than two finished; `unequal` has the facts that
+    """Whether `what` was equal in all finished runs, None where fewer than two variants have one; `unequal` has the facts that
     were not, each with its value in every variant."""
 
     what: str
@@ -90,12 +94,14 @@ class Report:
         """The answer in one sentence: how the variants compare, or of a single one what its fine-tune changed."""
         if len(self.variants) == 1:
             return self._changed
-        outcomes = {run.name: run.outcome for run in self.runs}
+        outcomes = {run.name: run.outcome for run in self.runs} | dict.fromkeys(self.missing, "not there")
         ended = {
             variant.name: ", ".join(dict.fromkeys(outcomes[run] for run in variant.runs))
             for variant in self.variants
             if not variant.finished
         }
+        if self.variants[0].name in ended and self.comparisons:
+            ended[self.variants[0].name] += f", so that the others are compared with {self.comparisons[0].against}"
         return sentence(self.comparisons, {figure.key: figure.title for figure in FIGURES if figure.quality}, ended)
 
     @property
@@ -146,27 +152,34 @@ def report(
     *,
     title: str = "",
     equal: Sequence[str] = (),
-    missing: Mapping[str, str] | None = None,
     loss_tolerance: float = LOSS_TOLERANCE,
 ) -> Report:
-    """The report on the runs in `folders`; the first is of the variant that the others are compared with.
-
-    `equal` (keys of EQUAL) is what must be equal for speeds to be compared, losses within the share `loss_tolerance`; `missing` the
-    names of runs that should be there, and why each is not, empty where that is not known.
+    """The report on the runs in `folders`, as `report_on_runs` makes it.
 
     Raises:
         RunFolderError: there are no folders, or one is no run folder or is damaged.
     """
     if not folders:
-        wanted = (
-            f"none of its {len(missing)} runs is there" if missing else "give the folders of runs, or experiment=NAME"
-        )
-        raise RunFolderError(f"{title or 'nothing to report on'}: {wanted}")
-    runs = tuple(map(read_run, {folder.path.resolve(): folder for folder in folders}.values()))
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(sameness(run.facts, run.strategy, run.world_size), []).append(run)
-    named = dict(zip(_labels([*groups.values()]), groups.values(), strict=True))
+        raise RunFolderError(f"{title or 'nothing to report on'}: give the folders of runs, or experiment=NAME")
+    found = [*map(read_run, {folder.path.resolve(): folder for folder in folders}.values())]
+    return report_on_runs(found, title=title, equal=equal, loss_tolerance=loss_tolerance)
+
+
+def report_on_runs(
+    wanted: Sequence[Run], *, title: str = "", equal: Sequence[str] = (), loss_tolerance: float = LOSS_TOLERANCE
+) -> Report:
+    """The report on the runs `wanted`; the first is of the variant that the others are compared with. Those of status NOT_THERE are
+    its `missing`.
+
+    `equal` (keys of EQUAL) is what must be equal for speeds to be compared, losses within the share `loss_tolerance`.
+
+    Raises:
+        RunFolderError: none of them is there.
+    """
+    runs = tuple(run for run in wanted if run.status != NOT_THERE)
+    if not runs:
+        raise RunFolderError(f"{title}: none of its {len(wanted)} runs is there")
+    named = _grouped(wanted)
     variants = tuple(_variant(name, members) for name, members in named.items())
     done = {name: finished for name, members in named.items() if (finished := [run for run in members if run.finished])}
     declared = tuple(equal) or BY_DEFAULT
@@ -183,14 +196,24 @@ def report(
             if first is not None and name != first
             for comparison in tell.compare(first, name)
         ),
-        differences=differences(_facts(named)),
-        missing=missing or {},
+        differences=_differences(named),
+        missing={run.name: run.cause or "" for run in wanted if run.status == NOT_THERE},
         loss_tolerance=loss_tolerance,
         together=tell.together,
     )
 
 
 # Variants ---------------------------------------------------------------------------------------------------------------
+
+
+def _grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Variants by name: runs that are repeats of each other. One that is not `recorded` is with those of its experiment's variant."""
+    made = {id(run): sameness(run.facts, run.strategy, run.world_size) for run in runs if run.recorded}
+    known = {run.variant: made[id(run)] for run in reversed(runs) if run.recorded and run.variant}
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(made.get(id(run)) or known.get(run.variant) or sameness(run.facts), []).append(run)
+    return dict(zip(_labels([*groups.values()]), groups.values(), strict=True))
 
 
 def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
@@ -226,7 +249,7 @@ def _bound_facts(run: Run, median: Mapping[str, float | None]) -> Facts:
 
 
 def _equality(what: str, declared: bool, done: Mapping[str, Sequence[Run]], tolerance: float) -> Equality:
-    if sum(map(len, done.values())) < 2:
+    if len(done) < 2:
         return Equality(what, declared, None, {})
     unequal = _unequal_losses(done, tolerance) if what == "loss" else differences(_facts(done), EQUAL[what])
     return Equality(what, declared, not unequal, unequal)
@@ -234,6 +257,14 @@ def _equality(what: str, declared: bool, done: Mapping[str, Sequence[Run]], tole
 
 def _facts(named: Mapping[str, Sequence[Run]]) -> dict[str, list[Mapping[str, Any]]]:
     return {name: [run.facts for run in members] for name, members in named.items()}
+
+
+def _differences(named: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Any]]:
+    """Every fact in which variants differ. What is not `recorded` says of its recipe alone in what it differs."""
+    recorded = {name: found for name, members in named.items() if (found := [run for run in members if run.recorded])}
+    asked = {name: [run.asked for run in members] for name, members in named.items() if name not in recorded}
+    known = {name: [run.asked for run in members] for name, members in recorded.items()}
+    return differences(_facts(recorded)) | (differences({**known, **asked}) if asked else {})
 
 
 def _unequal_losses(done: Mapping[str, Sequence[Run]], tolerance: float) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from distft.bound import Split
@@ -81,7 +82,8 @@ _MACHINE = ("python", "cuda", "cpus", "packages", "gpus")
 @dataclass(frozen=True)
 class Run:
     """One run folder as read. `figures` has every key of FIGURES and TIMES, None where unknown; `split` is that of its profile; `facts` what it was made with: the
-    recipe's values by their dotted keys, and under `as run.` and `machine.` what the summary and the environment say."""
+    recipe's values by their dotted keys, and under `as run.` and `machine.` what the summary and the environment say; `variant` is what its
+    experiment calls its variant, empty where it is of none."""
 
     name: str
     path: str
@@ -93,6 +95,7 @@ class Run:
     facts: Mapping[str, Any] = field(repr=False)
     split: Split | None = None
     evaluation: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    variant: str = ""
 
     @property
     def finished(self) -> bool:
@@ -102,6 +105,22 @@ class Run:
     def outcome(self) -> str:
         """The status, or `out of memory`, which is a result as well: the run does not fit."""
         return outcome(self.status, self.cause)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether it has told how it was made. Of one that is not there, failed before it had a folder or is damaged, its recipe alone is known."""
+        return self.world_size is not None or self.status == "evaluated"
+
+    @classmethod
+    def unread(cls, path: Path, status: str, cause: str | None, recipe: Mapping[str, Any]) -> Run:
+        """One that is not `recorded`, with the values of the recipe that it was to be made with."""
+        unknown = dict.fromkeys(figure.key for figure in (*FIGURES, *TIMES))
+        return cls(path.name, str(path), status, cause, None, None, unknown, dict(leaves(recipe)))
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The part of `facts` that its recipe says."""
+        return {key: value for key, value in self.facts.items() if not key.startswith(("as run.", "machine."))}
 
 
 def outcome(status: str, cause: str | None) -> str:
@@ -118,7 +137,7 @@ def read_run(folder: RunFolder) -> Run:
     if folder.results.is_file() and not folder.summary.is_file():
         return _evaluated(folder)
     summary = folder.read_summary()
-    recipe = _parsed(folder, folder.recipe.name, parse_yaml)
+    recipe = _parsed(folder, folder.recipe.name, _whole_yaml)
     environment = _parsed(folder, folder.environment.name, json.loads) if folder.environment.is_file() else {}
     try:
         metrics = folder.read_metrics()
@@ -171,6 +190,13 @@ def _split(folder: RunFolder) -> Split | None:
         return Split.of_profile(json.loads(folder.profile.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"{folder.profile} is damaged: {error!r}") from error
+
+
+def _whole_yaml(text: str) -> Any:
+    """YAML that was cut off may still be YAML."""
+    if not text.endswith("\n"):
+        raise ValueError("it is cut off within its last line")
+    return parse_yaml(text)
 
 
 def _parsed(folder: RunFolder, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:

@@ -122,6 +122,13 @@ def test_under_a_bare_launcher_the_same_command_goes_on_with_half(whole: tuple[s
     assert_same_updates(again.folder, uninterrupted)
 
 
+def test_where_no_restart_is_allowed_none_is_promised(tmp_path: Path) -> None:
+    ended = go(tmp_path, "run.max_restarts=0", "quantization=null", nproc=1, site=site(tmp_path, 0, 0, (4,)))
+    assert ended.code == 1
+    assert "No restart is allowed (run.max_restarts: 0); one would take a micro-batch of 2 samples" in ended.stderr
+    assert "goes on" not in ended.stderr
+
+
 def test_what_nothing_mends_ends_once_and_names_cheaper_recipes(tmp_path: Path) -> None:
     ended = go(tmp_path, "batching.micro_batch=1", site=site(tmp_path, 1, 3, (1,)))
     assert ended.code == 1, ended.stderr[-3000:]
