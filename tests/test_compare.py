@@ -58,8 +58,8 @@ def test_one_that_fails_leaves_the_others_alone_and_is_made_up_for(tmp_path: Pat
     assert report["missing"] == {} and report["runs"][2]["cause"].startswith(
         "there is no data file or folder rows.jsonl"
     )
-    assert [(variant["name"], variant["finished"]) for variant in report["variants"]][2] == ("mine-broken", 0)
-    assert "mine-broken has no finished run (failed)" in report["verdict"]
+    assert [(variant["name"], variant["finished"]) for variant in report["variants"]][2] == ("broken", 0)
+    assert "broken has no finished run (failed)" in report["verdict"]
     row, *_ = [line for line in done.stdout.splitlines() if line.startswith("| mine-broken ")]
     assert "failed: there is no data file or folder rows.jsonl" in row
     assert {each["what"]: each["equal"] for each in report["equality"] if each["declared"]} == {

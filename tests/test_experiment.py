@@ -164,8 +164,8 @@ grid:
         ("steps: 7", "training.max_steps", 7),
         ("samples: 160", "training.max_steps", 10),
         ("tokens: 9999", "training.max_steps", 9),
-        ("minutes: 1.5", "run.max_time", "00:01:30"),
-        ("minutes: 1501", "run.max_time", "1-01:01:00"),
+        ("minutes: 1.5", "run.train_time", "00:01:30"),
+        ("minutes: 1501", "run.train_time", "1-01:01:00"),
     ],
 )
 def test_a_budget_is_the_override_that_it_means(budget: str, key: str, expected: Any, tmp_path: Path) -> None:

@@ -414,8 +414,8 @@ def test_an_experiment_states_its_tolerance(tmp_path: Path, monkeypatch: pytest.
         code = main(["report", "experiment=mine", "--json"])
         shown = capsys.readouterr()
         told[tolerance] = json.loads(shown.out)["verdict"] if code == 0 else shown.err
-    assert told[""].startswith("The verdict on the speed of mine-b against mine-a is withheld")
-    assert told["loss_tolerance: 0.03\n"].startswith("mine-b is as fast as mine-a")
+    assert told[""].startswith("The verdict on the speed of b against a is withheld")
+    assert told["loss_tolerance: 0.03\n"].startswith("b is as fast as a")
     assert "loss_tolerance: expected" in told["loss_tolerance: 0\n"]
 
 
@@ -542,10 +542,10 @@ def test_a_damaged_folder_is_a_row_of_its_experiment(name: str, mine: Path, caps
     damaged = next(run for run in document["runs"] if run["name"] == "mine-b")
     assert damaged["status"] == "damaged" and name in damaged["cause"] and said == ""
     assert {variant["name"]: (variant["runs"], variant["finished"]) for variant in document["variants"]} == {
-        "mine-a": (["mine-a", "mine-a-r2"], 1),
-        "mine-b": (["mine-b", "mine-b-r2"], 1),
+        "a": (["mine-a", "mine-a-r2"], 1),
+        "b": (["mine-b", "mine-b-r2"], 1),
     }
-    assert document["differences"] == {"lora.r": {"mine-a": 1, "mine-b": 2}}
+    assert document["differences"] == {"lora.r": {"a": 1, "b": 2}}
     assert main(["report", "experiment=mine", "tracking.report_to=[]"]) == 0
     assert f"- `mine-b`: damaged: {damaged['cause']}\n" in capsys.readouterr().out
 
@@ -569,9 +569,9 @@ def test_a_run_that_failed_before_it_had_a_folder_is_one_of_its_variant(mine: Pa
         ("mine-a", "failed", "there is no folder /no/such/model (model)")
     ]
     assert [(variant["name"], variant["runs"], variant["finished"]) for variant in document["variants"]] == [
-        ("mine-a", ["mine-a", "mine-a-r2"], 0),
-        ("mine-b", ["mine-b", "mine-b-r2"], 2),
-        ("mine-c", ["mine-c", "mine-c-r2"], 1),
+        ("a", ["mine-a", "mine-a-r2"], 0),
+        ("b", ["mine-b", "mine-b-r2"], 2),
+        ("c", ["mine-c", "mine-c-r2"], 1),
     ]
     assert document["verdict"].startswith("mine-c is as fast as mine-b")
     assert document["verdict"].endswith(

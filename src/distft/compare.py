@@ -26,7 +26,7 @@ from distft.live import Watched, watched
 from distft.markdown import markdown
 from distft.page import histories, page
 from distft.recipe import Recipe
-from distft.report import NOT_THERE, Report, report_on_runs
+from distft.report import DAMAGED, NOT_THERE, Report, report_on_runs
 from distft.results import Run, leaves, outcome, read_run
 from distft.run import RunFolder, write_atomically
 from distft.strategy import visible_devices
@@ -41,7 +41,6 @@ _MEASURED = ("evaluation.before_and_after", "evaluation.max_samples")
 """What training itself measures by, so that losses and perplexities of runs that say something else are not of the same rows."""
 _NAMED = 3
 """Runs that a message names."""
-_DAMAGED = "damaged"
 _ENDED = "distft compare: this run ended without a folder, with exit code "
 """What its log says last of a run that failed so early; without it nobody knows whether the run has ended."""
 
@@ -110,8 +109,7 @@ class Comparison:
         write_atomically(self.parent / f"{self.experiment.name}.md", markdown(made))
         write_atomically(self.parent / f"{self.experiment.name}.json", made.to_json())
         try:
-            readable = replace(made, runs=tuple(run for run in made.runs if run.status != _DAMAGED))
-            write_atomically(self.parent / f"{self.experiment.name}.html", page(made.title, histories(readable), made))
+            write_atomically(self.parent / f"{self.experiment.name}.html", page(made.title, histories(made), made))
         except MissingExtraError as error:
             say(f"no page with charts: {error}")
         return made
@@ -143,7 +141,7 @@ class Comparison:
     def _stays(self, run: ExperimentRun) -> bool:
         """Whether `run` is not made from its beginning: it has a result, or a checkpoint to go on from."""
         folder = folder_of(run)
-        if folder is None or _read(run).status == _DAMAGED:
+        if folder is None or _read(run).status == DAMAGED:
             return False
         return self._result(run) is not None or any(folder.checkpoints.glob("*"))
 
@@ -302,7 +300,7 @@ def _read(run: ExperimentRun) -> Run:
     try:
         return read_run(folder)
     except RunFolderError as error:
-        return Run.unread(folder.path, _DAMAGED, str(error), run.recipe.model_dump())
+        return Run.unread(folder.path, DAMAGED, str(error), run.recipe.model_dump())
 
 
 def _without_folder(experiment: Experiment, run: ExperimentRun) -> Run:
@@ -342,7 +340,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _set_damaged_aside(run: ExperimentRun) -> None:
     """Where the folder of `run` cannot be read, give it another name, so that the run is made anew and nothing is lost."""
-    while (folder := folder_of(run)) is not None and (found := _read(run)).status == _DAMAGED:
+    while (folder := folder_of(run)) is not None and (found := _read(run)).status == DAMAGED:
         names = (f"{folder.name}.damaged{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
         aside = next(path for name in names if not (path := folder.path.with_name(name)).exists())
         folder.path.rename(aside)

@@ -251,7 +251,7 @@ def _refused(content: ExperimentFile) -> dict[str, str]:
         "tracking.group": "the runs are a group of the experiment's name",
     }
     if content.budget is not None:
-        refused |= dict.fromkeys(("training.max_steps", "training.num_train_epochs", "run.max_time"),
+        refused |= dict.fromkeys(("training.max_steps", "training.num_train_epochs", "run.train_time"),
                                  "budget says how long every run trains; leave one of them out")  # fmt: skip
     return refused
 
@@ -328,7 +328,7 @@ def _budget(
         minutes, rest = divmod(int(seconds), 60)
         days, hours = divmod(minutes // 60, 24)
         clock = f"{hours:02}:{minutes % 60:02}:{rest:02}"
-        return [_Setting("run.max_time", f"{days}-{clock}" if days else clock, place)]
+        return [_Setting("run.train_time", f"{days}-{clock}" if days else clock, place)]
     if kind in ("samples", "tokens"):
         try:
             words = _arguments(variant, variant.settings, given, path.stem, path.stem)

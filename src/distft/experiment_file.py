@@ -28,7 +28,7 @@ class Budget(Section):
     """Tokens, where the global batch is counted in them: training.max_steps, as many whole steps as they hold. A step holds whole samples, so
     that it has about the batch's tokens, and the budget is met about as well."""
     minutes: float | None = Field(None, gt=0)
-    """Wall-clock since the start of the processes: run.max_time, at which a run saves and ends as interrupted."""
+    """Wall-clock of training: run.train_time, after which a run ends with its result. Samples then differ: declare what is still equal."""
 
 
 class ExperimentFile(Section):

@@ -30,7 +30,7 @@ from distft.markdown import (
     variant_rows,
 )
 from distft.packaged import packaged
-from distft.report import Report
+from distft.report import DAMAGED, Report
 from distft.results import FIGURES
 from distft.run import RunFolder
 
@@ -60,13 +60,15 @@ class Section:
 
 
 def histories(report: Report) -> list[History]:
-    """Of all its runs.
+    """Of all its runs but those that cannot be read.
 
     Raises:
         RunFolderError: a file of one is damaged.
     """
     variants = {run: variant.name for variant in report.variants for run in variant.runs}
-    return [History.of_run(RunFolder(Path(run.path)), variants[run.name]) for run in report.runs]
+    return [
+        History.of_run(RunFolder(Path(run.path)), variants[run.name]) for run in report.runs if run.status != DAMAGED
+    ]
 
 
 def page(title: str, logged: Sequence[History], report: Report | None = None) -> str:

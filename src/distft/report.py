@@ -26,6 +26,7 @@ LOSS_TOLERANCE = 0.01
 
 
 NOT_THERE = "not there"
+DAMAGED = "damaged"
 """The status of a run that should be there, and of which nobody knows how it ended."""
 
 
@@ -217,8 +218,11 @@ def _grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """The shortest name in each group, or its folder where another group has that name as well."""
+    """The name of each group's variant, or the shortest of its runs; where another group has that name as well, its folder."""
     shortest = [min(group, key=lambda run: len(run.name)) for group in groups]
+    variants = [{run.variant for run in group} for group in groups]
+    if all(len(names) == 1 and "" not in names for names in variants) and len(set().union(*variants)) == len(groups):
+        return [str(*names) for names in variants]
     names = [run.name for run in shortest]
     return [run.name if names.count(run.name) == 1 else run.path for run in shortest]
 
