@@ -22,6 +22,7 @@ STEPS = 30
 KEYS = {
     "loss_step",
     "loss_time",
+    "eval_loss",
     "eval_perplexity",
     "learning_rate",
     "speed",
@@ -61,10 +62,13 @@ def run_folder(parent: Path, name: str, strategy: str, speed: float, memory: flo
     return folder
 
 
+def command(where: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-m", "distft.cli", "report", *words]
+    return subprocess.run(program, cwd=where, capture_output=True, text=True)
+
+
 def report(where: Path, *words: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "distft.cli", "report", *words], cwd=where, capture_output=True, text=True
-    )
+    done = command(where, *words)
     assert done.returncode == 0, done.stderr
 
 
@@ -264,6 +268,15 @@ def test_what_matters_is_in_sight_on_paper_on_a_screen_and_on_a_phone(
         assert shown.text_content().startswith("× 0.750 (") and shown.is_visible()
     if media == "print":
         assert page.locator("section[aria-labelledby=differs] li", has_text="strategy: ddp").first.is_visible()
+        for folder in folders:  # of a CPU: fewer columns, which are no narrower
+            summary = json.loads(folder.summary.read_text())
+            unknown = dict.fromkeys(
+                ("mfu", "hfu", "peak_memory_gib", "energy_j", "joules_per_sample", "joules_per_step")
+            )
+            folder.summary.write_text(json.dumps({**summary, **unknown, "train_loss": summary["train_time_s"]}))
+        report(tmp_path, *(str(folder.path) for folder in folders), "--output", "page.html")
+        page.reload()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 718
 
 
 def test_the_page_has_the_sections_of_the_markdown(browser: Browser, tmp_path: Path) -> None:
@@ -440,19 +453,84 @@ def test_a_log_of_anybody_s_trainer_has_a_page(browser: Browser, tmp_path: Path)
         for step in range(1, 9)
     ]
     history.append({"step": 8, "eval_loss": 1.0, "eval_runtime": 3.0})
+    history.append({"step": 8, "train_runtime": 12.5, "train_samples_per_second": 6.4, "train_loss": 0.7})
+    history[-2] |= {"eval_accuracy": 0.75}
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": 8}))
-    (tmp_path / "bare.json").write_text(json.dumps(history))
+    (tmp_path / "bare.json").write_text(json.dumps([{"step": "4", "eval_loss": 0.5}, *history]))
     report(tmp_path, "trainer_state.json", "bare.json", "--output", "log.html")
     page, told = opened(browser, tmp_path / "log.html")
-    assert told == []
-    assert {"chart-loss_step", "chart-learning_rate"} == {
+    assert told == [] and page.title() == f"{tmp_path.name} and bare"
+    assert {"chart-loss_step", "chart-learning_rate", "chart-eval_loss", "chart-eval_perplexity", "chart-eval_accuracy"} == {
         figure.get_attribute("id") for figure in page.query_selector_all("figure")
-    }
+    }  # fmt: skip
+    drawn = page.locator("#chart-eval_perplexity tbody tr").all_text_contents()
+    assert drawn == [f"{tmp_path.name}82.71828", "bare41.64872", "bare82.71828"], "e to the loss"
+    rows = page.locator("section[aria-labelledby=logs] tr")
+    assert rows.nth(0).locator("th").all_text_contents() == [
+        "log", "steps", "last train loss", "mean train loss", "best eval loss", "last eval loss", "last perplexity", "train time, s", "samples/s",
+    ]  # fmt: skip
+    assert rows.nth(2).locator("td").all_text_contents() == ["8", "0.2500", "0.7000", "0.5000", "1.0000", "2.72", "12.5", "6.40"]  # fmt: skip
+    record = json.loads((tmp_path / "log.json").read_text())
+    assert [log["name"] for log in record["logs"]] == [tmp_path.name, "bare"]
+    assert record["logs"][1]["figures"]["best_eval_loss"] == 0.5
+    report(tmp_path, "trainer_state.json")
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 8, "no report over what was read"
+    assert (tmp_path / "trainer_state.html").is_file()
+    report(tmp_path, "trainer_state.json", "--output", "one.md")
+    assert (tmp_path / "one.md").read_text().startswith(f"# {tmp_path.name}\n\n## Logs\n")
     (tmp_path / "no.json").write_text('{"a": 1}')
     done = subprocess.run(
         [sys.executable, "-m", "distft.cli", "report", "no.json"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 2 and "holds no log_history" in done.stderr
+
+
+def test_what_a_log_lacks_or_holds_wrongly_is_told(tmp_path: Path) -> None:
+    for text, told in (
+        ("[]", "holds an empty log_history"),
+        ('[{"loss": 2.5, "epoch": 1}]', "none of the 1 records in log.json has a step"),
+        ("", "cannot be read as JSON"),
+    ):
+        (tmp_path / "log.json").write_text(text)
+        done = command(tmp_path, "log.json")
+        assert done.returncode == 2 and told in done.stderr
+    (tmp_path / "log.json").write_text(
+        '[{"step": "1", "loss": NaN}, {"step": 2, "loss": "2.5"}, {"step": 3, "loss": Infinity}, {"loss": 1}, 7]'
+    )
+    assert command(tmp_path, "log.json", "--output", "page.html").stdout == "report: page.html, page.md, page.json\n"
+    for kind in ("html", "md"):
+        text = (tmp_path / f"page.{kind}").read_text().replace("`", "")
+        assert "log: 2 values left out, NaN or infinite." in text
+        assert "log: 2 records left out, without a step that is a whole number." in text
+    (log,) = json.loads(command(tmp_path, "log.json", "--json").stdout)["logs"]
+    assert (log["figures"], log["unread"], log["infinite"]) == ({"steps": 3, "last_train_loss": 2.5}, 2, 2)
+
+
+def test_a_folder_of_somebody_s_trainer_and_all_that_lies_beside_runs(made: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(next(made.glob("sharded*")), runs / "sharded")
+    (runs / "logs").mkdir()
+    for step in (9, 10):
+        state = runs / "theirs" / f"checkpoint-{step}" / "trainer_state.json"
+        state.parent.mkdir(parents=True)
+        state.write_text(json.dumps({"log_history": [{"step": step, "loss": 1.0}]}))
+    for name in ("x.html", "x.md", "x.json"):
+        (runs / name).write_text('{"verdict": ""}')
+    words = sorted(str(path.relative_to(tmp_path)) for path in runs.iterdir())
+    done = command(tmp_path, *words, "--json")
+    record = json.loads(done.stdout)
+    assert [run["name"] for run in record["runs"]] == ["sharded"]
+    assert [(log["name"], log["figures"]["steps"]) for log in record["logs"]] == [("theirs/checkpoint-10", 10)]
+    assert done.stderr.count("distft: skipped: ") == 4 and "skipped: runs/x.json holds no log_history" in done.stderr
+    assert "# 1 run\n" in (both := command(tmp_path, *words).stdout) and "## Logs" in both
+    assert command(tmp_path, "runs/logs").returncode == 2
+    missing = command(tmp_path, "runs/sharded", "runs/typo")
+    assert missing.returncode == 2 and "runs/typo" in missing.stderr
+    (tmp_path / "page.md").write_text("# Mine\n")
+    done = command(tmp_path, "runs/sharded", "--output", "page.html")
+    assert done.stdout == "report: page.html, page.json\n" and "page.md is no report of distft's" in done.stderr
+    assert command(tmp_path, "runs/sharded", "--output", "page.html").stdout == done.stdout, "its own it writes anew"
+    assert (tmp_path / "page.md").read_text() == "# Mine\n"
 
 
 def test_without_matplotlib_it_is_said_what_to_install(made: Path, tmp_path: Path) -> None:

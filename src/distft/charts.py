@@ -70,6 +70,7 @@ class _Curves:
 _CURVES = (
     _Curves("loss_step", "Training loss by step", "step", "step", "loss", "loss, nats a token"),
     _Curves("loss_time", "Training loss by time", "time_s", "seconds of training", "loss", "loss, nats a token"),
+    _Curves("eval_loss", "Evaluation loss", "step", "step", "eval_loss", "loss, nats a token"),
     _Curves("eval_perplexity", "Evaluation perplexity", "step", "step", "eval_perplexity", "perplexity"),
     _Curves("test_perplexity", "Held-out perplexity before and after", "step", "step", "test_perplexity", "perplexity"),
     _Curves("learning_rate", "Learning rate", "step", "step", "learning_rate", "learning rate"),
@@ -77,6 +78,8 @@ _CURVES = (
     _Curves("memory", "Peak memory so far, each rank", "time_s", "seconds of training", "peak_memory_gib", "GiB", "peak_memory_by_rank_gib"),
     _Curves("host_memory", "Host memory, each rank", "time_s", "seconds of training", "host_rss_gib", "GiB", "host_rss_by_rank_gib"),
 )  # fmt: skip
+_NO_METRIC = ("_runtime", "_per_second", "_num_tokens", "_preparation_time")
+"""Endings of what a Trainer logs of an evaluation beside its figures."""
 _HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
 
 
@@ -92,7 +95,7 @@ def charts(
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    found = [_curves(chart, histories) for chart in _CURVES]
+    found = [_curves(chart, histories) for chart in (*_CURVES, *_metrics(histories))]
     splits = {
         variant: [Split.of_profile(each.profile) for each in histories if each.variant == variant and each.profile]
         for variant in dict.fromkeys(each.variant for each in histories)
@@ -150,6 +153,17 @@ def _curves(chart: _Curves, histories: Sequence[History]) -> Chart | None:
         chart.key, chart.title, f"{chart.y_title} over {chart.x_title}: {_few(ends)}.", _svg(chart.key, draw, variants),
         ("run", chart.x_title, chart.y_title), tuple(rows),
     )  # fmt: skip
+
+
+def _metrics(histories: Iterable[History]) -> list[_Curves]:
+    """A chart of each figure that somebody's own evaluation has logged."""
+    drawn = {chart.y for chart in _CURVES}
+    logged = dict.fromkeys(key for each in histories if each.source for record in each.records for key in record)
+    keys = [key for key in logged if key.startswith("eval_") and key not in drawn and not key.endswith(_NO_METRIC)]
+    return [
+        _Curves(key, "Evaluation: " + (name := key.removeprefix("eval_").replace("_", " ")), "step", "step", key, name)
+        for key in keys
+    ]
 
 
 def _by_rank(history: History, chart: _Curves) -> list[tuple[str, list[tuple[float, float]]]]:

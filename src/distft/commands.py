@@ -19,6 +19,8 @@ from distft.recipe import Recipe
 
 if TYPE_CHECKING:
     from distft.experiment import Experiment
+    from distft.history import History
+    from distft.run import RunFolder
 
 
 def _checks() -> tuple[Callable[[Recipe], list[Fault]], ...]:
@@ -198,43 +200,109 @@ def compare(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> None:
     from distft.compare import report_on, track
-    from distft.history import History
-    from distft.markdown import markdown
+    from distft.history import distinct
+    from distft.markdown import log_blocks, markdown
     from distft.page import histories, page
     from distft.report import report
-    from distft.run import RunFolder
+    from distft.run import to_json
 
     words: list[str] = options.overrides
-    if words and all(word.endswith(".json") for word in words):  # what anybody's Trainer has logged
-        logged = [History.of_log(Path(word)) for word in words]
-        _hand_over(
-            page(" and ".join(each.name for each in logged), logged),
-            options.output or Path(words[0]).with_suffix(".html"),
-        )
-        return
     experiment = _load_experiment(words) if _is_experiment(words) else None
-    made = report_on(experiment) if experiment else report([RunFolder(Path(word)) for word in words])
-    kind = ".json" if options.json else "" if options.output is None else options.output.suffix
-    if kind == ".html":
-        text = page(made.title, histories(made), made)
+    folders, logs = ([], []) if experiment else _runs_and_logs(words)
+    logs = distinct(logs)
+    made = report_on(experiment) if experiment else report(folders) if folders or not logs else None
+    output: Path | None = options.output
+    if made is None and output is None and not options.json:  # there is no table that would answer as well
+        output = logs[0].source.with_suffix(".html") if logs[0].source else None
+    names = [log.name for log in logs]
+    title = made.title if made else " and ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    def as_json() -> str:
+        runs = json.loads(made.to_json()) if made else {"title": title}
+        found = [
+            {"name": log.name, "path": str(log.source), "unread": log.unread, "infinite": log.infinite, "figures": log.final}
+            for log in logs
+        ]  # fmt: skip
+        return to_json({**runs, "logs": found} if logs else runs) + "\n"
+
+    def as_markdown() -> str:
+        parts = [markdown(made) if made else f"# {title}\n", *([log_blocks(logs)] if logs else [])]
+        return "\n".join(parts)
+
+    kind = ".json" if options.json else "" if output is None else output.suffix
+    if kind == ".html" and output is not None:
+        texts = {output: page(title, [*(histories(made) if made else []), *logs], made)}
+        _hand_over(texts | _beside(output, {".md": as_markdown(), ".json": as_json()}, [log.source for log in logs]))
     else:
-        text = made.to_json() if kind == ".json" else markdown(made)
-    _hand_over(text, options.output)
-    if experiment is not None:
+        text = as_json() if kind == ".json" else as_markdown()
+        print(text, end="") if output is None else _hand_over({output: text})
+    if experiment is not None and made is not None:
         track(experiment, made)
 
 
-def _hand_over(text: str, output: Path | None) -> None:
+def _runs_and_logs(words: Sequence[str]) -> tuple[list[RunFolder], list[History]]:
+    """What a report is on. `runs/*` names reports and logs of runs as well, so that what is neither a run nor somebody's log is skipped with a
+    line, unless nothing is left."""
+    from distft.history import History, find_log
+    from distft.run import RunFolder
+    from distft.world import say
+
+    folders, logs, skipped = [], [], []
+    for path in map(Path, words):
+        folder, log = RunFolder(path), find_log(path)
+        try:
+            if folder.summary.is_file() or folder.results.is_file():
+                folders.append(folder)
+            elif log is not None:
+                logs.append(History.of_log(log))
+            else:
+                raise RunFolderError(f"{path} holds no summary.json of a run and no trainer_state.json")
+        except RunFolderError as error:
+            if not path.exists():
+                raise
+            skipped.append(error)
+    if skipped and not folders and not logs:
+        raise skipped[0]
+    for why in skipped:
+        say(f"skipped: {why}")
+    return folders, logs
+
+
+def _beside(output: Path, texts: Mapping[str, str], read: Sequence[Path | None]) -> dict[Path, str]:
+    """The files beside a page with their texts, without those that are there and no reports of distft's: nobody named them. What was `read`
+    is one of these, and needs no word."""
+    from distft.world import say
+
+    found = {}
+    for kind, text in texts.items():
+        path = output.with_suffix(kind)
+        if not path.exists() or _is_report(path):
+            found[path] = text
+        elif path not in read:
+            say(f"{path} is no report of distft's and is left as it is")
+    return found
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else None
+    except (OSError, ValueError):
+        return False
+    if path.suffix == ".md":
+        return text.startswith("# ") and any(f"\n## {part}\n" in text for part in ("Runs", "Logs"))
+    return isinstance(content, dict) and "title" in content and bool({"verdict", "logs"} & content.keys())
+
+
+def _hand_over(texts: Mapping[Path, str]) -> None:
     from distft.run import write_atomically
 
-    if output is None:
-        print(text, end="")
-        return
-    try:
-        write_atomically(output, text)
-    except OSError as error:
-        raise StorageError(f"the report cannot be written to {output}: {error.strerror}") from error
-    print(f"report: {output}")
+    for output, text in texts.items():
+        try:
+            write_atomically(output, text)
+        except OSError as error:
+            raise StorageError(f"the report cannot be written to {output}: {error.strerror}") from error
+    print("report: " + ", ".join(map(str, texts)))
 
 
 def data_preview(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from distft.bound import PARTS
 from distft.evaluation import columns, details
+from distft.history import FINAL, History
 from distft.intervals import CONFIDENCE
 from distft.report import Report, Spread
 from distft.results import FIGURES, TIMES, Figure, Run
@@ -318,6 +319,31 @@ def _facts(facts: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list
         else:
             lines.append(f"`{key}`: " + ", ".join(f"{value} (in {_names(group)})" for value, group in groups.items()))
     return lines + [line.format(", ".join(parts)) for line, parts in sections.items()]
+
+
+def log_rows(logs: Sequence[History]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the table of logs, without figures that none has."""
+    known = [(key, title, form) for key, title, form in FINAL if any(key in log.final for log in logs)]
+    rows = [[log.name, *(f"{log.final[key]:{form}}" if key in log.final else UNKNOWN for key, _, form in known)] for log in logs]  # fmt: skip
+    return ["log", *(title for _, title, _ in known)], rows
+
+
+def log_lines(logs: Iterable[History]) -> list[str]:
+    """What of the logs was left out."""
+    lines = []
+    for log in logs:
+        if log.infinite:
+            lines.append(f"`{log.name}`: {_count(log.infinite, 'value')} left out, NaN or infinite.")
+        if log.unread:
+            lines.append(
+                f"`{log.name}`: {_count(log.unread, 'record')} left out, without a step that is a whole number."
+            )
+    return lines
+
+
+def log_blocks(logs: Sequence[History]) -> str:
+    """The part of a report that is about logs, ending in a newline."""
+    return "\n\n".join(["## Logs", _table(*log_rows(logs)), *_list(log_lines(logs))]) + "\n"
 
 
 # Words ------------------------------------------------------------------------------------------------------------------

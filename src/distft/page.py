@@ -21,6 +21,8 @@ from distft.markdown import (
     equal_losses,
     equality_rows,
     how_it_ended,
+    log_lines,
+    log_rows,
     range_lines,
     run_rows,
     time_rows,
@@ -92,7 +94,7 @@ def page(title: str, logged: Sequence[History], report: Report | None = None) ->
             speeds[variant.name] = (memory.median, speed.median)
     times = {variant.name: variant.time for variant in report.variants if variant.time} if report else {}
     return template.render(
-        title=title, verdict=report.verdict if report else "", notes=_notes(report), sections=_sections(report),
+        title=title, verdict=report.verdict if report else "", notes=_notes(report), sections=_sections(report) + _logs(logged),
         charts=[*charts(logged, speeds, times, *([figure.title] if figure else [])), *evaluation_charts(report.evaluations if report else {})],
     ) + "\n"  # fmt: skip
 
@@ -127,6 +129,11 @@ def _sections(report: Report | None) -> list[Section]:
     if rows:
         found.append(Section("unfinished", "Not finished", Table(head, rows)))
     return found
+
+
+def _logs(logged: Sequence[History]) -> list[Section]:
+    logs = [history for history in logged if history.source]
+    return [Section("logs", "Logs", Table(*log_rows(logs)), _plain(log_lines(logs)))] if logs else []
 
 
 def _changed(report: Report) -> list[Section]:
