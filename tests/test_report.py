@@ -29,7 +29,7 @@ FIGURES: dict[str, Any] = {
     "status": "finished", "strategy": "ddp", "requested_strategy": "ddp", "world_size": 2, "global_batch_size": 16, "steps": 10,
     "skipped_steps": 0, "samples": 160, "tokens": 8000, "train_loss": 2.5, "eval_before": {"loss": 4.0, "perplexity": 54.6},
     "eval_after": {"loss": 2.0, "perplexity": 7.39}, "train_time_s": 4.0, "samples_per_second": 40.0,
-    "tokens_per_second": 2000.0, "peak_memory_gib": 8.0, "restarts": 0,
+    "tokens_per_second": 2000.0, "peak_memory_gib": 8.0, "restarts": 0, "data_digest": "0123456789abcdef",
 }  # fmt: skip
 
 
@@ -573,9 +573,9 @@ def test_a_run_that_failed_before_it_had_a_folder_is_one_of_its_variant(mine: Pa
         ("b", ["mine-b", "mine-b-r2"], 2),
         ("c", ["mine-c", "mine-c-r2"], 1),
     ]
-    assert document["verdict"].startswith("mine-c is as fast as mine-b")
+    assert document["verdict"].startswith("c is as fast as b")
     assert document["verdict"].endswith(
-        "; mine-a has no finished run (failed, not there, so that the others are compared with mine-b)."
+        "; a has no finished run (failed, not there, so that the others are compared with b)."
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 _NAMES_OF_A_RUN = ("run.name", "run.dir", "run.resume", "run.force", "tracking.")
 """What makes no difference to what a run does."""
 
-DIGEST = "digest of the data"
+DIGEST = "as run.data_digest"
 """The fact that says what the texts were: names of files say it only while nobody writes to them."""
 
 EQUAL: dict[str, tuple[str, ...]] = {
@@ -35,7 +35,11 @@ BY_DEFAULT: tuple[Literal["samples", "order", "global_batch"], ...] = ("samples"
 
 def sameness(facts: Mapping[str, Any], *more: Any) -> str:
     """A text that is equal for runs that are repeats of each other: by their facts, and by `more` that tells runs apart."""
-    made = {key: _word(value) for key, value in facts.items() if not key.startswith((*_NAMES_OF_A_RUN, "as run."))}
+    made = {
+        key: _word(value)
+        for key, value in facts.items()
+        if key == DIGEST or not key.startswith((*_NAMES_OF_A_RUN, "as run."))
+    }
     return json.dumps([made, *more], sort_keys=True)
 
 

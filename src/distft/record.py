@@ -88,8 +88,8 @@ class Record:
         }  # fmt: skip
 
     @classmethod
-    def open(cls, recipe: Recipe, strategy: Strategy, working_folder: Path) -> Record:
-        """Find or claim the run folder on rank 0 and tell all ranks. All ranks enter.
+    def open(cls, recipe: Recipe, strategy: Strategy, working_folder: Path, **facts: Any) -> Record:
+        """Find or claim the run folder on rank 0 and tell all ranks; `facts` stand in its summary from the first. All ranks enter.
 
         Raises:
             RunFolderError: the name was given on the command line and is in use, or the recipe has changed since the
@@ -115,6 +115,7 @@ class Record:
             place = shared[0]
         assert place is not None
         record = cls(place, recipe, strategy, lock)
+        record.note(**facts)
         if world.is_main:
             tell("folder", str(place.folder.path))
             if not place.claimed:

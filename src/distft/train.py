@@ -59,7 +59,7 @@ def train(arguments: Sequence[str]) -> None:
     lengths = lengths_of(splits.train)
     with (
         closing_trackers(),
-        Record.open(recipe, how, Path.cwd()) as record,
+        Record.open(recipe, how, Path.cwd(), data_digest=splits.report.digest) as record,
         rank_log(record.folder, world),
         Watch(world, record, recipe.run.hang_timeout_s) as watch,
         Memory(recipe, how, lengths, record) as memory,
@@ -73,7 +73,7 @@ def train(arguments: Sequence[str]) -> None:
         trainable = sum(whole_numel(p) for p in model.parameters() if p.requires_grad)
         flops = model_flops_per_token(non_embedding_parameters(model), frozen_base=recipe.lora is not None)
         record.note(
-            **recipe.batching.sizes(), data_digest=splits.report.digest, gradient_accumulation_steps=accumulation, trainable_parameters=trainable,
+            **recipe.batching.sizes(), gradient_accumulation_steps=accumulation, trainable_parameters=trainable,
             parameters=sum(map(whole_numel, model.parameters())), attn_implementation=model.config._attn_implementation,
             checkpointed_layers=checkpoint(model, recipe, how, plan.heaviest_tokens),
         )  # fmt: skip
