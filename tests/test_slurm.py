@@ -143,8 +143,8 @@ def test_what_would_end_a_job_at_its_start_is_found_before_it_queues(
 def test_an_experiment_is_one_array(tmp_path: Path) -> None:
     ended = dry_run(tmp_path, "experiment=tiny", "slurm.partition=cpu")
     assert ended.returncode == 0, ended.stderr
-    assert "#SBATCH --array=0-7" in ended.stdout
-    assert "  7) set -- " in ended.stdout and ended.stdout.count("slurm.partition=cpu") == 8
+    assert "#SBATCH --array=0-11" in ended.stdout
+    assert "  11) set -- " in ended.stdout and ended.stdout.count("slurm.partition=cpu") == 12
 
 
 def test_a_dry_run_prints_the_script_and_leaves_nothing(tmp_path: Path) -> None:
