@@ -329,7 +329,7 @@ def test_the_command_lists_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "variants.a.data" in capsys.readouterr().err
     assert main(["experiments", "show", "tiny", "lora.r=2"]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert shown[1].endswith("8 runs of 4 variants")
+    assert shown[1].endswith("12 runs of 4 variants")
     assert shown[3].startswith("distft train recipe=tiny ")
     assert shown[3].endswith(" lora.r=2 run.name=tiny-ddp_4bit tracking.group=tiny")
 

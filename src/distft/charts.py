@@ -1,56 +1,26 @@
-"""The charts of a report, drawn by matplotlib as SVG that a page puts in place: its text is text, its ink the page's own."""
+"""The charts of runs: curves of what they logged, where their time went, and memory against speed."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from distft.bound import Split
-from distft.errors import MissingExtraError
-from distft.evaluation import columns
+from distft.drawing import COLOURS, INK, Chart, drawn, few
 from distft.history import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = tuple(f"#0a0b{number:02x}" for number in range(7))
-"""Stand in the drawing for the page's `--series-0` to `--series-6`, which are others on a dark ground than on a light one. Lines differ in
-their dashes as well, points in their marks."""
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-_INK, _GRID = "#010203", "#010204"
-"""Stand in the drawing for the page's `currentColor` and for its fainter lines."""
 _ROWS = 40
 """Of the table beside a chart; longer curves are thinned out in it."""
-_NAMED = 4
-"""Curves, bars and points that a caption names; the table beside the chart has all."""
 _LEGEND = 14
 """Points that a legend names; of more, those on the front stand out and are named in place."""
-_LABEL = 22
-"""Characters of a line of a bar's label, so that it leaves room for the bar."""
-_STYLE: Any = {
-    "svg.fonttype": "none", "font.size": 9, "axes.edgecolor": _GRID, "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK,
-    "ytick.color": _INK, "grid.color": _GRID, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.linewidth": 0.5, "lines.linewidth": 1.6, "font.family": "sans-serif", "svg.hashsalt": "distft",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A drawing, what it shows in words, and its figures as a table."""
-
-    key: str
-    title: str
-    description: str
-    svg: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -150,16 +120,16 @@ def _curves(chart: _Curves, histories: Sequence[History]) -> Chart | None:
         for x, y in _thinned(points)
     ]
     return Chart(
-        chart.key, chart.title, f"{chart.y_title} over {chart.x_title}: {_few(ends)}.", _svg(chart.key, draw, variants),
+        chart.key, chart.title, f"{chart.y_title} over {chart.x_title}: {few(ends)}.", drawn(chart.key, draw, variants),
         ("run", chart.x_title, chart.y_title), tuple(rows),
     )  # fmt: skip
 
 
 def _metrics(histories: Iterable[History]) -> list[_Curves]:
     """A chart of each figure that somebody's own evaluation has logged."""
-    drawn = {chart.y for chart in _CURVES}
+    known = {chart.y for chart in _CURVES}
     logged = dict.fromkeys(key for each in histories if each.source for record in each.records for key in record)
-    keys = [key for key in logged if key.startswith("eval_") and key not in drawn and not key.endswith(_NO_METRIC)]
+    keys = [key for key in logged if key.startswith("eval_") and key not in known and not key.endswith(_NO_METRIC)]
     return [
         _Curves(key, "Evaluation: " + (name := key.removeprefix("eval_").replace("_", " ")), "step", "step", key, name)
         for key in keys
@@ -206,7 +176,7 @@ def _bars(
         for name, bar in times.items()
         if sum(bar.values()) > 0 and (part := max(bar, key=lambda part: bar[part]))
     ]
-    return Chart(key, title, f"{told}. The largest part of each: {_few(largest)}.", _svg(key, draw, parts, rows=len(times)),
+    return Chart(key, title, f"{told}. The largest part of each: {few(largest)}.", drawn(key, draw, parts, rows=len(times)),
                  ("variant", *(f"{part}, {unit}" for part in parts)), rows)  # fmt: skip
 
 
@@ -222,13 +192,13 @@ def _pareto(speeds: Mapping[str, tuple[float, float]], memory_title: str) -> Cha
     legend = [*speeds] if len(speeds) <= _LEGEND else [*front, others := f"{len(speeds) - len(front)} others"]
 
     def draw(axes: Axes) -> None:
-        axes.plot(*zip(*sorted(front.values()), strict=True), color=_INK, linewidth=0.8, zorder=1)
+        axes.plot(*zip(*sorted(front.values()), strict=True), color=INK, linewidth=0.8, zorder=1)
         for place, (name, point) in enumerate(speeds.items()):
             plain = name not in legend
             number = legend.index(others if plain else name)
             axes.plot(
                 *([value] for value in point), "." if plain else "os^vDPX"[(number + number // 7) % 7], linestyle="none", zorder=2,
-                color=_INK if plain else COLOURS[number % len(COLOURS)], markersize=3 if plain else 6, gid=f"point{place}",
+                color=INK if plain else COLOURS[number % len(COLOURS)], markersize=3 if plain else 6, gid=f"point{place}",
                 label=others if plain and others not in axes.get_legend_handles_labels()[1] else name if name in legend else None,
             )  # fmt: skip
         axes.set_xlabel(memory_title)
@@ -240,10 +210,10 @@ def _pareto(speeds: Mapping[str, tuple[float, float]], memory_title: str) -> Cha
         (name, f"{memory:,.2f}", f"{speed:,.2f}", "yes" if name in front else "no")
         for name, (memory, speed) in speeds.items()
     )
-    svg = _svg("pareto", draw, legend, lambda axes: _name_points(axes, front, [*speeds.values()]))
+    svg = drawn("pareto", draw, legend, lambda axes: _name_points(axes, front, [*speeds.values()]))
     for place, name in enumerate(speeds):  # what a point is, on hovering
         svg = svg.replace(f'<g id="pareto-point{place}">', f"<g><title>{escape(name)}</title>")
-    return Chart("pareto", "Memory against speed", f"No variant is both smaller and faster than {_few(front, ', ')}.", svg,
+    return Chart("pareto", "Memory against speed", f"No variant is both smaller and faster than {few(front, ', ')}.", svg,
                  ("variant", memory_title, "samples/s", "on the front"), rows)  # fmt: skip
 
 
@@ -295,119 +265,6 @@ def _name_points(axes: Axes, named: Mapping[str, tuple[float, float]], points: S
         text.set_position(best[1])
         text.set_horizontalalignment(best[2])
         placed.append(best[3])
-
-
-def evaluation_charts(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
-    """For each task, its figures of base and adapter as bars with their intervals, by the names of runs; figures of one unit together, and
-    categories of the task's items by themselves.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    grouped: dict[tuple[str, str], list[tuple[str, Mapping[str, Any]]]] = {}
-    for run, evaluation in evaluations.items():
-        for task, name, figure in columns.figures(evaluation):
-            if any((figure[side] or {}).get("value") is not None for side in ("base", "adapter")):
-                own = name if task == "perplexity" else figure["form"]  # perplexity and loss have no common scale
-                label = figure["title"] if len(evaluations) == 1 else f"{run}, {figure['title']}"
-                grouped.setdefault((task, own), []).append((label, figure))
-        for task, result in evaluation.items():
-            for name, sides in (result.get("categories") or {}).items():
-                label = name if len(evaluations) == 1 else f"{run}, {name}"
-                known = {
-                    side: sides.get(side)
-                    for side in ("base", "adapter")
-                    if (sides.get(side) or {}).get("value") is not None
-                }
-                whole = {"base": None, "adapter": None, "form": ".2f", "verdict": None, **known}
-                grouped.setdefault((f"{task} by category", ""), []).extend([(label, whole)] if known else [])
-    tasks = [task for task, _ in grouped]
-    return [
-        _side_by_side(
-            f"evaluation_{task}".replace(" ", "_") + (f"_{number}" if tasks.count(task) > 1 else ""), task, figures
-        )
-        for number, ((task, _), figures) in enumerate(grouped.items())
-        if figures
-    ]
-
-
-def _side_by_side(key: str, task: str, figures: Sequence[tuple[str, Mapping[str, Any]]]) -> Chart:
-    sides = [side for side in ("base", "adapter") if any(figure[side] for _, figure in figures)]
-    labels = [textwrap.fill(label, _LABEL) for label, _ in figures]
-    lines = sum(max(2, label.count("\n") + 1) for label in labels)
-
-    def draw(axes: Axes) -> None:
-        axes.set_axisbelow(True)
-        whole = axes.get_figure(root=True)
-        assert whole is not None
-        whole.set_figheight(1.2 + 0.21 * lines)
-        for number, side in enumerate(sides):
-            known = [(row, figure[side]) for row, (_, figure) in enumerate(figures) if figure[side]]
-            values = [estimate["value"] or 0.0 for _, estimate in known]
-            bounds = [(_bound(estimate, "low"), _bound(estimate, "high")) for _, estimate in known]
-            axes.barh(
-                [row + 0.38 * (number - (len(sides) - 1) / 2) for row, _ in known], values, height=0.36, label=side,
-                color=COLOURS[number], hatch=("", "//")[number], ecolor=_INK, capsize=2,
-                xerr=[[max(value - low, 0.0) for value, (low, _) in zip(values, bounds, strict=True)],
-                      [max(high - value, 0.0) for value, (_, high) in zip(values, bounds, strict=True)]],
-            )  # fmt: skip
-        axes.set_yticks(range(len(figures)), labels)
-        axes.invert_yaxis()
-
-    rows = tuple((label, *(columns.shown(figure[side], figure["form"]) for side in sides)) for label, figure in figures)
-    told = _few([f"{label}: {figure['verdict']}" for label, figure in figures if figure["verdict"]])
-    return Chart(
-        key,
-        f"Evaluation: {task}",
-        f"With 95% intervals. {told}.".replace(" .", ""),
-        _svg(key, draw, sides),
-        ("figure", *sides),
-        rows,
-    )
-
-
-def _bound(estimate: Mapping[str, Any], which: str) -> float:
-    """A bound of an interval; the figure itself where it has none."""
-    bound = estimate[which]
-    return float((estimate["value"] or 0.0) if bound is None or bound != bound else bound)
-
-
-def _svg(
-    key: str, draw: Callable[[Axes], None], legend: Sequence[str], name: Callable[[Axes], None] | None = None, rows: int = 0
-) -> str:  # fmt: skip
-    """The drawing with a legend of so many entries; `name` writes names into it once all has its place. Its ids begin with `key`, for those of
-    several drawings stand in one page. Of more than eight `rows` it is higher."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("the charts of a report", "matplotlib", "report") from error
-    columns = 2 if max(map(len, legend), default=0) <= _LABEL + 4 else 1
-    height = 2.7 + 0.17 * math.ceil(len(legend) / columns) + 0.2 * max(0, rows - 8)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.2, height), layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
-        if len(legend) > 1:
-            figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-        if name is not None:
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")
-            name(axes)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(_GRID, "var(--faint)")
-    for number, colour in enumerate(COLOURS):
-        svg = svg.replace(colour, f"var(--series-{number})")
-    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{key}-", svg)
-
-
-def _few(texts: Iterable[str], between: str = "; ") -> str:
-    """The first of them, and how many more there are."""
-    texts = [*texts]
-    more = len(texts) - _NAMED
-    return between.join(texts[:_NAMED]) + (f" … and {more} more" if more > 0 else "")
 
 
 def _finite(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from distft.charts import charts, evaluation_charts
+from distft.charts import charts
 from distft.evaluation import columns, details
+from distft.evaluation_charts import evaluation_charts
 from distft.history import History
 from distft.markdown import (
     NOT_PROFILED,

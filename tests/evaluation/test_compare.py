@@ -76,8 +76,12 @@ def test_files_that_no_judge_could_use_are_told_before_the_first_run(
 def test_the_shipped_experiments_carry_the_evaluations_of_their_reports() -> None:
     tasks = {
         name: {tuple(run.recipe.evaluation.tasks) for run in load_experiment([f"experiment={name}"]).runs}
-        for name in ("rank", "duel")
+        for name in ("rank", "duel", "ablation")
     }
-    assert tasks == {"rank": {("perplexity", "lm_eval", "mt_bench", "alpaca")}, "duel": {("imdb",)}}
+    assert tasks == {
+        "rank": {("perplexity", "lm_eval", "mt_bench", "alpaca")},
+        "duel": {("imdb",)},
+        "ablation": {("imdb",)},
+    }
     (first, *_) = load_experiment(["experiment=rank"]).runs
     assert first.recipe.evaluation.lm_eval.tasks == ["mmlu", "arc_easy", "arc_challenge", "gsm8k"]
