@@ -26,7 +26,7 @@ from provenance import provenance
 
 from distft.run import to_json, write_atomically
 
-STEPS = {"ddp_vs_fsdp": 40, "ddp_vs_fsdp_published": 6}
+STEPS = {"ddp_vs_fsdp": 30, "ddp_vs_fsdp_published": 6}
 RESHARD = {"FSDP_RESHARD_AFTER_FORWARD": "true"}
 """Of the published settings: full sharding gathers every layer for the forward and again for the backward."""
 
@@ -51,7 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, required=True, help="rows in Dolly's schema, a .jsonl file")
     parser.add_argument("--experiments", nargs="+", default=[*STEPS], choices=STEPS)
-    parser.add_argument("--steps", type=int, help="of every run, in place of 40 and 6")
+    parser.add_argument("--steps", type=int, help="of every run, in place of 30 and 6")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shape", default="llama-2-7b", choices=synthetic.SHAPES)
     parser.add_argument("--work", type=Path, default=Path("/tmp/distft-ddp-vs-fsdp"))
@@ -79,7 +79,7 @@ def main() -> int:
         folder = options.work / f"runs-{name}"
         arguments = [
             f"experiment={name}", f"model.name={model}", f"model.tokenizer={tokenizer}", f"data.path={rows}", f"training.max_steps={steps}",
-            "training.logging_steps=5", "evaluation.max_samples=128", f"run.dir={folder}", "tracking.report_to=[]", *options.set,
+            "training.logging_steps=5", "evaluation.max_samples=32", f"run.dir={folder}", "tracking.report_to=[]", *options.set,
         ]  # fmt: skip
         words = ["compare", *arguments, "--repeats", str(options.repeats), "--resume"]
         if not torch.cuda.is_available():

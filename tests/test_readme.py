@@ -244,7 +244,7 @@ def test_measured_figures_are_those_of_the_record() -> None:
         (variant,) = (
             each
             for each in experiments[experiment]["report"]["variants"]
-            if each["name"] == f"{experiment}-{name.strip('`')}"
+            if each["name"].removeprefix(f"{experiment}-") == name.strip("`")
         )
         found, split = variant["spreads"], variant["split"]
         spread = found["samples_per_second"]

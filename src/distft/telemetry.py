@@ -139,7 +139,11 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
     def __post_init__(self) -> None:
         self._flops = device_flops()
         if self.resumed:
-            self.whole, self._losses = Window(**self.resumed["whole"]), self.resumed["losses"]
+            losses = self.resumed["losses"]
+            self.whole, self._losses = (
+                Window(**self.resumed["whole"]),
+                math.nan if losses is None else losses,
+            )  # JSON has no NaN
             self._evaluating_s, self._saving_s = self.resumed["evaluating_s"], self.resumed["saving_s"]
             self.waits.seconds += self.resumed["waited_s"]
 
