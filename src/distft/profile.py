@@ -152,9 +152,8 @@ class Profile(TrainerCallback):  # type: ignore[misc]
         # As recorded: `events()` would first make a tree of Python objects of them, which takes 40 times as long (40 s of half a million).
         events = [event for event in self._profiler.profiler.kineto_results.events() if not event.is_user_annotation()]
         device = "CUDA" if any(event.device_type().name == "CUDA" for event in events) else "CPU"
-        begin = min(
-            (event.start_ns() for event in events), default=0
-        )  # nanoseconds since 1970 are too long for a float
+        # From the first on: nanoseconds since 1970 are too long for a float.
+        begin = min((event.start_ns() for event in events), default=0)
         found = [
             Activity(event.name(), (event.start_ns() - begin) / 1e9, (event.end_ns() - begin) / 1e9)
             for event in events

@@ -26,8 +26,9 @@ LOSS_TOLERANCE = 0.01
 
 
 NOT_THERE = "not there"
-DAMAGED = "damaged"
 """The status of a run that should be there, and of which nobody knows how it ended."""
+DAMAGED = "damaged"
+"""The status of a run whose folder cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Report:
         """The answer in one sentence: how the variants compare, or of a single one what its fine-tune changed."""
         if len(self.variants) == 1:
             return self._changed
-        outcomes = {run.name: run.outcome for run in self.runs} | dict.fromkeys(self.missing, "not there")
+        outcomes = {run.name: run.outcome for run in self.runs} | dict.fromkeys(self.missing, NOT_THERE)
         ended = {
             variant.name: ", ".join(dict.fromkeys(outcomes[run] for run in variant.runs))
             for variant in self.variants

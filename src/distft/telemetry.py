@@ -139,11 +139,9 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
     def __post_init__(self) -> None:
         self._flops = device_flops()
         if self.resumed:
-            losses = self.resumed["losses"]
-            self.whole, self._losses = (
-                Window(**self.resumed["whole"]),
-                math.nan if losses is None else losses,
-            )  # JSON has no NaN
+            self.whole = Window(**self.resumed["whole"])
+            losses = self.resumed["losses"]  # None of NaN, which JSON does not have
+            self._losses = math.nan if losses is None else losses
             self._evaluating_s, self._saving_s = self.resumed["evaluating_s"], self.resumed["saving_s"]
             self.waits.seconds += self.resumed["waited_s"]
 

@@ -85,19 +85,12 @@ def train(arguments: Sequence[str]) -> None:
         waits = Waits()
         profile = Profile(record.folder, recipe, world, waits)
         carried = record.place.carried
-        telemetry = Telemetry(
-            record.folder,
-            recipe,
-            world,
-            plan,
-            Work.of(flops, recomputed),
-            profile.covers,
-            waits,
-            carried.get("telemetry", {}),
-        )
+        measured = carried.get("telemetry", {})
+        work = Work.of(flops, recomputed)
+        telemetry = Telemetry(record.folder, recipe, world, plan, work, profile.covers, waits, measured)
         held_out = HeldOut(at_most(splits.test, recipe.evaluation.max_samples), carried.get("before"))
         stop = StopTogether(world, Launch.of(os.environ).began, recipe.run.max_time_s, recipe.run.train_time_s,
-                            carried.get("telemetry", {}).get("trained_s", 0.0))  # fmt: skip
+                            measured.get("trained_s", 0.0))  # fmt: skip
         numbers = BadNumbers(recipe, record.folder, world, plan, carried.get("skipped_steps", 0))
         checkpoints = Checkpoints(record.folder, how, recipe.training.get("save_total_limit"),
                                   lambda: {"before": held_out.before, "skipped_steps": numbers.skipped, "telemetry": telemetry.carried()})  # fmt: skip

@@ -64,9 +64,8 @@ def judge_items(
 
     The items of both sides are the same ones, but which of them each solves is not looked at: the interval of the difference is then
     rather too wide (Newcombe 1998, method 10, without the correlation of the pairs)."""
-    from distft.evaluation.figures import (
-        Estimate,  # its library takes half a second, for which most reports need not wait
-    )
+    # Its library takes half a second, for which most reports need not wait.
+    from distft.evaluation.figures import Estimate
 
     def mean(runs: Sequence[Mapping[str, float | None]], key: str) -> float:
         return statistics.fmean(math.nan if (value := each[key]) is None else value for each in runs)
