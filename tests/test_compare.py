@@ -16,6 +16,8 @@ from distft.compare import Comparison
 from distft.errors import ExperimentError
 from distft.experiment import load_experiment
 from distft.run import RunFolder
+from distft.tiny import tiny_model
+from distft.weights import digest as weights_digest
 
 EXPERIMENT = """
 base: tiny
@@ -55,6 +57,10 @@ def test_one_that_fails_leaves_the_others_alone_and_is_made_up_for(tmp_path: Pat
         ("mine-full", "finished"),
         ("mine-broken", "failed"),
     ]
+    digests = {
+        RunFolder(tmp_path / "runs" / f"mine-{name}").read_summary()["weights_digest"] for name in ("four", "full")
+    }
+    assert digests == {weights_digest(str(tiny_model()))}
     assert report["missing"] == {} and report["runs"][2]["cause"].startswith(
         "there is no data file or folder rows.jsonl"
     )

@@ -39,6 +39,8 @@ FLOORS = (
         "world",
         "dropout",
         "fsdp2",
+        "sharding",
+        "weights",
         "verdict",
         "bound",
         "drawing",

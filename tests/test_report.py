@@ -30,6 +30,7 @@ FIGURES: dict[str, Any] = {
     "skipped_steps": 0, "samples": 160, "tokens": 8000, "train_loss": 2.5, "eval_before": {"loss": 4.0, "perplexity": 54.6},
     "eval_after": {"loss": 2.0, "perplexity": 7.39}, "train_time_s": 4.0, "samples_per_second": 40.0,
     "tokens_per_second": 2000.0, "peak_memory_gib": 8.0, "restarts": 0, "data_digest": "0123456789abcdef",
+    "weights_digest": "fedcba9876543210",
 }  # fmt: skip
 
 
@@ -78,10 +79,10 @@ def test_a_run_that_no_process_writes_to_was_killed(tmp_path: Path) -> None:
 
 
 def test_a_run_s_figures_are_those_of_its_folder(tmp_path: Path) -> None:
-    made = report([make(tmp_path, "a", mfu=0.5, energy_j=1234.5, restarts=2)])
+    made = report([make(tmp_path, "a", mfu=0.5, energy_j=1234.5, restarts=2, measured_steps=9)])
     (run,) = made.runs
     assert run.figures == {
-        "steps": 10, "samples": 160, "tokens": 8000, "train_loss": 2.5, "final_loss": 2.25, "eval_loss_before": 4.0,
+        "steps": 10, "measured_steps": 9, "samples": 160, "tokens": 8000, "train_loss": 2.5, "final_loss": 2.25, "eval_loss_before": 4.0,
         "eval_loss_after": 2.0, "perplexity_before": 54.6, "perplexity_after": 7.39, "train_time_s": 4.0,
         "samples_per_second": 40.0, "tokens_per_second": 2000.0, "mfu": 0.5, "peak_memory_gib": 8.0, "energy_j": 1234.5,
         "restarts": 2, "imdb_accuracy": None, "imdb_f1": None, "mt_bench_score": None, "alpaca_win_rate": None,
@@ -357,6 +358,7 @@ def test_losses_that_differ_by_rounding_alone_are_equal(tmp_path: Path) -> None:
         (["lora.r=4"], {"eval_after": {"loss": 1.9, "perplexity": 6.7}}, {"loss"}),
         (["run.on_bad_numbers=skip"], {"skipped_steps": 1}, {"samples"}),
         ([], {"data_digest": "other rows under the same name"}, {"samples", "order"}),
+        (["lora.r=4"], {"weights_digest": "other weights under the same name"}, {"base_weights"}),
     ],
 )  # fmt: skip
 def test_what_was_equal_follows_from_the_folders(

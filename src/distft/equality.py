@@ -13,15 +13,15 @@ from typing import Any, Literal
 _NAMES_OF_A_RUN = ("run.name", "run.dir", "run.resume", "run.force", "tracking.")
 """What makes no difference to what a run does."""
 
-DIGEST = "as run.data_digest"
-"""The fact that says what the texts were: names of files say it only while nobody writes to them."""
+DATA, WEIGHTS = "as run.data_digest", "as run.weights_digest"
+"""The facts that say what the texts and the base weights were: names of files say it only while nobody writes to them."""
 
 EQUAL: dict[str, tuple[str, ...]] = {
-    "samples": ("as run.samples", "as run.skipped_steps", "data.", DIGEST, "run.seed"),
-    "order": ("data.", DIGEST, "run.seed"),
+    "samples": ("as run.samples", "as run.skipped_steps", "data.", DATA, "run.seed"),
+    "order": ("data.", DATA, "run.seed"),
     "global_batch": ("as run.global_batch_size", "as run.global_batch_tokens"),
     "tokens": ("as run.tokens",),
-    "base_weights": ("model.name", "model.revision", "model.dtype", "quantization", "quantization.load_",
+    "base_weights": (WEIGHTS, "model.name", "model.revision", "model.dtype", "quantization", "quantization.load_",
                      "quantization.bnb_4bit_quant_type", "quantization.bnb_4bit_use_double_quant", "quantization.llm_int8_"),
     "loss": (),
     "steps": ("as run.steps",),
@@ -38,7 +38,7 @@ def sameness(facts: Mapping[str, Any], *more: Any) -> str:
     made = {
         key: _word(value)
         for key, value in facts.items()
-        if key == DIGEST or not key.startswith((*_NAMES_OF_A_RUN, "as run."))
+        if key == DATA or not key.startswith((*_NAMES_OF_A_RUN, "as run."))
     }
     return json.dumps([made, *more], sort_keys=True)
 

@@ -16,7 +16,8 @@ from distft.errors import ModelError
 from distft.fused import fuse, keeps_int8_products
 from distft.recipe import Recipe
 from distft.recompute import checkpoint_layers, layers_of, layers_to_checkpoint
-from distft.strategy import Strategy, whole_numel
+from distft.sharding import whole_numel
+from distft.strategy import Strategy
 from distft.tiny import tiny_model
 from distft.world import reduce
 

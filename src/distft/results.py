@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.bound import Split
-from distft.equality import DIGEST
+from distft.equality import DATA, WEIGHTS
 from distft.errors import RunFolderError
 from distft.evaluation.columns import columns
 from distft.run import RunFolder
@@ -35,6 +35,7 @@ class Figure:
 
 FIGURES = (
     Figure("steps", "steps", ",.0f", compared=False),
+    Figure("measured_steps", "of them measured", ",.0f", compared=False),
     Figure("samples", "samples", ",.0f", compared=False),
     Figure("tokens", "tokens", ",.0f", compared=False),
     Figure("train_loss", "mean train loss", ",.4f", per_token=True),
@@ -162,8 +163,8 @@ def read_run(folder: RunFolder) -> Run:
         )
     as_run = _AS_RUN if status == "finished" else ("strategy", "world_size")
     facts = dict(leaves(recipe)) | {f"as run.{key}": summary.get(key) for key in as_run}
-    if summary.get("data_digest") is not None:
-        facts[DIGEST] = summary["data_digest"]
+    digests = {DATA: summary.get("data_digest"), WEIGHTS: summary.get("weights_digest")}
+    facts |= {key: digest for key, digest in digests.items() if digest is not None}
     facts |= leaves({key: environment.get(key) for key in _MACHINE}, "machine.")
     return Run(
         folder.name, str(folder.path), status, cause, summary.get("strategy"),

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,11 +24,8 @@ from distft.packaged import packaged
 from distft.recipe import Recipe
 from distft.recipe_file import read_yaml
 from distft.sections import StrategyName
+from distft.sharding import checksum, is_sharded, local_part, whole_numel, whole_tensors
 from distft.world import World, reduce
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-    from typing_extensions import TypeIs
 
 _BITSANDBYTES_OPTIMIZERS = ("paged_", "adamw_bnb", "lion_8bit", "lion_32bit", "adamw_8bit", "rmsprop_bnb", "ademamix")
 
@@ -239,7 +236,7 @@ class Strategy:
         """About how many bytes the trainable weights and optimizer states of a checkpoint take on disk. All ranks enter."""
         tensors = [p for p in model.parameters() if p.requires_grad]
         states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-        mine = sum(_local(tensor).nbytes for tensor in (*tensors, *states))
+        mine = sum(local_part(tensor).nbytes for tensor in (*tensors, *states))
         if not self.shards:
             return mine
         everywhere: list[int] = [0] * self.world.world_size
@@ -265,14 +262,14 @@ class Strategy:
             partitioned = hasattr(parameter, "ds_id")
             if parameter.is_meta:
                 return f"parameter {name} is on the meta device: its weights were never loaded"
-            if self.name == "fsdp" and not _is_sharded(parameter):
+            if self.name == "fsdp" and not is_sharded(parameter):
                 return f"FSDP was asked for, but parameter {name} is not sharded (a {type(parameter).__name__}, no DTensor)"
             if self.on_gpu and parameter.device.type == "cpu" and not partitioned and not self._offloads():
                 return f"parameter {name} is on the CPU, and this run trains on a GPU"
             if (
                 not parameter.requires_grad
                 and parameter.is_floating_point()
-                and type(_local(parameter)).__name__ != "Params4bit"
+                and type(local_part(parameter)).__name__ != "Params4bit"
             ):
                 allowed = {getattr(torch, recipe.model.dtype)} | _mixed_precision(recipe)
                 if parameter.dtype not in allowed:
@@ -304,7 +301,7 @@ class Strategy:
 
     def fingerprint(self, model: nn.Module) -> dict[str, int]:
         """A checksum of the bits of every trainable tensor, whole (gathered where sharded). All ranks enter."""
-        return {name: _checksum(tensor) for name, tensor in self._whole(model)}
+        return {name: checksum(tensor) for name, tensor in whole_tensors(model)}
 
     def check_updated(self, model: nn.Module, before: Mapping[str, int], learning_rate: float) -> None:
         """After the first update with a non-zero learning rate: the adapter has moved, alike on all ranks. All ranks enter.
@@ -345,41 +342,9 @@ class Strategy:
 
         One tensor at a time, so that no more than one is whole on a device at once.
         """
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._whole(model) if self.world.is_main}
-
-    def _whole(self, model: nn.Module) -> Any:
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            name = name.removeprefix("module.")
-            if hasattr(parameter, "ds_id"):
-                import deepspeed
-
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    yield name, parameter.data
-            elif _is_sharded(parameter):
-                yield name, parameter.full_tensor()
-            else:
-                yield name, parameter.data
-
-
-def _is_sharded(tensor: torch.Tensor) -> TypeIs[DTensor]:
-    # Takes half a second, for which no command waits that starts no training.
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.to_local() if _is_sharded(parameter) else parameter
-
-
-def whole_numel(parameter: torch.Tensor) -> int:
-    """Number of elements of the whole tensor, where it is a shard, partitioned, or packed in 4 bits."""
-    count = int(getattr(parameter, "ds_numel", parameter.numel()))
-    if type(_local(parameter)).__name__ == "Params4bit":
-        count *= 2 * parameter.element_size()
-    return count
+        return {
+            name: tensor.detach().to("cpu", copy=True) for name, tensor in whole_tensors(model) if self.world.is_main
+        }
 
 
 def _mixed_precision(recipe: Recipe) -> set[torch.dtype]:
@@ -389,15 +354,3 @@ def _mixed_precision(recipe: Recipe) -> set[torch.dtype]:
     return (
         {torch.bfloat16} if recipe.training.get("bf16") else {torch.float16} if recipe.training.get("fp16") else set()
     )
-
-
-def _checksum(tensor: torch.Tensor) -> int:
-    """A sum over the tensor's bits, each element weighted by its place modulo a prime: equal bits, equal sum."""
-    bits = (
-        tensor.detach()
-        .contiguous()
-        .flatten()
-        .view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-    )
-    weights = torch.arange(bits.numel(), device=bits.device).remainder_(1_000_003).add_(1)
-    return int((bits.to(torch.int64) * weights).sum())

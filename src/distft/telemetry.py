@@ -321,7 +321,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         return {
             "train_time_s": self.train_time_s, "samples": self.plan.samples_after(self._step_logged), "tokens": self._tokens_logged,
             "energy_j": self.energy(), "idle_watts": self._idle_watts, **self.whole.energy(self._idle_watts),
-            "step_time_s": self.whole.seconds / self.whole.steps if self.whole.steps else None,
+            "measured_steps": self.whole.steps, "step_time_s": self.whole.seconds / self.whole.steps if self.whole.steps else None,
             "data_wait_s": waited, "evaluation_time_s": evaluating, "saving_time_s": saving,
             **self.whole.rates(self.world.world_size, self.work, self._flops), **self.memory(),
         }  # fmt: skip

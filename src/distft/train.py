@@ -22,6 +22,7 @@ from distft.model import (
     checkpoint,
     load_model,
     load_tokenizer,
+    model_path,
     non_embedding_parameters,
     recomputed_parameters,
     settle_adapter_dtype,
@@ -32,12 +33,14 @@ from distft.profile import Profile
 from distft.recipe import load_recipe
 from distft.record import Record
 from distft.samples import at_most, lengths_of
+from distft.sharding import whole_numel
 from distft.stopping import StopTogether
-from distft.strategy import Strategy, whole_numel
+from distft.strategy import Strategy
 from distft.telemetry import Telemetry, Work, model_flops_per_token, perplexity
 from distft.trackers import closing_trackers, trackers
 from distft.trainer import HeldOut, InTime, Invariants, Trainer, sft_config
 from distft.watch import Watch
+from distft.weights import digest
 from distft.world import STOP, Launch, World, say, together
 
 
@@ -76,6 +79,7 @@ def train(arguments: Sequence[str]) -> None:
             **recipe.batching.sizes(), gradient_accumulation_steps=accumulation, trainable_parameters=trainable,
             parameters=sum(map(whole_numel, model.parameters())), attn_implementation=model.config._attn_implementation,
             checkpointed_layers=checkpoint(model, recipe, how, plan.heaviest_tokens),
+            weights_digest=digest(model_path(recipe), recipe.model.revision) if world.is_main else None,
         )  # fmt: skip
         if world.is_main:
             for line in [*splits.report.lines(), *record.lines()]:
