@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+from rich.live import Live
 
 from distft.experiment import ExperimentRun, load_experiment
-from distft.live import Progress
+from distft.live import Progress, Watched
 from distft.run import RunFolder
 
 EXPERIMENT = """
@@ -34,6 +37,8 @@ variants:
   broken: {data.name: rows.jsonl, data.format.text: body, training.completion_only_loss: false}
 budget: {steps: 12}
 """
+
+ESCAPES = r"\x1b\[[0-9;?]*[A-Za-z]"
 
 
 @pytest.fixture
@@ -75,7 +80,7 @@ def in_a_terminal(command: list[str], where: Path, rows: int, columns: int, limi
 def test_the_table_follows_the_runs_in_a_terminal(tiny: Path, place: Path) -> None:
     command = [sys.executable, "-m", "distft.cli", "compare", "experiment=mine", "tracking.report_to=[]", "--watch"]
     code, written = in_a_terminal(command, place, 30, 120, 300)
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
+    plain = re.sub(ESCAPES, "", written)
     assert code == 1, plain[-3000:]  # one of them is broken
     assert (
         "\x1b[1A" in written and "\x1b[?25l" in written and written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")
@@ -157,3 +162,16 @@ def test_what_is_not_known_is_left_open(status: str, cause: str | None, shown: s
     seen = Progress.of(run_of(place), folder_with(place, status, cause=cause))
     assert seen.cells() == ["mine-small", shown, "–", "–", "–", "–"]
     assert Progress.of(run_of(place), None).status == "waiting"
+
+
+def test_names_stay_whole_in_a_narrow_terminal(place: Path) -> None:
+    runs = load_experiment(["experiment=mine"], folder=place).runs
+    folder = RunFolder.claim(place, runs[0].name, exact=True)
+    folder.append_metrics({"step": 1200, "loss": 2.25, "samples_per_second": 1234.5})
+    folder.write_summary({"status": "finished", "steps": 1200})
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, height=24)
+    with Live(console=console, auto_refresh=False) as live:
+        Watched(runs, {runs[0].name: folder, runs[1].name: None}, place / "logs", live)
+    assert isinstance(console.file, io.StringIO)
+    lines = [" ".join(line.split()) for line in re.sub(ESCAPES, "", console.file.getvalue()).splitlines()]
+    assert "mine-small finished 1200/1200 2.2500 1,234.5 –" in lines and "mine-broken waiting – – – –" in lines

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -25,6 +26,8 @@ from distft.run import RunFolder
 UNKNOWN = "–"
 _MARGIN = 8
 """Lines of a terminal that stay free of rows: the head, the rules, what stands below, and the row for rows that are left out."""
+_NARROW = 80
+"""Columns of a terminal from which on the table has a frame, which would take a name's place."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,13 @@ class Watched:
         self._draw()
 
     def _draw(self) -> None:
-        table = Table(caption=self._caption(), caption_justify="left")
-        for number, head in enumerate(("run", "status", "step", "loss", "samples/s", "left, about")):
+        narrow = self._live.console.width < _NARROW
+        table = Table(
+            caption=self._caption(), caption_justify="left", box=None if narrow else box.HEAVY_HEAD, pad_edge=not narrow
+        )
+        for number, head in enumerate(
+            ("run", "status", "step", "loss", "samples/s", "left" if narrow else "left, about")
+        ):
             table.add_column(
                 head,
                 justify="left" if number < 2 else "right",
