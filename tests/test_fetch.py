@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distft.fetch import missing
 from distft.packaged import packaged
 from distft.recipe import load_recipe
+from distft.weights import digest
 
 from .distributed.conftest import Ended, finish, start
 
@@ -153,7 +154,7 @@ def test_what_is_missing_is_found_without_the_network(here: Path, hub: Hub) -> N
     assert hub.requests == []
 
 
-def test_a_run_offline_finds_what_was_fetched(here: Path, hub: Hub) -> None:
+def test_a_run_offline_finds_what_was_fetched(here: Path, hub: Hub, tiny: Path) -> None:
     ended = distft(here, hub, "fetch", *WORDS)
     assert ended.code == 0, ended.stderr[-3000:]
     assert str(snapshot(here)) in ended.stdout
@@ -172,7 +173,8 @@ def test_a_run_offline_finds_what_was_fetched(here: Path, hub: Hub) -> None:
     )
     ended = distft(here, hub, "train", *WORDS, *steps, "--nproc", "1", HF_HUB_OFFLINE="1")
     assert ended.code == 0, ended.stderr[-3000:]
-    assert ended.folder.read_summary()["steps"] == 2
+    summary = ended.folder.read_summary()
+    assert (summary["steps"], summary["weights_digest"]) == (2, digest(str(tiny)))
     assert hub.requests[asked:] == [], "neither has asked the hub"
     assert sorted((here / "cache" / "data").glob("*/report.json")) == prepared, "the tokenised data was found as well"
 

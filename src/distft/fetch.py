@@ -5,7 +5,6 @@ Everything goes through the libraries that read it later, so that a run with HF_
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from distft import weights
 from distft.data import HubSplit, prepare, read, sources
 from distft.errors import DataError, ModelError
 from distft.model import load_tokenizer
@@ -30,7 +30,6 @@ from distft.tiny import tiny_model
 
 _TEXTS = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 _WEIGHTS = "model*.safetensors"
-_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 """One of them at least makes a tokenizer."""
 
@@ -189,10 +188,8 @@ def _cached(recipe: Recipe, name: str) -> Path | None:
 def _lacking(folder: Path, parts: Sequence[str]) -> list[str]:
     """What is not in `folder` of its parts, by file. A link of the cache to a file that is gone counts as none."""
     wanted = {"config.json"} if "model" in parts else set()
-    if "model" in parts and not (folder / _WHOLE).is_file():
-        index = folder / _INDEX
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else [_WHOLE]
-        wanted |= set(shards)
+    if "model" in parts:
+        wanted |= weights.files(folder) or {weights.WHOLE}
     found = [name for name in sorted(wanted) if not (folder / name).is_file()]
     if "tokenizer" in parts and not any((folder / name).is_file() for name in _TOKENIZERS):
         found.append(_TOKENIZERS[0])
