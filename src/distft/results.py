@@ -35,7 +35,7 @@ class Figure:
 
 FIGURES = (
     Figure("steps", "steps", ",.0f", compared=False),
-    Figure("measured_steps", "of them measured", ",.0f", compared=False),
+    Figure("measured_steps", "steps measured", ",.0f", compared=False),
     Figure("samples", "samples", ",.0f", compared=False),
     Figure("tokens", "tokens", ",.0f", compared=False),
     Figure("train_loss", "mean train loss", ",.4f", per_token=True),
