@@ -16,7 +16,6 @@ from distft.compare import Comparison
 from distft.errors import ExperimentError
 from distft.experiment import load_experiment
 from distft.run import RunFolder
-from distft.tiny import tiny_model
 from distft.weights import digest as weights_digest
 
 EXPERIMENT = """
@@ -46,7 +45,7 @@ def call(where: Path, *more: str, limit_s: float = 300) -> subprocess.CompletedP
     return subprocess.run([*COMPARE, *more], cwd=where, capture_output=True, text=True, timeout=limit_s)
 
 
-def test_one_that_fails_leaves_the_others_alone_and_is_made_up_for(tmp_path: Path) -> None:
+def test_one_that_fails_leaves_the_others_alone_and_is_made_up_for(tiny: Path, tmp_path: Path) -> None:
     done = call(folder_with(tmp_path))
     assert done.returncode == 1, done.stderr
     assert "1/3 mine-four: finished in" in done.stderr and "2/3 mine-full: finished in" in done.stderr
@@ -60,7 +59,7 @@ def test_one_that_fails_leaves_the_others_alone_and_is_made_up_for(tmp_path: Pat
     digests = {
         RunFolder(tmp_path / "runs" / f"mine-{name}").read_summary()["weights_digest"] for name in ("four", "full")
     }
-    assert digests == {weights_digest(str(tiny_model()))}
+    assert digests == {weights_digest(str(tiny))}
     assert report["missing"] == {} and report["runs"][2]["cause"].startswith(
         "there is no data file or folder rows.jsonl"
     )

@@ -11,21 +11,20 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from distft.tiny import tiny_model
 from distft.weights import INDEX, digest
 
 
-def test_the_same_weights_under_another_name_and_in_more_files_are_known_again(tmp_path: Path) -> None:
+def test_the_same_weights_under_another_name_and_in_more_files_are_known_again(tiny: Path, tmp_path: Path) -> None:
     moved, divided = tmp_path / "moved", tmp_path / "divided"
-    shutil.copytree(tiny_model(), moved)
+    shutil.copytree(tiny, moved)
     AutoModelForCausalLM.from_pretrained(moved).save_pretrained(divided, max_shard_size="3MB")
     assert (divided / INDEX).is_file()
-    found = {digest(str(place)) for place in (tiny_model(), moved, divided)}
+    found = {digest(str(place)) for place in (tiny, moved, divided)}
     assert len(found) == 1 and len(found.pop() or "") == 16
 
 
-def test_an_adapter_that_was_merged_and_another_type_are_other_weights(tmp_path: Path) -> None:
-    base = str(tiny_model())
+def test_an_adapter_that_was_merged_and_another_type_are_other_weights(tiny: Path, tmp_path: Path) -> None:
+    base = str(tiny)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=1, target_modules=["v_proj"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -41,5 +40,6 @@ def test_tensors_of_any_shape_and_type_are_read(tensor: torch.Tensor, tmp_path: 
     assert digest(str(tmp_path)) is not None
 
 
-def test_a_folder_without_safetensors_has_none(tmp_path: Path) -> None:
+def test_where_nothing_says_which_weights_they_are_there_is_none(tmp_path: Path) -> None:
     assert digest(str(tmp_path)) is None
+    assert digest("nobody/has-this-in-a-cache") is None

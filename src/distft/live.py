@@ -114,12 +114,8 @@ class Watched:
 
     def _draw(self) -> None:
         narrow = self._live.console.width < _NARROW
-        table = Table(
-            caption=self._caption(), caption_justify="left", box=None if narrow else box.HEAVY_HEAD, pad_edge=not narrow
-        )
-        for number, head in enumerate(
-            ("run", "status", "step", "loss", "samples/s", "left" if narrow else "left, about")
-        ):
+        table = Table(caption=self._caption(), caption_justify="left", box=None if narrow else box.HEAVY_HEAD)
+        for number, head in enumerate(("run", "status", "step", "loss", "samples/s", "left")):
             table.add_column(
                 head,
                 justify="left" if number < 2 else "right",

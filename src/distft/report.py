@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distft.bound import Bound, Facts, Split, bound, whole_run
-from distft.equality import BY_DEFAULT, EQUAL, differences, sameness
+from distft.equality import BY_DEFAULT, EQUAL, WEIGHTS, differences, sameness
 from distft.errors import RunFolderError
 from distft.evaluation import columns, details
 from distft.intervals import CONFIDENCE, Interval
@@ -210,7 +210,14 @@ def report_on_runs(
 
 def _grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Variants by name: runs that are repeats of each other. One that is not `recorded` is with those of its experiment's variant."""
-    made = {id(run): sameness(run.facts, run.strategy, run.world_size) for run in runs if run.recorded}
+    asked = {id(run): sameness(run.facts, run.strategy, run.world_size) for run in runs if run.recorded}
+    # One that failed before it had loaded its weights does not say which they were: it is with the first that does.
+    loaded = {asked[id(run)]: run.facts[WEIGHTS] for run in reversed(runs) if run.recorded and WEIGHTS in run.facts}
+    made = {
+        id(run): f"{asked[id(run)]} {run.facts.get(WEIGHTS, loaded.get(asked[id(run)]))}"
+        for run in runs
+        if run.recorded
+    }
     known = {run.variant: made[id(run)] for run in reversed(runs) if run.recorded and run.variant}
     groups: dict[str, list[Run]] = {}
     for run in runs:

@@ -338,10 +338,7 @@ class Strategy:
                 )
 
     def gather(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Every trainable tensor, whole, on the CPU of rank 0; an empty dict elsewhere. All ranks enter.
-
-        One tensor at a time, so that no more than one is whole on a device at once.
-        """
+        """Every trainable tensor, whole, on the CPU of rank 0; an empty dict elsewhere. All ranks enter."""
         return {
             name: tensor.detach().to("cpu", copy=True) for name, tensor in whole_tensors(model) if self.world.is_main
         }
