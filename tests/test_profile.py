@@ -128,3 +128,21 @@ def test_a_run_that_fails_under_the_profiler_says_why(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr[-3000:]
     assert json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())["cause"] == "RuntimeError: on purpose"
+
+
+def test_a_profile_that_cannot_be_made_leaves_the_result(tmp_path: Path) -> None:
+    program = (
+        "import sys; from distft import profile; from distft.train import main\n"
+        "def fails(*_): raise RuntimeError('on purpose')\n"
+        "profile.shares = fails\n"
+        "sys.exit(main())"
+    )
+    command = [
+        sys.executable, "-c", program, "recipe=tiny", "strategy=single", "training.max_steps=5", "run.dir=runs", "tracking.profile_steps=2",
+        "tracking.throughput_warmup_steps=1", "tracking.report_to=[]", "evaluation.before_and_after=false",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
+    assert (summary["status"], summary["cause"], summary["steps"]) == ("failed", "RuntimeError: on purpose", 5)
+    assert (tmp_path / "runs" / "tiny" / "adapter" / "adapter_model.safetensors").is_file()

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from distft import data, strategy
+from distft.cli import main
 from distft.errors import Fault, RecipeError
 from distft.packaged import packaged
 from distft.recipe import Recipe, load_recipe, schema
@@ -656,3 +657,33 @@ def test_null_takes_back_what_a_base_recipe_set() -> None:
 @pytest.mark.parametrize(("text", "seconds"), [("00:01:30", 90.0), ("11:50:00", 42_600.0), ("1-00:00:01", 86_401.0)])
 def test_a_time_is_read_as_slurm_writes_it(text: str, seconds: float) -> None:
     assert load_recipe(["recipe=tiny", f"run.max_time={text}"]).run.max_time_s == seconds
+
+
+def test_validate_takes_recipes_as_train_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "validate", "tiny", "recipe=ddp_qlora", "lora.r=4", "training.max_steps=3"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["tiny: valid", "ddp_qlora: valid"]
+    assert main(["recipes", "validate", "training.max_stepz=3"]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out and all(f"{name}: " in printed.err for name in SHIPPED)
+    assert printed.err.count("max_stepz") == len(SHIPPED)
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "right"),
+    [
+        ("lora.r", (0, -4), (1,)), ("lora.lora_alpha", (0,), (1,)), ("lora.lora_dropout", (-0.1, 1.0), (0.0, 0.9)),
+        ("training.learning_rate", (-1e-4, ".nan"), (0.0, 3)), ("training.max_grad_norm", (-1,), (0, 0.5)), ("training.max_steps", (-2,), (-1, 1)),
+        ("training.weight_decay", (-0.1,), (0.0,)), ("training.warmup_steps", (-3,), (0, 0.1)), ("training.num_train_epochs", (0, -1), (0.5,)),
+        ("training.max_length", (0,), (1, "null")), ("training.logging_steps", (0,), (0.1, 1)), ("training.save_steps", (-2,), (7,)),
+        ("training.adam_beta1", (1.0,), (0.0,)), ("training.dataloader_num_workers", (-1,), (0,)), ("training.neftune_noise_alpha", (-5,), ("null", 5)),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_found_before_anything_is_loaded(
+    key: str, wrong: tuple[Any, ...], right: tuple[Any, ...]
+) -> None:
+    """Upstream takes them: it fails once the weights are loaded, or trains what nobody asked for."""
+    for value in wrong:
+        (fault,) = faults("recipe=tiny", f"{key}={value}").values()
+        assert fault.key == key and fault.problem.startswith("expected ") and " than " in fault.problem
+    for value in right:
+        load("recipe=tiny", f"{key}={value}")

@@ -41,11 +41,11 @@ VALUES: dict[Upstream, tuple[dict[str, Any], ...]] = {
         {"learning_rate": 1e-4, "max_steps": 50, "optim": "adamw_torch", "bf16": True, "warmup_steps": 0.03},
         {"learning_rate": "1e-4"}, {"optim": "adamw_torhc"}, {"bf16": 1}, {"evaluation_strategy": "no"}, {"eval_strategy": "never"},
         {"max_length": None}, {"lr_scheduler_kwargs": {"num_cycles": 2}}, {"lr_scheduler_kwargs": [1]}, {"report_to": "wandb"},
-        {"logging_steps": 5}, {"logging_steps": "5"}, {"debug": "underflow_overflow"},
+        {"logging_steps": 5}, {"logging_steps": "5"}, {"max_grad_norm": -1.0}, {"debug": "underflow_overflow"},
     ),
     "lora": (
         {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "lora_dropout": 0.05, "bias": "none"}, {"target_modules": "all-linear"},
-        {"r": "eight"}, {"rank": 8}, {"bias": "some"}, {"layer_replication": [[0, 4], [2, 5]]}, {"rank_pattern": {"q": 4}},
+        {"r": "eight"}, {"rank": 8}, {"r": 0}, {"bias": "some"}, {"layer_replication": [[0, 4], [2, 5]]}, {"rank_pattern": {"q": 4}},
         {"init_lora_weights": "gaussian"}, {"init_lora_weights": 3}, {"loftq_config": {"loftq_bits": 4}}, {"eva_config": {"rho": 2.0}},
         {"eva_config": {"rho": "two"}},
     ),

@@ -95,7 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--nproc", type=int, default=1, help="derive the accumulation for this number of processes")
     show.set_defaults(run=commands.recipes_show)
     validate = recipes.add_parser("validate", help="all faults at once")
-    validate.add_argument("names", nargs="*", help="names or paths; every recipe where none is given")
+    validate.add_argument(
+        "words",
+        nargs="*",
+        metavar="RECIPE",
+        help="names or paths, every recipe where none is given; key.path=value … for each of them",
+    )
     validate.set_defaults(run=commands.recipes_validate)
     recipes.add_parser("schema", help="JSON Schema for editors").set_defaults(run=commands.recipes_schema)
 

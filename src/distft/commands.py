@@ -152,10 +152,12 @@ def recipes_validate(options: argparse.Namespace) -> int:
     from distft.errors import RecipeError
     from distft.recipe_file import list_recipes
 
+    names = [word.removeprefix("recipe=") for word in options.words if "=" not in word or word.startswith("recipe=")]
+    overrides = [word for word in options.words if "=" in word and not word.startswith("recipe=")]
     failed = 0
-    for name in options.names or list_recipes(Path.cwd()):
+    for name in names or list_recipes(Path.cwd()):
         try:
-            _load([f"recipe={name}"])
+            _load([f"recipe={name}", *overrides])
             print(f"{name}: valid")
         except RecipeError as error:
             failed += 1

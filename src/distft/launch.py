@@ -112,6 +112,9 @@ def worker_command(
 def worker_environment(environment: Mapping[str, str], processes: int, outcome: Path, node: Node) -> dict[str, str]:
     """The environment of the launcher: ours, the size that was asked for, and where workers leave their exit code."""
     threads = str(max(1, len(os.sched_getaffinity(0)) // processes))  # torchrun would set 1 and warn
+    # GNU's OpenMP has threads wait for each other in a loop that holds a core for 300,000 turns: beside other work on the
+    # machine a step then takes several times as long. A thousand turns are as fast where there is none.
+    threading = {"OMP_NUM_THREADS": threads, "GOMP_SPINCOUNT": "1000"}
     # A store that lives in the launcher keeps the keys of the group that died, and the next one hangs on them.
     store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     if node.count == 1:
@@ -125,7 +128,7 @@ def worker_environment(environment: Mapping[str, str], processes: int, outcome: 
         if interface is not None:
             environment = {"GLOO_SOCKET_IFNAME": interface, **environment}
     size = {NPROC: str(processes * node.count), OUTCOME: str(outcome)}
-    return {"OMP_NUM_THREADS": threads, **environment, **store, **own, **size}
+    return {**threading, **environment, **store, **own, **size}
 
 
 def _interface(address: str) -> str | None:

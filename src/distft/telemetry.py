@@ -198,12 +198,6 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         self._saving_s += self._lap().seconds
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Counts what is done inside as nothing."""
-        yield
-        self._lap()
-
-    @contextmanager
     def saving(self) -> Iterator[None]:
         """Counts what is done inside, after the training, as saving."""
         self._lap()

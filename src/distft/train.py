@@ -113,8 +113,6 @@ def train(arguments: Sequence[str]) -> None:
         settle_adapter_dtype(model, recipe, how)
         with closing(profile):
             trainer.train(resume_from_checkpoint=record.place.resume_from)
-        with telemetry.aside():
-            profile.write()
         stop.raise_if_stopped(checkpoints.last)
         if held_out.before is not None:
             before, after = held_out.before, held_out.measure()
@@ -126,6 +124,7 @@ def train(arguments: Sequence[str]) -> None:
             train_loss=None if numbers.skipped else telemetry.mean_loss,  # it would count a skipped step as 0
             steps=trainer.state.global_step, skipped_steps=numbers.skipped, adapter=str(saved), **telemetry.figures(),
         )  # fmt: skip
+        profile.write()  # last: whatever goes wrong with it, the result is there
         if world.is_main:
             for line in record.closing_lines():
                 say(line)

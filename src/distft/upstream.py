@@ -67,6 +67,20 @@ OWNED: dict[str, dict[str, str]] = {
 }  # fmt: skip
 """Upstream fields that a recipe does not set, each with what to set instead."""
 
+_POSITIVE, _NOT_NEGATIVE, _PART = {"gt": 0}, {"ge": 0}, {"ge": 0, "lt": 1}
+RANGES: dict[str, dict[str, dict[str, int]]] = {
+    "training": {
+        **dict.fromkeys(("num_train_epochs", "logging_steps", "eval_steps", "save_steps", "max_length", "ddp_timeout"), _POSITIVE),
+        **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon", "dataloader_num_workers",
+                         "neftune_noise_alpha", "eval_delay"), _NOT_NEGATIVE),
+        **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _PART),
+        "max_steps": {"ge": -1},  # upstream's "as many as the epochs have"
+    },
+    "lora": {"r": _POSITIVE, "lora_alpha": _POSITIVE, "lora_dropout": _PART},
+}  # fmt: skip
+"""What upstream's types do not say. Some of it upstream finds once the weights are loaded; with the rest it trains: a negative
+`max_grad_norm` turns the gradient around, a `lora_alpha` of 0 learns nothing."""
+
 _CONFIGS = {"training": ("trl", "SFTConfig"), "lora": ("peft", "LoraConfig")}
 _PACKAGES = ("trl", "peft", "transformers", "pydantic")
 _SOURCES = (
@@ -130,7 +144,10 @@ def _remembered(name: Upstream) -> tuple[type[BaseModel], frozenset[str]] | None
 
 def _model(name: Upstream, fields: Iterable[tuple[str, Any, str | None]]) -> type[BaseModel]:
     module, cls = _CONFIGS[name]
-    typed: dict[str, Any] = {field: (hint, Field(None, description=help_text)) for field, hint, help_text in fields}
+    ranges: dict[str, dict[str, Any]] = RANGES[name]
+    typed: dict[str, Any] = {
+        field: (hint, Field(None, description=help_text, **ranges.get(field, {}))) for field, hint, help_text in fields
+    }
     return create_model(
         cls,
         __config__=ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, protected_namespaces=()),
