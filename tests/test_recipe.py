@@ -483,6 +483,12 @@ def test_what_is_required_and_not_set_is_a_fault_of_the_file(tmp_path: Path) -> 
             "are not sharded by ZeRO-3",
         ),
         (
+            "recipe=zero3_bf16 training.bf16=false",
+            "training.bf16",
+            "ZeRO-3 holds weights in float32, and model.dtype is bfloat16",
+        ),
+        ("recipe=zero3_bf16 model.dtype=float16 training.bf16=false", "training.bf16", "model.dtype is float16"),
+        (
             "recipe=zero3_bf16 quantization.load_in_8bit=true",
             "quantization.load_in_8bit",
             "cannot be sharded by ZeRO-3",

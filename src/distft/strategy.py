@@ -57,6 +57,14 @@ def faults(recipe: Recipe) -> list[Fault]:
         fault(
             "training.optim", f"{optimizer} has no way to update parameters that FSDP2 has sharded", "adamw_torch_fused"
         )
+    training, dtype = recipe.training, recipe.model.dtype
+    mixed = training.get("fp16") or training.get("bf16", dtype == "bfloat16")
+    if recipe.strategy == "zero3" and recipe.bits == 16 and dtype != "float32" and not mixed:
+        fault(
+            "training.bf16",
+            f"without mixed precision ZeRO-3 holds weights in float32, and model.dtype is {dtype}",
+            f"training.{'fp16' if dtype == 'float16' else 'bf16'}=true, or model.dtype=float32",
+        )
     if recipe.strategy in ("zero2", "zero3") and recipe.run.on_bad_numbers == "skip":
         fault(
             "run.on_bad_numbers", "DeepSpeed updates inside the backward pass, so that no step can be left out", "stop"
