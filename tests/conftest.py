@@ -13,9 +13,8 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     """Caches for the whole session, set before `datasets` is imported and passed on to what the tests start."""
-    os.environ.setdefault(
-        "GOMP_SPINCOUNT", "1000"
-    )  # as of runs (launch.py): the workers of pytest-xdist share the cores
+    # As of runs (launch.py): the workers of pytest-xdist share the cores.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # The tiny model takes a minute to build, so its folder outlives the session.
     os.environ.setdefault("DISTFT_CACHE", str(config.rootpath / ".pytest_cache" / "distft"))
     if "HF_DATASETS_CACHE" not in os.environ:

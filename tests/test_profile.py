@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distft.profile import Activity, longest, shares
+from distft.run import RunFolder
 
 NAMES = (
     "sgemm_128x64",
@@ -110,6 +111,16 @@ def test_where_no_step_is_left_to_be_timed_none_is_profiled(tmp_path: Path) -> N
     assert json.loads((folder / "summary.json").read_text())["samples_per_second"] > 0
 
 
+def ended(program: str, where: Path, steps: int = 5) -> tuple[int, RunFolder]:
+    """The exit code and the folder of a run whose second and third step are profiled and with which `program` meddles."""
+    command = [
+        sys.executable, "-c", program, "recipe=tiny", "strategy=single", f"training.max_steps={steps}", "run.dir=runs", "tracking.profile_steps=2",
+        "tracking.throughput_warmup_steps=1", "tracking.report_to=[]", "evaluation.before_and_after=false",
+    ]  # fmt: skip
+    code = subprocess.run(command, cwd=where, capture_output=True, timeout=300).returncode
+    return code, RunFolder(where / "runs" / "tiny")
+
+
 def test_a_run_that_fails_under_the_profiler_says_why(tmp_path: Path) -> None:
     """Its exit code is that of the failure, not that of a crash at the process's end."""
     program = (
@@ -121,13 +132,8 @@ def test_a_run_that_fails_under_the_profiler_says_why(tmp_path: Path) -> None:
         "Trainer.training_step = fails\n"
         "sys.exit(main())"
     )
-    command = [
-        sys.executable, "-c", program, "recipe=tiny", "strategy=single", "training.max_steps=6", "run.dir=runs", "tracking.profile_steps=3",
-        "tracking.throughput_warmup_steps=1", "tracking.report_to=[]", "evaluation.before_and_after=false",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1, done.stderr[-3000:]
-    assert json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())["cause"] == "RuntimeError: on purpose"
+    code, folder = ended(program, tmp_path)
+    assert (code, folder.read_summary()["cause"]) == (1, "RuntimeError: on purpose")
 
 
 def test_a_profile_that_cannot_be_made_leaves_the_result(tmp_path: Path) -> None:
@@ -137,12 +143,22 @@ def test_a_profile_that_cannot_be_made_leaves_the_result(tmp_path: Path) -> None
         "profile.shares = fails\n"
         "sys.exit(main())"
     )
-    command = [
-        sys.executable, "-c", program, "recipe=tiny", "strategy=single", "training.max_steps=5", "run.dir=runs", "tracking.profile_steps=2",
-        "tracking.throughput_warmup_steps=1", "tracking.report_to=[]", "evaluation.before_and_after=false",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1, done.stderr[-3000:]
-    summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
-    assert (summary["status"], summary["cause"], summary["steps"]) == ("failed", "RuntimeError: on purpose", 5)
-    assert (tmp_path / "runs" / "tiny" / "adapter" / "adapter_model.safetensors").is_file()
+    code, folder = ended(program, tmp_path)
+    summary = folder.read_summary()
+    assert (code, summary["status"], summary["cause"], summary["steps"]) == (1, "failed", "RuntimeError: on purpose", 5)
+    assert (folder.adapter / "adapter_model.safetensors").is_file()
+
+
+def test_a_run_that_is_stopped_says_where_its_time_went(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys; from distft.train import main; from distft.trainer import Trainer\n"
+        "step = Trainer.training_step\n"
+        "def stops(self, *args, **kwargs):\n"
+        "    if self.state.global_step == 4: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return step(self, *args, **kwargs)\n"
+        "Trainer.training_step = stops\n"
+        "sys.exit(main())"
+    )
+    code, folder = ended(program, tmp_path, steps=8)
+    assert code == 75
+    assert json.loads(folder.profile.read_text())["steps"] == [2, 3]

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, WithJsonSchema
 
@@ -69,6 +69,13 @@ class Recipe(Section):
     def bits(self) -> int:
         """Bits that a weight of the base takes in memory: 4, 8 or 16 (not quantised, or unpacked at load)."""
         return self.quantization.bits if self.quantization else 16
+
+    @property
+    def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:
+        """Of the training. TRL trains in bf16 where nothing is said; here the model's own type decides."""
+        if self.training.get("fp16"):
+            return "fp16"
+        return "bf16" if self.training.get("bf16", self.model.dtype == "bfloat16") else "no"
 
     @property
     def micro_batch(self) -> int:

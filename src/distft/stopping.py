@@ -87,6 +87,11 @@ class StopTogether(TrainerCallback):  # type: ignore[misc]
         at, asked = store.get(_KEY).decode().split()
         return int(at), asked
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the run was stopped before its last step; the same on every rank."""
+        return self._stopped is not None
+
     def raise_if_stopped(self, saved: int | None) -> None:
         """End a run that was stopped before its last step; `saved` is the step of the last checkpoint of this process.
 

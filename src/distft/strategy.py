@@ -57,9 +57,8 @@ def faults(recipe: Recipe) -> list[Fault]:
         fault(
             "training.optim", f"{optimizer} has no way to update parameters that FSDP2 has sharded", "adamw_torch_fused"
         )
-    training, dtype = recipe.training, recipe.model.dtype
-    mixed = training.get("fp16") or training.get("bf16", dtype == "bfloat16")
-    if recipe.strategy == "zero3" and recipe.bits == 16 and dtype != "float32" and not mixed:
+    dtype = recipe.model.dtype
+    if recipe.strategy == "zero3" and recipe.bits == 16 and dtype != "float32" and recipe.mixed_precision == "no":
         fault(
             "training.bf16",
             f"without mixed precision ZeRO-3 holds weights in float32, and model.dtype is {dtype}",
@@ -356,6 +355,5 @@ def _mixed_precision(recipe: Recipe) -> set[torch.dtype]:
     """Types that DeepSpeed casts a whole model to under the recipe's mixed precision."""
     if recipe.strategy not in ("zero2", "zero3"):
         return set()
-    return (
-        {torch.bfloat16} if recipe.training.get("bf16") else {torch.float16} if recipe.training.get("fp16") else set()
-    )
+    types = {"no": set[torch.dtype](), "bf16": {torch.bfloat16}, "fp16": {torch.float16}}
+    return types[recipe.mixed_precision]

@@ -113,6 +113,8 @@ def train(arguments: Sequence[str]) -> None:
         settle_adapter_dtype(model, recipe, how)
         with closing(profile):
             trainer.train(resume_from_checkpoint=record.place.resume_from)
+        if stop.stopped:
+            profile.write()
         stop.raise_if_stopped(checkpoints.last)
         if held_out.before is not None:
             before, after = held_out.before, held_out.measure()

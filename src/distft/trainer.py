@@ -32,8 +32,7 @@ def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder, accumulati
     """The recipe's training section as SFTConfig, with what the other sections own filled in."""
     micro = recipe.batching.micro_batch if recipe.batching.micro_batch_tokens is None else 1
     given = {key: value for key, value in recipe.training.items() if key != "save_total_limit"}
-    # TRL trains in bf16 where nothing is said; here the model's own type decides.
-    given.setdefault("bf16", recipe.model.dtype == "bfloat16" and not given.get("fp16"))
+    given.setdefault("bf16", recipe.mixed_precision == "bf16")
     given.setdefault("per_device_eval_batch_size", micro)
     # It hides bad numbers, and waits for the device in every micro-batch.
     given.setdefault("logging_nan_inf_filter", False)
