@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -111,6 +112,9 @@ def train(arguments: Sequence[str]) -> None:
         trainer.remove_callback(PrinterCallback)
         held_out.trainer = trainer
         settle_adapter_dtype(model, recipe, how)
+        # What is there now stays. To look through all of it takes Python half a second, in which all ranks wait for the one that does.
+        gc.collect()
+        gc.freeze()
         with closing(profile):
             trainer.train(resume_from_checkpoint=record.place.resume_from)
         if stop.stopped:

@@ -1,0 +1,100 @@
+"""What Python's garbage collector costs a training: runs as they are, and runs that do not set aside (`gc.freeze`) what is there before step 1.
+
+    python benchmarks/pauses.py --rows dolly.jsonl --recipe fsdp_bf16 --repeats 3 --output result.json
+    python benchmarks/pauses.py --rows dolly.jsonl --shape tiny --steps 10 --repeats 1 --output result.json  # no GPU
+
+Every run is `distft train` on the shape's random weights, the two sides in turns. Beside its speed stand the pauses of every process from
+the freezing on, from 20 ms: seconds after it, the generation collected, and how long that took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import synthetic
+import torch
+from ddp_vs_fsdp import repeated
+from provenance import provenance
+
+from distft.run import RunFolder, to_json, write_atomically
+
+SIDES = {"frozen": "yes", "not frozen": "no"}
+WATCH = Path(__file__).parent / "watch"
+TOLD = ("samples_per_second", "step_time_s", "measured_steps", "train_time_s", "train_loss", "eval_after")
+
+
+def run(side: str, words: list[str], folder: Path, limit_s: float) -> dict[str, Any]:
+    """One training of `side` in `folder`: its speed, and the pauses of each rank."""
+    environment = {
+        **os.environ, "PAUSES_FREEZE": SIDES[side], "PAUSES_FILE": f"{folder}-rank",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(WATCH), os.environ.get("PYTHONPATH")))),
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "distft.cli", "train", *words, f"run.dir={folder.parent}", f"run.name={folder.name}",
+    ]  # fmt: skip
+    with Path(f"{folder}.log").open("w", encoding="utf-8") as log:
+        ended = subprocess.run(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=limit_s, check=False
+        )
+    result: dict[str, Any] = {"side": side, "exit_code": ended.returncode, "pauses": {}}
+    for path in sorted(folder.parent.glob(f"{folder.name}-rank*.jsonl")):
+        rank = path.stem.removeprefix(f"{folder.name}-")
+        result["pauses"][rank] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if ended.returncode == 0:
+        summary = RunFolder(folder).read_summary()
+        result |= {key: summary[key] for key in TOLD}
+        result["log"] = [
+            {key: row[key] for key in ("step", "time_s", "samples_per_second")}
+            for row in RunFolder(folder).read_metrics() if "time_s" in row
+        ]  # fmt: skip
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, required=True, help="rows in Dolly's schema, a .jsonl file")
+    parser.add_argument("--recipe", default="fsdp_bf16")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shape", default="llama-2-7b", choices=synthetic.SHAPES)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/distft-pauses"))
+    parser.add_argument("--limit", type=int, default=600, help="seconds for one run")
+    parser.add_argument("--commit", default="", help="the commit measured, where there is no git")
+    parser.add_argument("--set", nargs="*", default=[], help="more overrides for every run")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+
+    shape = synthetic.SHAPES[options.shape]
+    options.work.mkdir(parents=True, exist_ok=True)
+    tokenizer = synthetic.trained_tokenizer(
+        options.work / "tokenizer", options.rows, min(16_000, shape.config["vocab_size"])
+    )
+    model = synthetic.model(options.work, shape)
+    rows = repeated(options.rows, -(-options.steps * 64 * 10 // 8), options.work / "rows.jsonl")
+    words = [
+        f"recipe={options.recipe}", f"model.name={model}", f"model.tokenizer={tokenizer}", f"data.path={rows}",
+        f"training.max_steps={options.steps}", "training.logging_steps=5", "training.eval_strategy=no", "training.save_strategy=no",
+        "lora.lora_dropout=0.0", "evaluation.max_samples=32", "tracking.report_to=[]", *options.set,
+    ]  # fmt: skip
+    if torch.cuda.device_count() < 2:
+        words += ["--nproc", "2"]
+    record: dict[str, Any] = {
+        **provenance(__file__, options.commit), "shape": shape.name, "overrides": words, "runs": [],
+    }  # fmt: skip
+    for turn in range(options.repeats):
+        for side in SIDES if turn % 2 == 0 else reversed(SIDES):
+            result = run(side, words, options.work / f"{side.replace(' ', '-')}-{turn}", options.limit)
+            record["runs"].append(result)
+            write_atomically(options.output, to_json(record) + "\n")
+            print(side, result["exit_code"], result.get("samples_per_second"), result["pauses"], flush=True)
+    return max(result["exit_code"] for result in record["runs"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
