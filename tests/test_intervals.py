@@ -6,14 +6,14 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 from scipy import stats
 
 from distft.experiment import REPEATS
-from distft.intervals import CONFIDENCE, Interval, difference, ratio
+from distft.intervals import CONFIDENCE, Interval, difference, ratio, repeats_to_find
 from distft.verdict import judge
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -78,6 +78,23 @@ def test_what_is_not_positive_has_no_ratio(values: list[float]) -> None:
         ratio(values, [1.0, 2.0])
 
 
+@pytest.mark.parametrize("together", [1, 3, 8])
+@pytest.mark.parametrize("deviation", [0.002, 0.013, 0.046, 0.3])
+def test_how_many_repeats_it_takes_is_that_of_the_t_test(deviation: float, together: int) -> None:
+    def power(count: int) -> float:
+        freedom, centre = 2 * count - 2, math.log(FASTER) / (deviation * math.sqrt(2 / count))
+        return float(1 - stats.nct.cdf(stats.t.ppf(1 - (1 - CONFIDENCE) / together / 2, freedom), freedom, centre))
+
+    side = [math.exp(sign * deviation / math.sqrt(2)) for sign in (-1, 1)]
+    exact = next(count for count in range(2, 2_000) if power(count) >= 0.8)
+    assert repeats_to_find(FASTER, side, side, together) == pytest.approx(exact, abs=1)
+
+
+def test_how_many_repeats_it_takes_is_not_known_of_one_and_not_said_of_a_thousand() -> None:
+    assert repeats_to_find(FASTER, [40.0], [40.0, 41.0]) is None
+    assert repeats_to_find(FASTER, [1.0, 2.0], [1.0, 3.0]) is None
+
+
 # ---- the verdict -----------------------------------------------------------------------------------------------------
 
 
@@ -104,19 +121,36 @@ def test_what_is_called_a_difference(one: list[float], other: list[float], verdi
 # ---- with the noise of real runs -------------------------------------------------------------------------------------
 
 
+def off_their_mean(rates: Iterable[list[float]]) -> list[float]:
+    """Of the log of samples/s: what the runs of each case are off their mean, made as wide as what they are drawn from (a few values are
+    off their own mean by less than off the true one)."""
+    found = []
+    for side in rates:
+        logs = [math.log(rate) for rate in side]
+        if len(logs) > 1:
+            found += [(log - statistics.fmean(logs)) * math.sqrt(len(logs) / (len(logs) - 1)) for log in logs]
+    return found
+
+
 def noise_h200() -> list[float]:
-    """Of the log of samples/s: what the two runs of each case on H200s are off their mean, made as wide as what they are drawn from (two
-    values are off their own mean by less than off the true one)."""
+    """Of the cases on H200s that ran twice."""
     found = []
     for name in ("throughput_h200.json", "throughput_h200_two_gpus.json"):
         rates: dict[str, list[float]] = {}
         for run in json.loads((RESULTS / name).read_text(encoding="utf-8"))["runs"]:
             if run["exit_code"] == 0:
-                rates.setdefault(run["name"], []).append(math.log(run["samples_per_second"]))
-        for logs in rates.values():
-            if len(logs) > 1:
-                found += [(log - statistics.fmean(logs)) * math.sqrt(len(logs) / (len(logs) - 1)) for log in logs]
+                rates.setdefault(run["name"], []).append(run["samples_per_second"])
+        found += off_their_mean(rates.values())
     return found
+
+
+def noise_compared() -> list[float]:
+    """Of the variants that `distft compare` ran three times on two H200s, with a collector that still paused some of them."""
+    record = json.loads((RESULTS / "ddp_vs_fsdp_h200.json").read_text(encoding="utf-8"))
+    rates: dict[str, list[float]] = {}
+    for run in record["experiments"]["ddp_vs_fsdp"]["report"]["runs"]:
+        rates.setdefault(run["variant"], []).append(run["figures"]["samples_per_second"])
+    return off_their_mean(rates.values())
 
 
 def noise_cpu() -> list[float]:
@@ -125,7 +159,7 @@ def noise_cpu() -> list[float]:
     return [math.log(run["samples_per_second"]) for run in runs]
 
 
-H200, CPU = noise_h200(), noise_cpu()
+H200, COMPARED, CPU = noise_h200(), noise_compared(), noise_cpu()
 
 
 def drawn(
@@ -164,19 +198,20 @@ def found_faster(found: Interval, verdict: str) -> bool:
 
 def test_there_is_enough_real_noise_to_draw_from() -> None:
     assert len(H200) == 22 and 0.02 < statistics.pstdev(H200) < 0.025
+    assert len(COMPARED) == 12 and 0.045 < statistics.pstdev(COMPARED) < 0.05
     assert len(CPU) == 12 and statistics.stdev(CPU) > 0.1
 
 
 @pytest.mark.parametrize("drift", [0.0, 0.02])
 @pytest.mark.parametrize("repeats", [2, 3, REPEATS])
-@pytest.mark.parametrize("pool", [H200, CPU], ids=["h200", "cpu"])
+@pytest.mark.parametrize("pool", [H200, COMPARED, CPU], ids=["h200", "compared", "cpu"])
 def test_identical_pairs_are_called_different_at_most_once_in_twenty(
     pool: list[float], repeats: int, drift: float
 ) -> None:
     assert share(drawn(pool, repeats, drift=drift), different) <= 0.05
 
 
-@pytest.mark.parametrize("pool", [H200, CPU], ids=["h200", "cpu"])
+@pytest.mark.parametrize("pool", [H200, COMPARED, CPU], ids=["h200", "compared", "cpu"])
 def test_of_several_identical_variants_none_is_called_different_in_nineteen_of_twenty(pool: list[float]) -> None:
     """Four beside the first, as they are read: together."""
     seeded = random.Random(2)
@@ -196,6 +231,14 @@ def test_three_repeats_would_not_find_it_with_this_noise_and_would_with_less() -
     assert share(drawn(H200, 3, FASTER), found_faster) < 0.6
     shrunk = [noise * 0.013 / statistics.pstdev(H200) for noise in H200]
     assert share(drawn(shrunk, 3, FASTER), found_faster) >= 0.8
+
+
+def test_with_more_noise_it_takes_a_greater_difference_or_more_repeats() -> None:
+    assert share(drawn(COMPARED, REPEATS, FASTER), found_faster) < 0.4
+    assert share(drawn(COMPARED, REPEATS, 1.11), found_faster) >= 0.8
+    spread = statistics.pstdev(COMPARED) / math.sqrt(2)
+    wanted = repeats_to_find(FASTER, *[[math.exp(-spread), math.exp(spread)]] * 2)
+    assert wanted == 16 and share(drawn(COMPARED, wanted, FASTER), found_faster) >= 0.8
 
 
 def test_the_interval_holds_the_truth() -> None:

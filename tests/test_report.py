@@ -742,5 +742,8 @@ def test_what_the_repeats_cannot_tell_is_not_called_as_fast(tmp_path: Path) -> N
     folders = [make(tmp_path, f"{name}{turn}", f"lora.r={r}", samples_per_second=speed)
                for r, (name, speeds) in enumerate((("a", (96.6, 84.7)), ("b", (70.0, 58.0))), 1) for turn, speed in enumerate(speeds, 1)]  # fmt: skip
     verdict = report(folders).verdict
-    told = r"Whether b1 is faster or slower than a1 the repeats cannot tell \(here 1\.42 times as slow as a1 \(0\.\d+–\d+\.\d+\)\)\."
+    told = (
+        r"Whether b1 is faster or slower than a1 the repeats cannot tell "
+        r"\(here 1\.42 times as slow as a1 \(0\.\d+–\d+\.\d+\); a difference of 5% takes about 88 of each\)\."
+    )
     assert re.fullmatch(told, verdict), verdict

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 
 CONFIDENCE = 0.95
 """Of all intervals that are read together."""
+POWER = 0.8
+"""Of the comparisons in which a true difference is found, where it is asked how many repeats that takes."""
+MOST = 1_000  # repeats
 _GREATEST = math.log(sys.float_info.max)
 
 
@@ -67,6 +70,25 @@ def ratio(one: Sequence[float], other: Sequence[float], together: int = 1) -> In
     found = difference([math.log(value) for value in one], [math.log(value) for value in other], together)
     centre, low, high = (None if it is None else _exp(it) for it in (found.centre, found.low, found.high))
     return Interval(centre, low, high)
+
+
+def repeats_to_find(factor: float, one: Sequence[float], other: Sequence[float], together: int = 1) -> int | None:
+    """How many values on each side it takes for `ratio` to exclude 1 in four of five comparisons whose true ratio is `factor`, with the
+    spread of these; None where a side has fewer than two values or MOST do not suffice.
+
+    The sample size of the t test (Chow, Shao, Wang and Lokhnygina, "Sample Size Calculations in Clinical Research", 3.2), with a central t
+    for the power as well: within one of the exact number.
+    """
+    if min(len(one), len(other)) < 2:
+        return None
+    from scipy.special import stdtrit
+
+    variance = statistics.fmean(statistics.variance(map(math.log, side)) for side in (one, other))
+    for count in range(2, MOST + 1):
+        quantiles = (float(stdtrit(2 * count - 2, share)) for share in (1 - (1 - CONFIDENCE) / together / 2, POWER))
+        if sum(quantiles) * math.sqrt(2 * variance / count) <= abs(math.log(factor)):
+            return count
+    return None
 
 
 def _exp(value: float) -> float:

@@ -16,10 +16,10 @@ from distft.bound import Bound, Facts, Split, bound, whole_run
 from distft.equality import BY_DEFAULT, EQUAL, WEIGHTS, differences, sameness
 from distft.errors import RunFolderError
 from distft.evaluation import columns, details
-from distft.intervals import CONFIDENCE, Interval
+from distft.intervals import CONFIDENCE, Interval, repeats_to_find
 from distft.results import FIGURES, TIMES, Run, read_run
 from distft.run import RunFolder, to_json
-from distft.verdict import Comparison, judge, judge_items, sentence
+from distft.verdict import CLOSE, Comparison, judge, judge_items, sentence
 
 LOSS_TOLERANCE = 0.01
 """Losses of two variants that are further apart than this share of the first one's are not equal, where an experiment says nothing else."""
@@ -337,7 +337,9 @@ class _Comparer:
             elif figure.per_token and reworded:
                 found, verdict, why = None, "not compared", "the tokenizers differ, and it is counted by tokens"
             ratio = found or Interval(None)
-            compared.append(Comparison(name, first, figure.key, ratio.centre, ratio.low, ratio.high, verdict, why))
+            undecided = verdict == "no difference" and ratio.low is not None
+            wanted = repeats_to_find(CLOSE, ours, theirs, self.together) if undecided else None
+            compared.append(Comparison(name, first, figure.key, ratio.centre, ratio.low, ratio.high, verdict, why, wanted))  # fmt: skip
         return compared
 
 

@@ -32,6 +32,8 @@ class Comparison:
     - `no spread`: fewer than two runs on a side, or a loss: repeats share the seed that decides it, so that theirs is no spread of it
     - `withheld`: a speed, where losses that were declared equal diverge
     - `not compared`: `why` not
+
+    `repeats` of each side would find a ratio of CLOSE with the spread that these have; None where the verdict is another.
     """
 
     variant: str
@@ -42,6 +44,7 @@ class Comparison:
     high: float | None
     verdict: str
     why: str = ""
+    repeats: int | None = None
 
 
 def judge(one: Sequence[float], other: Sequence[float], together: int = 1) -> tuple[Interval | None, str]:
@@ -116,7 +119,8 @@ def _speed(item: Comparison) -> str:
         return f"{one} is as fast as {other}"
     if item.low >= 1 / CLOSE and item.high <= CLOSE:
         return f"{one} is as fast as {other} ({item.low:.2f}–{item.high:.2f} times)"
-    return f"whether {one} is faster or slower than {other} the repeats cannot tell (here {_times(item)})"
+    wanted = f"; a difference of {CLOSE - 1:.0%} takes about {item.repeats} of each" if item.repeats else ""
+    return f"whether {one} is faster or slower than {other} the repeats cannot tell (here {_times(item)}{wanted})"
 
 
 def _times(item: Comparison) -> str:
