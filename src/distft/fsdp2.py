@@ -1,7 +1,8 @@
-"""FSDP2 as accelerate sets it up, mended: real on CPU, and its all-gathers issued early."""
+"""FSDP2 as accelerate sets it up, mended: real on CPU, its losses in fp32, and its all-gathers issued early."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -48,6 +49,16 @@ def prefetch(model: nn.Module) -> None:
     for number, layer in enumerate(layers):
         layer.set_modules_to_forward_prefetch(layers[number + 1 : number + 1 + AHEAD])
         layer.set_modules_to_backward_prefetch(layers[max(number - AHEAD, 0) : number][::-1])
+
+
+def keep_outputs(plugin: Any) -> None:
+    """Have accelerate's FSDP `plugin` leave the model's outputs as they are. Before the model is prepared.
+
+    accelerate asks for them in the type of the mixed precision, and in bf16 the log-probability of every token, and with it the loss, is
+    rounded to 8 bits: a loss of 7.93 became 7.9375, and the scale of its gradient is rounded as well.
+    """
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def make_real_on_cpu() -> None:

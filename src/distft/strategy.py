@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distft.errors import Fault, InvariantError, LaunchError
-from distft.fsdp2 import keep_layers, make_real_on_cpu, prefetch
+from distft.fsdp2 import keep_layers, keep_outputs, make_real_on_cpu, prefetch
 from distft.launcher import Launcher
 from distft.packaged import packaged
 from distft.recipe import Recipe
@@ -290,6 +290,11 @@ class Strategy:
             os.environ.get("FSDP_OFFLOAD_PARAMS") == "true"
             or os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") != "none"
         )
+
+    def keep_outputs(self, accelerator: Any) -> None:
+        """Have the losses of mixed precision as exact as under DDP. Before the model is prepared."""
+        if self.name == "fsdp":
+            keep_outputs(accelerator.state.fsdp_plugin)
 
     def gather_in_time(self, model: nn.Module, memory_limit_gib: float | None) -> str | None:
         """Have the layers of a prepared model whole before they are needed, and where there is memory only once a step; returns

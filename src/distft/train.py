@@ -112,6 +112,7 @@ def train(arguments: Sequence[str]) -> None:
         trainer.remove_callback(PrinterCallback)
         held_out.trainer = trainer
         settle_adapter_dtype(model, recipe, how)
+        how.keep_outputs(trainer.accelerator)
         # What is there now stays. To look through all of it takes Python half a second, in which all ranks wait for the one that does.
         gc.collect()
         gc.freeze()

@@ -88,6 +88,14 @@ def test_every_strategy_takes_the_same_steps(
     ours.assert_like(reference(optimizer), initial, tolerance)
 
 
+def test_the_loss_of_bf16_is_as_exact_under_fsdp(train: Train) -> None:
+    """accelerate would have the outputs of the model in bf16, and so each loss rounded to 8 bits."""
+    bf16 = ("model.dtype=bfloat16", "training.bf16=true", "training.max_steps=1", *ADAMW)
+    ours, theirs = (Trajectory(train, f"strategy={name}", *bf16, nproc=2) for name in ("fsdp", "ddp"))
+    for key in ("loss", "entropy"):
+        assert ours.of(key) == pytest.approx(theirs.of(key), rel=1e-4), key
+
+
 @pytest.mark.parametrize(("strategy", "processes"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
 def test_packs_take_the_steps_of_padded_rows(
     strategy: str, processes: int, reference: Reference, initial: Mapping[str, torch.Tensor], train: Train
