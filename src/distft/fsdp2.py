@@ -51,13 +51,14 @@ def prefetch(model: nn.Module) -> None:
         layer.set_modules_to_backward_prefetch(layers[max(number - AHEAD, 0) : number][::-1])
 
 
-def keep_outputs(plugin: Any) -> None:
-    """Have accelerate's FSDP `plugin` leave the model's outputs as they are. Before the model is prepared.
+def keep_outputs(state: Any) -> None:
+    """Have FSDP2 leave the model's outputs as they are, by the plugin in accelerate's `state`. Before the model is prepared.
 
     accelerate asks for them in the type of the mixed precision, and in bf16 the log-probability of every token, and with it the loss, is
     rounded to 8 bits: a loss of 7.93 became 7.9375, and the scale of its gradient is rounded as well.
     """
-    if plugin.mixed_precision_policy is not None:
+    plugin = getattr(state, "fsdp_plugin", None)  # without one nothing is sharded, which is found when it is prepared
+    if plugin is not None and hasattr(plugin.mixed_precision_policy, "output_dtype"):  # FSDP1's has none
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 

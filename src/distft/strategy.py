@@ -294,7 +294,7 @@ class Strategy:
     def keep_outputs(self, accelerator: Any) -> None:
         """Have the losses of mixed precision as exact as under DDP. Before the model is prepared."""
         if self.name == "fsdp":
-            keep_outputs(accelerator.state.fsdp_plugin)
+            keep_outputs(accelerator.state)
 
     def gather_in_time(self, model: nn.Module, memory_limit_gib: float | None) -> str | None:
         """Have the layers of a prepared model whole before they are needed, and where there is memory only once a step; returns
