@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import synthetic
 import torch
@@ -38,9 +38,9 @@ def repeated(rows: Path, count: int, path: Path) -> Path:
     return path
 
 
-def ended(command: list[str], environment: Mapping[str, str], limit_s: float) -> int:
+def ended(command: list[str], environment: Mapping[str, str], limit_s: float, log: IO[str] | None = None) -> int:
     """The exit code. At the limit the command is asked to stop as by Ctrl-C, so that it reports on the runs that it has made."""
-    child = subprocess.Popen(command, env={**os.environ, **environment})
+    child = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log)
     with contextlib.suppress(subprocess.TimeoutExpired):
         return child.wait(limit_s)
     child.terminate()

@@ -4,7 +4,8 @@
     python benchmarks/pauses.py --rows dolly.jsonl --shape tiny --steps 10 --repeats 1 --output result.json  # no GPU
 
 Every run is `distft train` on the shape's random weights, the two sides in turns. Beside its speed stand the pauses of every process from
-the freezing on, from 20 ms: seconds after it, the generation collected, and how long that took.
+the freezing on, from 20 ms: seconds after it, the generation collected, and how long that took. One at its very
+begin is that which the trainer asks for before step 1.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import synthetic
 import torch
-from ddp_vs_fsdp import repeated
+from ddp_vs_fsdp import ended, repeated
 from provenance import provenance
 
 from distft.run import RunFolder, to_json, write_atomically
@@ -32,21 +32,21 @@ TOLD = ("samples_per_second", "step_time_s", "measured_steps", "train_time_s", "
 def run(side: str, words: list[str], folder: Path, limit_s: float) -> dict[str, Any]:
     """One training of `side` in `folder`: its speed, and the pauses of each rank."""
     environment = {
-        **os.environ, "PAUSES_FREEZE": SIDES[side], "PAUSES_FILE": f"{folder}-rank",
+        "PAUSES_FREEZE": SIDES[side], "PAUSES_FILE": f"{folder}-rank",
         "PYTHONPATH": os.pathsep.join(filter(None, (str(WATCH), os.environ.get("PYTHONPATH")))),
     }  # fmt: skip
+    for left in folder.parent.glob(f"{folder.name}-rank*.jsonl"):  # by an earlier run of the same name
+        left.unlink()
     command = [
         sys.executable, "-m", "distft.cli", "train", *words, f"run.dir={folder.parent}", f"run.name={folder.name}",
     ]  # fmt: skip
     with Path(f"{folder}.log").open("w", encoding="utf-8") as log:
-        ended = subprocess.run(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=limit_s, check=False
-        )
-    result: dict[str, Any] = {"side": side, "exit_code": ended.returncode, "pauses": {}}
+        code = ended(command, environment, limit_s, log)
+    result: dict[str, Any] = {"side": side, "exit_code": code, "pauses": {}}
     for path in sorted(folder.parent.glob(f"{folder.name}-rank*.jsonl")):
         rank = path.stem.removeprefix(f"{folder.name}-")
         result["pauses"][rank] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    if ended.returncode == 0:
+    if code == 0:
         summary = RunFolder(folder).read_summary()
         result |= {key: summary[key] for key in TOLD}
         result["log"] = [
@@ -82,7 +82,7 @@ def main() -> int:
         f"training.max_steps={options.steps}", "training.logging_steps=5", "training.eval_strategy=no", "training.save_strategy=no",
         "lora.lora_dropout=0.0", "evaluation.max_samples=32", "tracking.report_to=[]", *options.set,
     ]  # fmt: skip
-    if torch.cuda.device_count() < 2:
+    if not torch.cuda.is_available():
         words += ["--nproc", "2"]
     record: dict[str, Any] = {
         **provenance(__file__, options.commit), "shape": shape.name, "overrides": words, "runs": [],
@@ -93,7 +93,7 @@ def main() -> int:
             record["runs"].append(result)
             write_atomically(options.output, to_json(record) + "\n")
             print(side, result["exit_code"], result.get("samples_per_second"), result["pauses"], flush=True)
-    return max(result["exit_code"] for result in record["runs"])
+    return next((result["exit_code"] for result in record["runs"] if result["exit_code"]), 0)
 
 
 if __name__ == "__main__":
