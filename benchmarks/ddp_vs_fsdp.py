@@ -31,11 +31,22 @@ RESHARD = {"FSDP_RESHARD_AFTER_FORWARD": "true"}
 """Of the published settings: full sharding gathers every layer for the forward and again for the backward."""
 
 
-def repeated(rows: Path, count: int, path: Path) -> Path:
-    """`path`, with at least `count` rows: those of `rows`, over and over."""
+def inputs(work: Path, shape: synthetic.Shape, rows: Path, steps: int) -> list[str]:
+    """The overrides of a run of `steps` that name its model, tokenizer and data, all made in `work`. Its rows
+    are `rows`, over and over until there are enough."""
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = synthetic.trained_tokenizer(work / "tokenizer", rows, min(16_000, shape.config["vocab_size"]))
     lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
+    count = -(-steps * 64 * 10 // 8)  # a tenth is held out; a step has 64
+    path = work / f"rows-{steps}-steps.jsonl"
     path.write_text("".join(lines * -(-count // len(lines))), encoding="utf-8")
-    return path
+    model = synthetic.model(work, shape)
+    return [f"model.name={model}", f"model.tokenizer={tokenizer}", f"data.path={path}", f"training.max_steps={steps}"]
+
+
+def written(record: Mapping[str, Any], work: Path, output: Path) -> None:
+    """`record` in `output`, with paths in `work` from there: where that lay says nothing of the figures."""
+    write_atomically(output, to_json(record).replace(f"{work}/", "") + "\n")
 
 
 def ended(command: list[str], environment: Mapping[str, str], limit_s: float, log: IO[str] | None = None) -> int:
@@ -62,11 +73,6 @@ def main() -> int:
     options = parser.parse_args()
 
     shape = synthetic.SHAPES[options.shape]
-    options.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = synthetic.trained_tokenizer(
-        options.work / "tokenizer", options.rows, min(16_000, shape.config["vocab_size"])
-    )
-    model = synthetic.model(options.work, shape)
     before = json.loads(options.output.read_text(encoding="utf-8")) if options.output.is_file() else {"experiments": {}}
     record: dict[str, Any] = {
         **provenance(__file__, options.commit), "shape": shape.name, "rows_repeated": True, "experiments": before["experiments"],
@@ -74,11 +80,9 @@ def main() -> int:
     worst = 0
     for name in options.experiments:
         steps = options.steps or STEPS[name]
-        # A tenth of the rows is held out; a step has 64.
-        rows = repeated(options.rows, -(-steps * 64 * 10 // 8), options.work / f"{name}.jsonl")
         folder = options.work / f"runs-{name}"
         arguments = [
-            f"experiment={name}", f"model.name={model}", f"model.tokenizer={tokenizer}", f"data.path={rows}", f"training.max_steps={steps}",
+            f"experiment={name}", *inputs(options.work, shape, options.rows, steps),
             "training.logging_steps=5", "evaluation.max_samples=32", f"run.dir={folder}", "tracking.report_to=[]", *options.set,
         ]  # fmt: skip
         words = ["compare", *arguments, "--repeats", str(options.repeats), "--resume"]
@@ -92,7 +96,7 @@ def main() -> int:
             "command": " ".join([*(f"{key}={value}" for key, value in environment.items()), "distft", *words]), "exit_code": code, "steps": steps,
             "report": json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None,
         }  # fmt: skip
-        write_atomically(options.output, to_json(record) + "\n")
+        written(record, options.work, options.output)
     return worst
 
 

@@ -4,8 +4,8 @@
     python benchmarks/pauses.py --rows dolly.jsonl --shape tiny --steps 10 --repeats 1 --output result.json  # no GPU
 
 Every run is `distft train` on the shape's random weights, the two sides in turns. Beside its speed stand the pauses of every process from
-the freezing on, from 20 ms: seconds after it, the generation collected, and how long that took. One at its very
-begin is that which the trainer asks for before step 1.
+the freezing on, from 20 ms: seconds after it, the generation collected, and how long that took. One within the first milliseconds is what
+the trainer asks for before step 1.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 import synthetic
 import torch
-from ddp_vs_fsdp import ended, repeated
+from ddp_vs_fsdp import ended, inputs, written
 from provenance import provenance
 
-from distft.run import RunFolder, to_json, write_atomically
+from distft.run import RunFolder
 
 SIDES = {"frozen": "yes", "not frozen": "no"}
 WATCH = Path(__file__).parent / "watch"
@@ -71,15 +71,9 @@ def main() -> int:
     options = parser.parse_args()
 
     shape = synthetic.SHAPES[options.shape]
-    options.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = synthetic.trained_tokenizer(
-        options.work / "tokenizer", options.rows, min(16_000, shape.config["vocab_size"])
-    )
-    model = synthetic.model(options.work, shape)
-    rows = repeated(options.rows, -(-options.steps * 64 * 10 // 8), options.work / "rows.jsonl")
     words = [
-        f"recipe={options.recipe}", f"model.name={model}", f"model.tokenizer={tokenizer}", f"data.path={rows}",
-        f"training.max_steps={options.steps}", "training.logging_steps=5", "training.eval_strategy=no", "training.save_strategy=no",
+        f"recipe={options.recipe}", *inputs(options.work, shape, options.rows, options.steps),
+        "training.logging_steps=5", "training.eval_strategy=no", "training.save_strategy=no",
         "lora.lora_dropout=0.0", "evaluation.max_samples=32", "tracking.report_to=[]", *options.set,
     ]  # fmt: skip
     if not torch.cuda.is_available():
@@ -91,7 +85,7 @@ def main() -> int:
         for side in SIDES if turn % 2 == 0 else reversed(SIDES):
             result = run(side, words, options.work / f"{side.replace(' ', '-')}-{turn}", options.limit)
             record["runs"].append(result)
-            write_atomically(options.output, to_json(record) + "\n")
+            written(record, options.work, options.output)
             print(side, result["exit_code"], result.get("samples_per_second"), result["pauses"], flush=True)
     return next((result["exit_code"] for result in record["runs"] if result["exit_code"]), 0)
 

@@ -23,6 +23,7 @@ from distft.evaluation.columns import TASKS
 from distft.evaluation.settings import TaskName
 from distft.experiment import load_experiment
 from distft.experiment_file import list_experiments
+from distft.intervals import ratio
 from distft.recipe import load_recipe
 from distft.recipe_file import list_recipes
 from distft.sections import StrategyName
@@ -284,3 +285,25 @@ def test_what_is_said_of_idle_time_and_of_precision_is_in_the_record() -> None:
 def test_links_and_pictures_are_there() -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_intervals_of_the_answer_are_those_of_the_records() -> None:
+    text = " ".join(README.split())
+    speeds: dict[str, dict[str, list[float]]] = {}
+    for experiment, each in measured("ddp_vs_fsdp_h200")["experiments"].items():
+        for run in each["report"]["runs"]:
+            speeds.setdefault(experiment, {}).setdefault(run["variant"], []).append(
+                run["figures"]["samples_per_second"]
+            )
+    published, ours = (
+        ratio(speeds[name]["fsdp_bf16"], speeds[name]["ddp_qlora"], together)
+        for name, together in (("ddp_vs_fsdp_published", 1), ("ddp_vs_fsdp", 3))
+    )
+    assert f"is {published.low:.2f} to {published.high:.2f} times as fast as FSDP2 in bf16, with distft's {ours.low:.2f} to {ours.high:.2f} times" in text  # fmt: skip
+    pair = ratio(speeds["ddp_vs_fsdp"]["fsdp_bf16"], speeds["ddp_vs_fsdp"]["ddp_bf16"])
+    assert f"`ddp_bf16` is {pair.centre:.2f} times as fast as `fsdp_bf16` ({pair.low:.2f} to {pair.high:.2f}," in text
+    sides: dict[str, list[float]] = {}
+    for run in measured("pauses_h200")["runs"]:
+        sides.setdefault(run["side"], []).append(run["samples_per_second"])
+    gain = ratio(sides["not frozen"], sides["frozen"])
+    assert f"× {gain.centre:.2f} ({gain.low:.2f} to {gain.high:.2f})" in text

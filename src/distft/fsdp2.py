@@ -1,4 +1,4 @@
-"""FSDP2 as accelerate sets it up, mended: real on CPU, its losses in fp32, and its all-gathers issued early."""
+"""FSDP2 as accelerate sets it up, mended: real on CPU, its outputs as they are, and its all-gathers issued early."""
 
 from __future__ import annotations
 
