@@ -168,9 +168,7 @@ def test_a_requeue_goes_on_in_the_same_folder_and_a_finished_run_is_left_alone(
     assert folder.summary.read_text() == finished
 
 
-@pytest.mark.timeout(
-    1_200
-)  # the wait below may take all of the usual ten minutes, and then comes the run beside which it is held
+@pytest.mark.timeout(1_200)  # ten minutes for the job, and then the run beside which it is held
 def test_the_time_limit_sends_the_job_back_until_the_work_is_done(
     cluster: Cluster, whole: Whole, tmp_path: Path
 ) -> None:
