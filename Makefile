@@ -16,7 +16,7 @@ demo: setup
 # Two files at a time: most tests start processes, and wait for them. The embedded model is built before, once: whoever came first would
 # build it while the other test takes half of the machine, and run into its limit.
 test: setup
-	@DISTFT_CACHE=.pytest_cache/distft .venv/bin/python -c 'from distft.tiny import tiny_model; tiny_model()'
+	@DISTFT_CACHE=.pytest_cache/distft .venv/bin/python -c 'from distft.models.tiny import tiny_model; tiny_model()'
 	@.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-faults: setup

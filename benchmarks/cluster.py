@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from distft.estimate import Shape
+from distft.training.memory_estimate import Shape
 
 GB = 1e9
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from provenance import provenance
 
-from distft.run import RunFolder, to_json, write_atomically
+from distft.runs.folder import RunFolder, to_json, write_atomically
 
 OVERRIDES = ["recipe=tiny", "strategy=single", "evaluation.before_and_after=false", "training.logging_steps=1", "training.eval_strategy=no",
              "training.save_strategy=no", "tracking.report_to=[]"]  # fmt: skip

@@ -24,8 +24,8 @@ from typing import Any
 
 from provenance import provenance
 
-from distft.probe import free_port
-from distft.run import to_json, write_atomically
+from distft.runs.folder import to_json, write_atomically
+from distft.training.batch_size_probe import free_port
 
 OVERRIDES = ["recipe=tiny", "training.num_train_epochs=10", "training.eval_strategy=no", "training.save_strategy=epoch",
              "training.save_total_limit=1", "tracking.report_to=[]", "evaluation.before_and_after=false"]  # fmt: skip
@@ -36,7 +36,8 @@ def work(output: Path) -> None:
     """One rank of an instrumented run; writes its times in seconds to `output`."""
     from transformers import TrainerCallback
 
-    from distft import manifest, train
+    from distft.runs import manifest
+    from distft.training import run as train
 
     times: dict[str, list[float]] = {name: [] for name in ("with", "without", "inside", "save", "waiting", "hashing")}
     now = {"on": True, "inside": 0.0, "began": 0.0, "step": 0, "saved": 0}

@@ -22,7 +22,7 @@ import torch
 from ddp_vs_fsdp import ended, inputs, written
 from provenance import provenance
 
-from distft.run import RunFolder
+from distft.runs.folder import RunFolder
 
 SIDES = {"frozen": "yes", "not frozen": "no"}
 WATCH = Path(__file__).parent / "watch"

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from provenance import provenance
 
-from distft import train
-from distft.run import RunFolder, to_json, write_atomically
+from distft.runs.folder import RunFolder, to_json, write_atomically
+from distft.train import main as main_of_worker
+from distft.training import run as train
 
 BF16 = ["model.dtype=bfloat16", "training.bf16=true", "quantization.bnb_4bit_compute_dtype=bfloat16"]
 FP32 = ["model.dtype=float32", "training.bf16=false", "quantization.bnb_4bit_compute_dtype=float32"]
@@ -75,7 +76,7 @@ def main() -> int:
         variant, sys.argv[1:] = sys.argv[2], sys.argv[3:]
         if variant == "bf16_masters":
             train.settle_adapter_dtype = in_bf16
-        return train.main()
+        return main_of_worker()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])

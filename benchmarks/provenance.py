@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from distft.machine import describe
+from distft.hardware import describe
 
 
 def provenance(program: str, commit: str = "") -> dict[str, Any]:

@@ -39,12 +39,12 @@ from cluster import (
     write_seconds,
 )  # fmt: skip
 
-from distft.estimate import Shape, device_bytes
-from distft.machine import GIB
-from distft.plan import Plan
-from distft.recipe import Recipe, load_recipe
-from distft.strategy import Strategy
-from distft.world import World
+from distft.config.recipe import Recipe, load_recipe
+from distft.data.batch_plan import Plan
+from distft.distributed.strategies.base import Strategy
+from distft.distributed.world import World
+from distft.hardware import GIB
+from distft.training.memory_estimate import Shape, device_bytes
 
 RESULTS = Path(__file__).parent / "results"
 GPUS = (1, 2, 8, 64, 1024)
@@ -128,7 +128,7 @@ def load(gpus: int, batch: int) -> Load:
 
 
 def memory(name: str, recipe: str, gpus: int, tokens: int = BUDGET, micro_batch: int = 1) -> float:
-    """Bytes on each device with all layers checkpointed, by the estimate of `distft.estimate`; `gpus` share a copy of the base."""
+    """Bytes on each device with all layers checkpointed, by the estimate of `distft.training.memory_estimate`; `gpus` share a copy of the base."""
     shape, recipes = model(name)
     chosen = recipes[recipe]
     strategy = Strategy("ddp", "ddp", World(world_size=gpus), True).like(chosen)

@@ -28,9 +28,9 @@ import psutil
 import torch
 from provenance import provenance
 
-from distft import manifest
-from distft.checkpoint import read_tensors
-from distft.run import RunFolder, to_json, write_atomically
+from distft.runs import manifest
+from distft.runs.folder import RunFolder, to_json, write_atomically
+from distft.training.checkpoints import read_tensors
 
 STRATEGIES = {"ddp": (), "fsdp": ("strategy=fsdp", "quantization.bnb_4bit_quant_storage=float32")}
 SAVE_STEPS = 5

@@ -30,12 +30,12 @@ from cases import BESIDE, CASES, Batch, Case, Reference
 from comparison import compare, table
 from provenance import provenance
 
-from distft.data import split
-from distft.machine import GIB, device_flops
-from distft.plan import Plan
-from distft.probe import free_port
-from distft.recipe import Recipe, load_recipe
-from distft.run import RunFolder, to_json, write_atomically
+from distft.config.recipe import Recipe, load_recipe
+from distft.data.batch_plan import Plan
+from distft.data.prepare import split
+from distft.hardware import GIB, device_flops
+from distft.runs.folder import RunFolder, to_json, write_atomically
+from distft.training.batch_size_probe import free_port
 
 REFERENCES = Path(__file__).parent / "references"
 MARK = "DISTFT_BENCHMARK_RUN"

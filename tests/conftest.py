@@ -49,7 +49,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """Folder of the tiny model and its tokenizer, built where the cache has none."""
-    from distft.tiny import tiny_model
+    from distft.models.tiny import tiny_model
 
     return tiny_model()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from distft.experiment_file import list_experiments
-from distft.recipe_file import list_recipes
+from distft.config.files import list_recipes
+from distft.experiments.schema import list_experiments
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,15 +18,17 @@ from typing import Any
 
 import pytest
 
-from distft import data, slurm, strategy
+from distft.config.evaluation import TaskName
+from distft.config.files import list_recipes
+from distft.config.recipe import load_recipe
+from distft.config.schema import StrategyName
+from distft.data import prepare as data
+from distft.distributed.strategies import base as strategy
 from distft.evaluation.columns import TASKS
-from distft.evaluation.settings import TaskName
-from distft.experiment import load_experiment
-from distft.experiment_file import list_experiments
-from distft.intervals import ratio
-from distft.recipe import load_recipe
-from distft.recipe_file import list_recipes
-from distft.sections import StrategyName
+from distft.experiments.expand import load_experiment
+from distft.experiments.schema import list_experiments
+from distft.launch import slurm
+from distft.stats import ratio
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -182,10 +184,10 @@ def test_evaluations_are_described_by_tasks_and_keys_that_there_are() -> None:
 
 def test_the_files_of_evaluations_are_as_the_page_says(tmp_path: Path) -> None:
     """A file of each kind with what its row names, and no more."""
-    from distft.evaluation.alpaca import read_pairs
     from distft.evaluation.judge import rubric_of
-    from distft.evaluation.mt_bench import read_questions
-    from distft.evaluation.reviews import load
+    from distft.evaluation.tasks.alpaca import read_pairs
+    from distft.evaluation.tasks.mt_bench import read_questions
+    from distft.evaluation.tasks.reviews import load
 
     given = {row[0].strip("`"): re.findall(r"`(\w+)`", row[2]) for row in tables_of("Evaluate")[1]}
     columns = {"text": "Good.", "label": 1, "question_id": 1, "category": "math", "turns": ["One?", "Two?"], "reference": ["1", "2"],

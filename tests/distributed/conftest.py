@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distft.run import RunFolder
+from distft.runs.folder import RunFolder
 
 LIMIT_S = 300
 

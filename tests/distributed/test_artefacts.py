@@ -15,10 +15,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from wandb.proto import wandb_internal_pb2
 
-from distft.checkpoint import compare, read_tensors
+from distft.config.recipe import load_recipe
 from distft.errors import InvariantError
-from distft.recipe import load_recipe
-from distft.run import SUMMARY_KEYS
+from distft.runs.folder import SUMMARY_KEYS
+from distft.training.checkpoints import compare, read_tensors
 
 from .conftest import Ended, Train
 

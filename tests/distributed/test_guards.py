@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from distft.run import RunFolder
+from distft.runs.folder import RunFolder
 
 from .conftest import Train, finish, start
 
@@ -21,9 +21,9 @@ WITHOUT = """
 import sys
 import distft.{module} as module
 {tamper}
-from distft import train
+from distft.train import main
 sys.argv[0] = "distft.train"
-sys.exit(train.main())
+sys.exit(main())
 """
 QUICK = (
     "training.max_steps=2",
@@ -46,7 +46,7 @@ def run_without(tmp_path: Path, module: str, tamper: str, *overrides: str) -> tu
 def test_fsdp_that_is_ddp_in_silence_is_stopped(tmp_path: Path) -> None:
     code, stderr = run_without(
         tmp_path,
-        "strategy",
+        "distributed.strategies.base",
         "module.make_real_on_cpu = lambda: None",
         "recipe=tiny",
         "strategy=fsdp",
@@ -67,14 +67,16 @@ def test_an_adapter_that_differs_between_ranks_is_stopped(tmp_path: Path) -> Non
         "            p.data += self.world.rank * 1e-3\n"
         "module.Strategy.check_prepared = check"
     )
-    code, stderr = run_without(tmp_path, "strategy", tamper, "recipe=tiny", *QUICK)
+    code, stderr = run_without(tmp_path, "distributed.strategies.base", tamper, "recipe=tiny", *QUICK)
     assert code != 0
     assert "differs between rank 0 and rank 1 after one update" in stderr
 
 
 def test_an_adapter_that_no_gradient_reaches_is_stopped(tmp_path: Path) -> None:
     tamper = "import torch\ntorch.optim.AdamW.step = lambda self, closure=None: None"
-    code, stderr = run_without(tmp_path, "strategy", tamper, "recipe=tiny", "training.warmup_steps=0", *QUICK)
+    code, stderr = run_without(
+        tmp_path, "distributed.strategies.base", tamper, "recipe=tiny", "training.warmup_steps=0", *QUICK
+    )
     assert code != 0
     assert "no trainable tensor moved in an update" in stderr
 
@@ -85,7 +87,7 @@ def test_a_base_in_another_type_is_stopped(tmp_path: Path) -> None:
         "original = module.load_base\n"
         "module.load_base = lambda *a, **k: original(*a, **k).to(torch.bfloat16)"
     )
-    code, stderr = run_without(tmp_path, "model", tamper, "recipe=tiny", "quantization=null", *QUICK)
+    code, stderr = run_without(tmp_path, "models.loading", tamper, "recipe=tiny", "quantization=null", *QUICK)
     assert code != 0
     assert "is torch.bfloat16; the recipe's model.dtype is float32" in stderr
 
@@ -165,7 +167,7 @@ def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path) -> No
 
 
 def test_an_error_of_another_rank_stands_on_the_console_and_in_its_log(tmp_path: Path) -> None:
-    code, stderr = run_without(tmp_path, "trainer", (
+    code, stderr = run_without(tmp_path, "training.trainer", (
         "import os\n"
         "original = module.Trainer.training_step\n"
         "def fail(self, *args, **kwargs):\n"
@@ -182,7 +184,7 @@ def test_an_error_of_another_rank_stands_on_the_console_and_in_its_log(tmp_path:
 
 
 def test_an_exception_leaves_its_cause_in_the_summary(tmp_path: Path) -> None:
-    code, stderr = run_without(tmp_path, "trainer", (
+    code, stderr = run_without(tmp_path, "training.trainer", (
         "def fail(self, *args, **kwargs):\n"
         "    raise RuntimeError('the card is on fire')\n"
         "module.Trainer.training_step = fail"

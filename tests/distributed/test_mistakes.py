@@ -97,7 +97,7 @@ def test_one_process_instead_of_two_is_not_silent(tmp_path: Path) -> None:
     ("strategy", "config", "told"), [("ddp", "fsdp", "fsdp"), ("fsdp", "ddp", "ddp"), ("zero2", "zero3", "zero3")]
 )
 def test_a_config_file_that_disagrees_stops_the_run(strategy: str, config: str, told: str, tmp_path: Path) -> None:
-    from distft.packaged import packaged
+    from distft.paths import packaged
 
     file = packaged(f"accelerate_configs/{config}.yaml")
     command = [*ACCELERATE, "--config_file", str(file), "--num_processes", "2", "--num_machines", "1", "--main_process_port", "29714",
@@ -110,7 +110,7 @@ def test_a_config_file_that_disagrees_stops_the_run(strategy: str, config: str, 
 
 
 def test_a_config_file_that_agrees_is_taken(tmp_path: Path) -> None:
-    from distft.packaged import packaged
+    from distft.paths import packaged
 
     file = packaged("accelerate_configs/fsdp.yaml")
     command = [*ACCELERATE, "--config_file", str(file), "--num_processes", "2", "--num_machines", "1", "--main_process_port", "29715",

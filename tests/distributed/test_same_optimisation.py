@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distft.checkpoint import read_tensors
+from distft.training.checkpoints import read_tensors
 
 from .conftest import Train, needs_compiler
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from distft.run import RunFolder
-from distft.sentiment import reviews
+from distft.data.toy import reviews
+from distft.runs.folder import RunFolder
 
 
 def environment() -> dict[str, str]:
@@ -84,9 +84,9 @@ def load() -> Callable[..., Any]:
     """A function from a run folder and overrides to its `Target`, in this process."""
 
     def target(folder: RunFolder, *words: str) -> Any:
+        from distft.config.recipe import load_recipe
+        from distft.distributed.world import World
         from distft.evaluation.target import Target
-        from distft.recipe import load_recipe
-        from distft.world import World
 
         return Target.load(load_recipe([f"recipe={folder.recipe}", *words]), folder.adapter, World())
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from distft.compare import Comparison
 from distft.errors import ExperimentError, RecipeError
-from distft.experiment import load_experiment
-from distft.run import RunFolder
+from distft.experiments.compare import Comparison
+from distft.experiments.expand import load_experiment
+from distft.runs.folder import RunFolder
 from tests.evaluation.conftest import distft
 
 EXPERIMENT = """\

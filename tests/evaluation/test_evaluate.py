@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
+from distft.config.evaluation import TaskName
+from distft.config.recipe import load_recipe
 from distft.errors import Fault, LaunchError, RecipeError, RunFolderError
-from distft.evaluation import ready
+from distft.evaluation import preflight as ready
 from distft.evaluation.checks import check
-from distft.evaluation.settings import TaskName
-from distft.evaluation.tasks import Request, _known, replaced
-from distft.offline import _records
-from distft.recipe import load_recipe
-from distft.run import RunFolder, read_lines, write_atomically
+from distft.evaluation.run import Request, _known, replaced
+from distft.runs.folder import RunFolder, read_lines, write_atomically
+from distft.runs.offline import _records
 from tests.evaluation.conftest import distft, environment
 
 LOGPROB = "evaluation.imdb.methods=[logprob]"
@@ -364,7 +364,7 @@ def test_columns_of_the_text_are_looked_at_before_the_model_is_loaded(tmp_path: 
 
 
 def test_a_judge_is_a_name_or_a_mapping_and_tasks_do_not_change_what_is_learned() -> None:
-    from distft.record import _FREE_TO_CHANGE, _differences
+    from distft.runs.record import _FREE_TO_CHANGE, _differences
 
     named = load_recipe(["evaluation.judge=prometheus-eval/prometheus-7b-v2.0", "evaluation.tasks=[mt_bench]"])
     mapped = load_recipe(["evaluation.judge={model: a/b, endpoint: 'http://127.0.0.1:8000/v1'}"])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from distft.evaluation.figures import Estimate, apart_in_pairs, bootstrap_weights, compared
-from distft.evaluation.perplexity import figures
+from distft.evaluation.metrics import Estimate, apart_in_pairs, bootstrap_weights, compared
 from distft.evaluation.scores import paired, paired_shares
-from distft.evaluation_charts import evaluation_charts
+from distft.evaluation.tasks.perplexity import figures
+from distft.reports.evaluation_charts import evaluation_charts
 
 
 def test_a_mean_has_the_interval_that_scipy_gives_it() -> None:

@@ -18,15 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from distft.config.evaluation import Evaluation
+from distft.config.recipe import load_recipe
+from distft.distributed.world import World
 from distft.errors import MissingExtraError, ModelError
-from distft.evaluation.generation import TransformersEngine, _batches, _Draw, against_vllm, engine_of
-from distft.evaluation.settings import Evaluation
+from distft.evaluation.engines.transformers import TransformersEngine, _batches, _Draw, against_vllm, engine_of
+from distft.evaluation.engines.vllm import VllmEngine
+from distft.evaluation.generate import Answer, Item, Message, Sampling, instruction_prompt, rendered
 from distft.evaluation.target import Target
-from distft.evaluation.vllm_engine import VllmEngine
-from distft.evaluation.writing import Answer, Item, Message, Sampling, instruction_prompt, rendered
-from distft.recipe import load_recipe
-from distft.run import read_lines
-from distft.world import World
+from distft.runs.folder import read_lines
 from tests.evaluation import writes
 
 PROGRAM = Path(writes.__file__)

@@ -10,15 +10,15 @@ import pytest
 import torch
 from sklearn import metrics as sklearn_metrics
 
+from distft.config.recipe import load_recipe
+from distft.data.tokenize import format_review, tokenise
+from distft.data.toy import reviews as made
 from distft.errors import DataError
-from distft.evaluation import reviews
-from distft.evaluation.imdb import compare, confusion, metrics, of_how_many, parse, resampled
 from distft.evaluation.likelihood import continuation_log_likelihoods
-from distft.evaluation.reviews import Review, prompt_of, subset
-from distft.recipe import load_recipe
-from distft.run import RunFolder
-from distft.samples import format_review, tokenise
-from distft.sentiment import reviews as made
+from distft.evaluation.tasks import reviews
+from distft.evaluation.tasks.imdb import compare, confusion, metrics, of_how_many, parse, resampled
+from distft.evaluation.tasks.reviews import Review, prompt_of, subset
+from distft.runs.folder import RunFolder
 
 
 def reference(model: Any, prefix: list[int], continuation: list[int]) -> float:
@@ -149,7 +149,7 @@ def test_a_balanced_subset_has_as_many_of_each_class_by_its_seed() -> None:
 
 
 def test_the_held_out_rows_are_those_of_training(tokenizer: Any) -> None:
-    from distft import data
+    from distft.data import prepare as data
 
     recipe = load_recipe(["recipe=tiny_sentiment", "evaluation.imdb.balanced=false"])
     rows = reviews.load(recipe, 2)

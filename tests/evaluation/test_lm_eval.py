@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from sqlitedict import SqliteDict
 
+from distft.config.evaluation import LmEval
 from distft.errors import DataError
-from distft.evaluation.lm_eval import figures, look
-from distft.evaluation.settings import LmEval
-from distft.run import RunFolder
+from distft.evaluation.tasks.lm_eval import figures, look
+from distft.runs.folder import RunFolder
 from tests.evaluation.conftest import distft, environment
 
 NAMES = ["sentiment", "sentiment_write"]

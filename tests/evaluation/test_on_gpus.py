@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distft.run import RunFolder, read_lines
+from distft.runs.folder import RunFolder, read_lines
 from tests.evaluation.conftest import distft
 
 TASKS = ["perplexity", "imdb", "lm_eval", "mt_bench", "alpaca"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distft.evaluation.verdicts import parse_verdict
+from distft.evaluation.judge_parsing import parse_verdict
 
 PARSED = [
     ("Feedback: Clear and complete. [RESULT] 4", 4),

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distft.evaluation.generation import TransformersEngine
-from distft.evaluation.writing import Answer, Item, Sampling, generate
-from distft.tiny import tiny_model
-from distft.world import World
+from distft.distributed.world import World
+from distft.evaluation.engines.transformers import TransformersEngine
+from distft.evaluation.generate import Answer, Item, Sampling, generate
+from distft.models.tiny import tiny_model
 
 SUBJECTS = (
     "rivers",

@@ -12,8 +12,8 @@ import psutil
 import pytest
 import torch
 
-from distft.checkpoint import read_tensors
-from distft.run import RunFolder
+from distft.runs.folder import RunFolder
+from distft.training.checkpoints import read_tensors
 
 from ..distributed.conftest import Ended, finish, start
 

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from distft import manifest
-from distft.data import split
-from distft.plan import Plan
-from distft.recipe import load_recipe
+from distft.config.recipe import load_recipe
+from distft.data.batch_plan import Plan
+from distft.data.prepare import split
+from distft.runs import manifest
 
 from ..distributed.conftest import Ended, finish, start
 from .test_resume import KINDS

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from distft import manifest
-from distft.run import RunFolder
+from distft.runs import manifest
+from distft.runs.folder import RunFolder
 
 from ..distributed.conftest import Ended, finish, start
 from .test_resume import KINDS
@@ -112,11 +112,11 @@ def test_a_torn_line_of_metrics_is_cut_off_before_the_next(tmp_path: Path) -> No
 
 def test_records_wait_while_the_disk_is_full(disk: Path) -> None:
     """A mount of a few pages, filled and freed between two records."""
-    from distft.plan import Plan
-    from distft.recipe import load_recipe
-    from distft.sections import Batching
-    from distft.telemetry import Telemetry, Work
-    from distft.world import World
+    from distft.config.recipe import load_recipe
+    from distft.config.schema import Batching
+    from distft.data.batch_plan import Plan
+    from distft.distributed.world import World
+    from distft.training.metrics import Telemetry, Work
 
     resize(disk, 1)
     folder = RunFolder(disk)

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distft.run import RunFolder
+from distft.runs.folder import RunFolder
 
 from ..distributed.conftest import finish
 from ..distributed.test_guards import wait_for_step

@@ -11,20 +11,20 @@ import psutil
 import pytest
 import torch
 
-from distft.checkpoint import read_tensors
-from distft.memory import asked_bytes, taken_bytes
-from distft.run import RunFolder
+from distft.runs.folder import RunFolder
+from distft.training.checkpoints import read_tensors
+from distft.training.oom import asked_bytes, taken_bytes
 
 from ..distributed.conftest import Ended, finish, start
 
-# The next import of distft.trainer by a worker makes one rank ask for more than there is, in one micro-batch of a step.
+# The next import of distft.training.trainer by a worker makes one rank ask for more than there is, in one micro-batch of a step.
 # It is Python's own hook for such things, so that the command is the user's and the error is torch's.
 SITE = """
 import importlib.abc, importlib.util, os, sys
 
 class Hook(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "distft.trainer":
+        if name != "distft.training.trainer":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -182,7 +182,7 @@ def test_a_kill_during_the_probe_leaves_no_process(tmp_path: Path) -> None:
     deadline, trials = time.monotonic() + 120, []
     while len(trials) < 2 and time.monotonic() < deadline:
         family = psutil.Process(process.pid).children(recursive=True)
-        trials = [child for child in family if "distft.trial" in child.cmdline()]
+        trials = [child for child in family if "distft.training.batch_size_worker" in child.cmdline()]
         time.sleep(0.1)
     assert len(trials) == 2
     process.send_signal(signal.SIGKILL)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from distft import manifest
-from distft.run import RunFolder
+from distft.runs import manifest
+from distft.runs.folder import RunFolder
 
 from ..distributed.conftest import finish
 from ..distributed.test_guards import wait_for_step

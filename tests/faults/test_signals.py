@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distft import manifest
-from distft.probe import free_port
-from distft.run import RunFolder
+from distft.runs import manifest
+from distft.runs.folder import RunFolder
+from distft.training.batch_size_probe import free_port
 
 from ..distributed.conftest import finish, start
 from ..distributed.test_guards import wait_for_step

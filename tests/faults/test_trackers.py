@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from distft.run import RunFolder
+from distft.runs.folder import RunFolder
 
 from ..distributed.conftest import finish, start
 from ..distributed.test_artefacts import wandb_records

@@ -13,9 +13,9 @@ import psutil
 import pytest
 import torch
 
-from distft.checkpoint import read_tensors
-from distft.packaged import packaged
-from distft.run import RunFolder
+from distft.paths import packaged
+from distft.runs.folder import RunFolder
+from distft.training.checkpoints import read_tensors
 
 from ..distributed.conftest import environment
 from ..faults.conftest import losses

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from distft.distributed.process import debug_flag, guarded
 from distft.errors import Interrupted
-from distft.evaluation.tasks import evaluate
-from distft.outcome import debug_flag, guarded
+from distft.evaluation.run import evaluate
 
 
 def main() -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from distft.config.recipe import Recipe
 from distft.errors import Fault, MissingExtraError, RecipeError
-from distft.recipe import Recipe
 
 
 def check(recipe: Recipe) -> None:

@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from distft.config.evaluation import Evaluation, Judge
+from distft.config.recipe import Recipe
+from distft.config.schema import Quantization
+from distft.distributed.world import together
 from distft.errors import JudgeError, ModelError
-from distft.evaluation.endpoint import Endpoint
-from distft.evaluation.generation import TransformersEngine
-from distft.evaluation.settings import Evaluation, Judge
+from distft.evaluation.engines.openai import Endpoint
+from distft.evaluation.engines.transformers import TransformersEngine
+from distft.evaluation.generate import Answer, Engine, Item, Message, Sampling, generate, rendered, template_of
+from distft.evaluation.judge_parsing import Kind, parse_verdict
 from distft.evaluation.target import Target
-from distft.evaluation.verdicts import Kind, parse_verdict
-from distft.evaluation.writing import Answer, Engine, Item, Message, Sampling, generate, rendered, template_of
-from distft.model import load_base, load_tokenizer, model_path
-from distft.recipe import Recipe
-from distft.run import to_json, write_atomically
-from distft.sections import Quantization
-from distft.world import together
+from distft.models.loading import load_base, load_tokenizer, model_path
+from distft.runs.folder import to_json, write_atomically
 
 RUBRIC = """\
 [Would somebody who asked this be well served: is the response right, does it do all that was asked, and is it clear?]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distft.samples import IGNORED
+from distft.data.tokenize import IGNORED
 
 Tokens = Sequence[int]
 

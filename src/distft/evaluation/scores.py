@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from distft.evaluation.figures import Estimate, Floats, apart_in_pairs, compared
-from distft.evaluation.writing import Answer
+from distft.evaluation.generate import Answer
+from distft.evaluation.metrics import Estimate, Floats, apart_in_pairs, compared
 
 Side = Literal["base", "adapter"]
 

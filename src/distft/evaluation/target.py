@@ -13,11 +13,11 @@ import torch
 from peft import PeftModel
 from transformers.utils.logging import disable_progress_bar
 
-from distft import data
+from distft.config.recipe import Recipe
+from distft.data import prepare as data
+from distft.distributed.world import World, together
 from distft.errors import ModelError
-from distft.model import load_base, load_tokenizer, model_path
-from distft.recipe import Recipe
-from distft.world import World, together
+from distft.models.loading import load_base, load_tokenizer, model_path
 
 SideName = Literal["base", "adapter"]
 

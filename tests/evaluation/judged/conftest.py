@@ -19,10 +19,10 @@ from typing import Any
 import httpx
 import pytest
 
-from distft.evaluation.settings import Evaluation
+from distft.config.evaluation import Evaluation
+from distft.config.recipe import load_recipe
+from distft.distributed.world import World
 from distft.evaluation.target import Target
-from distft.recipe import load_recipe
-from distft.world import World
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}### {{ 'Instruction' if m['role'] == 'user' else 'Response' }}:\n{{ m['content'] }}\n\n{% endfor %}"

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from distft.errors import DataError
-from distft.evaluation.alpaca import Judged, Pair, judged, read_pairs, result, run
 from distft.evaluation.columns import columns
-from distft.evaluation.details import lines, warnings
 from distft.evaluation.judge import Judgement
+from distft.evaluation.summary import lines, warnings
 from distft.evaluation.target import Target
-from distft.run import read_lines, to_json
+from distft.evaluation.tasks.alpaca import Judged, Pair, judged, read_pairs, result, run
+from distft.runs.folder import read_lines, to_json
 from tests.evaluation.judged.conftest import evaluation
 
 Replay = Callable[..., Any]

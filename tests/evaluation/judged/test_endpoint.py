@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distft.config.evaluation import Judge
+from distft.distributed.world import World
 from distft.errors import JudgeError
-from distft.evaluation.endpoint import Endpoint, unreachable
-from distft.evaluation.generation import TransformersEngine
-from distft.evaluation.settings import Judge
-from distft.evaluation.writing import Answer, Item, Sampling
-from distft.world import World
+from distft.evaluation.engines.openai import Endpoint, unreachable
+from distft.evaluation.engines.transformers import TransformersEngine
+from distft.evaluation.generate import Answer, Item, Sampling
 
 KEY = "sk-this-is-a-secret"
 Replay = Callable[..., Any]

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from distft.errors import DataError
-from distft.evaluation.details import lines, warnings
 from distft.evaluation.judge import Judgement
-from distft.evaluation.mt_bench import TEMPERATURE, TwoTurns, read_questions, result, run
+from distft.evaluation.summary import lines, warnings
 from distft.evaluation.target import Target
-from distft.run import read_lines, to_json
+from distft.evaluation.tasks.mt_bench import TEMPERATURE, TwoTurns, read_questions, result, run
+from distft.runs.folder import read_lines, to_json
 from tests.evaluation.judged.conftest import evaluation
 
 Replay = Callable[..., Any]

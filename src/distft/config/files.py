@@ -1,0 +1,164 @@
+"""A recipe's files and overrides: found, read and laid over one another, before what they say is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distft.config.validation import COMMAND_LINE, DERIVED, Source, nearest
+from distft.config.yaml import parse_yaml
+from distft.errors import Fault, RecipeError
+from distft.paths import packaged
+
+DEFAULT_RECIPE = "tiny"
+_SHORT = "evaluation.judge"  # where a name alone says which model it is
+
+
+def read_values(arguments: Sequence[str], folder: Path, faults: list[Fault]) -> tuple[dict[str, Any], Source]:
+    """The values that `arguments` ask for, as `load_recipe` takes them, and where each came from; what is wrong goes to `faults`.
+
+    Raises:
+        RecipeError: there is no such recipe, or a file cannot be read.
+    """
+    overrides, wanted = _read_overrides(arguments, faults)
+    name, files, merged, origins = _read_files(wanted, folder, faults)
+    if not files:
+        raise RecipeError(faults)
+    for key, value in overrides:
+        _assign(merged, key.split("."), value)
+        origins = {k: v for k, v in origins.items() if not related(k, key)} | {key: COMMAND_LINE}
+    run = merged.setdefault("run", {})
+    if isinstance(run, dict) and not run.get("name"):
+        run["name"], origins["run.name"] = name, DERIVED
+    return merged, Source(name, files, origins)
+
+
+def related(key: str, other: str) -> bool:
+    """Whether one of two dotted keys is the other, or stands above it."""
+    return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
+
+
+def recipe_folders(folder: Path) -> list[Path]:
+    return [path for path in (folder / "recipes", packaged("recipes")) if path.is_dir()]
+
+
+def list_recipes(folder: Path) -> dict[str, Path]:
+    """Every recipe by name; one in `folder`/recipes hides a shipped one."""
+    found: dict[str, Path] = {}
+    for place in recipe_folders(folder):
+        for path in sorted(place.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file.
+
+    Raises:
+        RecipeError: unreadable, not YAML, or not a mapping.
+    """
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError([Fault(str(path), "", f"cannot be read: {error}")]) from error
+    except ValueError as error:
+        raise RecipeError([Fault(str(path), "", f"is not valid YAML: {error}")]) from error
+    if not isinstance(content, dict):
+        raise RecipeError([Fault(str(path), "", "expected a mapping of sections, got " + type(content).__name__)])
+    return content
+
+
+def _read_overrides(arguments: Sequence[str], faults: list[Fault]) -> tuple[list[tuple[str, Any]], str]:
+    overrides: list[tuple[str, Any]] = []
+    wanted = DEFAULT_RECIPE
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            faults.append(Fault(COMMAND_LINE, argument, "expected key.path=value", "recipe=ddp_qlora lora.r=8, say"))
+        elif key == "recipe":
+            wanted = text
+        else:
+            try:
+                value = parse_yaml(text)
+                short = key == _SHORT and isinstance(value, str)
+                overrides.append((f"{key}.model" if short else key, value))
+            except ValueError as error:
+                faults.append(Fault(COMMAND_LINE, key, f"{text!r} is not valid YAML: {error}"))
+    return overrides, wanted
+
+
+def _read_files(
+    wanted: str, folder: Path, faults: list[Fault]
+) -> tuple[str, tuple[Path, ...], dict[str, Any], dict[str, str]]:
+    """The recipe `wanted` merged over what it extends, and the file that each leaf key came from."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    path = _find(wanted, folder, folder, faults)
+    while path is not None:
+        if len(chain) == 2:
+            faults.append(Fault(str(chain[-1][0]), "extends", "a recipe extends one other, and that one none"))
+            break
+        content = _spelt_out(read_yaml(path))
+        chain.append((path, content))
+        base = content.pop("extends", None)
+        if base is None:
+            break
+        path = _find(str(base), folder, path.parent, faults, where=str(path))
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for path, content in reversed(chain):
+        merged = _merge(merged, content)
+        for key in _leaves(content):
+            origins = {k: v for k, v in origins.items() if not related(k, key)} | {key: str(path)}
+    name = chain[0][0].stem if chain else wanted
+    return name, tuple(path for path, _ in reversed(chain)), merged, origins
+
+
+def _find(wanted: str, folder: Path, beside: Path, faults: list[Fault], where: str = COMMAND_LINE) -> Path | None:
+    """Path of the recipe that `wanted` names; None and a fault where there is none."""
+    key = "recipe" if where == COMMAND_LINE else "extends"
+    if "/" in wanted or wanted.endswith((".yaml", ".yml")):
+        path = beside / Path(wanted).expanduser()
+        if path.is_file():
+            return path
+        faults.append(Fault(where, key, f"there is no file {wanted}"))
+        return None
+    known = list_recipes(folder)
+    if key == "extends" and known.get(wanted) == Path(where):  # of two recipes of one name, the shipped one
+        known = list_recipes(packaged("recipes").parent)
+    if wanted in known:
+        return known[wanted]
+    faults.append(
+        Fault(where, key, f"there is no recipe {wanted!r}", nearest(wanted, known) or f"there are: {', '.join(known)}")
+    )
+    return None
+
+
+def _spelt_out(content: dict[str, Any]) -> dict[str, Any]:
+    """A file's `evaluation.judge: NAME` as its model, so that what stands beside it is kept where recipes or overrides are merged."""
+    section = content.get("evaluation")
+    if isinstance(section, dict) and isinstance(section.get("judge"), str):
+        return {**content, "evaluation": {**section, "judge": {"model": section["judge"]}}}
+    return content
+
+
+def _merge(base: Any, change: Any) -> Any:
+    if isinstance(base, dict) and isinstance(change, dict):
+        return {key: _merge(base.get(key), change[key]) if key in change else base[key] for key in {**base, **change}}
+    return change
+
+
+def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[path[-1]] = value
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"

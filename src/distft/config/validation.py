@@ -1,0 +1,138 @@
+"""Where a recipe's values come from, and what pydantic finds wrong with them, in words that name that place."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from distft.config.evaluation import Evaluation
+from distft.config.schema import (
+    RENAMED,
+    Batching,
+    Data,
+    Model,
+    Quantization,
+    Run,
+    Slurm,
+    Tracking,
+)
+from distft.config.section import Section
+from distft.config.upstream import OWNED, UPSTREAMS, section_for
+from distft.errors import Fault
+
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+DERIVED = "derived"
+SECTIONS: dict[str, type[Section]] = {
+    "run": Run, "model": Model, "quantization": Quantization, "data": Data, "batching": Batching, "evaluation": Evaluation,
+    "tracking": Tracking, "slurm": Slurm,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a recipe came from: its name, its files (base first), and the origin of each dotted key."""
+
+    name: str = "recipe"
+    files: tuple[Path, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, key: str) -> str:
+        """Origin of a dotted key: a file, `command line`, `derived`, or `default` (distft's own); of a section, its last."""
+        below = [origin for name, origin in self.origins.items() if name.startswith(f"{key}.")]
+        if below:
+            return COMMAND_LINE if COMMAND_LINE in below else below[-1]
+        while key:
+            if key in self.origins:
+                return self.origins[key]
+            key = key.rpartition(".")[0]
+        return DEFAULT
+
+
+def faults_of(error: ValidationError, source: Source, section: str = "") -> list[Fault]:
+    """One fault a key: the alternatives of a union are errors of their own to pydantic."""
+    found: dict[str, Fault] = {}
+    for item in error.errors():
+        location = (section, item["loc"][0]) if section else place_of(item)
+        fault = _fault(location, item, source)
+        first = found.get(fault.key)
+        if first is None:
+            found[fault.key] = fault
+        elif first.problem.startswith("expected ") and fault.problem.startswith("expected "):
+            alternative = fault.problem.removeprefix("expected ").split(", got ")[0]
+            head, got = first.problem.split(", got ", 1)
+            found[fault.key] = dataclasses.replace(first, problem=f"{head} or {alternative}, got {got}")
+    return list(found.values())
+
+
+def place_of(error: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Where a pydantic error is, without the alternative of a union (`literal['auto']`) that it adds as a last key."""
+    location = tuple(error["loc"])
+    return location[:-1] if location and set(str(location[-1])) & set("-[") else location
+
+
+def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) -> Fault:
+    """A pydantic error in our words."""
+    key = ".".join(map(str, location))
+    where, leaf = source.of(key), str(location[-1])
+    if error["type"] == "missing":
+        files = str(source.files[-1]) if source.files else COMMAND_LINE
+        return Fault(files, key, "is required and not set")
+    if error["type"] == "extra_forbidden":
+        section = str(location[0]) if len(location) > 1 else ""
+        if leaf in OWNED.get(section, {}):
+            return Fault(where, key, "is not set here", OWNED[section][leaf])
+        return Fault(where, key, "unknown key", _suggestion(leaf, section, _fields(location[:-1])))
+    expected = error["msg"].removeprefix("Input should be ")
+    if error["type"] == "string_pattern_mismatch":
+        field = _fields(location[:-1]).get(leaf)
+        told = (field.description or "") if field is not None else ""
+        return Fault(where, key, f"{error['input']!r} is not written as it has to be", told.strip())
+    value = error["input"]
+    got = "null" if value is None else f"{value!r} ({type(value).__name__})"
+    return Fault(where, key, f"expected {expected}, got {got}")
+
+
+def _fields(location: Sequence[Any]) -> Mapping[str, FieldInfo]:
+    """The fields of the section at a place, of one within another as well; none where that is no section of distft's own."""
+    cls = SECTIONS.get(str(location[0])) if location else None
+    for name in location[1:]:
+        field = None if cls is None else cls.model_fields.get(str(name))
+        choices = () if field is None else (field.annotation, *get_args(field.annotation))
+        cls = next((each for each in choices if isinstance(each, type) and issubclass(each, Section)), None)
+    return {} if cls is None else cls.model_fields
+
+
+def _suggestion(leaf: str, section: str, beside: Iterable[str]) -> str:
+    """What may be meant by an unknown key: one of those `beside` it first, for a section may stand within another."""
+    names = field_names()
+    if leaf == "extends":
+        return "it stands in a recipe file; on the command line, recipe=NAME takes a recipe"
+    if leaf in RENAMED:
+        return f"it is {RENAMED[leaf]}"
+    near = nearest(leaf, beside) or nearest(leaf, names[section] if section in names else names[""])
+    if near:
+        return near
+    elsewhere = [f"{other}.{leaf}" for other, fields in names.items() if other and leaf in fields]
+    return f"did you mean {elsewhere[0]}?" if elsewhere else ""
+
+
+def field_names() -> dict[str, list[str]]:
+    """The fields of each section, and under `""` the sections."""
+    names = {name: list(cls.model_fields) for name, cls in SECTIONS.items()}
+    names[""] = [*names, "strategy", "lora", "training", "extends"]
+    for upstream in UPSTREAMS:
+        names[upstream] = list(section_for(upstream).model_fields)
+    return names
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else ""

@@ -1,0 +1,211 @@
+"""Answers beside those of a reference, as AlpacaEval pairs them (Li et al. 2023, https://github.com/tatsu-lab/alpaca_eval).
+
+`judge.mode: absolute` grades each answer by itself: the higher grade wins, and no order of the two can matter. `pairwise` asks which of
+the two is better, once in each order: a judge that takes the same place both times has said nothing, which is a tie. Outputs are
+written in AlpacaEval's format, for its own tool.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from distft.config.evaluation import Evaluation
+from distft.distributed.world import together
+from distft.errors import DataError
+from distft.evaluation.engines.transformers import engine_of
+from distft.evaluation.generate import Answer, Item, Sampling, generate
+from distft.evaluation.judge import Judgement, Question, count, judge_all, out_of_ten, reasons
+from distft.evaluation.metrics import Floats
+from distft.evaluation.scores import described, mean_of_known, paired, paired_shares, share
+from distft.evaluation.target import SideName, Target
+from distft.runs.folder import write_atomically
+
+Outcome = Literal["win", "tie", "loss", "unparsed"]
+POINTS: Mapping[Outcome, float] = {"win": 1.0, "tie": 0.5, "loss": 0.0, "unparsed": float("nan")}
+_WON = {
+    "absolute": ("win_rate", "AlpacaEval pairs won, graded one by one"),
+    "pairwise": ("preferred_rate", "AlpacaEval pairs won, asked which is better in both orders"),
+}
+"""Name and title of the share of pairs won, for each mode of the judge: the two are not the same figure."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An instruction and the reference's output."""
+
+    instruction: str
+    output: str
+    dataset: str
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer's outcome against the reference's output. `scores` are out of 10, the answer's and the reference's, None where there is
+    no grade; `places` are the verdicts of the two orders (A is what stood first), None where there are none or where one is unparsed."""
+
+    outcome: Outcome
+    scores: tuple[float | None, float | None] = (None, None)
+    places: tuple[str, str] | None = None
+
+
+def read_pairs(path: Path, limit: int | None = None) -> list[Pair]:
+    """The first `limit` entries of a file in AlpacaEval's format: JSON, or JSON lines, of instruction, output, perhaps dataset.
+
+    Raises:
+        DataError: the file cannot be read, or an entry is no such pair.
+    """
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            records = json.loads(text)
+        else:
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"the pairs in {path} cannot be read: {error} (evaluation.alpaca.path)") from error
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict) or not all(
+            isinstance(record.get(key), str) for key in ("instruction", "output")
+        ):
+            raise DataError(f"{path}, entry {number}: AlpacaEval's format has the texts `instruction` and `output`")
+    if not records:
+        raise DataError(f"{path} has no entry")
+    return [Pair(one["instruction"], one["output"], str(one.get("dataset") or path.stem)) for one in records[:limit]]
+
+
+def run(target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
+    """Answer and judge, on both sides. All ranks enter, and all get the result.
+
+    `figures`: win_rate in absolute mode, preferred_rate in pairwise mode (a tie is half a win), score (mean out of 10; in absolute mode) and
+    unparsed (share of the verdicts). `outcomes` counts each side's wins, ties, losses and pairs without a verdict, `position` says how much the place of an answer mattered.
+
+    Raises:
+        DataError: the pairs cannot be read.
+        JudgeError: the judge cannot be had.
+    """
+    pairs = together(target.world, lambda: read_pairs(Path(settings.alpaca.path or ""), settings.alpaca.limit))
+    answers = {side: _answered(target, settings, side, pairs, folder) for side in target.sides}
+    ask = _both_orders if settings.judge.mode == "pairwise" else _both_alone
+    asked = [question for side in target.sides for question in ask(side, pairs, answers[side])]
+    judgements = judge_all(asked, target, settings, folder)
+    size = 2 * len(pairs)
+    by_side: dict[SideName, list[Judgement]] = {
+        side: judgements[number * size : (number + 1) * size] for number, side in enumerate(target.sides)
+    }
+    if target.world.is_main:
+        for side in target.sides:
+            _write(folder / f"outputs_{side}.json", f"{target.recipe.model.name} ({side})", pairs, answers[side])
+    return result(by_side, settings) | {"answers": {side: described(answers[side]) for side in target.sides}}
+
+
+def _answered(
+    target: Target, settings: Evaluation, side: SideName, pairs: Sequence[Pair], folder: Path
+) -> list[Answer]:
+    section = settings.generation
+    sampling = Sampling(section.max_new_tokens, section.temperature or 0.0, section.top_p, settings.seed)
+    items = [Item(({"role": "user", "content": pair.instruction},), sampling) for pair in pairs]
+    with target.side(side):
+        return generate(engine_of(target, settings, side), items, target.world, folder / "answers.jsonl", side)
+
+
+def _both_alone(side: SideName, pairs: Sequence[Pair], answers: Sequence[Answer]) -> list[Question]:
+    """The grade of each answer, and of the reference's output (which is asked for once, whatever the number of sides)."""
+    return [
+        Question(pair.instruction, (text.strip(),), {"side": side, "index": index, "of": of})
+        for index, (pair, answer) in enumerate(zip(pairs, answers, strict=True))
+        for of, text in (("answer", answer.text), ("reference", pair.output))
+    ]
+
+
+def _both_orders(side: SideName, pairs: Sequence[Pair], answers: Sequence[Answer]) -> list[Question]:
+    return [
+        Question(pair.instruction, texts, {"side": side, "index": index, "first": first})
+        for index, (pair, answer) in enumerate(zip(pairs, answers, strict=True))
+        for first, texts in (
+            ("answer", (answer.text.strip(), pair.output.strip())),
+            ("reference", (pair.output.strip(), answer.text.strip())),
+        )
+    ]
+
+
+def judged(first: Judgement, second: Judgement) -> Judged:
+    """From two grades (of the answer and of the reference's output) or two preferences (the answer first, then second)."""
+    if first.value is None or second.value is None:
+        return Judged("unparsed", (out_of_ten(first.value), out_of_ten(second.value)))
+    if isinstance(first.value, int) and isinstance(second.value, int):
+        outcome: Outcome = "win" if first.value > second.value else "loss" if first.value < second.value else "tie"
+        return Judged(outcome, (out_of_ten(first.value), out_of_ten(second.value)))
+    places = (str(first.value), str(second.value))
+    return Judged("tie" if places[0] == places[1] else "win" if places == ("A", "B") else "loss", places=places)
+
+
+def result(judgements: Mapping[SideName, Sequence[Judgement]], settings: Evaluation) -> dict[str, Any]:
+    """From the judgements of each side, two for each pair in order, to the figures."""
+    found = {
+        side: [judged(*two) for two in zip(given[::2], given[1::2], strict=True)] for side, given in judgements.items()
+    }
+    points = {side: np.array([POINTS[one.outcome] for one in all_]) for side, all_ in found.items()}
+    unparsed = {side: count(given)["unparsed"] / len(given) for side, given in judgements.items()}
+    name, title = _WON[settings.judge.mode]
+    figures = {
+        name: paired_shares(points, title=title, form=".1%"),
+        "unparsed": share(unparsed, "AlpacaEval verdicts that could not be read", len(next(iter(judgements.values())))),
+    }
+    reference = None
+    if settings.judge.mode == "absolute":
+        scores = {side: _scores(all_, 0) for side, all_ in found.items()}
+        figures["score"] = paired(scores, title="AlpacaEval score out of 10", form=".2f")
+        reference = mean_of_known(_scores(found["base"], 1)).value
+    return {
+        "figures": figures,
+        "outcomes": {side: _counts(all_) for side, all_ in found.items()},
+        "reference_score": reference,
+        "position": {side: _position(all_) for side, all_ in found.items()},
+        "pairs": len(found["base"]),
+        "judge": settings.judge.model_dump(include={"model", "mode", "max_new_tokens"}),
+        "judged": {side: count(given) for side, given in judgements.items()},
+        "reasons": reasons(judgements.values()),
+    }
+
+
+def _counts(found: Sequence[Judged]) -> dict[Outcome, int]:
+    counts = Counter(one.outcome for one in found)
+    return {outcome: counts[outcome] for outcome in POINTS}
+
+
+def _scores(found: Sequence[Judged], which: int) -> Floats:
+    scores = [one.scores[which] for one in found]
+    return np.array([np.nan if score is None else score for score in scores], dtype=np.float64)
+
+
+def _position(found: Sequence[Judged]) -> dict[str, Any] | None:
+    """How often the answer that stood first was preferred (1/2 where the place does not matter), and how many pairs got the same place
+    in both orders. None in absolute mode, in which an answer has no place."""
+    places = [one.places for one in found if one.places is not None]
+    if not places:
+        return None
+    return {
+        "first_preferred": sum(verdict == "A" for two in places for verdict in two) / (2 * len(places)),
+        "inconsistent": sum(first == second for first, second in places),
+        "pairs": len(places),
+    }
+
+
+def _write(path: Path, generator: str, pairs: Sequence[Pair], answers: Sequence[Answer]) -> None:
+    """A model's outputs as AlpacaEval reads them."""
+    records = [
+        {
+            "instruction": pair.instruction,
+            "output": answer.text.strip(),
+            "generator": generator,
+            "dataset": pair.dataset,
+        }
+        for pair, answer in zip(pairs, answers, strict=True)
+    ]
+    write_atomically(path, json.dumps(records, ensure_ascii=False, indent=2) + "\n")

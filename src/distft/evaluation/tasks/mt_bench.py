@@ -1,0 +1,224 @@
+"""MT-Bench (Zheng et al. 2023, https://arxiv.org/abs/2306.05685): two turns a question, each answer judged by itself.
+
+The score of a question is the mean of its turns, and that of a side the mean over questions, out of 10 (twice the grade). Answers are also
+written as FastChat's tools read them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distft.config.evaluation import Evaluation
+from distft.distributed.world import together
+from distft.errors import DataError
+from distft.evaluation.engines.transformers import engine_of
+from distft.evaluation.generate import Answer, Item, Message, Sampling, generate
+from distft.evaluation.judge import Judgement, Question, count, judge_all, out_of_ten, reasons
+from distft.evaluation.metrics import Floats
+from distft.evaluation.scores import described, mean_of_known, paired, share
+from distft.evaluation.target import SideName, Target
+from distft.runs.folder import write_atomically
+
+TEMPERATURE = {
+    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1,
+}  # fmt: skip
+"""Sampling temperature by category, as the benchmark defines it (FastChat's fastchat/llm_judge/common.py)."""
+OTHER_TEMPERATURE = 0.7
+"""That of a category which the benchmark does not have (FastChat's gen_model_answer.py)."""
+TURNS = 2
+_KEYS = ("question_id", "category", "turns")
+
+
+@dataclass(frozen=True)
+class TwoTurns:
+    """A question. `reference` holds an answer to each turn, or nothing."""
+
+    id: int | str
+    category: str
+    turns: tuple[str, str]
+    reference: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one side: a score out of 10 for each question and turn, [questions, turns], NaN where the verdict could not be read."""
+
+    turns: Floats
+
+    @property
+    def samples(self) -> Floats:
+        """The mean of a question's turns, of those that have a score."""
+        known = np.isfinite(self.turns)
+        counts: Floats = known.sum(axis=1, dtype=np.float64)
+        means: Floats = np.where(known, self.turns, 0.0).sum(axis=1) / np.maximum(counts, 1.0)
+        means[counts == 0] = np.nan
+        return means
+
+
+def read_questions(path: Path, limit: int | None = None) -> list[TwoTurns]:
+    """The first `limit` questions of a file in MT-Bench's format: JSON lines of question_id, category, turns, perhaps reference.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no such question.
+    """
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the questions in {path} cannot be read: {error} (evaluation.mt_bench.questions)") from error
+    found = [
+        _question(line, f"{path}, line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()
+    ]
+    twice = {question.id for question in found if sum(other.id == question.id for other in found) > 1}
+    if twice or not found:
+        raise DataError(
+            f"{path}: " + (f"question_id {', '.join(map(str, twice))} stands there twice" if twice else "no question")
+        )
+    return found[:limit]
+
+
+def _question(line: str, where: str) -> TwoTurns:
+    try:
+        record = json.loads(line)
+        if isinstance(record, dict) and (lacking := [key for key in _KEYS if key not in record]):
+            raise DataError(f"{where} has no {', '.join(lacking)}: a question of MT-Bench has {', '.join(_KEYS)}")
+        turns, reference = record["turns"], record.get("reference") or []
+        question = TwoTurns(record["question_id"], record["category"], tuple(turns), tuple(reference))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{where} is no question of MT-Bench, a JSON object of {', '.join(_KEYS)}: {error}") from error
+    texts = [question.category, *question.turns, *question.reference]
+    if len(question.turns) != TURNS or not all(isinstance(one, str) for one in texts) or isinstance(turns, str):
+        raise DataError(f"{where}: a question has a category and {TURNS} turns, all of them text")
+    return question
+
+
+def run(target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
+    """Answer and judge, on both sides. All ranks enter, and all get the result.
+
+    `figures`: score, turn_1, turn_2 (means out of 10) and unparsed (share of the verdicts). `categories`: each with the count of its
+    questions and each side's score.
+
+    Raises:
+        DataError: the questions cannot be read.
+        JudgeError: the judge cannot be had.
+    """
+    path = Path(settings.mt_bench.questions or "")
+    questions = together(target.world, lambda: read_questions(path, settings.mt_bench.limit))
+    answers = {side: _answered(target, settings, side, questions, folder) for side in target.sides}
+    asked = [question for side in target.sides for question in _to_judge(side, questions, answers[side])]
+    judgements = judge_all(asked, target, settings, folder)
+    size = TURNS * len(questions)
+    by_side: dict[SideName, list[Judgement]] = {
+        side: judgements[number * size : (number + 1) * size] for number, side in enumerate(target.sides)
+    }
+    if target.world.is_main:
+        for side in target.sides:
+            _write(folder / f"answers_{side}.jsonl", f"{target.recipe.model.name} ({side})", questions, answers[side])
+    return result(questions, by_side, settings) | {
+        "answers": {side: described([answer for pair in answers[side] for answer in pair]) for side in target.sides}
+    }
+
+
+def _answered(
+    target: Target, settings: Evaluation, side: SideName, questions: Sequence[TwoTurns], folder: Path
+) -> list[tuple[Answer, ...]]:
+    """Both answers to each question; the second turn sees the first and the answer to it."""
+    said: list[tuple[Answer, ...]] = [() for _ in questions]
+    with target.side(side):
+        engine = engine_of(target, settings, side)
+        for turn in range(TURNS):
+            items = [
+                Item(_conversation(question, given), _sampling(question.category, settings))
+                for question, given in zip(questions, said, strict=True)
+            ]
+            new = generate(engine, items, target.world, folder / "answers.jsonl", f"{side}, turn {turn + 1}")
+            said = [(*given, answer) for given, answer in zip(said, new, strict=True)]
+    return said
+
+
+def _conversation(question: TwoTurns, given: Sequence[Answer]) -> tuple[Message, ...]:
+    messages: list[Message] = []
+    for text, answer in zip(question.turns, given, strict=False):
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
+    return (*messages, {"role": "user", "content": question.turns[len(given)]})
+
+
+def _sampling(category: str, settings: Evaluation) -> Sampling:
+    section = settings.generation
+    temperature = TEMPERATURE.get(category, OTHER_TEMPERATURE) if section.temperature is None else section.temperature
+    return Sampling(section.max_new_tokens, temperature, section.top_p, settings.seed)
+
+
+def _to_judge(side: SideName, questions: Sequence[TwoTurns], answers: Sequence[Sequence[Answer]]) -> list[Question]:
+    """A question to the judge for each turn, in the order of the questions; for the second the conversation so far is the instruction."""
+    found = []
+    for question, given in zip(questions, answers, strict=True):
+        for turn, answer in enumerate(given):
+            about = {"side": side, "question_id": question.id, "category": question.category, "turn": turn + 1}
+            reference = question.reference[turn] if turn < len(question.reference) else None
+            found.append(Question(_instruction(question, given, turn), (answer.text.strip(),), about, reference))
+    return found
+
+
+def _instruction(question: TwoTurns, given: Sequence[Answer], turn: int) -> str:
+    if turn == 0:
+        return question.turns[0]
+    return (
+        "This is a conversation; only the response to its last message is to be judged.\n\n"
+        f"User: {question.turns[0]}\n\nAssistant: {given[0].text.strip()}\n\nUser: {question.turns[1]}"
+    )
+
+
+def result(
+    questions: Sequence[TwoTurns], judgements: Mapping[SideName, Sequence[Judgement]], settings: Evaluation
+) -> dict[str, Any]:
+    """From the judgements of each side, two for each question in order, to the figures."""
+    scores = {side: Scores(_matrix(found)) for side, found in judgements.items()}
+    samples = {side: one.samples for side, one in scores.items()}
+    named = {"score": ("MT-Bench score out of 10", samples)} | {
+        f"turn_{turn + 1}": (f"MT-Bench, turn {turn + 1}", {side: one.turns[:, turn] for side, one in scores.items()})
+        for turn in range(TURNS)
+    }
+    categories = sorted({question.category for question in questions})
+    members = {name: np.array([question.category == name for question in questions]) for name in categories}
+    unparsed = {side: count(found)["unparsed"] / len(found) for side, found in judgements.items()}
+    return {
+        "figures": {
+            **{name: paired(values, title=title, form=".2f") for name, (title, values) in named.items()},
+            "unparsed": share(unparsed, "MT-Bench verdicts that could not be read", TURNS * len(questions)),
+        },
+        "categories": {
+            name: {
+                "count": int(member.sum()),
+                **{side: asdict(mean_of_known(values[member])) for side, values in samples.items()},
+            }
+            for name, member in members.items()
+        },
+        "questions": len(questions),
+        "judge": settings.judge.model_dump(include={"model", "max_new_tokens"}) | {"mode": "absolute"},
+        "judged": {side: count(found) for side, found in judgements.items()},
+        "reasons": reasons(judgements.values()),
+    }  # fmt: skip
+
+
+def _matrix(judgements: Sequence[Judgement]) -> Floats:
+    grades = [out_of_ten(judgement.value) for judgement in judgements]
+    return np.array([np.nan if grade is None else grade for grade in grades], dtype=np.float64).reshape(-1, TURNS)
+
+
+def _write(path: Path, model: str, questions: Sequence[TwoTurns], answers: Sequence[Sequence[Answer]]) -> None:
+    """As FastChat's tools read answers."""
+    records = (
+        {
+            "question_id": question.id,
+            "model_id": model,
+            "choices": [{"index": 0, "turns": [answer.text for answer in given]}],
+        }
+        for question, given in zip(questions, answers, strict=True)
+    )
+    write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

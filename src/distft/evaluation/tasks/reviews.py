@@ -1,0 +1,151 @@
+"""The reviews that are classified: which rows, what the model is given of them, and how it may go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distft.config.recipe import Recipe
+from distft.data import prepare as data
+from distft.data.tokenize import format_review
+from distft.errors import DataError
+
+
+@dataclass(frozen=True)
+class Review:
+    """A row: its number in its source, its text, and its class number."""
+
+    row: int
+    text: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given, as tokens, and those of each label word after it (at least one each)."""
+
+    prefix: list[int]
+    continuations: list[list[int]]
+
+
+def words_of(recipe: Recipe) -> list[str]:
+    """The word that stands for each class number."""
+    form = data.format_of(recipe.data)
+    known = form if form is not None and form.review else data.KNOWN["imdb"].format
+    words = recipe.evaluation.imdb.label_words or known.label_words
+    if len({word.strip().lower() for word in words}) < max(len(words), 2):
+        raise DataError(f"the label words {words} are not two or more that differ; set evaluation.imdb.label_words")
+    return words
+
+
+def source_of(recipe: Recipe) -> Path | data.HubSplit | None:
+    """Where the reviews come from; None where they are the recipe's own held-out rows."""
+    settings, form = recipe.evaluation.imdb, data.format_of(recipe.data)
+    if settings.path is not None:
+        return Path(settings.path).expanduser()
+    if form is not None and form.review:
+        return None
+    return data.HubSplit(data.KNOWN["imdb"].hub or "", None, settings.split)
+
+
+def load(recipe: Recipe, classes: int) -> list[Review]:
+    """The rows to classify, in the order of their source: of the file that the settings name, else the recipe's held-out rows where
+    its data are reviews, else IMDB's split on the hub.
+
+    Raises:
+        DataError: they cannot be had, or are not reviews with classes below `classes`.
+    """
+    settings, form, source = recipe.evaluation.imdb, data.format_of(recipe.data), source_of(recipe)
+    text, label = settings.text, settings.label
+    if source is None and form is not None:
+        where, rows = f"the held-out rows of {recipe.data.name}", _held_out(recipe)
+        text, label = form.review or text, form.label or label
+    else:
+        assert source is not None
+        where, rows = source.name if isinstance(source, data.HubSplit) else str(settings.path), list(data.read(source))
+    if rows and (missing := [column for column in (text, label) if column not in rows[0]]):
+        raise DataError(
+            f"{where} has no column {', '.join(missing)}; it has {', '.join(rows[0])}\n"
+            "  name yours: evaluation.imdb.text=COLUMN evaluation.imdb.label=COLUMN"
+        )
+    found = []
+    for number, row in enumerate(rows):
+        if not isinstance(row[text], str):
+            raise DataError(f"row {number} of {where} has no text in its column {text}: {str(row)[:200]}")
+        if not isinstance(row[label], int) or not 0 <= row[label] < classes:
+            words = ", ".join(f"{number} for {word!r}" for number, word in enumerate(words_of(recipe)))
+            raise DataError(
+                f"row {number} of {where} has {str(row[label])[:40]!r} in its column {label}, where labels are class numbers: {words}\n"
+                "  other words, or more: evaluation.imdb.label_words=[WORD,WORD]"
+            )
+        found.append(Review(number, row[text], row[label]))
+    return found
+
+
+def chosen(recipe: Recipe, found: Sequence[Review], classes: int) -> list[Review]:
+    """Of the rows that `load` gives, the subset that the settings ask for.
+
+    Raises:
+        DataError: none is left.
+    """
+    settings = recipe.evaluation.imdb
+    rows = subset(found, settings.subset, settings.balanced, recipe.evaluation.seed, classes)
+    if not rows:
+        raise DataError(
+            "no review is left to classify; one of the classes may have no row (evaluation.imdb.balanced=false)"
+        )
+    return rows
+
+
+def _held_out(recipe: Recipe) -> list[Mapping[str, Any]]:
+    """The rows that the prepared test split is made of."""
+    raw, *official = map(data.read, data.sources(recipe.data))
+    apply = data.formatter(recipe)
+    kept = [row for row in (official[0] if official else raw) if apply(row) is not None]
+    return kept if official else data.split(kept, recipe.data, recipe.run.seed, with_test=True)["test"]
+
+
+def subset(reviews: Sequence[Review], size: int | None, balanced: bool, seed: int, classes: int) -> list[Review]:
+    """`size` of them (all where None) drawn by `seed`, in their own order; `balanced`: as many of each class, so at most `size` and at
+    most the rarest class has for each."""
+    order = np.random.default_rng(seed).permutation(len(reviews)).tolist()
+    if balanced:
+        of_class = [[i for i in order if reviews[i].label == label] for label in range(classes)]
+        each = min([len(members) for members in of_class] + ([] if size is None else [size // classes]))
+        order = [i for members in of_class for i in members[:each]]
+    return [reviews[i] for i in sorted(order if balanced else order[:size])]
+
+
+def prompt_of(review: str, words: Sequence[str], tokenizer: Any, max_length: int | None) -> Prompt:
+    """The review in IMDB's template, tokenised in one piece with each word, as in training; a longer one than `max_length` tokens is
+    cut at its end, for all words alike.
+
+    Where a tokenizer draws the end of the prompt into a word, that token is the continuation's.
+    """
+    example = format_review(review, "", completion_only=True)
+    tail_from = example.tail_from or 0
+    encoded = tokenizer([example.text + word for word in words], return_offsets_mapping=True, truncation=False)
+    ids = [list(row) for row in encoded["input_ids"]]
+    for row, offsets in zip(ids, encoded["offset_mapping"], strict=True):
+        if row[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:  # the tokenizer's own
+            row.pop()
+    begins = [
+        next(place for place, (_, end) in enumerate(offsets) if end > example.trained_from)
+        for offsets in encoded["offset_mapping"]
+    ]
+    cut = min(begins)
+    while any(row[:cut] != ids[0][:cut] for row in ids):
+        cut -= 1
+    prefix, continuations = ids[0][:cut], [row[cut:] for row in ids]
+    if max_length is not None:
+        over = (
+            len(prefix) + max(map(len, continuations)) + 1 - max_length
+        )  # one for the end of the sequence, as in training
+        tail = next(place for place, (_, end) in enumerate(encoded["offset_mapping"][0]) if end > tail_from)
+        if over > 0:
+            prefix = prefix[: max(tail - over, 0)] + prefix[tail:]
+    return Prompt(prefix, continuations)

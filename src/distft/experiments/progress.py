@@ -1,0 +1,153 @@
+"""The runs of an experiment as a table in the terminal that follows them: how far each is, its loss and speed, and how long it will take.
+
+It reads what the runs write into their folders and nothing else, so that watching changes no run.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from distft.experiments.expand import ExperimentRun
+from distft.reports.results import outcome
+from distft.runs.folder import RunFolder
+
+UNKNOWN = "–"
+_MARGIN = 8
+"""Lines of a terminal that stay free of rows: the head, the rules, what stands below, and the row for rows that are left out."""
+_NARROW = 80
+"""Columns of a terminal from which on the table has a frame, which would take a name's place."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; None for what is not known. `steps` is how many it will make, `left_s` the seconds until its last one at the pace
+    so far."""
+
+    name: str
+    status: str = "waiting"
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    samples_per_second: float | None = None
+    left_s: float | None = None
+
+    @classmethod
+    def of(cls, run: ExperimentRun, folder: RunFolder | None) -> Progress:
+        """Read from the run's folder; `waiting` where there is none yet."""
+        if folder is None:
+            return cls(run.name)
+        summary, records = folder.read_summary(), folder.read_metrics()
+        status = outcome(str(summary["status"]), summary.get("cause"))
+        logged: dict[str, Any] = {
+            key: value for record in records for key, value in record.items() if value is not None
+        }
+        step, steps = logged.get("step"), summary.get("steps") or _steps(run, logged)
+        left = _left(records, step, steps) if status == "running" else None
+        speed = (
+            logged.get("samples_per_second")
+            if summary.get("samples_per_second") is None
+            else summary["samples_per_second"]
+        )
+        return cls(run.name, status, step, steps, logged.get("loss"), speed, left)
+
+    def cells(self) -> list[str]:
+        """As a row of the table."""
+        return [
+            self.name, self.status,
+            UNKNOWN if self.step is None else f"{self.step}" + ("" if self.steps is None else f"/{self.steps}"),
+            UNKNOWN if self.loss is None else f"{self.loss:.4f}",
+            UNKNOWN if self.samples_per_second is None else f"{self.samples_per_second:,.1f}",
+            UNKNOWN if self.left_s is None else str(timedelta(seconds=round(self.left_s))),
+        ]  # fmt: skip
+
+
+def _steps(run: ExperimentRun, logged: Mapping[str, Any]) -> int | None:
+    """How many steps a run will make: as its recipe says, or from the part of an epoch that its steps so far are."""
+    training = run.recipe.training
+    asked = training.get("max_steps", -1)
+    if asked > 0:
+        return int(asked)
+    epochs, epoch, step = training.get("num_train_epochs", 3.0), logged.get("epoch"), logged.get("step")
+    return round(step * epochs / epoch) if epoch and step else None
+
+
+def _left(records: Sequence[Mapping[str, Any]], step: int | None, steps: int | None) -> float | None:
+    """Seconds until the last step, at the pace between the first record of the training and the newest: the first step warms up."""
+    timed = [record for record in records if record.get("time_s") is not None and record["step"] > 0]
+    if step is None or steps is None or not timed:
+        return None
+    begun, newest = timed[0], timed[-1]
+    if newest["step"] == begun["step"]:
+        return float(newest["time_s"] / newest["step"] * (steps - step))
+    return float((newest["time_s"] - begun["time_s"]) / (newest["step"] - begun["step"]) * (steps - step))
+
+
+class Watched:
+    """The live table. `look` reads a run's folder again; the others stand as they were last seen."""
+
+    def __init__(
+        self, runs: Sequence[ExperimentRun], folders: Mapping[str, RunFolder | None], logs: Path, live: Live
+    ) -> None:
+        self._seen = {run.name: Progress.of(run, folders[run.name]) for run in runs}
+        self._logs, self._live, self._began = logs, live, time.monotonic()
+        self._at = runs[0].name
+        self._draw()
+
+    def look(self, run: ExperimentRun, folder: RunFolder | None, status: str | None = None) -> None:
+        """Read the folder of `run` and draw the table; `status` is for what the folder cannot say."""
+        seen = Progress.of(run, folder)
+        self._seen[run.name] = seen if status is None else replace(seen, status=status)
+        self._at = run.name
+        self._draw()
+
+    def _draw(self) -> None:
+        narrow = self._live.console.width < _NARROW
+        table = Table(caption=self._caption(), caption_justify="left", box=None if narrow else box.HEAVY_HEAD)
+        for number, head in enumerate(("run", "status", "step", "loss", "samples/s", "left")):
+            table.add_column(
+                head,
+                justify="left" if number < 2 else "right",
+                overflow="fold" if number == 0 else "ellipsis",
+                no_wrap=number > 0,
+            )
+        rows = [*self._seen.values()]
+        room = max(1, self._live.console.height - _MARGIN)
+        at = list(self._seen).index(self._at)
+        first = max(0, min(at - room // 2, len(rows) - room))
+        shown = rows[first : first + room]
+        for progress in shown:
+            table.add_row(*progress.cells(), style="bold" if progress.status in ("running", "starting") else None)
+        if len(shown) < len(rows):
+            table.add_row(f"… and {len(rows) - len(shown)} more")
+        self._live.update(table, refresh=True)
+
+    def _caption(self) -> str:
+        ended = sum(progress.status not in ("waiting", "starting", "running") for progress in self._seen.values())
+        passed = timedelta(seconds=round(time.monotonic() - self._began))
+        return f"{ended} of {len(self._seen)} runs have ended, {passed} passed; what they print goes to {self._logs}"
+
+
+@contextmanager
+def watched(
+    runs: Sequence[ExperimentRun], folders: Mapping[str, RunFolder | None], logs: Path
+) -> Iterator[Watched | None]:
+    """The table of `runs` on stdout for as long as the context lasts; None where stdout is no terminal that can draw one. What is
+    written to stderr meanwhile stands above it."""
+    console = Console(file=sys.stdout)
+    if not sys.stdout.isatty() or console.is_dumb_terminal:
+        yield None
+        return
+    with Live(console=console, auto_refresh=False, redirect_stderr=sys.stderr.isatty()) as live:
+        yield Watched(runs, folders, logs, live)

@@ -1,0 +1,117 @@
+"""What the file of an experiment can say, and finding and reading one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import Field, ValidationError
+
+from distft.config.files import read_yaml
+from distft.config.section import Section
+from distft.config.validation import COMMAND_LINE, SECTIONS, Source, faults_of, nearest
+from distft.errors import ExperimentError, Fault, RecipeError
+from distft.paths import packaged
+from distft.reports.report import LOSS_TOLERANCE
+
+Equal = Literal["samples", "order", "global_batch", "tokens", "base_weights", "loss"]
+
+
+class Budget(Section):
+    """How long every run trains; one of these."""
+
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps: training.max_steps."""
+    samples: int | None = Field(None, ge=1)
+    """Samples, a whole number of global batches: training.max_steps. Within one epoch; the last batch of an epoch is smaller."""
+    tokens: int | None = Field(None, ge=1)
+    """Tokens, where the global batch is counted in them: training.max_steps, as many whole steps as they hold. A step holds whole samples, so
+    that it has about the batch's tokens, and the budget is met about as well."""
+    minutes: float | None = Field(None, gt=0)
+    """Wall-clock of training: run.train_time, after which a run ends with its result. Samples then differ: declare what is still equal."""
+
+
+class ExperimentFile(Section):
+    """What an experiment's file can say. `variants` or `grid` says in what its runs differ."""
+
+    base: str | None = None
+    """The recipe that is varied, by name or by its path from this file."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """What all runs change in their recipe, as nested mappings or `key.path: value`."""
+    variants: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
+    """Name of each variant, and what it changes; `recipe` names another recipe than `base`."""
+    grid: dict[str, Any] = Field(default_factory=dict)
+    """Axes whose product is run: `key.path: [values]`, or a name of the axis with a mapping of names to what they change."""
+    repeats: int = Field(1, ge=1)
+    """How often each variant is run, in turns, so that a drift of the machine meets all alike."""
+    budget: Budget | None = None
+    """How long every run trains; as its recipe says where there is none."""
+    equal: list[Equal] = Field(default_factory=list)
+    """What must be equal in all runs for their speeds to be compared."""
+    loss_tolerance: float = Field(LOSS_TOLERANCE, gt=0)
+    """Where loss is declared equal, the share of the first variant's by which another's may be off."""
+
+
+def list_experiments(folder: Path) -> dict[str, Path]:
+    """Every experiment by name; one in `folder`/recipes/experiments hides a shipped one."""
+    found: dict[str, Path] = {}
+    for place in (folder / "recipes" / "experiments", packaged("recipes/experiments")):
+        for path in sorted(place.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def find_experiment(wanted: str, folder: Path) -> Path:
+    """The file of the experiment `wanted`, a name or a path.
+
+    Raises:
+        ExperimentError: there is none.
+    """
+    known = list_experiments(folder)
+    if wanted in known:
+        return known[wanted]
+    is_path = "/" in wanted or wanted.endswith((".yaml", ".yml"))
+    if is_path and (path := folder / Path(wanted).expanduser()).is_file():
+        return path
+    problem = (
+        f"there is no file {wanted}" if is_path else f"there is no experiment {wanted!r}" if wanted else "is missing"
+    )
+    hint = "" if is_path else nearest(wanted, known) or f"there are: {', '.join(known)}"
+    raise ExperimentError([Fault(COMMAND_LINE, "experiment", problem, hint)])
+
+
+def read_experiment(path: Path, faults: list[Fault]) -> ExperimentFile:
+    """What the file says, without what is wrong in it, which goes to `faults`.
+
+    Raises:
+        ExperimentError: it cannot be read at all.
+    """
+    try:
+        tree = read_yaml(path)
+    except RecipeError as error:
+        raise ExperimentError(error.faults) from error
+    fields = list(ExperimentFile.model_fields)
+    for key in [key for key in tree if key not in fields]:
+        of_recipe = key in (*SECTIONS, "strategy", "lora", "training") or "." in str(key)
+        hint = "values of recipes stand under overrides, variants or grid" if of_recipe else nearest(str(key), fields)
+        faults.append(Fault(str(path), str(key), "unknown key", hint or f"there are: {', '.join(fields)}"))
+        del tree[key]
+    try:
+        return ExperimentFile.model_validate(tree)
+    except ValidationError as error:
+        source = Source(path.stem, (path,), dict.fromkeys(tree, str(path)))
+        for fault in faults_of(error, source):
+            key, names = (
+                fault.key.partition(".")[0],
+                {"budget": list(Budget.model_fields), "equal": list(get_args(Equal))},
+            )
+            hint = nearest(_word_at(tree, fault), names.get(key, ()))
+            faults.append(Fault(fault.where, fault.key, fault.problem, hint))
+        wrong = {str(item["loc"][0]) for item in error.errors()}
+        return ExperimentFile.model_validate({key: value for key, value in tree.items() if key not in wrong})
+
+
+def _word_at(tree: Any, fault: Fault) -> str:
+    """What the user wrote at the place of a fault: the value of an item of a list, else the last key."""
+    *_, above, leaf = ("", *fault.key.split("."))
+    return str(tree[above][int(leaf)]) if leaf.isdigit() and isinstance(tree.get(above), list) else leaf

@@ -1,0 +1,221 @@
+"""`distft fetch`: bring a recipe's model and data into the caches, for machines without a connection, and say what is missing.
+
+Everything goes through the libraries that read it later, so that a run with HF_HUB_OFFLINE=1 finds what it asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from distft.config.files import list_recipes
+from distft.config.recipe import Recipe
+from distft.data.prepare import HubSplit, prepare, read, sources
+from distft.errors import DataError, ModelError
+from distft.models import digest as weights
+from distft.models.loading import load_tokenizer
+from distft.models.tiny import tiny_model
+
+_TEXTS = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
+_WEIGHTS = "model*.safetensors"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+"""One of them at least makes a tokenizer."""
+
+
+def fetch(recipe: Recipe) -> list[str]:
+    """Download what a run of `recipe` reads, tokenise its data, and return lines that say what lies where and its size.
+
+    Weights are taken as safetensors only, and code only with model.trust_remote_code.
+
+    Raises:
+        ModelError: the hub cannot be reached or does not have the model, it is gated, or comes without safetensors.
+        DataError: the data cannot be had or used as asked.
+    """
+    lines = fetch_model(recipe)
+    splits = prepare(recipe, load_tokenizer(recipe))
+    lines += map(fetch_data, sources(recipe.data))
+    tokens = [Path(file["filename"]) for split in (splits.train, splits.validation, splits.test) if split is not None
+              for file in split.cache_files]  # fmt: skip
+    return [*lines, f"data, tokenised: {tokens[0].parents[1]}, {_size(*tokens)}"]
+
+
+def fetch_model(recipe: Recipe, role: str = "") -> list[str]:
+    """The part of `fetch` that concerns model and tokenizer; `role` is what the lines add to the name."""
+    lines = []
+    for name, parts in _repositories(recipe).items():
+        folder = tiny_model() if name == "tiny" else _local(name) or _download(recipe, name, parts)
+        if lacking := _lacking(folder, parts):
+            raise ModelError(f"{name} comes without {' and '.join(lacking)}, and distft takes nothing in its place")
+        lines.append(f"{' and '.join(parts)} {name}{role}: {folder}, {_size(folder)}")
+    return lines
+
+
+def fetch_data(source: Path | HubSplit) -> str:
+    """Read it, and say where it lies then.
+
+    Raises:
+        DataError: it cannot be had.
+    """
+    files = [Path(file["filename"]) for file in read(source).cache_files]
+    name = f"{source.name}, {source.split} split" if isinstance(source, HubSplit) else str(source)
+    return f"data {name}: {files[0].parent if files else source}, {_size(*files)}"
+
+
+def missing(recipe: Recipe, *, hub: bool = True) -> list[str]:
+    """What a run of `recipe` with the hub offline would lack, each in words with the remedy. Uses no network. Without `hub` what the hub may
+    have is left out: folders and files alone are looked at."""
+    found = missing_model(recipe, hub=hub)
+    looked_at = [source for source in _sources(recipe, found) if hub or isinstance(source, Path)]
+    return found + [line for source in looked_at for line in missing_data(recipe, source)]
+
+
+def remedy(recipe: Recipe) -> str:
+    """What brings what is not in the cache."""
+    named, files = recipe.source.name, recipe.source.files
+    wanted = named if not files or list_recipes(Path.cwd()).get(named) == files[-1] else files[-1]
+    return f"on a machine with a connection: distft fetch recipe={wanted}, with the same overrides"
+
+
+def missing_model(recipe: Recipe, role: str = "", *, hub: bool = True) -> list[str]:
+    """The part of `missing` that concerns model and tokenizer; `role` is what the lines add to the name. Without `hub` what the hub may
+    have is left out: folders alone are looked at."""
+    found = []
+    with offline():
+        for name, parts in _repositories(recipe).items():
+            if name == "tiny":
+                continue  # built where it is not there
+            local = _local(name)
+            if local is None and not hub and _may_be_on_hub(name):
+                continue
+            folder = local or _cached(recipe, name)
+            what = " and ".join(parts)
+            if folder is not None:
+                mend = "copy it whole" if local else remedy(recipe)
+                found += [f"{name} lacks {part} in {folder}; {mend}" for part in _lacking(folder, parts)]
+            elif not _may_be_on_hub(name):
+                found.append(f"there is no folder {name} ({what}){role}")
+            else:
+                found.append(f"the {what} {name}{role} is not in the cache; {remedy(recipe)}")
+    return found
+
+
+def missing_data(recipe: Recipe, source: Path | HubSplit) -> list[str]:
+    """The part of `missing` that concerns one source of data."""
+    if isinstance(source, Path):
+        return [] if source.exists() else [f"there is no data file or folder {source} (data)"]
+    with offline():
+        try:
+            read(source)
+        except DataError:
+            return [f"the data {source.name}, {source.split} split, is not in the cache; {remedy(recipe)}"]
+    return []
+
+
+def _repositories(recipe: Recipe) -> dict[str, tuple[str, ...]]:
+    """Hub ids or folders (or `tiny`), each with the parts that are read from it."""
+    name, tokenizer = recipe.model.name, recipe.model.tokenizer
+    if tokenizer is None or tokenizer == name:
+        return {name: ("model", "tokenizer")}
+    return {name: ("model",), tokenizer: ("tokenizer",)}
+
+
+def _sources(recipe: Recipe, found: list[str]) -> list[Path | HubSplit]:
+    try:
+        return sources(recipe.data)
+    except DataError as error:
+        found.append(str(error))
+        return []
+
+
+def _local(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    return path if path.is_dir() else None
+
+
+def _may_be_on_hub(name: str) -> bool:
+    """Whether the hub could have a repository of this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not name.startswith(("/", ".", "~"))
+
+
+def _revision(recipe: Recipe, name: str) -> str | None:
+    return recipe.model.revision if name == recipe.model.name and recipe.model.tokenizer != name else None
+
+
+def _download(recipe: Recipe, name: str, parts: Sequence[str]) -> Path:
+    wanted = [*_TEXTS, *([_WEIGHTS] if "model" in parts else []), *(["*.py"] if recipe.model.trust_remote_code else [])]
+    revision = _revision(recipe, name)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated: accept its licence on its page on the hub, then `hf auth login` (or set HF_TOKEN)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{name} has no revision {revision} (model.revision)") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"the hub has no model {name}, or it is private: `hf auth login` (or set HF_TOKEN)") from error
+    except HFValidationError as error:
+        raise ModelError(f"{name} is neither a folder that is there nor a hub id") from error
+    except Exception as error:  # refused, timed out, offline mode, a server in trouble: many kinds, all mean the same
+        reason = "HF_HUB_OFFLINE is set; unset it for distft fetch" if constants.HF_HUB_OFFLINE else _reason(error)
+        raise ModelError(f"{name} cannot be had from the hub: {reason}") from error
+
+
+def _cached(recipe: Recipe, name: str) -> Path | None:
+    """The snapshot of a model in the hub's cache, whole or not."""
+    try:
+        return Path(snapshot_download(name, revision=_revision(recipe, name), local_files_only=True, allow_patterns=[]))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _lacking(folder: Path, parts: Sequence[str]) -> list[str]:
+    """What is not in `folder` of its parts, by file. A link of the cache to a file that is gone counts as none."""
+    wanted = {"config.json"} if "model" in parts else set()
+    if "model" in parts:
+        wanted |= weights.files(folder) or {weights.WHOLE}
+    found = [name for name in sorted(wanted) if not (folder / name).is_file()]
+    if "tokenizer" in parts and not any((folder / name).is_file() for name in _TOKENIZERS):
+        found.append(_TOKENIZERS[0])
+    return found
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """The hub's clients as HF_HUB_OFFLINE=1 makes them; they read it once, when they are imported."""
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the innermost error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _size(*paths: Path) -> str:
+    """Of files, and of all that is in folders, in words."""
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,260 @@
+"""The autograd nodes of `distft.models.fused_lora`: linears of one input with their LoRA adapters, and a gated MLP, whole or in tiles of tokens.
+
+y = W x + s B A x, with the small product added in place as one operation; what shares an input shares A x; the gradients of the
+input are summed in place; and an MLP keeps no activation that its backward can make again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from distft.kernels.dropout import add_dropped_product, dropout, dropped_product
+from distft.kernels.elementwise import dequantize, swiglu, swiglu_backward
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a node needs of a linear beside its tensors: LoRA's scaling, and the state of 4-bit weights or the module of 8-bit
+    ones (which have no weight and no bias among the tensors)."""
+
+    scaling: float
+    quant_state: Any
+    dtype: torch.dtype
+    int8: Any = None
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """W x + bias [tokens, out], by LLM.int8()'s own product where the weights are such."""
+        out: torch.Tensor
+        if self.int8 is not None:
+            out = self.int8(x)
+        elif bias is None:
+            out = x @ self.dense(weight).t()
+        else:
+            out = torch.addmm(bias.to(self.dtype), x, self.dense(weight).t())
+        return out
+
+    def dense(self, weight: torch.Tensor) -> torch.Tensor:
+        """The frozen weight [out, in]."""
+        if self.int8 is not None:  # as bitsandbytes' own backward: Dettmers et al. 2022 (arXiv:2208.07339)
+            state = self.int8.state
+            codes: torch.Tensor = state.CB.to(self.dtype)
+            return codes.mul_(state.SCB.unsqueeze(1) / 127)
+        return weight.to(self.dtype) if self.quant_state is None else dequantize(weight, self.quant_state, self.dtype)
+
+
+@dataclass
+class Group:
+    """Linears with one input. `tensors` holds weight, bias, A [r, in] and B [out, r] of each, one after the other."""
+
+    specs: tuple[Spec, ...]
+    tensors: Sequence[Any]
+    p: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        dtype = self.specs[0].dtype
+        self.weights, self.biases = self.tensors[0::4], self.tensors[1::4]
+        self.a = torch.cat([a.to(dtype) for a in self.tensors[2::4]])
+        self.b = [b.to(dtype) for b in self.tensors[3::4]]
+        self.ranks = [b.shape[1] for b in self.b]
+
+    def forward(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Of x [tokens, in] the outputs [tokens, out] of each linear, and A x [tokens, sum of the ranks]."""
+        low, outputs = self.low(x), []
+        for spec, weight, bias, b, part in zip(self.specs, self.weights, self.biases, self.b, torch.split(low, self.ranks, 1), strict=True):  # fmt: skip
+            outputs.append(spec.product(x, weight, bias).addmm_(part, b.t(), alpha=spec.scaling))
+        return outputs, low
+
+    def low(self, x: torch.Tensor) -> torch.Tensor:
+        """A x [tokens, sum of the ranks]."""
+        return dropped_product(x, self.a, self.p, self.seed)
+
+    def grad_input(self, grads: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of x and of A x from those of the outputs."""
+        grad_low = torch.cat(
+            [_scaled_product(grad, b, spec.scaling) for grad, b, spec in zip(grads, self.b, self.specs, strict=True)], 1
+        )
+        grad_x = torch.zeros(())
+        for number, (spec, weight, grad) in enumerate(zip(self.specs, self.weights, grads, strict=True)):
+            dense = spec.dense(weight)
+            grad_x = grad @ dense if number == 0 else grad_x.addmm_(grad, dense)
+        return add_dropped_product(grad_x, grad_low, self.a, self.p, self.seed), grad_low
+
+    def grad_adapters(
+        self, x: torch.Tensor, low: torch.Tensor, grads: Sequence[torch.Tensor], grad_low: torch.Tensor
+    ) -> list[torch.Tensor | None]:
+        """Gradients in the order of `tensors`: none for weights and biases, which are frozen."""
+        grad_a = torch.split(grad_low.t() @ dropout(x, self.p, self.seed), self.ranks)
+        found: list[torch.Tensor | None] = []
+        for number, part in enumerate(torch.split(low, self.ranks, 1)):
+            a, b = self.tensors[4 * number + 2], self.tensors[4 * number + 3]
+            grad_b = _scaled_product(grads[number].t(), part, self.specs[number].scaling)
+            found += [None, None, grad_a[number].to(a.dtype), grad_b.to(b.dtype)]
+        return found
+
+
+def _scaled_product(one: torch.Tensor, other: torch.Tensor, scaling: float) -> torch.Tensor:
+    """scaling · one @ other, as one operation."""
+    return torch.addmm(one.new_empty(()), one, other, beta=0, alpha=scaling)
+
+
+class LoraLinears(torch.autograd.Function):
+    """x [..., in] -> [..., out] of each linear of a group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, origin: Origin, specs: tuple[Spec, ...], p: float, seed: int, *tensors: Any) -> Any:  # fmt: skip
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1])
+            outputs, low = Group(specs, tensors, p, seed).forward(rows)
+        ctx.origin, ctx.specs, ctx.p, ctx.seed, ctx.shape = origin.norm, specs, p, seed, x.shape
+        ctx.save_for_backward(origin.kept(rows), low, *tensors)
+        return tuple(out.view(*x.shape[:-1], -1) for out in outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        kept, low, *tensors = ctx.saved_tensors
+        rows = remade(ctx.origin, kept, ctx.shape)
+        group = Group(ctx.specs, tensors, ctx.p, ctx.seed)
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_x, grad_low = group.grad_input(flat)
+        return grad_x.view(ctx.shape), None, None, None, None, *group.grad_adapters(rows, low, flat, grad_low)
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """down(silu(gate(x)) · up(x)): its linears in this order, dropout's rates and seeds of x and of the hidden activation."""
+
+    specs: tuple[Spec, ...]
+    p: tuple[float, float]
+    seeds: tuple[int, int]
+    tensors: Sequence[Any]
+
+    def groups(self, number: int = 0) -> tuple[Group, Group]:
+        """Gate and up, and down; each tile of tokens drops places of its own."""
+        return (
+            Group(self.specs[:2], self.tensors[:8], self.p[0], self.seeds[0] + number),
+            Group(self.specs[2:], self.tensors[8:], self.p[1], self.seeds[1] + number),
+        )
+
+    @staticmethod
+    def backward(
+        pair: Group, down: Group, rows: torch.Tensor, low: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, low_down: torch.Tensor,
+        grad: torch.Tensor,
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:  # fmt: skip
+        """The gradients of x and of the adapters from that of the output."""
+        grad_hidden, grad_low_down = down.grad_input([grad])
+        grad_gate, grad_up, hidden = swiglu_backward(grad_hidden, gate, up)
+        of_down = down.grad_adapters(hidden, low_down, [grad], grad_low_down)
+        del hidden, grad_hidden
+        grad_x, grad_low = pair.grad_input([grad_gate, grad_up])
+        return grad_x, [*pair.grad_adapters(rows, low, [grad_gate, grad_up], grad_low), *of_down]
+
+
+class LoraMlp(torch.autograd.Function):
+    """The MLP of x [..., in]; silu(gate) · up is made again in the backward and not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, origin: Origin, specs: tuple[Spec, ...], p: tuple[float, float], seeds: tuple[int, int], *tensors: Any
+    ) -> Any:  # fmt: skip
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1])
+            pair, down = Mlp(specs, p, seeds, tensors).groups()
+            (gate, up), low = pair.forward(rows)
+            (out,), low_down = down.forward(swiglu(gate, up))
+        ctx.origin, ctx.specs, ctx.p, ctx.seeds, ctx.shape = origin.norm, specs, p, seeds, x.shape
+        ctx.save_for_backward(origin.kept(rows), low, gate, up, low_down, *tensors)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        kept, low, gate, up, low_down, *tensors = ctx.saved_tensors
+        rows = remade(ctx.origin, kept, ctx.shape)
+        grad_x, of_adapters = Mlp.backward(
+            *Mlp(ctx.specs, ctx.p, ctx.seeds, tensors).groups(),
+            rows,
+            low,
+            gate,
+            up,
+            low_down,
+            grad.reshape(-1, grad.shape[-1]),
+        )
+        return grad_x.view(ctx.shape), None, None, None, None, *of_adapters
+
+
+class TiledLoraMlp(torch.autograd.Function):
+    """The same `tile` tokens at a time, of which nothing is kept but x: for a layer that is computed again in the backward.
+
+    There the second forward has nothing to do (without `whole` what comes back has the shape alone, and nothing looks at it),
+    and the backward makes each tile's gate and up once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, origin: Origin, whole: bool, tile: int, specs: tuple[Spec, ...], p: tuple[float, float],
+        seeds: tuple[int, int], *tensors: Any,
+    ) -> Any:  # fmt: skip
+        rows = x.reshape(-1, x.shape[-1])
+        tile = math.ceil(len(rows) / max(math.ceil(len(rows) / tile), 1))  # tiles of one size
+        out = torch.empty_like(rows)
+        if whole:
+            with torch.autocast(x.device.type, enabled=False):
+                mlp = Mlp(specs, p, seeds, tensors)
+                for number, (part, into) in enumerate(
+                    zip(torch.split(rows, tile), torch.split(out, tile), strict=True)
+                ):
+                    pair, down = mlp.groups(number)
+                    into.copy_(down.forward(swiglu(*pair.forward(part)[0]))[0][0])
+        ctx.origin, ctx.specs, ctx.p, ctx.seeds, ctx.tile, ctx.shape = origin.norm, specs, p, seeds, tile, x.shape
+        ctx.save_for_backward(origin.kept(rows), *tensors)
+        return out.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        kept, *tensors = ctx.saved_tensors
+        rows, grad = remade(ctx.origin, kept, ctx.shape), grad.reshape(-1, grad.shape[-1])
+        mlp = Mlp(ctx.specs, ctx.p, ctx.seeds, tensors)
+        total: list[torch.Tensor | None] = []
+        grad_x = torch.empty_like(rows)
+        for number, (part, grad_part, into) in enumerate(
+            zip(torch.split(rows, ctx.tile), torch.split(grad, ctx.tile), torch.split(grad_x, ctx.tile), strict=True)
+        ):
+            pair, down = mlp.groups(number)
+            (gate, up), low = pair.forward(part)
+            low_down = down.low(swiglu(gate, up))
+            grad_of_part, of_adapters = Mlp.backward(pair, down, part, low, gate, up, low_down, grad_part)
+            into.copy_(grad_of_part)
+            before = total or [None] * len(of_adapters)
+            total = [
+                new if old is None or new is None else old + new for old, new in zip(before, of_adapters, strict=True)
+            ]
+        return grad_x.view(ctx.shape), None, None, None, None, None, None, *total
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an input comes from: `norm`, of `source`, where it is a frozen norm's output. Then the norm's input is kept in its
+    place, which the norm's own backward keeps anyway."""
+
+    norm: Any = None
+    source: torch.Tensor | None = None
+
+    def kept(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.source is None else self.source
+
+
+def remade(norm: Any, kept: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The input [tokens, in] from what `Origin.kept` gave."""
+    if norm is not None:
+        with torch.no_grad():
+            kept = norm.unmarked(kept).to(kept.dtype)
+    return kept.reshape(-1, shape[-1])

@@ -1,0 +1,129 @@
+"""The embedded default model: a Llama of 2 million parameters and its tokenizer, built from text that ships with distft.
+
+Built and briefly pre-trained at first use (a minute or less on two CPU cores), then kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from distft.data.toy import reviews
+from distft.distributed.world import say
+from distft.paths import cache_folder, packaged
+from distft.runs.folder import write_atomically
+
+VOCABULARY = 2_048
+CONTEXT = 128
+STEPS = 250
+BATCH = 16
+
+
+def tiny_model() -> Path:
+    """Folder of the tiny model, in the format of `from_pretrained`.
+
+    Built by the first process that comes; the others wait at a file lock, in no collective.
+    """
+    corpus = packaged("assets/tiny_corpus.txt").read_text(encoding="utf-8")
+    recipe = f"{VOCABULARY} {CONTEXT} {STEPS} {BATCH} {_config_text()}"
+    folder = cache_folder() / f"tiny-{hashlib.sha256((corpus + recipe).encode()).hexdigest()[:12]}"
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tiny-"))
+            try:
+                _build(corpus, aside)
+                aside.rename(folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def tiny_sentiment() -> Path:
+    """File of the built-in reviews (`distft.data.toy`), made by the first process that comes."""
+    text = "".join(json.dumps(row) + "\n" for row in reviews())
+    file = cache_folder() / f"tiny_sentiment-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+    if not file.exists():
+        write_atomically(file, text)
+    return file
+
+
+_SHAPE = {
+    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def _config_text() -> str:
+    return repr(sorted(_SHAPE.items()))
+
+
+def _build(corpus: str, folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    say("building the tiny model (once; a minute or less on two cores)")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_documents(corpus), trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1], eos_token=special[2]
+    )
+    tokens = [token for text in _documents(corpus) for token in (1, *tokenizer.encode(text).ids, 2)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)  # the other processes of the launch wait for this one
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2, **_SHAPE)
+        model = LlamaForCausalLM(config)
+        loss = _pretrain(model, torch.tensor(tokens))
+    torch.set_num_threads(threads)
+    say(
+        f"tiny model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} tokens of text, loss {loss:.2f}"
+    )
+    model.save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+
+
+def _documents(corpus: str) -> list[str]:
+    """The paragraphs, and every third once more as the answer to an instruction: an adapter cannot teach a base tokens
+    that its frozen output layer has never seen, and the instruction marks are such tokens."""
+    paragraphs = corpus.split("\n\n")
+    return paragraphs + [f"### Instruction:\nTell me something.\n\n### Response:\n{text}" for text in paragraphs[::3]]
+
+
+def _pretrain(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    """Next-token training on random windows of the text, on the CPU; the mean loss of the last 20 steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=STEPS, pct_start=0.1)
+    losses: list[float] = []
+    model.train()
+    for _ in range(STEPS):
+        starts = torch.randint(len(tokens) - CONTEXT, (BATCH,))
+        batch = torch.stack([tokens[start : start + CONTEXT] for start in starts])
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return sum(losses[-20:]) / 20

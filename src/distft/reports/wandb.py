@@ -1,0 +1,67 @@
+"""The report of an experiment as a W&B run of its own, in the group of the experiment's runs."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from distft.config.schema import Tracking
+from distft.distributed.world import say
+from distft.reports.markdown import comparison_rows, time_rows
+from distft.reports.report import Report
+from distft.reports.results import FIGURES
+from distft.runs.offline import WANDB_FINISH_S, has_wandb_key
+
+_INIT_S = 30.0
+"""How long a W&B server may take to answer before the report goes on without it."""
+
+
+def variant_table(report: Report) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of the table of variants: medians of the finished runs as numbers, and what bounds each (None: not known)."""
+    known = [figure for figure in FIGURES if any(variant.spreads[figure.key] for variant in report.variants)]
+    rows = []
+    for variant in report.variants:
+        spreads = [variant.spreads[figure.key] for figure in known]
+        medians = [None if spread is None else spread.median for spread in spreads]
+        rows.append([variant.name, variant.finished, *medians, None if variant.bound is None else variant.bound.kind])
+    return ["variant", "finished", *(figure.title for figure in known), "bound"], rows
+
+
+def log_report(report: Report, name: str, section: Tracking, parent: Path) -> bool:
+    """Log the verdict and the tables of `report` on the experiment `name`: online where there is a key, else offline in `parent`/wandb/.
+    Whatever goes wrong costs one line, never the report. Returns whether it was logged."""
+    try:
+        import wandb
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_MODE", "online" if has_wandb_key() else "offline")
+        if os.environ["WANDB_MODE"] == "disabled":
+            return False
+        parent.mkdir(parents=True, exist_ok=True)
+        run = wandb.init(
+            project=section.project, entity=section.entity, group=section.group or name, tags=section.tags or None, name=f"{name}-report",
+            job_type="report", dir=str(parent), id=uuid.uuid4().hex[:8], config={"experiment": name, "runs": [each.name for each in report.runs]},
+            settings=wandb.Settings(init_timeout=_INIT_S, finish_timeout=WANDB_FINISH_S),
+        )  # fmt: skip
+    except Exception as error:  # whatever a tracker raises, the report stands
+        say(f"warning: the report is not in W&B ({type(error).__name__}: {error})")
+        return False
+    try:
+        tables = {"variants": variant_table(report), "where the time goes": time_rows(report)}
+        if report.comparisons:
+            tables["comparison"] = comparison_rows(report)[:2]
+        run.log({key: wandb.Table(columns=columns, data=rows) for key, (columns, rows) in tables.items()})
+        run.summary["verdict"] = report.verdict
+        folder = Path(run.dir).parent
+        run.finish()
+    except Exception as error:  # as above
+        say(f"warning: the report did not reach W&B whole ({type(error).__name__}: {error})")
+        with suppress(Exception, SystemExit):
+            wandb.teardown()
+        return False
+    if run.settings.mode == "offline":
+        say(f"the report is in W&B's offline folder; sync it with: wandb sync {os.path.relpath(folder)}")
+    return True

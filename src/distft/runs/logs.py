@@ -1,0 +1,123 @@
+"""One log a rank under the run folder: rank 0's output stands on the console as well, the other ranks' in their files alone.
+
+What distft itself says (`world.say`) reaches the console from every rank. A log never stops a run: one that cannot be written
+is given up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
+
+from distft.distributed.world import Launch, World, say
+from distft.runs.folder import RunFolder
+
+
+@contextmanager
+def rank_log(folder: RunFolder, world: World) -> Iterator[None]:
+    """Send this rank's output to its log until the context is left; one process alone has only the console.
+
+    Rank 0's streams are doubled, so that its progress bar still finds a terminal. Those of the other ranks are redirected
+    at their file descriptors, which takes native libraries and child processes along.
+    """
+    if world.world_size == 1:
+        yield
+        return
+    try:
+        folder.logs.mkdir(exist_ok=True)
+        log = _Log(os.open(folder.log(world.rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
+    except OSError as error:
+        say(f"warning: rank {world.rank} has no log: {folder.log(world.rank)} cannot be written ({error.strerror})")
+        yield
+        return
+    attempt = Launch.of(os.environ).attempt
+    log.write(
+        f"── {time.strftime('%Y-%m-%d %H:%M:%S%z')}, {socket.gethostname()}, pid {os.getpid()}, attempt {attempt} ──\n"
+    )
+    streams = sys.stdout, sys.stderr
+    kept = [] if world.is_main else _redirect(log.descriptor)
+    console = os.fdopen(os.dup(kept[1]), "w", encoding="utf-8", errors="replace") if kept else None
+    sys.stdout, sys.stderr = (cast(TextIO, _Stream(stream, log, console, world.is_main)) for stream in streams)
+    try:
+        yield
+    except BaseException:
+        log.write(traceback.format_exc())  # on the console stands the message
+        raise
+    finally:
+        sys.stdout, sys.stderr = streams
+        _restore(kept)
+        if console is not None:
+            console.close()
+        log.close()
+
+
+def _redirect(descriptor: int) -> list[int]:
+    """Point stdout and stderr at `descriptor`; returns copies of what they were."""
+    _flush()
+    kept = [os.dup(1), os.dup(2)]
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    return kept
+
+
+def _restore(kept: list[int]) -> None:
+    if kept:
+        _flush()
+    for target, copy in enumerate(kept, start=1):
+        os.dup2(copy, target)
+        os.close(copy)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the disk of the log is full
+            stream.flush()
+
+
+class _Log:
+    """A file that is written at once, without a buffer that a kill would lose, and given up where that fails."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.closed, self._failed = descriptor, False, False
+
+    def write(self, text: str) -> None:
+        if self.closed or self._failed:
+            return
+        try:
+            os.write(self.descriptor, text.encode(errors="replace"))
+        except OSError as error:
+            self._failed = True  # first, for the warning comes by here
+            say(f"warning: the log of a rank cannot be written ({error.strerror}) and ends here")
+
+    def close(self) -> None:
+        self.closed = True
+        os.close(self.descriptor)
+
+
+class _Stream:
+    """stdout or stderr of a rank that has a log; `original` in all else, and again once the log is closed (loggers keep it).
+
+    `console` is where `world.say` speaks as well; None where the stream is the console.
+    """
+
+    def __init__(self, original: TextIO, log: _Log, console: TextIO | None, doubled: bool) -> None:
+        self._original, self._log, self.console, self._doubled = original, log, console, doubled
+
+    def write(self, text: str) -> int:
+        if not text.startswith("\r"):  # a progress bar that is drawn anew
+            self._log.write(text)
+        return self._original.write(text) if self._doubled or self._log.closed else len(text)
+
+    def flush(self) -> None:
+        if self._doubled or self._log.closed:
+            self._original.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)

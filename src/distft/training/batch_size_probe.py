@@ -1,0 +1,122 @@
+"""The largest micro-batch that fits, found before the run by processes that do nothing else: `distft.training.batch_size_worker`.
+
+Each rank starts one of them, and they form a group of their own. So it works under every launcher, a rank that runs out of
+memory breaks nothing but the trial, and what the trial took of the GPU is given back with its process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import distributed
+
+from distft.distributed.world import OUTCOME, World
+from distft.errors import DistftError
+from distft.hardware import GIB
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One micro-batch tried: what it took on the worst rank, and what it may take there without the margin, in bytes."""
+
+    micro_batch: int
+    peak_bytes: float
+    limit_bytes: float
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.limit_bytes
+
+    def __str__(self) -> str:
+        return f"{self.micro_batch} takes {self.peak_bytes / GIB:,.2f} of {self.limit_bytes / GIB:,.2f} GiB"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the trial found: the micro-batches that were tried, smallest first, and how an allocation failed, if one did."""
+
+    trials: tuple[Trial, ...]
+    failed: str | None = None
+
+    @property
+    def largest(self) -> int | None:
+        return max((trial.micro_batch for trial in self.trials if trial.fits), default=None)
+
+    def __str__(self) -> str:
+        text = "; ".join(str(trial) for trial in self.trials[-2:])
+        return text + (f"; the next ran out of memory: {self.failed}" if self.failed else "")
+
+
+def probe(recipe: Path, world: World, environment: Mapping[str, str]) -> Probe:
+    """Try out the micro-batches of the recipe in the file `recipe`. All ranks enter, and get the same answer.
+
+    Raises:
+        DistftError: the trial failed for another reason than memory.
+    """
+    port = [free_port()]
+    if world.world_size > 1:
+        distributed.broadcast_object_list(port, src=0)
+    with tempfile.TemporaryDirectory(prefix="distft-probe-") as name:
+        results = Path(name) / "results.jsonl"
+        with (Path(name) / "log").open("w+") as log:
+            code = _run([sys.executable, "-m", "distft.training.batch_size_worker", str(results), f"recipe={recipe}"],
+                        _environment(environment, port[0]), log, world, f"distft/probe/{port[0]}")  # fmt: skip
+            log.seek(0)
+            ended = log.read()[-2000:] if code > 0 else None
+        lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    mine = (lines, ended)
+    everywhere = [mine] * world.world_size
+    if world.world_size > 1:
+        distributed.all_gather_object(everywhere, mine)
+    trials = tuple(Trial(**line) for line in everywhere[0][0] if "peak_bytes" in line)
+    failed = next((line["failed"] for found, _ in everywhere for line in found if "failed" in line), None)
+    crashed = next((text for found, text in everywhere if text is not None), None)
+    if crashed is not None and failed is None:
+        raise DistftError(
+            f"batching.micro_batch=auto: the trial of micro-batches failed; give a number instead. Its last words:\n{crashed}"
+        )
+    return Probe(trials, failed)
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])
+
+
+def _environment(environment: Mapping[str, str], port: int) -> dict[str, str]:
+    """Ours, for a group beside the run's: its own port, and none of the launcher's means to watch it."""
+    kept = {key: value for key, value in environment.items() if not key.startswith("TORCHELASTIC_") and key != OUTCOME}
+    return {**kept, "MASTER_PORT": str(port)}
+
+
+def _run(command: list[str], environment: Mapping[str, str], log: Any, world: World, key: str) -> int:
+    """Run this rank's process of the trial until it ends (its exit code) or that of another rank has failed (-1)."""
+    store = distributed.distributed_c10d._get_default_store() if world.world_size > 1 else None
+    # The trial ends when its standard input does: with this process, however that ends.
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=dict(environment))
+    try:
+        while child.poll() is None:
+            if store is not None and store.check([key]):
+                return -1
+            time.sleep(0.1)
+        if child.returncode and store is not None:
+            store.set(key, "failed")
+        return child.returncode
+    finally:
+        child.kill()
+        child.wait()
+        with contextlib.suppress(BrokenPipeError):
+            assert child.stdin is not None
+            child.stdin.close()

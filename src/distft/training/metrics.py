@@ -1,0 +1,341 @@
+"""What a run says about itself while it trains: loss, samples/s, tokens/s, MFU, memory, energy.
+
+All ranks measure and reduce; rank 0 alone writes metrics.jsonl, the console and the trackers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from distft.config.recipe import Recipe
+from distft.data.batch_plan import Plan
+from distft.data.loader import Waits
+from distft.distributed.world import World, gather, reduce, say
+from distft.hardware import GIB, EnergyMeter, device_flops
+from distft.runs.folder import RunFolder, full
+
+
+def model_flops_per_token(parameters: int, *, frozen_base: bool) -> float:
+    """4·N for a frozen base with an adapter (forward 2·N, backward through the activations 2·N), 6·N for full training.
+
+    N leaves out the input embeddings. Kaplan et al. 2020 (arXiv:2001.08361), section 2.1; recomputation does not count.
+    """
+    return (4 if frozen_base else 6) * float(parameters)
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of a token: those that the model asks for, and those that recomputation adds."""
+
+    model: float
+    recomputed: float = 0.0
+
+    @classmethod
+    def of(cls, model: float, recomputed_parameters: int) -> Work:
+        """A second forward through so many parameters is 2 FLOPs for each."""
+        return cls(model, 2.0 * recomputed_parameters)
+
+    def utilisation(self, tokens_per_second: float, flops: float) -> tuple[float, float]:
+        """MFU and HFU: the FLOPs of the model, or of the model and of recomputed layers, over what the devices could do at `flops` FLOP/s
+        together. Chowdhery et al. 2022 (arXiv:2204.02311), appendix B; Korthikanti et al. 2022 (arXiv:2205.05198), section 5."""
+        share = tokens_per_second / flops
+        return share * self.model, share * (self.model + self.recomputed)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of training: the wall-clock that it trained (evaluation and saving left out), its steps, samples and tokens, and the
+    joules of all GPUs (None: not counted)."""
+
+    seconds: float = 0.0
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    joules: float | None = None
+
+    def __add__(self, other: Window) -> Window:
+        joules = [each.joules for each in (self, other) if each.joules is not None]
+        return Window(
+            self.seconds + other.seconds, self.steps + other.steps, self.samples + other.samples, self.tokens + other.tokens,
+            sum(joules) if joules else None,
+        )  # fmt: skip
+
+    def rates(self, world_size: int, work: Work, flops: float | None) -> dict[str, float | None]:
+        """samples/s and tokens/s over all processes, tokens/s of one, and MFU and HFU where the device (`flops` FLOP/s) is known."""
+        if self.seconds <= 0:
+            return dict.fromkeys(("samples_per_second", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "hfu"))
+        tokens = self.tokens / self.seconds
+        mfu, hfu = work.utilisation(tokens, world_size * flops) if flops else (None, None)
+        return {
+            "samples_per_second": self.samples / self.seconds,
+            "tokens_per_second": tokens,
+            "tokens_per_second_per_gpu": tokens / world_size,
+            "mfu": mfu,
+            "hfu": hfu,
+        }
+
+    def energy(self, idle_watts: float | None) -> dict[str, float | None]:
+        """J a sample and a step, and the share of the energy that the idle devices (`idle_watts` together) would have drawn as well."""
+        if self.joules is None or self.joules <= 0 or not self.samples:
+            return dict.fromkeys(("joules_per_sample", "joules_per_step", "energy_idle_share"))
+        return {
+            "joules_per_sample": self.joules / self.samples,
+            "joules_per_step": self.joules / self.steps,
+            "energy_idle_share": None if idle_watts is None else min(idle_watts * self.seconds / self.joules, 1.0),
+        }
+
+
+_RANKS_LISTED = 64
+"""Up to so many ranks each one's memory stands in metrics.jsonl; above that the worst one's alone."""
+
+
+@dataclass
+class Telemetry(TrainerCallback):  # type: ignore[misc]
+    """The trainer's callback that measures; it stands before the trackers, so that they log what it adds."""
+
+    folder: RunFolder
+    recipe: Recipe
+    world: World
+    plan: Plan
+    """Says how many samples and tokens a number of optimizer steps has seen: TRL's count loses ranks in an epoch's last batch."""
+    work: Work
+    profiled: Callable[[int], bool] = lambda step: False
+    """Whether a step ran under the profiler. Its time is not that of the others; windows end where such steps begin and end."""
+    waits: Waits = field(default_factory=Waits)
+    resumed: Mapping[str, Any] = field(default_factory=dict)
+    """What `carried` said when the checkpoint was saved that the run goes on from."""
+    steps_total: int = 0
+    whole: Window = field(default_factory=Window)
+    _window: Window = field(default_factory=Window)
+    _clock: float = 0.0
+    _joules: float | None = None
+    _idle_watts: float | None = None
+    _evaluating_s: float = 0.0
+    _saving_s: float = 0.0
+    _began_at: int = 0
+    _step_logged: int = 0
+    _tokens_logged: int = 0
+    _losses: float = 0.0
+    _unwritten: list[dict[str, Any]] = field(default_factory=list)
+    _by_rank: dict[str, list[float]] = field(default_factory=dict)
+    _bar: Any = None
+    _energy: EnergyMeter | None = None
+    _energy_j: float | None = None
+    _started: float = 0.0
+    train_time_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self._flops = device_flops()
+        if self.resumed:
+            self.whole = Window(**self.resumed["whole"])
+            losses = self.resumed["losses"]  # None of NaN, which JSON does not have
+            self._losses = math.nan if losses is None else losses
+            self._evaluating_s, self._saving_s = self.resumed["evaluating_s"], self.resumed["saving_s"]
+            self.waits.seconds += self.resumed["waited_s"]
+
+    def carried(self) -> dict[str, Any]:
+        """What a run that goes on from here has to know, so that its figures are of all its steps and not of the last ones alone."""
+        return {
+            "whole": dataclasses.asdict(self.whole), "losses": self._losses, "evaluating_s": self._evaluating_s, "saving_s": self._saving_s,
+            "waited_s": self.waits.seconds, "trained_s": self._trained_s, "energy_j": self._energy_j,
+        }  # fmt: skip
+
+    @property
+    def _trained_s(self) -> float:
+        """Seconds of training until now, those of earlier starts as well; not what came after the checkpoint that the run went on from."""
+        return float(time.perf_counter() - self._started + self.resumed.get("trained_s", 0.0))
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Of all steps until the last log, one of which comes with the last step and with every save."""
+        return self._losses / self._step_logged if self._step_logged else None
+
+    # Trainer's events -------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._energy = EnergyMeter()
+        watts = self._energy.idle_watts()
+        total = reduce([watts or 0.0], "sum", self.world)[0]
+        self._idle_watts = None if watts is None else total
+        self.steps_total = state.max_steps
+        self._began_at = self._step_logged = state.global_step
+        self._tokens_logged = self.plan.tokens_after(state.global_step)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if self.world.is_main:
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, mininterval=0.5
+            )
+        self._started = time.perf_counter()
+        self._lap()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # A window of the rates ends with the warm-up, which they leave out, and with the last step, which they do not.
+        control.should_log |= state.global_step in (self._warmup, state.max_steps)
+        self._pause(control)
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._pause(control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        self._evaluating_s += self._lap().seconds
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._saving_s += self._lap().seconds
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Counts what is done inside, after the training, as saving."""
+        self._lap()
+        yield
+        self._saving_s += self._lap().seconds
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs is None or "train_runtime" in logs:
+            return
+        if "loss" in logs:
+            self._add_rates(state.global_step, logs)
+        for key in [key for key in logs if key.endswith("_loss")]:
+            logs[key.removesuffix("loss") + "perplexity"] = perplexity(logs[key])
+        if self.world.is_main:
+            self._write({"step": state.global_step, **logs, **(self._by_rank if "loss" in logs else {})})
+            self._show(logs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.train_time_s = self._trained_s
+        self._lap()
+        self._write()
+        if self._unwritten:
+            say(f"warning: {len(self._unwritten)} records could not be written to {self.folder.metrics}")
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _write(self, *records: dict[str, Any]) -> None:
+        """Append records to metrics.jsonl; where the disk is full, keep them for the next time."""
+        self._unwritten += records
+        try:
+            self.folder.append_metrics(*self._unwritten)
+        except OSError as error:
+            why = full(error)
+            if why is None:
+                raise
+            if len(self._unwritten) == len(records):  # the first time
+                say(f"warning: {self.folder.metrics} cannot be written ({why}); its records are kept until it can")
+            return
+        self._unwritten.clear()
+
+    def _pause(self, control: Any) -> None:
+        """End a stretch of training where something else comes next. Before a save or the end that is a log too, so that what has been
+        logged until then is all that came before it."""
+        control.should_log |= control.should_save or control.should_training_stop
+        if control.should_log or control.should_evaluate:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self._window += self._lap()
+
+    @property
+    def _warmup(self) -> int:
+        """The last of the steps that the run's rates leave out after each of its starts; at least one step is always measured."""
+        warm = self._began_at + self.recipe.tracking.throughput_warmup_steps
+        return min(warm, max(self.steps_total - 1, 0))
+
+    def _lap(self) -> Window:
+        """Seconds and joules of this process's GPU since the last call."""
+        now, joules = time.perf_counter(), self._energy.joules() if self._energy else None
+        used = None if joules is None else joules - (self._joules or 0.0)
+        lap = Window(now - self._clock, joules=used)
+        self._clock, self._joules = now, joules
+        return lap
+
+    def _add_rates(self, step: int, logs: dict[str, Any]) -> None:
+        """Rates of the steps since the last log, and of the run without its first steps. All ranks enter."""
+        samples, tokens = self.plan.samples_after(step), self.plan.tokens_after(step)
+        logs.pop("num_tokens", None)
+        window, self._window = self._window, Window()
+        joules = reduce([window.joules or 0.0], "sum", self.world)[0]
+        window = Window(
+            window.seconds, step - self._step_logged, samples - self.plan.samples_after(self._step_logged), tokens - self._tokens_logged,
+            None if window.joules is None else joules,
+        )  # fmt: skip
+        if self.profiled(step):
+            window = Window()  # its rates would be the profiler's
+        elif self._step_logged >= self._warmup:
+            self.whole += window
+        self._losses += logs["loss"] * (step - self._step_logged)
+        self._step_logged, self._tokens_logged = step, tokens
+        logs |= {"samples": samples, "tokens": tokens, "time_s": self._trained_s}
+        logs |= window.rates(self.world.world_size, self.work, self._flops) | self.memory()
+        logs["energy_j"] = self.energy()
+
+    def energy(self) -> float | None:
+        """Joules that the GPUs of all ranks have used since training began. All ranks enter."""
+        joules = self._energy.joules() if self._energy else None
+        total = float(reduce([joules or 0.0], "sum", self.world)[0]) + (self.resumed.get("energy_j") or 0.0)
+        self._energy_j = total if joules is not None else None
+        return self._energy_j
+
+    def memory(self) -> dict[str, float | None]:
+        """Peak allocated and reserved GPU memory and host RSS of the worst rank, in GiB. All ranks enter."""
+        on_gpu = torch.cuda.is_available()
+        numbers = [
+            torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0,
+            torch.cuda.max_memory_reserved() / GIB if on_gpu else 0.0,
+            psutil.Process(os.getpid()).memory_info().rss / GIB,
+        ]
+        everyone = gather(numbers, self.world)
+        worst = [max(column) for column in zip(*everyone, strict=True)]
+        self._by_rank = {"peak_memory_by_rank_gib": [rank[0] for rank in everyone]} if on_gpu else {}
+        self._by_rank["host_rss_by_rank_gib"] = [rank[2] for rank in everyone]
+        if self.world.world_size > _RANKS_LISTED:
+            self._by_rank = {}
+        return {
+            "peak_memory_gib": worst[0] if on_gpu else None, "peak_reserved_gib": worst[1] if on_gpu else None, "host_rss_gib": worst[2],
+        }  # fmt: skip
+
+    def figures(self) -> dict[str, Any]:
+        """The run's figures for its summary. All ranks enter."""
+        waited, evaluating, saving = reduce([self.waits.seconds, self._evaluating_s, self._saving_s], "max", self.world)
+        return {
+            "train_time_s": self.train_time_s, "samples": self.plan.samples_after(self._step_logged), "tokens": self._tokens_logged,
+            "energy_j": self.energy(), "idle_watts": self._idle_watts, **self.whole.energy(self._idle_watts),
+            "measured_steps": self.whole.steps, "step_time_s": self.whole.seconds / self.whole.steps if self.whole.steps else None,
+            "data_wait_s": waited, "evaluation_time_s": evaluating, "saving_time_s": saving,
+            **self.whole.rates(self.world.world_size, self.work, self._flops), **self.memory(),
+        }  # fmt: skip
+
+    def _show(self, logs: dict[str, Any]) -> None:
+        if self._bar is None:
+            return
+        if "loss" in logs:
+            shown = {"loss": f"{logs['loss']:.4f}"}
+            for key, unit in (("samples_per_second", "samples/s"), ("tokens_per_second", "tokens/s")):
+                if logs.get(key):
+                    shown[unit] = f"{logs[key]:,.1f}" if logs[key] < 100 else f"{logs[key]:,.0f}"
+            memory = logs.get("peak_memory_gib") or logs.get("host_rss_gib")
+            shown["GiB"] = f"{memory:.1f}"
+            self._bar.set_postfix(shown, refresh=True)
+        for key in logs:
+            if key.endswith("_loss"):
+                self._bar.write(f"step {self._bar.n}: {key} {logs[key]:.4f}, perplexity {perplexity(logs[key]):.3f}")
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean negative log-likelihood in nats; infinity where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

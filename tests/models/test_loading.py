@@ -1,0 +1,100 @@
+"""How a base model is loaded: what quantisation does to its modules and to what they compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from distft.config.recipe import load_recipe
+from distft.distributed.launcher_args import Launcher
+from distft.distributed.strategies.base import Strategy
+from distft.distributed.world import World
+from distft.models.activation_checkpointing import layers_of
+from distft.models.fused_lora import keeps_int8_products
+from distft.models.loading import checkpoint, load_model, merge, settle_adapter_dtype
+
+FOUR = ["quantization.load_in_4bit=true"]
+EIGHT = ["quantization.load_in_4bit=false", "quantization.load_in_8bit=true"]
+UNPACKED = [*FOUR, "quantization.dequantize_at_load=true"]
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distft.distributed.strategies.base.visible_devices", lambda: 0)
+
+
+def loaded(*overrides: str) -> tuple[Any, Any, Strategy]:
+    recipe = load_recipe(["recipe=tiny", "strategy=single", "lora.lora_dropout=0.0", *overrides])
+    strategy = Strategy.choose(recipe, World(), {}, Launcher())
+    return load_model(recipe, strategy), recipe, strategy
+
+
+def kinds(model: Any) -> set[str]:
+    return {
+        type(m).__name__ for m in model.modules() if isinstance(m, torch.nn.Linear) and not hasattr(m, "base_layer")
+    }
+
+
+def learn(model: Any) -> list[torch.Tensor]:
+    """The logits, and the gradients of all adapters."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    ids = torch.randint(5, 200, (2, 31), generator=torch.Generator().manual_seed(1))
+    out = model.train()(input_ids=ids, labels=ids)
+    out.loss.backward()
+    return [out.logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def test_weights_that_are_unpacked_at_load_compute_what_4_bits_do() -> None:
+    packed, _, _ = loaded(*FOUR)
+    dense, recipe, strategy = loaded(*UNPACKED)
+    assert "Linear4bit" in kinds(packed) and kinds(dense) == {"Linear"}
+    assert recipe.bits == 16 and not getattr(dense, "is_loaded_in_4bit", False)
+    settle_adapter_dtype(dense, recipe, strategy)
+    assert {p.dtype for p in dense.parameters() if p.requires_grad} == {torch.float32}
+    found, expected = learn(dense), learn(packed)
+    assert len(found) == len(expected) > 10 and all(tensor.abs().sum() > 0 for tensor in expected)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    plain, _, _ = loaded("quantization=null")
+    assert not torch.equal(learn(plain)[0], expected[0]), "4 bits are not the weights as they were"
+
+
+def test_a_merge_of_weights_that_were_unpacked_at_load_is_that_of_4_bits(tmp_path: Any) -> None:
+    model, packed, _ = loaded(*FOUR)
+    _, unpacked, _ = loaded(*UNPACKED)
+    learn(model)
+    model.save_pretrained(tmp_path / "adapter")
+    found = []
+    for name, recipe in (("packed", packed), ("unpacked", unpacked)):
+        merge(recipe, tmp_path / "adapter", tmp_path / name)
+        found.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("kernels", "reentrant"), [("auto", False), ("plain", True)])
+def test_8_bit_products_are_let_go_by_checkpointing(kernels: str, reentrant: bool) -> None:
+    """bitsandbytes' own nodes keep theirs beside what non-reentrant checkpointing knows of."""
+    model, recipe, strategy = loaded(*EIGHT, f"model.kernels={kernels}", "training.gradient_checkpointing=true")
+    assert "Linear8bitLt" in kinds(model) and keeps_int8_products(model) == reentrant
+    expected = learn(model)
+    model.zero_grad()
+    assert checkpoint(model, recipe, strategy, 64) == len(layers_of(model))
+    found = learn(model)
+    assert all(torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7) for ours, theirs in zip(found, expected, strict=True))
+    ids = torch.arange(5, 36).view(1, -1)
+    assert not any("8bit" in name for name in nodes(model(input_ids=ids, labels=ids).loss.grad_fn))
+
+
+def nodes(last: Any) -> set[str]:
+    """The names of all nodes of the graph that ends in `last`."""
+    found, waiting = set(), [last]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return {node.name() for node in found}
