@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from distft.distributed.world import World, say_once
+from distft.distributed.process import say_once
+from distft.distributed.world import World
 
 # What Slurm 23 sets in the batch script of `sbatch --nodes=2 --ntasks-per-node=8` …
 BATCH = {
@@ -127,7 +128,8 @@ def test_what_a_launcher_has_set_is_left_alone(environment: dict[str, str]) -> N
 # One launch of two workers that share this process as their parent, started again for each further attempt.
 LAUNCHER = """
 import os, subprocess, sys
-worker = "from os import environ; from distft.distributed.world import World, say_once; "
+worker = "from os import environ; from distft.distributed.process import say_once; "
+worker += "from distft.distributed.world import World; "
 worker += "say_once('no data', World.from_environment(environ), environ)"
 for attempt in range(int(sys.argv[1])):
     environment = {**os.environ, "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": str(attempt)}

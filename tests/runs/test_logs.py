@@ -18,7 +18,8 @@ import logging, os, sys
 from pathlib import Path
 from distft.runs.logs import rank_log
 from distft.runs.folder import RunFolder
-from distft.distributed.world import World, say
+from distft.console import say
+from distft.distributed.world import World
 
 try:
     with rank_log(RunFolder(Path("run")), World(rank=int(sys.argv[1]), world_size=int(sys.argv[2]))):

@@ -247,7 +247,7 @@ def report(options: argparse.Namespace) -> None:
 def _runs_and_logs(words: Sequence[str]) -> tuple[list[RunFolder], list[History]]:
     """What a report is on. `runs/*` names reports and logs of runs as well, so that what is neither a run nor somebody's log is skipped with a
     line, unless nothing is left."""
-    from distft.distributed.world import say
+    from distft.console import say
     from distft.reports.history import History, find_log
     from distft.runs.folder import RunFolder
 
@@ -275,7 +275,7 @@ def _runs_and_logs(words: Sequence[str]) -> tuple[list[RunFolder], list[History]
 def _beside(output: Path, texts: Mapping[str, str], read: Sequence[Path | None]) -> dict[Path, str]:
     """The files beside a page with their texts, without those that are there and no reports of distft's: nobody named them. What was `read`
     is one of these, and needs no word."""
-    from distft.distributed.world import say
+    from distft.console import say
 
     found = {}
     for kind, text in texts.items():

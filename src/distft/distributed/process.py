@@ -5,17 +5,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
-from distft.distributed.world import OUTCOME, STOP, World, say, say_once
+import psutil
+
+from distft.console import say
+from distft.distributed.world import OUTCOME, STOP, Launch, World
 from distft.errors import DistftError, Interrupted
 
 DEBUG = "DISTFT_DEBUG"
@@ -44,6 +49,31 @@ def guarded(work: Callable[[], None]) -> int:
         code, message, restart = 1, f"rank {world.rank} failed: {type(error).__name__}: {error}", True
     say_once(message, world, os.environ)
     return _leave(code, restart=restart)
+
+
+def say_once(message: str, world: World, environment: Mapping[str, str]) -> None:
+    """The same message from several processes of one node stands on stderr once.
+
+    The processes of one launch on a node share their parent; the first to make the file speaks. Where the
+    world is one process it always speaks. The files go with the folder of `distft train`; those of other launchers are
+    removed once the launcher is gone.
+    """
+    if world.world_size == 1:
+        say(message)
+        return
+    launch = Launch.of(environment)
+    digest = hashlib.sha256(message.encode()).hexdigest()[:8]
+    folder = Path(environment.get(OUTCOME) or tempfile.gettempdir())
+    for other in folder.glob(f"distft-{os.getuid()}-*.said"):
+        launcher = int(other.name.split("-")[2])
+        if launcher != os.getppid() and not psutil.pid_exists(launcher):
+            other.unlink(missing_ok=True)
+    key = f"distft-{os.getuid()}-{launch.launcher}-{launch.attempt}-{digest}.said"
+    try:
+        os.close(os.open(folder / key, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        return
+    say(message)
 
 
 def _leave_group() -> None:

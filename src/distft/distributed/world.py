@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import signal
 import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Literal, TypeVar
 
 import psutil
@@ -174,35 +170,3 @@ def reduce(numbers: Sequence[float], how: Literal["max", "sum"], world: World) -
     """Element-wise maximum or sum over all ranks, on all ranks. All ranks enter."""
     columns = zip(*gather(numbers, world), strict=True)
     return [max(column) if how == "max" else sum(column) for column in columns]
-
-
-def say(message: str) -> None:
-    """One line of distft's own on stderr, and on the console where `distft.runs.logs` keeps stderr from it."""
-    for stream in (sys.stderr, getattr(sys.stderr, "console", None)):
-        if stream is not None:
-            print(f"distft: {message}", file=stream, flush=True)
-
-
-def say_once(message: str, world: World, environment: Mapping[str, str]) -> None:
-    """The same message from several processes of one node stands on stderr once.
-
-    The processes of one launch on a node share their parent; the first to make the file speaks. Where the
-    world is one process it always speaks. The files go with the folder of `distft train`; those of other launchers are
-    removed once the launcher is gone.
-    """
-    if world.world_size == 1:
-        say(message)
-        return
-    launch = Launch.of(environment)
-    digest = hashlib.sha256(message.encode()).hexdigest()[:8]
-    folder = Path(environment.get(OUTCOME) or tempfile.gettempdir())
-    for other in folder.glob(f"distft-{os.getuid()}-*.said"):
-        launcher = int(other.name.split("-")[2])
-        if launcher != os.getppid() and not psutil.pid_exists(launcher):
-            other.unlink(missing_ok=True)
-    key = f"distft-{os.getuid()}-{launch.launcher}-{launch.attempt}-{digest}.said"
-    try:
-        os.close(os.open(folder / key, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    except FileExistsError:
-        return
-    say(message)

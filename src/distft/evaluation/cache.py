@@ -14,7 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from distft.distributed.world import World, say, together
+from distft.console import say
+from distft.distributed.world import World, together
 from distft.runs.folder import append_lines, read_lines, write_atomically
 
 Work = Callable[[list[int]], Iterable[tuple[int, dict[str, Any]]]]

@@ -20,8 +20,9 @@ from types import FrameType
 
 import psutil
 
+from distft.console import say
 from distft.distributed.process import told
-from distft.distributed.world import ATTEMPT, NPROC, OUTCOME, launcher_name, say
+from distft.distributed.world import ATTEMPT, NPROC, OUTCOME, launcher_name
 from distft.errors import Interrupted, LaunchError
 from distft.runs.folder import RunFolder
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from distft.console import say
 from distft.data.toy import reviews
-from distft.distributed.world import say
 from distft.paths import cache_folder, packaged
 from distft.runs.folder import write_atomically
 

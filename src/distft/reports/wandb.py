@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.config.schema import Tracking
-from distft.distributed.world import say
+from distft.console import say
 from distft.reports.markdown import comparison_rows, time_rows
 from distft.reports.report import Report
 from distft.reports.results import FIGURES

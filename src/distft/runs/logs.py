@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-from distft.distributed.world import Launch, World, say
+from distft.console import say
+from distft.distributed.world import Launch, World
 from distft.runs.folder import RunFolder
 
 

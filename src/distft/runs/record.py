@@ -16,9 +16,10 @@ from filelock import FileLock, Timeout
 from distft.config.recipe import Recipe
 from distft.config.validation import COMMAND_LINE
 from distft.config.yaml import parse_yaml
+from distft.console import say
 from distft.distributed.process import tell
 from distft.distributed.strategies.base import Strategy
-from distft.distributed.world import Launch, say, together
+from distft.distributed.world import Launch, together
 from distft.errors import AlreadyFinished, DistftError, Interrupted, RankLost, RunFolderError, UserError
 from distft.hardware import describe
 from distft.runs import manifest

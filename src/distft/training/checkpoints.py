@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback
 
 from distft.config.recipe import Recipe
+from distft.console import say
 from distft.distributed.strategies.base import Strategy
-from distft.distributed.world import say, together
+from distft.distributed.world import together
 from distft.errors import InvariantError, StorageError
 from distft.runs import manifest
 from distft.runs.folder import RunFolder, full, room

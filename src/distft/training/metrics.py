@@ -20,9 +20,10 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from distft.config.recipe import Recipe
+from distft.console import say
 from distft.data.batch_plan import Plan
 from distft.data.loader import Waits
-from distft.distributed.world import World, gather, reduce, say
+from distft.distributed.world import World, gather, reduce
 from distft.hardware import GIB, EnergyMeter, device_flops
 from distft.runs.folder import RunFolder, full
 

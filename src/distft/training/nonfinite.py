@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
 from distft.config.recipe import Recipe
+from distft.console import say
 from distft.data.batch_plan import Plan
-from distft.distributed.world import World, say
+from distft.distributed.world import World
 from distft.errors import BadNumbersError
 from distft.runs.folder import RunFolder
 

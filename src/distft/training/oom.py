@@ -21,10 +21,10 @@ import torch
 
 from distft.config.files import list_recipes
 from distft.config.recipe import Recipe, divisors, load_recipe
+from distft.console import say
 from distft.data.batch_plan import Lengths
 from distft.distributed.strategies import base as strategy
 from distft.distributed.strategies.base import Strategy
-from distft.distributed.world import say
 from distft.errors import OutOfMemory, RecipeError
 from distft.hardware import GIB, limit_gpu
 from distft.runs.folder import to_json, write_atomically

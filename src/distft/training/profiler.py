@@ -19,8 +19,9 @@ from torch.profiler import ProfilerActivity
 from transformers import TrainerCallback
 
 from distft.config.recipe import Recipe
+from distft.console import say
 from distft.data.loader import Waits
-from distft.distributed.world import World, say
+from distft.distributed.world import World
 from distft.runs.folder import RunFolder, to_json, write_atomically
 
 KINDS = ("compute", "communication", "copy")

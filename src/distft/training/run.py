@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import PrinterCallback
 
 from distft.config.recipe import load_recipe
+from distft.console import say
 from distft.data import prepare as data
 from distft.data.batch_plan import Plan
 from distft.data.loader import Waits
@@ -20,7 +21,7 @@ from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import base as strategy
 from distft.distributed.strategies.base import Strategy
 from distft.distributed.tensors import whole_numel
-from distft.distributed.world import STOP, Launch, World, say, together
+from distft.distributed.world import STOP, Launch, World, together
 from distft.models.digest import digest
 from distft.models.loading import (
     checkpoint,

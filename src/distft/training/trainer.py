@@ -12,11 +12,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from distft.config.recipe import Recipe
+from distft.console import say
 from distft.data.batch_plan import Plan
 from distft.data.loader import Collator, Waits, loader
 from distft.data.tokenize import IGNORED, lengths_of
 from distft.distributed.strategies.base import Strategy
-from distft.distributed.world import say
 from distft.runs.folder import RunFolder
 from distft.training.checkpoints import Checkpoints
 from distft.training.lm_head import Selection

@@ -23,7 +23,8 @@ from typing import IO, Any
 from torch import distributed
 from transformers import TrainerCallback
 
-from distft.distributed.world import World, say
+from distft.console import say
+from distft.distributed.world import World
 from distft.errors import DistftError, Interrupted, RankLost, UserError
 from distft.runs.record import Record
 

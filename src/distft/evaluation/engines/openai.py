@@ -17,7 +17,8 @@ from typing import Any
 import httpx
 
 from distft.config.evaluation import Judge
-from distft.distributed.world import World, say
+from distft.console import say
+from distft.distributed.world import World
 from distft.errors import JudgeError
 from distft.evaluation.generate import Answer, Item, Message, item_seed
 

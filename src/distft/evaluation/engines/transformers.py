@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from distft.config.evaluation import Evaluation
-from distft.distributed.world import say_once
+from distft.distributed.process import say_once
 from distft.errors import MissingExtraError, ModelError, OutOfMemory
 from distft.evaluation.engines.vllm import RANKS, VllmEngine
 from distft.evaluation.generate import (
