@@ -24,7 +24,7 @@ import synthetic
 import torch
 from provenance import provenance
 
-from distft.runs.folder import to_json, write_atomically
+from distft.files import to_json, write_atomically
 
 STEPS = {"ddp_vs_fsdp": 30, "ddp_vs_fsdp_published": 6}
 RESHARD = {"FSDP_RESHARD_AFTER_FORWARD": "true"}

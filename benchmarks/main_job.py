@@ -22,7 +22,8 @@ import torch
 from provenance import provenance
 from synthetic import LLAMA_2_7B, trained_tokenizer
 
-from distft.runs.folder import RunFolder, to_json, write_atomically
+from distft.files import to_json, write_atomically
+from distft.runs.folder import RunFolder
 
 
 def build(folder: Path, rows: Path, layers: int) -> None:

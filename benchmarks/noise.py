@@ -20,7 +20,8 @@ from typing import Any
 
 from provenance import provenance
 
-from distft.runs.folder import RunFolder, to_json, write_atomically
+from distft.files import to_json, write_atomically
+from distft.runs.folder import RunFolder
 
 OVERRIDES = ["recipe=tiny", "strategy=single", "evaluation.before_and_after=false", "training.logging_steps=1", "training.eval_strategy=no",
              "training.save_strategy=no", "tracking.report_to=[]"]  # fmt: skip

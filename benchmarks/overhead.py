@@ -24,7 +24,7 @@ from typing import Any
 
 from provenance import provenance
 
-from distft.runs.folder import to_json, write_atomically
+from distft.files import to_json, write_atomically
 from distft.training.batch_size_probe import free_port
 
 OVERRIDES = ["recipe=tiny", "training.num_train_epochs=10", "training.eval_strategy=no", "training.save_strategy=epoch",

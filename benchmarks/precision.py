@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from provenance import provenance
 
-from distft.runs.folder import RunFolder, to_json, write_atomically
+from distft.files import to_json, write_atomically
+from distft.runs.folder import RunFolder
 from distft.train import main as main_of_worker
 from distft.training import run as train
 

@@ -28,8 +28,9 @@ import psutil
 import torch
 from provenance import provenance
 
+from distft.files import to_json, write_atomically
 from distft.runs import manifest
-from distft.runs.folder import RunFolder, to_json, write_atomically
+from distft.runs.folder import RunFolder
 from distft.training.checkpoints import read_tensors
 
 STRATEGIES = {"ddp": (), "fsdp": ("strategy=fsdp", "quantization.bnb_4bit_quant_storage=float32")}

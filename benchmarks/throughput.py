@@ -33,8 +33,9 @@ from provenance import provenance
 from distft.config.recipe import Recipe, load_recipe
 from distft.data.batch_plan import Plan
 from distft.data.prepare import split
+from distft.files import to_json, write_atomically
 from distft.hardware import GIB, device_flops
-from distft.runs.folder import RunFolder, to_json, write_atomically
+from distft.runs.folder import RunFolder
 from distft.training.batch_size_probe import free_port
 
 REFERENCES = Path(__file__).parent / "references"

@@ -21,7 +21,8 @@ from distft.errors import Fault, LaunchError, RecipeError, RunFolderError
 from distft.evaluation import preflight as ready
 from distft.evaluation.checks import check
 from distft.evaluation.run import Request, _known, replaced
-from distft.runs.folder import RunFolder, read_lines, write_atomically
+from distft.files import read_lines, write_atomically
+from distft.runs.folder import RunFolder
 from distft.runs.offline import _records
 from tests.evaluation.conftest import distft, environment
 

@@ -26,7 +26,7 @@ from distft.evaluation.engines.transformers import TransformersEngine, _batches,
 from distft.evaluation.engines.vllm import VllmEngine
 from distft.evaluation.generate import Answer, Item, Message, Sampling, instruction_prompt, rendered
 from distft.evaluation.target import Target
-from distft.runs.folder import read_lines
+from distft.files import read_lines
 from tests.evaluation import writes
 
 PROGRAM = Path(writes.__file__)

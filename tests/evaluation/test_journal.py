@@ -10,7 +10,7 @@ import pytest
 from distft.distributed.world import World
 from distft.errors import DataError
 from distft.evaluation.cache import complete, key_of
-from distft.runs.folder import read_lines
+from distft.files import read_lines
 
 
 def squares(asked: list[int]) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from distft.runs.folder import RunFolder, read_lines
+from distft.files import read_lines
+from distft.runs.folder import RunFolder
 from tests.evaluation.conftest import distft
 
 TASKS = ["perplexity", "imdb", "lm_eval", "mt_bench", "alpaca"]

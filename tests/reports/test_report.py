@@ -20,10 +20,11 @@ from distft.config.recipe import load_recipe
 from distft.errors import RunFolderError
 from distft.evaluation.metrics import Estimate
 from distft.experiments.expand import load_experiment
+from distft.files import to_json
 from distft.reports.markdown import markdown
 from distft.reports.report import NOT_THERE, Report, report, report_on_runs
 from distft.reports.results import Run, read_run
-from distft.runs.folder import RunFolder, to_json
+from distft.runs.folder import RunFolder
 
 FIGURES: dict[str, Any] = {
     "status": "finished", "strategy": "ddp", "requested_strategy": "ddp", "world_size": 2, "global_batch_size": 16, "steps": 10,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from distft.experiments.expand import load_experiment
-from distft.runs.folder import RunFolder, to_json
+from distft.files import to_json
+from distft.runs.folder import RunFolder
 
 from ..distributed.test_artefacts import wandb_records
 from .test_report import FIGURES

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from distft.errors import RunFolderError
-from distft.runs.folder import SUMMARY_KEYS, RunFolder, to_json, write_atomically
+from distft.runs.folder import SUMMARY_KEYS, RunFolder
 
 
 def names(folder: Path) -> list[str]:
@@ -66,21 +65,6 @@ def test_constructing_a_run_folder_touches_no_disk(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "deep" / "file", "old")
-    write_atomically(tmp_path / "deep" / "file", "new")
-    assert (tmp_path / "deep" / "file").read_text() == "new"
-    assert names(tmp_path / "deep") == ["file"]
-
-
-def test_a_write_that_fails_half_way_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "file", "old")
-    with pytest.raises(UnicodeEncodeError):  # a lone surrogate has no UTF-8
-        write_atomically(tmp_path / "file", "x" * 100_000 + "\ud800")
-    assert (tmp_path / "file").read_text() == "old"
-    assert names(tmp_path) == ["file"]
-
-
 def test_a_summary_that_has_no_json_leaves_the_old_one_and_nothing_beside_it(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.write_summary({"status": "running"})
@@ -115,15 +99,6 @@ def test_a_key_that_no_summary_has_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="tokens_per_sec"):
         RunFolder(tmp_path).write_summary({"tokens_per_sec": 1.0})
     assert names(tmp_path) == []
-
-
-def test_nan_and_infinities_become_null_at_any_depth() -> None:
-    record = {"loss": float("nan"), "eval": {"perplexity": float("inf"), "all": [1.0, float("-inf"), (float("nan"),)]}}
-    assert json.loads(to_json(record)) == {"loss": None, "eval": {"perplexity": None, "all": [1.0, None, [None]]}}
-
-
-def test_a_value_of_another_type_is_written_as_its_text() -> None:
-    assert json.loads(to_json({"folder": Path("runs/tiny")})) == {"folder": "runs/tiny"}
 
 
 def test_nan_in_metrics_becomes_null(tmp_path: Path) -> None:

@@ -204,11 +204,11 @@ def compare(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> None:
     from distft.experiments.compare import report_on, track
+    from distft.files import to_json
     from distft.reports.history import distinct
     from distft.reports.html import histories, page
     from distft.reports.markdown import log_blocks, markdown
     from distft.reports.report import report
-    from distft.runs.folder import to_json
 
     words: list[str] = options.overrides
     experiment = _load_experiment(words) if _is_experiment(words) else None
@@ -299,7 +299,7 @@ def _is_report(path: Path) -> bool:
 
 
 def _hand_over(texts: Mapping[Path, str]) -> None:
-    from distft.runs.folder import write_atomically
+    from distft.files import write_atomically
 
     for output, text in texts.items():
         try:

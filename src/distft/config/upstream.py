@@ -24,8 +24,8 @@ from typing import Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, create_model
 
+from distft.files import write_atomically
 from distft.paths import cache_folder
-from distft.runs.folder import write_atomically
 
 Upstream = Literal["lora", "training"]
 UPSTREAMS: tuple[Upstream, ...] = ("lora", "training")

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +17,12 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
 from datasets.utils.logging import disable_progress_bar
-from filelock import FileLock
 
 from distft.config.recipe import Recipe
 from distft.config.schema import Data, Format
 from distft.data.tokenize import IGNORED, Example, format_dolly, format_review, tokenise
 from distft.errors import DataError, Fault
+from distft.files import build_folder_once
 from distft.models.tiny import tiny_sentiment
 from distft.paths import cache_folder, packaged
 
@@ -200,18 +198,13 @@ def prepare(recipe: Recipe, tokenizer: Any) -> Splits:
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(), "eos": tokenizer.eos_token_id,
     }  # fmt: skip
     folder = cache_folder() / "data" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".data-"))
-                try:
-                    splits, report = _prepare(recipe, tokenizer, raw, test, max_length)
-                    splits.save_to_disk(aside)
-                    (aside / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
-                    aside.rename(folder)
-                finally:
-                    shutil.rmtree(aside, ignore_errors=True)
+
+    def build(temporary: Path) -> None:
+        splits, report = _prepare(recipe, tokenizer, raw, test, max_length)
+        splits.save_to_disk(temporary)
+        (temporary / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+
+    build_folder_once(folder, build)
     splits = DatasetDict(load_from_disk(str(folder)))
     report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
     return Splits(splits["train"], splits.get("validation"), splits.get("test"), report)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from distft.console import say
 from distft.distributed.world import World, together
-from distft.runs.folder import append_lines, read_lines, write_atomically
+from distft.files import append_lines, read_lines, write_atomically
 
 Work = Callable[[list[int]], Iterable[tuple[int, dict[str, Any]]]]
 

@@ -28,8 +28,8 @@ from distft.evaluation.engines.transformers import TransformersEngine
 from distft.evaluation.generate import Answer, Engine, Item, Message, Sampling, generate, rendered, template_of
 from distft.evaluation.judge_parsing import Kind, parse_verdict
 from distft.evaluation.target import Target
+from distft.files import to_json, write_atomically
 from distft.models.loading import load_base, load_tokenizer, model_path
-from distft.runs.folder import to_json, write_atomically
 
 RUBRIC = """\
 [Would somebody who asked this be well served: is the response right, does it do all that was asked, and is it clear?]

@@ -30,9 +30,10 @@ from distft.evaluation import summary as details
 from distft.evaluation.columns import figures, shown
 from distft.evaluation.engines.openai import without_secrets
 from distft.evaluation.target import Target
+from distft.files import to_json, write_atomically
 from distft.hardware import describe
 from distft.reports.results import leaves
-from distft.runs.folder import RunFolder, to_json, write_atomically
+from distft.runs.folder import RunFolder
 from distft.runs.trackers import closing_trackers, log_evaluation
 
 _DAY_S = 24 * 3600

@@ -25,13 +25,14 @@ from distft.distributed.strategies.base import visible_devices
 from distft.errors import ExperimentError, Fault, Interrupted, MissingExtraError, RunFolderError
 from distft.experiments.expand import Experiment, ExperimentRun
 from distft.experiments.progress import Watched, watched
+from distft.files import write_atomically
 from distft.reports.comparability import differences
 from distft.reports.html import histories, page
 from distft.reports.markdown import markdown
 from distft.reports.report import DAMAGED, NOT_THERE, Report, report_on_runs
 from distft.reports.results import Run, leaves, outcome, read_run
 from distft.reports.wandb import log_report
-from distft.runs.folder import RunFolder, write_atomically
+from distft.runs.folder import RunFolder
 
 _EVERY_S = 0.5
 """How often the table of the runs is drawn anew."""

@@ -21,8 +21,9 @@ from typing import Any
 from distft.config.recipe import Recipe
 from distft.config.schema import Slurm
 from distft.errors import Fault, LaunchError
+from distft.files import append_lines, read_lines, write_atomically
 from distft.paths import packaged
-from distft.runs.folder import RunFolder, append_lines, read_lines, write_atomically
+from distft.runs.folder import RunFolder
 from distft.runs.slurm_job import LIMIT_S
 
 _SECRET = re.compile(r"TOKEN(?!IZ)|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)

@@ -8,17 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from distft.console import say
 from distft.data.toy import reviews
+from distft.files import build_folder_once, write_atomically
 from distft.paths import cache_folder, packaged
-from distft.runs.folder import write_atomically
 
 VOCABULARY = 2_048
 CONTEXT = 128
@@ -34,17 +31,7 @@ def tiny_model() -> Path:
     corpus = packaged("assets/tiny_corpus.txt").read_text(encoding="utf-8")
     recipe = f"{VOCABULARY} {CONTEXT} {STEPS} {BATCH} {_config_text()}"
     folder = cache_folder() / f"tiny-{hashlib.sha256((corpus + recipe).encode()).hexdigest()[:12]}"
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tiny-"))
-            try:
-                _build(corpus, aside)
-                aside.rename(folder)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+    build_folder_once(folder, lambda temporary: _build(corpus, temporary))
     return folder
 
 

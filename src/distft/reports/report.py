@@ -15,11 +15,12 @@ from typing import Any
 from distft.errors import RunFolderError
 from distft.evaluation import columns
 from distft.evaluation import summary as details
+from distft.files import to_json
 from distft.reports.bottleneck import Bound, Facts, Split, bound, whole_run
 from distft.reports.comparability import BY_DEFAULT, EQUAL, WEIGHTS, differences, sameness
 from distft.reports.comparison import CLOSE, Comparison, judge, judge_items, sentence
 from distft.reports.results import FIGURES, TIMES, Run, read_run
-from distft.runs.folder import RunFolder, to_json
+from distft.runs.folder import RunFolder
 from distft.stats import CONFIDENCE, Interval, repeats_to_find
 
 LOSS_TOLERANCE = 0.01

@@ -20,19 +20,15 @@ runs/<name>/
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
-import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distft.errors import RunFolderError
+from distft.files import append_lines, read_lines, to_json, write_atomically
 
 SUMMARY_KEYS = (
     "status", "cause", "recipe", "strategy", "requested_strategy", "world_size", "global_batch_size", "global_batch_tokens",
@@ -45,59 +41,6 @@ SUMMARY_KEYS = (
     "evaluation",
 )  # fmt: skip
 """Every key of `summary.json`, in order; null where unknown."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` aside and move it into place, so that a reader sees the old file or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(aside).chmod(0o644)
-        Path(aside).replace(path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def full(error: BaseException) -> str | None:
-    """What is full, in words, where `error` is Python's, safetensors' or torch's way to say that a file cannot be written
-    for that reason: the disk, a quota, a limit on file sizes. None for another error."""
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return error.strerror
-    text = str(error)
-    named = next((os.strerror(number) for number in _FULL if os.strerror(number) in text), None)
-    if named is None and any(sign in text for sign in ("PytorchStreamWriter failed", "inline_container.cc")):
-        return "a file cannot be written to its end"  # torch's writer gives no reason
-    return named
-
-
-def room(path: Path, needed: int) -> str:
-    """How much of `needed` bytes the disk of `path` has free, in words."""
-    free = shutil.disk_usage(path).free
-    missing = f", {(needed - free) / 2**20:,.1f} MiB too little" if needed > free else ""
-    return f"about {needed / 2**20:,.1f} MiB are needed, {free / 2**20:,.1f} MiB are free in {path}{missing}"
-
-
-def to_json(record: Mapping[str, Any]) -> str:
-    """Strict JSON: NaN and infinities become null, for readers in other languages; unknown types their `str`."""
-    return json.dumps(_finite(record), indent=2, default=str, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
 
 
 @dataclass(frozen=True)
@@ -291,23 +234,3 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete records of `metrics.jsonl`; a last line torn by a kill is left out."""
         return read_lines(self.metrics)
-
-
-def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Append each record to a JSON-lines file, in a single write; a line that was torn before is cut off first."""
-    lines = "".join(json.dumps(_finite(record), allow_nan=False, default=str) + "\n" for record in records)
-    with path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":  # torn
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(lines.encode())
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete records of a JSON-lines file; none where there is no file."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]

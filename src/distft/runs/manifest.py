@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distft.runs.folder import to_json, write_atomically
+from distft.files import to_json, write_atomically
 
 NAME = "manifest.json"
 

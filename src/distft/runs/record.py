@@ -21,9 +21,10 @@ from distft.distributed.process import tell
 from distft.distributed.strategies.base import Strategy
 from distft.distributed.world import Launch, together
 from distft.errors import AlreadyFinished, DistftError, Interrupted, RankLost, RunFolderError, UserError
+from distft.files import disk_full_reason, to_json, write_atomically
 from distft.hardware import describe
 from distft.runs import manifest
-from distft.runs.folder import RunFolder, full, to_json, write_atomically
+from distft.runs.folder import RunFolder
 from distft.runs.slurm_job import batch_job, is_queued, requeues
 
 _FREE_TO_CHANGE = (
@@ -207,7 +208,7 @@ class Record:
         try:
             self._close(error, stopped)
         except OSError as unwritten:  # what went wrong before is what the user must hear of
-            if (why := full(unwritten)) is None:
+            if (why := disk_full_reason(unwritten)) is None:
                 raise
             say(f"warning: {self.folder.summary} cannot be written ({why}); it still says running")
 

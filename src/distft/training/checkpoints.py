@@ -22,8 +22,9 @@ from distft.console import say
 from distft.distributed.strategies.base import Strategy
 from distft.distributed.world import together
 from distft.errors import InvariantError, StorageError
+from distft.files import disk_full_reason, free_space
 from distft.runs import manifest
-from distft.runs.folder import RunFolder, full, room
+from distft.runs.folder import RunFolder
 
 
 def save_result(model: Any, recipe: Recipe, strategy: Strategy, folder: RunFolder) -> Path:
@@ -47,12 +48,12 @@ def _write(model: Any, gathered: Mapping[str, torch.Tensor], recipe: Recipe, tar
     try:
         expected = _save(model, gathered, recipe, target)
     except Exception as error:  # each library has its own
-        why = full(error)
+        why = disk_full_reason(error)
         if why is None:
             raise
         shutil.rmtree(target, ignore_errors=True)
         raise StorageError(
-            f"training is done, but its result cannot be saved: {why}; {room(target.parent, needed)}. "
+            f"training is done, but its result cannot be saved: {why}; {free_space(target.parent, needed)}. "
             "Free some space and give the same command: it goes on from the last checkpoint"
         ) from error
     if len(expected) != len(gathered):
@@ -151,7 +152,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         try:
             closing.result()
         except OSError as error:
-            why = full(error)
+            why = disk_full_reason(error)
             if why is None:
                 raise
             self._give_up(step, why, needed)
@@ -163,7 +164,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         good, _ = manifest.newest(self._folder.checkpoints)
         kept = f"The last good one is {good.name}" if good else "There is no other one"
         say(
-            f"warning: {target.name} was not saved: {why}; {room(target.parent, needed)}. {kept}. Free some space; the run goes on, and the next save tries again"
+            f"warning: {target.name} was not saved: {why}; {free_space(target.parent, needed)}. {kept}. Free some space; the run goes on, and the next save tries again"
         )
 
     def _anywhere(self, part: Callable[[], None]) -> str | None:
@@ -172,7 +173,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         try:
             part()
         except (Exception, CheckpointException) as error:  # each library has its own, and torch's is no Exception
-            why = full(error)
+            why = disk_full_reason(error)
             if why is None or not self._strategy.meets_after_failed_write:
                 raise
             fault = f"{why} (rank {self._strategy.world.rank})"

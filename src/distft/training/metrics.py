@@ -24,8 +24,9 @@ from distft.console import say
 from distft.data.batch_plan import Plan
 from distft.data.loader import Waits
 from distft.distributed.world import World, gather, reduce
+from distft.files import disk_full_reason
 from distft.hardware import GIB, EnergyMeter, device_flops
-from distft.runs.folder import RunFolder, full
+from distft.runs.folder import RunFolder
 
 
 def model_flops_per_token(parameters: int, *, frozen_base: bool) -> float:
@@ -234,7 +235,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         try:
             self.folder.append_metrics(*self._unwritten)
         except OSError as error:
-            why = full(error)
+            why = disk_full_reason(error)
             if why is None:
                 raise
             if len(self._unwritten) == len(records):  # the first time

@@ -26,8 +26,8 @@ from distft.data.batch_plan import Lengths
 from distft.distributed.strategies import base as strategy
 from distft.distributed.strategies.base import Strategy
 from distft.errors import OutOfMemory, RecipeError
+from distft.files import to_json, write_atomically
 from distft.hardware import GIB, limit_gpu
-from distft.runs.folder import to_json, write_atomically
 from distft.runs.record import Record
 from distft.training.batch_size_probe import probe
 from distft.training.memory_estimate import Shape, cheaper, device_bytes

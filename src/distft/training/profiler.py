@@ -22,7 +22,8 @@ from distft.config.recipe import Recipe
 from distft.console import say
 from distft.data.loader import Waits
 from distft.distributed.world import World
-from distft.runs.folder import RunFolder, to_json, write_atomically
+from distft.files import to_json, write_atomically
+from distft.runs.folder import RunFolder
 
 KINDS = ("compute", "communication", "copy")
 """From the one that hides the others to the one that hides none."""

@@ -12,7 +12,7 @@ from distft.config.recipe import load_recipe
 from distft.errors import JudgeError
 from distft.evaluation.judge import RUBRIC, Judgement, Question, count, judge_all, out_of_ten
 from distft.evaluation.target import Target
-from distft.runs.folder import read_lines
+from distft.files import read_lines
 from tests.evaluation.judged.conftest import evaluation
 
 Replay = Callable[..., Any]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distft.runs.folder import read_lines
+from distft.files import read_lines
 
 PAIRS = [{"instruction": f"Say {number} words.", "output": " ".join(["word"] * number)} for number in range(1, 9)]
 

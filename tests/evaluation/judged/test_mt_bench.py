@@ -15,7 +15,7 @@ from distft.evaluation.judge import Judgement
 from distft.evaluation.summary import lines, warnings
 from distft.evaluation.target import Target
 from distft.evaluation.tasks.mt_bench import TEMPERATURE, TwoTurns, read_questions, result, run
-from distft.runs.folder import read_lines, to_json
+from distft.files import read_lines, to_json
 from tests.evaluation.judged.conftest import evaluation
 
 Replay = Callable[..., Any]

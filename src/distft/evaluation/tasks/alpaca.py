@@ -25,7 +25,7 @@ from distft.evaluation.judge import Judgement, Question, count, judge_all, out_o
 from distft.evaluation.metrics import Floats
 from distft.evaluation.scores import described, mean_of_known, paired, paired_shares, share
 from distft.evaluation.target import SideName, Target
-from distft.runs.folder import write_atomically
+from distft.files import write_atomically
 
 Outcome = Literal["win", "tie", "loss", "unparsed"]
 POINTS: Mapping[Outcome, float] = {"win": 1.0, "tie": 0.5, "loss": 0.0, "unparsed": float("nan")}

@@ -25,7 +25,7 @@ from distft.evaluation.likelihood import batches, continuation_log_likelihoods
 from distft.evaluation.metrics import RESAMPLES, Estimate, Floats, compared, correlation
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import reviews
-from distft.runs.folder import read_lines, write_atomically
+from distft.files import read_lines, write_atomically
 
 _TITLES = {
     "accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "macro_f1": "macro F1",

@@ -23,7 +23,7 @@ from distft.evaluation.judge import Judgement, Question, count, judge_all, out_o
 from distft.evaluation.metrics import Floats
 from distft.evaluation.scores import described, mean_of_known, paired, share
 from distft.evaluation.target import SideName, Target
-from distft.runs.folder import write_atomically
+from distft.files import write_atomically
 
 TEMPERATURE = {
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1,

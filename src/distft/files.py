@@ -1,0 +1,109 @@
+"""Write files so that a crash, a full disk or a second process never leaves half of one behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to a temporary file and rename it to `path`: a reader sees the old content or the new, never a mix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def build_folder_once(folder: Path, build: Callable[[Path], None]) -> None:
+    """Create `folder` with `build(temporary_folder)`, unless it exists.
+
+    The first process to arrive builds; the others wait for a file lock, and so for no collective that could time out. The
+    folder appears under its name only when it is complete.
+    """
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.exists():
+            return
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            build(temporary)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def disk_full_reason(error: BaseException) -> str | None:
+    """Why a write failed, if a full disk, a quota or a file-size limit caused `error`; otherwise None.
+
+    Recognises the errors of Python, safetensors and torch.
+    """
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return error.strerror
+    text = str(error)
+    reason = next((os.strerror(number) for number in _DISK_FULL if os.strerror(number) in text), None)
+    if reason is None and any(sign in text for sign in ("PytorchStreamWriter failed", "inline_container.cc")):
+        return "a file could not be written completely"  # torch's writer gives no reason
+    return reason
+
+
+def free_space(path: Path, needed: int) -> str:
+    """A phrase that compares the `needed` bytes with the free space on the disk of `path`."""
+    free = shutil.disk_usage(path).free
+    missing = f", {(needed - free) / 2**20:,.1f} MiB too little" if needed > free else ""
+    return f"about {needed / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free in {path}{missing}"
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """Strict JSON for readers in any language: NaN and infinities become null, unknown types their `str`."""
+    return json.dumps(_finite(record), indent=2, default=str, allow_nan=False)
+
+
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append each record to a JSON Lines file in a single write, after removing an incomplete last line."""
+    lines = "".join(json.dumps(_finite(record), allow_nan=False, default=str) + "\n" for record in records)
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":  # a kill cut the last write short
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(lines.encode())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every complete record of a JSON Lines file; none if the file does not exist."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,26 @@
+"""Small pieces of text in messages: counts, shortened lists, durations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def count(number: int, noun: str) -> str:
+    """`1 process`, `2 processes`, `1,024 GPUs`."""
+    plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{plural}"
+
+
+def shorten(items: Iterable[str], limit: int, separator: str = ", ") -> str:
+    """The first `limit` items, and how many more there are: `a, b and 3 more`."""
+    items = list(items)
+    more = len(items) - limit
+    return separator.join(items[:limit]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in a duration as sbatch writes it: `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M` or `D-H:M:S`."""
+    days, dash, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    hours, minutes, seconds = [*parts, 0, 0][:3] if dash or len(parts) == 3 else [0, *parts, 0][:3]
+    return float(((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)
