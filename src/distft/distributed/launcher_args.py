@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import yaml
 
-from distft.distributed.world import NPROC, World
+from distft.distributed.supervisor import NPROC
+from distft.distributed.world import World
 from distft.errors import LaunchError
 
 _TYPES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp"}

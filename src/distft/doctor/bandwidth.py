@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from distft.distributed.process import end_with_parent
+from distft.distributed.supervisor import end_with_parent
 
 WARMUP, REPEATS = 3, 10
 SIZE_MIB = {"nccl": 256, "gloo": 16}

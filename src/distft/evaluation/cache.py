@@ -15,7 +15,8 @@ from typing import Any
 from tqdm import tqdm
 
 from distft.console import say
-from distft.distributed.world import World, together
+from distft.distributed.collectives import gather, together
+from distft.distributed.world import World
 from distft.files import append_lines, read_lines, write_atomically
 
 Work = Callable[[list[int]], Iterable[tuple[int, dict[str, Any]]]]
@@ -85,10 +86,4 @@ def _files(path: Path) -> list[Path]:
 
 
 def _union(made: dict[str, dict[str, Any]], world: World) -> dict[str, dict[str, Any]]:
-    if world.world_size == 1:
-        return made
-    from torch import distributed
-
-    everywhere: list[dict[str, dict[str, Any]]] = [{} for _ in range(world.world_size)]
-    distributed.all_gather_object(everywhere, made)
-    return {key: record for part in everywhere for key, record in part.items()}
+    return {key: record for part in gather(made, world) for key, record in part.items()}

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from distft.config.evaluation import Evaluation, Judge
 from distft.config.recipe import Recipe
 from distft.config.schema import Quantization
-from distft.distributed.world import together
+from distft.distributed.collectives import together
 from distft.errors import JudgeError, ModelError
 from distft.evaluation.engines.openai import Endpoint
 from distft.evaluation.engines.transformers import TransformersEngine

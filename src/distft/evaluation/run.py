@@ -22,8 +22,10 @@ from distft.config.recipe import Recipe, load_recipe
 from distft.config.validation import COMMAND_LINE
 from distft.console import say
 from distft.data import prepare as data
+from distft.distributed.collectives import together
 from distft.distributed.strategies import base as strategy
-from distft.distributed.world import OUTCOME, World, together
+from distft.distributed.supervisor import OUTCOME
+from distft.distributed.world import World
 from distft.errors import Fault, LaunchError, RunFolderError
 from distft.evaluation import preflight as ready
 from distft.evaluation import summary as details

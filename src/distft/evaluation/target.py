@@ -15,7 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from distft.config.recipe import Recipe
 from distft.data import prepare as data
-from distft.distributed.world import World, together
+from distft.distributed.collectives import together
+from distft.distributed.world import World
 from distft.errors import ModelError
 from distft.models.loading import load_base, load_tokenizer, model_path
 

@@ -21,8 +21,7 @@ from types import FrameType
 import psutil
 
 from distft.console import say
-from distft.distributed.process import told
-from distft.distributed.world import ATTEMPT, NPROC, OUTCOME, launcher_name
+from distft.distributed.supervisor import ATTEMPT, NPROC, OUTCOME, launcher_name, read_note
 from distft.errors import Interrupted, LaunchError
 from distft.runs.folder import RunFolder
 
@@ -161,7 +160,7 @@ def run(arguments: Sequence[str], processes: int, restarts: int, node: Node, mod
             if code < 0:
                 rank, who = (0, "rank 0") if alone else (None, "the launcher")
                 _record_kill(rank, f"{who} was killed by {signal.Signals(-code).name}", attempt, outcome)
-        exit_code = told("exit-code", outcome)
+        exit_code = read_note("exit-code", outcome)
         if code == 0 and exit_code is not None:
             ended = int(exit_code)
         else:
@@ -213,7 +212,7 @@ def _start(command: Sequence[str], environment: Mapping[str, str], outcome: Path
 def _record_kill(rank: int | None, cause: str, attempt: int, outcome: Path) -> None:
     """Say that the process that was started was killed, and write into the run folder what it had no time to write."""
     say(cause)
-    path = told("folder", outcome)
+    path = read_note("folder", outcome)
     if path is None:
         return
     folder = RunFolder(Path(path))

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils.logging import disable_progress_bar
 
 from distft.config.recipe import Recipe
+from distft.distributed.collectives import reduce
 from distft.distributed.strategies.base import Strategy
 from distft.distributed.tensors import whole_numel
-from distft.distributed.world import reduce
 from distft.errors import ModelError
 from distft.models import attention
 from distft.models.activation_checkpointing import checkpoint_layers, layers_of, layers_to_checkpoint

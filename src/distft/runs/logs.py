@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
 from distft.console import say
-from distft.distributed.world import Launch, World
+from distft.distributed.supervisor import Launch
+from distft.distributed.world import World
 from distft.runs.folder import RunFolder
 
 

@@ -17,9 +17,9 @@ from distft.config.recipe import Recipe
 from distft.config.validation import COMMAND_LINE
 from distft.config.yaml import parse_yaml
 from distft.console import say
-from distft.distributed.process import tell
+from distft.distributed.collectives import broadcast, together
 from distft.distributed.strategies.base import Strategy
-from distft.distributed.world import Launch, together
+from distft.distributed.supervisor import Launch, leave_note
 from distft.errors import AlreadyFinished, DistftError, Interrupted, RankLost, RunFolderError, UserError
 from distft.files import disk_full_reason, to_json, write_atomically
 from distft.hardware import describe
@@ -108,18 +108,12 @@ class Record:
             place, lock = _find(recipe, strategy, working_folder)
             return place
 
-        place = together(world, find)
-        if world.world_size > 1:
-            from torch import distributed
-
-            shared = [place]
-            distributed.broadcast_object_list(shared, src=0)
-            place = shared[0]
+        place = broadcast(together(world, find), world)
         assert place is not None
         record = cls(place, recipe, strategy, lock)
         record.note(**facts)
         if world.is_main:
-            tell("folder", str(place.folder.path))
+            leave_note("folder", str(place.folder.path))
             if not place.claimed:
                 place.folder.keep_metrics(place.step)
                 manifest.drop_after(place.folder.checkpoints, place.step)

@@ -17,7 +17,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from distft.config.recipe import Recipe
 from distft.console import say
-from distft.distributed.world import STOP, World
+from distft.distributed.signals import STOP
+from distft.distributed.world import World
 from distft.files import to_json, write_atomically
 from distft.runs.folder import RunFolder
 from distft.runs.offline import WANDB_FINISH_S, has_wandb_key, last_step

@@ -20,7 +20,9 @@ from typing import Any
 
 from torch import distributed
 
-from distft.distributed.world import OUTCOME, World
+from distft.distributed.collectives import broadcast, gather
+from distft.distributed.supervisor import OUTCOME
+from distft.distributed.world import World
 from distft.errors import DistftError
 from distft.hardware import GIB
 
@@ -63,21 +65,17 @@ def probe(recipe: Path, world: World, environment: Mapping[str, str]) -> Probe:
     Raises:
         DistftError: the trial failed for another reason than memory.
     """
-    port = [free_port()]
-    if world.world_size > 1:
-        distributed.broadcast_object_list(port, src=0)
+    port = broadcast(free_port(), world)
     with tempfile.TemporaryDirectory(prefix="distft-probe-") as name:
         results = Path(name) / "results.jsonl"
         with (Path(name) / "log").open("w+") as log:
             code = _run([sys.executable, "-m", "distft.training.batch_size_worker", str(results), f"recipe={recipe}"],
-                        _environment(environment, port[0]), log, world, f"distft/probe/{port[0]}")  # fmt: skip
+                        _environment(environment, port), log, world, f"distft/probe/{port}")  # fmt: skip
             log.seek(0)
             ended = log.read()[-2000:] if code > 0 else None
         lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     mine = (lines, ended)
-    everywhere = [mine] * world.world_size
-    if world.world_size > 1:
-        distributed.all_gather_object(everywhere, mine)
+    everywhere = gather(mine, world)
     trials = tuple(Trial(**line) for line in everywhere[0][0] if "peak_bytes" in line)
     failed = next((line["failed"] for found, _ in everywhere for line in found if "failed" in line), None)
     crashed = next((text for found, text in everywhere if text is not None), None)

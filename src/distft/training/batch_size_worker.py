@@ -27,10 +27,11 @@ from distft.data import prepare as data
 from distft.data.batch_plan import Plan
 from distft.data.loader import Collator
 from distft.data.tokenize import lengths_of
+from distft.distributed.collectives import reduce
 from distft.distributed.launcher_args import Launcher
-from distft.distributed.process import end_with_parent
 from distft.distributed.strategies.base import Strategy
-from distft.distributed.world import World, reduce
+from distft.distributed.supervisor import end_with_parent
+from distft.distributed.world import World
 from distft.hardware import GIB, limit_gpu
 from distft.models.loading import checkpoint, load_model, load_tokenizer, settle_adapter_dtype
 from distft.runs.folder import RunFolder

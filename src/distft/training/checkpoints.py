@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback
 
 from distft.config.recipe import Recipe
 from distft.console import say
+from distft.distributed.collectives import first_failure, together
 from distft.distributed.strategies.base import Strategy
-from distft.distributed.world import together
 from distft.errors import InvariantError, StorageError
 from distft.files import disk_full_reason, free_space
 from distft.runs import manifest
@@ -176,9 +175,6 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             why = disk_full_reason(error)
             if why is None or not self._strategy.meets_after_failed_write:
                 raise
-            fault = f"{why} (rank {self._strategy.world.rank})"
-        faults = [fault]
-        if self._strategy.world.world_size > 1:
-            faults = [None] * self._strategy.world.world_size
-            distributed.all_gather_object(faults, fault)
-        return next((text for text in faults if text is not None), None)
+            fault = why
+        first = first_failure(fault, self._strategy.world)
+        return None if first is None else f"{first[1]} (rank {first[0]})"

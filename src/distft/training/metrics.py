@@ -23,7 +23,8 @@ from distft.config.recipe import Recipe
 from distft.console import say
 from distft.data.batch_plan import Plan
 from distft.data.loader import Waits
-from distft.distributed.world import World, gather, reduce
+from distft.distributed.collectives import gather, reduce
+from distft.distributed.world import World
 from distft.files import disk_full_reason
 from distft.hardware import GIB, EnergyMeter, device_flops
 from distft.runs.folder import RunFolder

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.profiler import ProfilerActivity
 from transformers import TrainerCallback
 
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.data.loader import Waits
+from distft.distributed.collectives import gather
 from distft.distributed.world import World
 from distft.files import to_json, write_atomically
 from distft.runs.folder import RunFolder
@@ -161,15 +161,12 @@ class Profile(TrainerCallback):  # type: ignore[misc]
             for event in events
             if event.device_type().name == device
         ]
-        mine = {
+        mine: dict[str, Any] = {
             "rank": self._world.rank, "step_time_s": seconds / self._steps,
             **{key: value / self._steps for key, value in shares(found, seconds).items()}, "data_wait_s": waited / self._steps,
             "longest": longest(found, seconds),
         }  # fmt: skip
-        ranks: list[Any] = [mine]
-        if self._world.world_size > 1:
-            ranks = [None] * self._world.world_size
-            dist.all_gather_object(ranks, mine)
+        ranks = gather(mine, self._world)
         if self._world.is_main:
             steps = [self._first + 1, self._first + self._steps]
             write_atomically(

@@ -17,11 +17,14 @@ from distft.data import prepare as data
 from distft.data.batch_plan import Plan
 from distft.data.loader import Waits
 from distft.data.tokenize import at_most, lengths_of
+from distft.distributed.collectives import together
 from distft.distributed.launcher_args import Launcher
+from distft.distributed.signals import STOP
 from distft.distributed.strategies import base as strategy
 from distft.distributed.strategies.base import Strategy
+from distft.distributed.supervisor import Launch
 from distft.distributed.tensors import whole_numel
-from distft.distributed.world import STOP, Launch, World, together
+from distft.distributed.world import World
 from distft.models.digest import digest
 from distft.models.loading import (
     checkpoint,

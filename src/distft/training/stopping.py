@@ -9,7 +9,8 @@ from typing import Any
 from torch import distributed
 from transformers import TrainerCallback
 
-from distft.distributed.world import STOP, World
+from distft.distributed.signals import STOP
+from distft.distributed.world import World
 from distft.errors import Interrupted
 
 _KEY = "distft/stop"

@@ -20,10 +20,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from torch import distributed
 from transformers import TrainerCallback
 
 from distft.console import say
+from distft.distributed.collectives import gather
 from distft.distributed.world import World
 from distft.errors import DistftError, Interrupted, RankLost, UserError
 from distft.runs.record import Record
@@ -77,12 +77,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def __enter__(self) -> Watch:
         here = (socket.gethostname(), os.getpid())
-        everyone: list[tuple[str, int]] = [here]
-        if self._world.world_size > 1:
-            everyone = [here] * self._world.world_size
-            distributed.all_gather_object(everyone, here)
         self._neighbours = {
-            rank: pid for rank, (host, pid) in enumerate(everyone) if host == here[0] and pid != here[1]
+            rank: pid
+            for rank, (host, pid) in enumerate(gather(here, self._world))
+            if host == here[0] and pid != here[1]
         }
         self._descriptors = {os.pidfd_open(pid): rank for rank, pid in self._neighbours.items()}
         self._record.folder.stacks.mkdir(exist_ok=True)

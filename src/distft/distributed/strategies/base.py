@@ -20,10 +20,11 @@ from torch import nn
 from distft.config.files import read_yaml
 from distft.config.recipe import Recipe
 from distft.config.schema import StrategyName
+from distft.distributed.collectives import reduce
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies.fsdp2 import keep_layers, keep_outputs, make_real_on_cpu, prefetch
 from distft.distributed.tensors import checksum, is_sharded, local_part, whole_numel, whole_tensors
-from distft.distributed.world import World, reduce
+from distft.distributed.world import World
 from distft.errors import Fault, InvariantError, LaunchError
 from distft.paths import packaged
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from distft.config.evaluation import Evaluation
-from distft.distributed.world import together
+from distft.distributed.collectives import together
 from distft.errors import DataError
 from distft.evaluation.engines.transformers import engine_of
 from distft.evaluation.generate import Answer, Item, Sampling, generate

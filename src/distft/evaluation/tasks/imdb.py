@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from distft.config.evaluation import Evaluation
 from distft.console import say
-from distft.distributed.world import together
+from distft.distributed.collectives import together
 from distft.evaluation.cache import complete, key_of
 from distft.evaluation.engines.transformers import TransformersEngine
 from distft.evaluation.generate import Item, Sampling, generate

@@ -1,0 +1,74 @@
+"""Signals that stop a run: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (a scheduler's warning before its time limit)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+
+from distft.console import say
+from distft.errors import Interrupted
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+HANDLER_TIMEOUT_S = 10.0
+"""How long the main thread may take to run its signal handler before the process is ended. Not applied in training."""
+
+
+@dataclass
+class StopRequest:
+    """A signal to this process.
+
+    While `deferred`, the first signal is kept in `signum` until all ranks can stop together: between two parts of the
+    work or, while `training`, after a step. Only the next signal ends the process at once.
+    """
+
+    deferred: bool = False
+    training: bool = False
+    signum: int | None = None
+
+
+STOP = StopRequest()  # one per process, like signal handlers
+
+
+def raise_on_signals(exit_code: Callable[[int], int]) -> None:
+    """Raise Interrupted in the main thread on a signal, or note it in `STOP` if that is deferred.
+
+    `exit_code` maps Interrupted's exit code to the one for this process's launcher; it is called if the main thread
+    does not respond and the process has to be ended from another thread.
+    """
+    handled = threading.Event()
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        handled.set()
+        if STOP.deferred and STOP.signum is None:
+            STOP.signum = signum
+            return
+        if STOP.signum == signum != signal.SIGINT:
+            return  # launchers repeat their signals; a user who wants to end at once presses Ctrl-C again
+        signal.signal(signum, signal.SIG_IGN)  # raise once; the run then writes its summary undisturbed
+        raise Interrupted(signal.Signals(STOP.signum or signum).name)
+
+    def watch() -> None:
+        """End the process if its main thread does not run the handler.
+
+        Python runs handlers between two bytecodes of the main thread, which may be stuck in torch, waiting for ranks
+        that never arrive. The wake-up file descriptor reports the signal nevertheless.
+        """
+        while number := os.read(reading, 1):
+            if number[0] in STOPPING and not STOP.training and not handled.wait(HANDLER_TIMEOUT_S):
+                if STOP.training:
+                    continue
+                error = Interrupted(signal.Signals(number[0]).name)
+                say(str(error))
+                os._exit(exit_code(error.exit_code))
+
+    for signum in STOPPING:
+        signal.signal(signum, handler)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1) and None)  # a child's signals are its own
+    threading.Thread(target=watch, name="distft-signals", daemon=True).start()

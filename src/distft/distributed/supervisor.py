@@ -1,0 +1,68 @@
+"""What `distft train` and the workers it supervises share: environment variables, a folder of notes, and restarts."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+NPROC = "DISTFT_NPROC"
+"""Environment variable: the number of processes the user asked `distft train` for."""
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
+"""Environment variable that torchrun sets: how often the group has been restarted."""
+OUTCOME = "DISTFT_OUTCOME"
+"""Environment variable: a folder that `distft train` shares with its workers while they run. The workers leave their
+exit code there, because an elastic launcher would lose it. A file `stop` in it tells restarted workers to end."""
+
+
+def leave_note(name: str, text: str) -> None:
+    """Leave `text` for `distft train` under `name`; do nothing if another launcher started this process."""
+    if OUTCOME in os.environ:
+        (Path(os.environ[OUTCOME]) / name).write_text(text, encoding="utf-8")
+
+
+def read_note(name: str, folder: Path | None = None) -> str | None:
+    """Return the note `name` from the shared folder (default: this worker's); None if there is none."""
+    path = (folder or Path(os.environ.get(OUTCOME, os.devnull))) / name
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started.
+
+    `launcher` identifies the parent process, `attempt` counts the restarts of the group by that launcher, and `began`
+    is the Unix time of the first start.
+    """
+
+    launcher: str
+    attempt: int
+    began: float
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Launch:
+        parent = psutil.Process(os.getppid())
+        attempt = environment.get(ATTEMPT)
+        began = psutil.Process().create_time() if attempt is None else parent.create_time()
+        return cls(launcher_name(parent), int(attempt or 0), began)
+
+
+def launcher_name(process: psutil.Process) -> str:
+    """A name that no other process on this machine has had."""
+    return f"{process.pid}-{process.create_time():.2f}"
+
+
+def end_with_parent() -> None:
+    """End this process when its parent, which holds the other end of its standard input, ends for whatever reason."""
+
+    def wait() -> None:
+        # Not sys.stdin.read(): a thread that holds its lock during interpreter shutdown aborts the process.
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
