@@ -528,7 +528,7 @@ def test_a_folder_of_somebody_s_trainer_and_all_that_lies_beside_runs(made: Path
     assert missing.returncode == 2 and "runs/typo" in missing.stderr
     (tmp_path / "page.md").write_text("# Mine\n")
     done = command(tmp_path, "runs/sharded", "--output", "page.html")
-    assert done.stdout == "report: page.html, page.json\n" and "page.md is no report of distft's" in done.stderr
+    assert done.stdout == "report: page.html, page.json\n" and "page.md is not a distft report" in done.stderr
     assert command(tmp_path, "runs/sharded", "--output", "page.html").stdout == done.stdout, "its own it writes anew"
     assert (tmp_path / "page.md").read_text() == "# Mine\n"
 

@@ -1,0 +1,37 @@
+"""`distft evaluate`: measure a base model and its adapter side by side."""
+
+from __future__ import annotations
+
+import argparse
+
+from distft.cli.arguments import Commands, at_least_one
+from distft.evaluation.columns import TASKS
+
+
+def add_to(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="compare the fine-tuned model with its base on held-out tasks",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Tasks (evaluation.tasks=[NAME,NAME]; default: those of the recipe):\n"
+        + "\n".join(f"  {name:<12}{what}" for name, what in TASKS.items()),
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="RUN",
+        help="a run folder, or model=PATH adapter=PATH; then any number of evaluation.key=value overrides",
+    )
+    parser.add_argument("--nproc", type=int, help="number of processes to share the work (default: one per GPU, or 1)")
+    parser.set_defaults(run=evaluate)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from distft.distributed.strategies.base import visible_devices
+    from distft.evaluation.run import Request
+    from distft.launch.local import EVALUATION, Node, run
+
+    request = Request.of(options.overrides)  # find the user's mistakes before starting any process
+    processes = options.nproc or max(visible_devices(), 1)
+    at_least_one(processes, "--nproc")
+    return run(options.overrides, processes, request.recipe.run.max_restarts, Node(), EVALUATION)
