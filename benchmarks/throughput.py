@@ -32,7 +32,7 @@ from provenance import provenance
 
 from distft.config.recipe import Recipe, load_recipe
 from distft.data.batch_plan import Plan
-from distft.data.prepare import split
+from distft.data.prepare import split_rows
 from distft.files import to_json, write_atomically
 from distft.hardware import GIB, device_flops
 from distft.runs.folder import RunFolder
@@ -67,7 +67,7 @@ class Inputs:
 
     def order(self, recipe: Recipe, gpus: int, steps: int) -> list[dict[str, Any]]:
         """Of each step the rows that distft's plan takes, the packs they fall into, and the tokens they have."""
-        numbers = split(range(len(self.lengths)), recipe.data, recipe.run.seed, with_test=True)["train"]
+        numbers = split_rows(range(len(self.lengths)), recipe.data, recipe.run.seed, with_test=True)["train"]
         plan = Plan(self.lengths[numbers], recipe.batching, recipe.run.seed)
         found = []
         for step in range(steps):

@@ -22,7 +22,7 @@ from distft.config.evaluation import TaskName
 from distft.config.files import list_recipes
 from distft.config.recipe import load_recipe
 from distft.config.schema import StrategyName
-from distft.data import prepare as data
+from distft.data.formats import data_faults
 from distft.distributed.strategies import base as strategy
 from distft.evaluation.columns import TASKS
 from distft.experiments.expand import load_experiment
@@ -103,7 +103,7 @@ def test_recipes_of_commands_for_other_machines_load(
     monkeypatch.chdir(reader)
     words = shlex.split(command, comments=True)
     settings = [word for word in words if re.match(r"[\w.]+=", word)]
-    checks = (strategy.faults, data.faults, slurm.faults)
+    checks = (strategy.faults, data_faults, slurm.faults)
     if "experiment=" in command:
         assert f"experiment={load_experiment(settings, checks=checks).name}" in words
     elif words[:2] == ["distft", "evaluate"]:
@@ -139,7 +139,7 @@ def test_messages_are_the_real_ones(reader: Path) -> None:
 
 
 def test_the_page_s_experiment_is_one(reader: Path) -> None:
-    experiment = load_experiment(["experiment=precision"], checks=(strategy.faults, data.faults), folder=reader)
+    experiment = load_experiment(["experiment=precision"], checks=(strategy.faults, data_faults), folder=reader)
     assert [run.variant for run in experiment.runs] == ["bits4", "bits32"] * 5
 
 

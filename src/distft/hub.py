@@ -22,7 +22,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from distft.config.files import list_recipes
 from distft.config.recipe import Recipe
-from distft.data.prepare import HubSplit, prepare, read, sources
+from distft.data.prepare import prepare_data
+from distft.data.sources import HubSplit, data_sources, read_source
 from distft.errors import DataError, ModelError
 from distft.models import digest as weights
 from distft.models.loading import load_tokenizer
@@ -44,8 +45,8 @@ def fetch(recipe: Recipe) -> list[str]:
         DataError: the data cannot be had or used as asked.
     """
     lines = fetch_model(recipe)
-    splits = prepare(recipe, load_tokenizer(recipe))
-    lines += map(fetch_data, sources(recipe.data))
+    splits = prepare_data(recipe, load_tokenizer(recipe))
+    lines += map(fetch_data, data_sources(recipe.data))
     tokens = [Path(file["filename"]) for split in (splits.train, splits.validation, splits.test) if split is not None
               for file in split.cache_files]  # fmt: skip
     return [*lines, f"data, tokenised: {tokens[0].parents[1]}, {_size(*tokens)}"]
@@ -68,7 +69,7 @@ def fetch_data(source: Path | HubSplit) -> str:
     Raises:
         DataError: it cannot be had.
     """
-    files = [Path(file["filename"]) for file in read(source).cache_files]
+    files = [Path(file["filename"]) for file in read_source(source).cache_files]
     name = f"{source.name}, {source.split} split" if isinstance(source, HubSplit) else str(source)
     return f"data {name}: {files[0].parent if files else source}, {_size(*files)}"
 
@@ -117,7 +118,7 @@ def missing_data(recipe: Recipe, source: Path | HubSplit) -> list[str]:
         return [] if source.exists() else [f"there is no data file or folder {source} (data)"]
     with offline():
         try:
-            read(source)
+            read_source(source)
         except DataError:
             return [f"the data {source.name}, {source.split} split, is not in the cache; {remedy(recipe)}"]
     return []
@@ -133,7 +134,7 @@ def _repositories(recipe: Recipe) -> dict[str, tuple[str, ...]]:
 
 def _sources(recipe: Recipe, found: list[str]) -> list[Path | HubSplit]:
     try:
-        return sources(recipe.data)
+        return data_sources(recipe.data)
     except DataError as error:
         found.append(str(error))
         return []

@@ -12,7 +12,7 @@ import yaml
 from distft.cli.main import main
 from distft.config.files import read_yaml
 from distft.config.recipe import Recipe, load_recipe, schema
-from distft.data import prepare as data
+from distft.data.formats import data_faults
 from distft.distributed.strategies import base as strategy
 from distft.errors import Fault, RecipeError
 from distft.paths import packaged
@@ -22,7 +22,7 @@ SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load(*arguments: str, folder: Path | None = None) -> Recipe:
-    return load_recipe(arguments, checks=(strategy.faults, data.faults), folder=folder)
+    return load_recipe(arguments, checks=(strategy.faults, data_faults), folder=folder)
 
 
 def faults(*arguments: str, folder: Path | None = None) -> dict[str, Fault]:
@@ -517,7 +517,7 @@ def test_what_is_required_and_not_set_is_a_fault_of_the_file(tmp_path: Path) -> 
         (
             "recipe=climate_llama3b training.completion_only_loss=true",
             "training.completion_only_loss",
-            "whole texts have no completion",
+            "data.format.text names whole texts",
         ),
     ],
 )

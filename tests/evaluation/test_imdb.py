@@ -11,7 +11,9 @@ import torch
 from sklearn import metrics as sklearn_metrics
 
 from distft.config.recipe import load_recipe
-from distft.data.tokenize import format_review, tokenise
+from distft.data.prepare import prepare_data
+from distft.data.templates import format_review
+from distft.data.tokenize import tokenize
 from distft.data.toy import reviews as made
 from distft.errors import DataError
 from distft.evaluation.likelihood import continuation_log_likelihoods
@@ -59,7 +61,7 @@ def test_prompt_and_word_are_the_tokens_that_training_has_seen(tokenizer: Any, m
         text = row["text"] * 2
         prompt = prompt_of(text, words, tokenizer, max_length)
         longest = max(range(2), key=lambda label: len(prompt.continuations[label]))
-        ((ids, labels, _),) = tokenise(
+        ((ids, labels, _),) = tokenize(
             [format_review(text, words[longest], completion_only=True)], tokenizer, max_length
         )
         assert [*prompt.prefix, *prompt.continuations[longest], tokenizer.eos_token_id] == ids
@@ -149,11 +151,9 @@ def test_a_balanced_subset_has_as_many_of_each_class_by_its_seed() -> None:
 
 
 def test_the_held_out_rows_are_those_of_training(tokenizer: Any) -> None:
-    from distft.data import prepare as data
-
     recipe = load_recipe(["recipe=tiny_sentiment", "evaluation.imdb.balanced=false"])
     rows = reviews.load(recipe, 2)
-    held_out = data.prepare(recipe, tokenizer).test
+    held_out = prepare_data(recipe, tokenizer).test
     assert held_out is not None and len(rows) == len(held_out) == 240
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in held_out["input_ids"]]
     assert all(row.text in text for row, text in zip(rows, texts, strict=True))

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from distft.config.recipe import load_recipe
 from distft.data.batch_plan import Plan
-from distft.data.prepare import split
+from distft.data.prepare import split_rows
 from distft.runs import manifest
 
 from ..distributed.conftest import Ended, finish, start
@@ -47,7 +47,7 @@ def overrides(model: Path) -> list[str]:
 def write_data(where: Path, model: Path, cursed: set[tuple[int, int]]) -> list[int]:
     """Write the rows; those of `cursed` (step, place in its global batch) hold the curse. Returns their numbers in the train split."""
     recipe = load_recipe(overrides(model))
-    rows = split(list(range(ROWS)), recipe.data, recipe.run.seed, with_test=True)["train"]
+    rows = split_rows(list(range(ROWS)), recipe.data, recipe.run.seed, with_test=True)["train"]
     plan = Plan([1] * ROWS, recipe.batching, recipe.run.seed)
     numbers = [int(plan.samples(step - 1)[place]) for step, place in sorted(cursed)]
     marked = {rows[number] for number in numbers}

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 from distft.config.recipe import load_recipe
-from distft.data import prepare as data
 from distft.data.batch_plan import Plan
+from distft.data.formats import data_faults
 from distft.data.loader import Collator, scored
-from distft.data.tokenize import IGNORED, lengths_of
+from distft.data.prepare import lengths_of, prepare_data
+from distft.data.tokenize import IGNORED
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies.base import Strategy
 from distft.distributed.world import World
@@ -34,10 +35,10 @@ PADDED, PACKED = ("batching.micro_batch=4",), ("batching.micro_batch_tokens=300"
 
 def trainer_of(tmp_path: Path, *overrides: str) -> Trainer:
     """A trainer as `distft.train` builds it, over an adapter that has learned something: B is not zero."""
-    recipe = load_recipe([*RECIPE, *overrides], checks=(data.faults,))
+    recipe = load_recipe([*RECIPE, *overrides], checks=(data_faults,))
     strategy = Strategy.choose(recipe, World(), {}, Launcher())
     tokenizer = load_tokenizer(recipe)
-    splits = data.prepare(recipe, tokenizer)
+    splits = prepare_data(recipe, tokenizer)
     plan = Plan(lengths_of(splits.train), recipe.batching, recipe.run.seed)
     accumulation = plan.accumulation(1, 1)
     model = load_model(recipe, strategy)
@@ -150,7 +151,7 @@ def test_an_evaluation_of_packs_is_that_of_padded_rows(tmp_path: Path) -> None:
 def samples(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, list[int]]]:
     """A few real samples of several lengths."""
     monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "cache"))
-    rows = list(data.prepare(load_recipe(RECIPE), tokenizer).train.select(range(5)))
+    rows = list(prepare_data(load_recipe(RECIPE), tokenizer).train.select(range(5)))
     assert len({len(row["input_ids"]) for row in rows}) >= 4
     return rows
 

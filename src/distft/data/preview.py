@@ -1,4 +1,7 @@
-"""`distft data preview`: what the model is trained on, as text: which tokens count, how long samples are, what was dropped."""
+"""`distft data preview`: print what the model is trained on, which tokens count, and what was dropped.
+
+The text of a sample comes from its prompt template; the templates are in `distft.data.templates`.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +9,39 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distft.config.recipe import Recipe
-from distft.data.prepare import prepare
-from distft.data.tokenize import IGNORED, lengths_of
+from distft.data.prepare import lengths_of, prepare_data
+from distft.data.tokenize import IGNORED
+
+_GREEN, _DIM, _RESET = "\033[32m", "\033[2m", "\033[0m"
 
 
 def preview(recipe: Recipe, tokenizer: Any, *, rows: Sequence[int], colour: bool) -> str:
-    """The samples `rows` of the train split with trained and masked tokens told apart, the histogram of lengths, and what
-    was truncated or dropped."""
-    splits = prepare(recipe, tokenizer)
+    """The training samples numbered `rows` with trained and masked tokens marked (in colour or with ⟦ ⟧), a histogram of
+    lengths, and how many samples were truncated or dropped."""
+    splits = prepare_data(recipe, tokenizer)
     lines: list[str] = []
     for number in (number for number in rows if number < len(splits.train)):
         row = splits.train[number]
         trained = sum(label != IGNORED for label in row["labels"])
-        lines += [
-            f"── sample {number}: {len(row['input_ids'])} tokens, {trained} trained " + "─" * 40,
-            _shown(row, tokenizer, colour),
-        ]
+        lines.append(f"── sample {number}: {len(row['input_ids'])} tokens, {trained} trained " + "─" * 40)
+        lines.append(_marked(row, tokenizer, colour))
     lengths = lengths_of(splits.train).tolist()
     lines += ["── lengths in tokens (train) " + "─" * 40, *_histogram(lengths), *splits.report.lines()]
-    lines.append("legend: " + ("\033[32mtrained\033[0m \033[2mmasked\033[0m" if colour else "⟦trained⟧ masked"))
-    return "\n".join(lines)
+    legend = f"{_GREEN}trained{_RESET} {_DIM}masked{_RESET}" if colour else "⟦trained⟧ masked"
+    return "\n".join([*lines, f"legend: {legend}"])
 
 
-def _shown(row: Mapping[str, Any], tokenizer: Any, colour: bool) -> str:
+def _marked(row: Mapping[str, Any], tokenizer: Any, colour: bool) -> str:
+    """The decoded text of a sample, run by run of trained or masked tokens."""
     pieces, start = [], 0
     trained = [label != IGNORED for label in row["labels"]]
     for end in range(1, len(trained) + 1):
         if end == len(trained) or trained[end] != trained[start]:
             piece = tokenizer.decode(row["input_ids"][start:end], skip_special_tokens=False)
-            marks = ("\033[32m", "\033[0m") if trained[start] else ("\033[2m", "\033[0m")
-            pieces.append(marks[0] + piece + marks[1] if colour else f"⟦{piece}⟧" if trained[start] else piece)
+            if colour:
+                pieces.append(f"{_GREEN if trained[start] else _DIM}{piece}{_RESET}")
+            else:
+                pieces.append(f"⟦{piece}⟧" if trained[start] else piece)
             start = end
     return "".join(pieces)
 
@@ -43,9 +49,10 @@ def _shown(row: Mapping[str, Any], tokenizer: Any, colour: bool) -> str:
 def _histogram(lengths: Sequence[int], bins: int = 10, width: int = 40) -> list[str]:
     low, high = min(lengths), max(lengths) + 1
     step = max(1, -(-(high - low) // bins))
-    counts = [sum(low + i * step <= n < low + (i + 1) * step for n in lengths) for i in range(-(-(high - low) // step))]
+    starts = range(low, high, step)
+    counts = [sum(start <= length < start + step for length in lengths) for start in starts]
     top = max(counts)
     return [
-        f"{low + i * step:>7,} – {low + (i + 1) * step - 1:<7,} {count:>7,} {'█' * round(width * count / top)}"
-        for i, count in enumerate(counts)
+        f"{start:>7,} – {start + step - 1:<7,} {count:>7,} {'█' * round(width * count / top)}"
+        for start, count in zip(starts, counts, strict=True)
     ]

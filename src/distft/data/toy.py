@@ -1,22 +1,40 @@
-"""Short film reviews with a sentiment, made by code: rows in IMDB's schema (`text`, and `label` 0 negative or 1 positive) for which
-nothing has to be downloaded, and which a small model can learn to tell apart."""
+"""Synthetic film reviews, labelled by sentiment.
+
+The rows have IMDB's schema (`text`, and `label`: 0 negative, 1 positive), need no download, and are simple enough for a
+small model to learn to classify.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
+from pathlib import Path
 from typing import Any
+
+from distft.files import write_atomically
+from distft.paths import cache_folder
 
 ROWS = 1_200
 SEED = 7
 
 _OPENINGS = (
-    "I saw this {thing} on {day}.", "My {friend} took me to this {thing}.", "We watched the {thing} at home.", "This {thing} came out on {day}.",
-    "On {day} I watched this {thing} with my {friend}.", "The {thing} runs for two hours.", "",
-)  # fmt: skip
+    "I saw this {thing} on {day}.",
+    "My {friend} took me to this {thing}.",
+    "We watched the {thing} at home.",
+    "This {thing} came out on {day}.",
+    "On {day} I watched this {thing} with my {friend}.",
+    "The {thing} runs for two hours.",
+    "",
+)
 _JUDGEMENTS = (
-    "The {part} was {word}.", "I found the {part} {word}.", "What a {word} {thing}!", "The {part} is {word} from the first minute to the last.",
-    "Everybody said that the {part} was {word}, and so it was.", "A {word} {part}, all in all.",
-)  # fmt: skip
+    "The {part} was {word}.",
+    "I found the {part} {word}.",
+    "What a {word} {thing}!",
+    "The {part} is {word} from the first minute to the last.",
+    "Everybody said that the {part} was {word}, and so it was.",
+    "A {word} {part}, all in all.",
+)
 _CLOSINGS = {
     1: (
         "I will see it again.",
@@ -39,7 +57,7 @@ _WORDS = {
     1: ("wonderful", "brilliant", "moving", "funny", "beautiful", "clever", "gripping", "great", "charming", "superb"),
     0: ("awful", "boring", "dull", "clumsy", "terrible", "weak", "tedious", "bad", "silly", "dreadful"),
 }
-_FILL = {
+_PLACEHOLDERS = {
     "thing": ("film", "movie", "picture"),
     "part": ("story", "acting", "music", "ending", "dialogue", "camera work", "cast", "plot"),
     "day": ("Monday", "Friday", "Sunday", "a rainy evening"),
@@ -47,21 +65,30 @@ _FILL = {
 }
 
 
+def tiny_sentiment() -> Path:
+    """The file of the built-in reviews in the user's cache, written by the first process that asks for it."""
+    text = "".join(json.dumps(row) + "\n" for row in reviews())
+    file = cache_folder() / f"tiny_sentiment-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+    if not file.exists():
+        write_atomically(file, text)
+    return file
+
+
 def reviews(count: int = ROWS, seed: int = SEED) -> list[dict[str, Any]]:
-    """`count` rows, the same for the same seed, every other one positive; no two texts are equal."""
+    """`count` distinct rows, reproducible for a given `seed`; negative and positive rows alternate."""
     draw = random.Random(seed)  # noqa: S311
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
     while len(rows) < count:
         label = len(rows) % 2
         parts = [draw.choice(_OPENINGS), *draw.sample(_JUDGEMENTS, draw.randint(1, 2)), draw.choice(_CLOSINGS[label])]
-        text = " ".join(_filled(part, label, draw) for part in parts if part)
+        text = " ".join(_fill(part, label, draw) for part in parts if part)
         if text not in seen:
             seen.add(text)
             rows.append({"text": text, "label": label})
     return rows
 
 
-def _filled(template: str, label: int, draw: random.Random) -> str:
-    words = {name: draw.choice(options) for name, options in _FILL.items()}
+def _fill(template: str, label: int, draw: random.Random) -> str:
+    words = {name: draw.choice(options) for name, options in _PLACEHOLDERS.items()}
     return template.format(**words, word=draw.choice(_WORDS[label]))

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict
 
-from distft.data.tokenize import format_dolly
+from distft.data.templates import format_dolly
 from distft.distributed.world import World
 from distft.evaluation.cache import complete, key_of
 

@@ -13,7 +13,8 @@ from datasets.utils.logging import disable_progress_bar
 from huggingface_hub import constants
 
 from distft.config.recipe import Recipe
-from distft.data import prepare as data
+from distft.data.formats import check_columns, data_faults
+from distft.data.sources import data_sources, read_source
 from distft.errors import DataError, Fault, UserError
 from distft.evaluation import checks
 from distft.evaluation.engines import openai as endpoint
@@ -55,7 +56,7 @@ def faults_of_base(recipe: Recipe) -> list[Fault]:
     found = [
         Fault(recipe.source.of("model.name"), "model.name", line) for line in missing_model(recipe, hub=_is_offline())
     ]
-    if "perplexity" in recipe.evaluation.tasks and not data.faults(recipe):
+    if "perplexity" in recipe.evaluation.tasks and not data_faults(recipe):
         disable_progress_bar()
         found += _told(recipe, "data", lambda: _held_out(recipe))
     return found
@@ -88,13 +89,14 @@ def _reviews(recipe: Recipe) -> None:
 
 
 def _held_out(recipe: Recipe) -> None:
-    sources = data.sources(recipe.data)
+    sources = data_sources(recipe.data)
     if len(sources) == 1 and recipe.data.test_fraction == 0:
         raise DataError(
             "the recipe holds out no rows to take the perplexity of; set data.test_fraction, or data.test_path"
         )
     for source in sources:
-        data.check_columns(data.read(source), recipe.data, str(source) if isinstance(source, Path) else source.name)
+        name = str(source) if isinstance(source, Path) else source.name
+        check_columns(read_source(source).column_names, recipe.data, name)
 
 
 def _told(recipe: Recipe, key: str, read: Callable[[], object]) -> list[Fault]:

@@ -21,7 +21,7 @@ from distft.config.evaluation import TaskName
 from distft.config.recipe import Recipe, load_recipe
 from distft.config.validation import COMMAND_LINE
 from distft.console import say
-from distft.data import prepare as data
+from distft.data.formats import data_faults
 from distft.distributed.collectives import together
 from distft.distributed.strategies import base as strategy
 from distft.distributed.supervisor import OUTCOME
@@ -148,7 +148,7 @@ def _recipe(words: Sequence[str], checks: Sequence[Check]) -> Recipe:
         misspelt = not recipe.evaluation.tasks and recipe.source.of("evaluation.tasks") == COMMAND_LINE
         return [fault for check in checks for fault in check(recipe if misspelt else with_task(recipe))]
 
-    return with_task(load_recipe(words, checks=(data.faults, found)))
+    return with_task(load_recipe(words, checks=(data_faults, found)))
 
 
 def evaluate(words: Sequence[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers.utils.logging import disable_progress_bar
 
 from distft.config.recipe import Recipe
-from distft.data import prepare as data
+from distft.data.prepare import prepare_data
 from distft.distributed.collectives import together
 from distft.distributed.world import World
 from distft.errors import ModelError
@@ -134,7 +134,7 @@ class Target:
         Raises:
             DataError: the data cannot be had.
         """
-        return together(self.world, lambda: data.prepare(self.recipe, self.tokenizer)).test
+        return together(self.world, lambda: prepare_data(self.recipe, self.tokenizer)).test
 
 
 def _contents(folder: Path) -> Iterator[str]:

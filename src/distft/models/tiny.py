@@ -6,15 +6,13 @@ Built and briefly pre-trained at first use (a minute or less on two CPU cores), 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
 import torch
 
 from distft.console import say
-from distft.data.toy import reviews
-from distft.files import build_folder_once, write_atomically
+from distft.files import build_folder_once
 from distft.paths import cache_folder, packaged
 
 VOCABULARY = 2_048
@@ -33,15 +31,6 @@ def tiny_model() -> Path:
     folder = cache_folder() / f"tiny-{hashlib.sha256((corpus + recipe).encode()).hexdigest()[:12]}"
     build_folder_once(folder, lambda temporary: _build(corpus, temporary))
     return folder
-
-
-def tiny_sentiment() -> Path:
-    """File of the built-in reviews (`distft.data.toy`), made by the first process that comes."""
-    text = "".join(json.dumps(row) + "\n" for row in reviews())
-    file = cache_folder() / f"tiny_sentiment-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
-    if not file.exists():
-        write_atomically(file, text)
-    return file
 
 
 _SHAPE = {

@@ -23,10 +23,9 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
 from distft.config.recipe import load_recipe
-from distft.data import prepare as data
 from distft.data.batch_plan import Plan
 from distft.data.loader import Collator
-from distft.data.tokenize import lengths_of
+from distft.data.prepare import lengths_of, prepare_data
 from distft.distributed.collectives import reduce
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies.base import Strategy
@@ -121,7 +120,7 @@ def trial(results: Path, arguments: Sequence[str]) -> None:
     how.configure(os.environ)
     how.accumulate(os.environ, PASSES)
     tokenizer = load_tokenizer(recipe)
-    splits = data.prepare(recipe, tokenizer)
+    splits = prepare_data(recipe, tokenizer)
     plan = Plan(lengths_of(splits.train), recipe.batching, recipe.run.seed)
     sizes = plan.sizes(world.world_size)
     config = sft_config(recipe, how, RunFolder(results.parent / "run"), PASSES)

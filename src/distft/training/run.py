@@ -13,10 +13,10 @@ from transformers import PrinterCallback
 
 from distft.config.recipe import load_recipe
 from distft.console import say
-from distft.data import prepare as data
 from distft.data.batch_plan import Plan
+from distft.data.formats import data_faults
 from distft.data.loader import Waits
-from distft.data.tokenize import at_most, lengths_of
+from distft.data.prepare import first_samples, lengths_of, prepare_data
 from distft.distributed.collectives import together
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.signals import STOP
@@ -54,7 +54,7 @@ def train(arguments: Sequence[str]) -> None:
     Raises:
         DistftError: the run failed or was stopped; its message says why, and the run folder's summary as well.
     """
-    recipe = load_recipe(arguments, checks=(strategy.faults, data.faults))
+    recipe = load_recipe(arguments, checks=(strategy.faults, data_faults))
     world = replace(World.from_environment(os.environ), timeout_s=recipe.training.get("ddp_timeout", World.timeout_s))
     how = Strategy.choose(recipe, world, os.environ, Launcher.of_parent())
     recipe.check_division(world.world_size)  # before anything is loaded
@@ -62,7 +62,7 @@ def train(arguments: Sequence[str]) -> None:
     STOP.deferred = world.world_size > 1
 
     tokenizer = together(world, lambda: load_tokenizer(recipe))
-    splits = together(world, lambda: data.prepare(recipe, tokenizer))
+    splits = together(world, lambda: prepare_data(recipe, tokenizer))
     lengths = lengths_of(splits.train)
     with (
         closing_trackers(),
@@ -96,7 +96,7 @@ def train(arguments: Sequence[str]) -> None:
         measured = carried.get("telemetry", {})
         work = Work.of(flops, recomputed)
         telemetry = Telemetry(record.folder, recipe, world, plan, work, profile.covers, waits, measured)
-        held_out = HeldOut(at_most(splits.test, recipe.evaluation.max_samples), carried.get("before"))
+        held_out = HeldOut(first_samples(splits.test, recipe.evaluation.max_samples), carried.get("before"))
         stop = StopTogether(world, Launch.of(os.environ).began, recipe.run.max_time_s, recipe.run.train_time_s,
                             measured.get("trained_s", 0.0))  # fmt: skip
         numbers = BadNumbers(recipe, record.folder, world, plan, carried.get("skipped_steps", 0))
@@ -105,7 +105,7 @@ def train(arguments: Sequence[str]) -> None:
         trainer = Trainer(
             model=model, args=config, processing_class=tokenizer, plan=plan, numbers=numbers, checkpoints=checkpoints, waits=waits,
             skips_spare_rounds=how.skips_spare_rounds, train_dataset=splits.train,
-            eval_dataset=at_most(splits.validation, recipe.evaluation.max_samples),
+            eval_dataset=first_samples(splits.validation, recipe.evaluation.max_samples),
             callbacks=[
                 Invariants(how, recipe, trainable, numbers), InTime(how, recipe.batching.memory_limit_gib, record.changed), stop, profile, telemetry, *trackers(recipe, record.folder, world),
                 *([held_out] if recipe.evaluation.before_and_after and splits.test is not None else []),

@@ -15,7 +15,8 @@ from distft.config.recipe import Recipe
 from distft.console import say
 from distft.data.batch_plan import Plan
 from distft.data.loader import Collator, Waits, loader
-from distft.data.tokenize import IGNORED, lengths_of
+from distft.data.prepare import lengths_of
+from distft.data.tokenize import IGNORED
 from distft.distributed.strategies.base import Strategy
 from distft.runs.folder import RunFolder
 from distft.training.checkpoints import Checkpoints

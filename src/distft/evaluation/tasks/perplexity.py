@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from distft.config.evaluation import Evaluation
-from distft.data.tokenize import IGNORED, at_most
+from distft.data.prepare import first_samples
+from distft.data.tokenize import IGNORED
 from distft.errors import DataError
 from distft.evaluation.cache import complete, key_of
 from distft.evaluation.likelihood import batches, trained_log_likelihoods
@@ -24,7 +25,7 @@ def run(target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
     Raises:
         DataError: the recipe holds out no rows.
     """
-    rows = at_most(target.held_out(), settings.max_samples)
+    rows = first_samples(target.held_out(), settings.max_samples)
     if rows is None or not len(rows):
         raise DataError(
             "the recipe holds out no rows to take the perplexity of; set data.test_fraction, or data.test_path"

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from distft.config.recipe import Recipe
-from distft.data import prepare as data
-from distft.data.tokenize import format_review
+from distft.data.formats import format_of, formatter
+from distft.data.prepare import split_rows
+from distft.data.sources import KNOWN_DATASETS, HubSplit, data_sources, read_source
+from distft.data.templates import format_review
 from distft.errors import DataError
 
 
@@ -34,22 +36,22 @@ class Prompt:
 
 def words_of(recipe: Recipe) -> list[str]:
     """The word that stands for each class number."""
-    form = data.format_of(recipe.data)
-    known = form if form is not None and form.review else data.KNOWN["imdb"].format
+    form = format_of(recipe.data)
+    known = form if form is not None and form.review else KNOWN_DATASETS["imdb"].format
     words = recipe.evaluation.imdb.label_words or known.label_words
     if len({word.strip().lower() for word in words}) < max(len(words), 2):
         raise DataError(f"the label words {words} are not two or more that differ; set evaluation.imdb.label_words")
     return words
 
 
-def source_of(recipe: Recipe) -> Path | data.HubSplit | None:
+def source_of(recipe: Recipe) -> Path | HubSplit | None:
     """Where the reviews come from; None where they are the recipe's own held-out rows."""
-    settings, form = recipe.evaluation.imdb, data.format_of(recipe.data)
+    settings, form = recipe.evaluation.imdb, format_of(recipe.data)
     if settings.path is not None:
         return Path(settings.path).expanduser()
     if form is not None and form.review:
         return None
-    return data.HubSplit(data.KNOWN["imdb"].hub or "", None, settings.split)
+    return HubSplit(KNOWN_DATASETS["imdb"].hub or "", None, settings.split)
 
 
 def load(recipe: Recipe, classes: int) -> list[Review]:
@@ -59,14 +61,14 @@ def load(recipe: Recipe, classes: int) -> list[Review]:
     Raises:
         DataError: they cannot be had, or are not reviews with classes below `classes`.
     """
-    settings, form, source = recipe.evaluation.imdb, data.format_of(recipe.data), source_of(recipe)
+    settings, form, source = recipe.evaluation.imdb, format_of(recipe.data), source_of(recipe)
     text, label = settings.text, settings.label
     if source is None and form is not None:
         where, rows = f"the held-out rows of {recipe.data.name}", _held_out(recipe)
         text, label = form.review or text, form.label or label
     else:
         assert source is not None
-        where, rows = source.name if isinstance(source, data.HubSplit) else str(settings.path), list(data.read(source))
+        where, rows = source.name if isinstance(source, HubSplit) else str(settings.path), list(read_source(source))
     if rows and (missing := [column for column in (text, label) if column not in rows[0]]):
         raise DataError(
             f"{where} has no column {', '.join(missing)}; it has {', '.join(rows[0])}\n"
@@ -103,10 +105,10 @@ def chosen(recipe: Recipe, found: Sequence[Review], classes: int) -> list[Review
 
 def _held_out(recipe: Recipe) -> list[Mapping[str, Any]]:
     """The rows that the prepared test split is made of."""
-    raw, *official = map(data.read, data.sources(recipe.data))
-    apply = data.formatter(recipe)
+    raw, *official = map(read_source, data_sources(recipe.data))
+    apply = formatter(recipe)
     kept = [row for row in (official[0] if official else raw) if apply(row) is not None]
-    return kept if official else data.split(kept, recipe.data, recipe.run.seed, with_test=True)["test"]
+    return kept if official else split_rows(kept, recipe.data, recipe.run.seed, with_test=True)["test"]
 
 
 def subset(reviews: Sequence[Review], size: int | None, balanced: bool, seed: int, classes: int) -> list[Review]:
