@@ -17,7 +17,7 @@ from wandb.proto import wandb_internal_pb2
 
 from distft.config.recipe import load_recipe
 from distft.errors import InvariantError
-from distft.runs.folder import SUMMARY_KEYS
+from distft.runs.figures import SUMMARY_KEYS
 from distft.training.checkpoints import compare, read_tensors
 
 from .conftest import Ended, Train

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from distft.errors import RunFolderError
-from distft.runs.folder import SUMMARY_KEYS, RunFolder
+from distft.runs.figures import SUMMARY_KEYS
+from distft.runs.folder import RunFolder
 
 
 def names(folder: Path) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distft.runs.figures import FIGURES
+
 TASKS = {
     "perplexity": "of the held-out split",
     "imdb": "classification of reviews: accuracy, precision, recall, F1",
@@ -19,10 +21,7 @@ NOTE = (
     "and means nothing; `too few items`: fewer than 10 pairs, on which nothing is said either way."
 )
 _SIDES = ("base", "adapter", "difference")
-_COLUMNS = {
-    "imdb_accuracy": ("imdb", "accuracy"), "imdb_f1": ("imdb", "f1"), "mt_bench_score": ("mt_bench", "score"),
-    "alpaca_win_rate": ("alpaca", "win_rate"), "alpaca_preferred_rate": ("alpaca", "preferred_rate"),
-}  # fmt: skip
+_COLUMNS = {figure.key: figure.task for figure in FIGURES if figure.task is not None}
 _UNKNOWN = "–"
 
 

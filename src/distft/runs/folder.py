@@ -29,18 +29,7 @@ from typing import Any
 
 from distft.errors import RunFolderError
 from distft.files import append_lines, read_lines, to_json, write_atomically
-
-SUMMARY_KEYS = (
-    "status", "cause", "recipe", "strategy", "requested_strategy", "world_size", "global_batch_size", "global_batch_tokens",
-    "micro_batch", "micro_batch_tokens", "checkpointed_layers", "gradient_accumulation_steps", "steps", "skipped_steps",
-    "samples", "tokens", "data_digest", "weights_digest", "trainable_parameters", "parameters",
-    "attn_implementation", "train_loss", "eval_before", "eval_after", "train_time_s", "samples_per_second",
-    "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "hfu", "measured_steps", "step_time_s", "data_wait_s", "evaluation_time_s",
-    "saving_time_s", "peak_memory_gib", "peak_reserved_gib", "host_rss_gib",
-    "energy_j", "joules_per_sample", "joules_per_step", "idle_watts", "energy_idle_share", "restarts", "requeues", "adapter", "changed_for_you",
-    "evaluation",
-)  # fmt: skip
-"""Every key of `summary.json`, in order; null where unknown."""
+from distft.runs.figures import SUMMARY_KEYS
 
 
 @dataclass(frozen=True)
