@@ -34,6 +34,16 @@ class DistftError(Exception):
     restart = False
     facts: Mapping[str, Any] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the message and the attributes: ranks exchange errors, and constructors take other arguments."""
+        return _rebuild, (type(self), self.args, vars(self))
+
+
+def _rebuild(kind: type[DistftError], args: tuple[Any, ...], attributes: Mapping[str, Any]) -> DistftError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(attributes)
+    return error
+
 
 class UserError(DistftError):
     """A mistake that the user can mend; shown as one short message without a traceback."""

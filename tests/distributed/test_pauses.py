@@ -11,7 +11,7 @@ from .conftest import finish, start
 WATCHED = """
 import gc, json, sys
 
-from distft.train import train
+from distft.training.run import train
 
 seen = []  # of every full collection: how many objects it leaves alone, and how many it goes through
 
