@@ -10,7 +10,8 @@ DistftError                 exit code 1: the run failed, and the message says wh
 │   ├── LaunchError         the processes, devices or launcher flags do not fit the recipe
 │   ├── RunFolderError      the run folder is in use or unreadable
 │   ├── StorageError        the disk is full
-│   └── MissingExtraError   a package is not installed that only a part of distft needs
+│   ├── MissingExtraError   a package is not installed that only a part of distft needs
+│   └── UpstreamError       an installed library lacks a private name that distft relies on
 ├── InvariantError          an assertion about a distributed run did not hold
 ├── BadNumbersError         a loss or a gradient norm is NaN or infinite
 ├── OutOfMemory             a device's memory does not hold what the recipe asks of it
@@ -117,6 +118,10 @@ class MissingExtraError(UserError):
         super().__init__(
             f"{what} need {package}, which is not installed: pip install 'distft[{extra}]', or {package} itself"
         )
+
+
+class UpstreamError(UserError):
+    """An installed library has lost or changed a private name that distft relies on."""
 
 
 class InvariantError(DistftError):

@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
 from datasets.utils.logging import disable_progress_bar
 
+from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.config.schema import Data
 from distft.data.formats import check_columns, formatter
@@ -90,7 +91,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Splits:
     key = {
         "version": _VERSION,
         "data": recipe.data.model_dump(),
-        "sources": [raw._fingerprint, test._fingerprint if test else None],
+        "sources": [None if each is None else upstream_api.dataset_fingerprint(each) for each in (raw, test)],
         "seed": recipe.run.seed,
         "max_length": max_length,
         "completion_only": recipe.training.get("completion_only_loss"),

@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from distft import upstream_api
 from distft.doctor.bandwidth import Bandwidth, measure
 
 _GIB = 2**30
@@ -284,10 +285,9 @@ def _pair(first: int, second: int) -> Pair:
 def _bitsandbytes() -> dict[str, Any]:
     from bitsandbytes.cextension import lib
 
-    inside = vars(lib)  # asked for anything else, its stand-in for a library that could not be loaded says yes
-    if "_lib" in inside:
-        return {"bitsandbytes": Path(inside["_lib"]._name).name}
-    return {"bitsandbytes_error": str(inside.get("error_msg", "no library could be loaded"))}
+    if library := upstream_api.bitsandbytes_library():
+        return {"bitsandbytes": library}
+    return {"bitsandbytes_error": str(vars(lib).get("error_msg", "no library could be loaded"))}
 
 
 def _hugging_face() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from huggingface_hub import hf_hub_download
 
 from distft.config.evaluation import Evaluation, Judge
 from distft.config.recipe import Recipe
@@ -293,7 +293,8 @@ def _revision(recipe: Recipe) -> str:
     """The commit of a model from the hub, or the hash of a folder's weights and settings."""
     folder = Path(model_path(recipe))
     if not folder.is_dir():
-        return str(AutoConfig.from_pretrained(str(folder), revision=recipe.model.revision)._commit_hash)
+        config = hf_hub_download(str(folder), "config.json", revision=recipe.model.revision)
+        return Path(config).parent.name  # the hub's cache has a folder for each commit
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]):
         with file.open("rb") as stream:

@@ -19,6 +19,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from distft import upstream_api
+
 _PRE_NORM = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _RESERVE = 0.10
 """Share of a device's memory that `layers_to_checkpoint` leaves free: fragments, and what the estimate does not know."""
@@ -43,7 +45,7 @@ def checkpoint_layers(model: nn.Module, count: int, *, offload: bool, reentrant:
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index in chosen
         if index in chosen:
-            layer._gradient_checkpointing_func = functools.partial(_checkpoint, keeper, reentrant)
+            upstream_api.checkpoint_layer_with(layer, functools.partial(_checkpoint, keeper, reentrant))
             if is_pre_norm(layer):
                 layer.mlp.output_ends_checkpoint = True
     return len(chosen)
@@ -66,7 +68,7 @@ def _checkpoint(keeper: HostMemory | None, reentrant: bool, function: Callable[.
 
 def recomputing() -> bool:
     """Whether a forward runs within a backward, as a checkpointed layer's second one does."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return upstream_api.in_backward()
 
 
 @dataclass

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.distributed.collectives import reduce
 from distft.distributed.strategies.base import Strategy
@@ -118,13 +119,8 @@ def checkpoint(model: Any, recipe: Recipe, strategy: Strategy, tokens: int | Non
 
 def _use_liger(base: Any) -> None:
     """liger's RMSNorm and rotary embedding, where it is installed and knows the architecture."""
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-    except ImportError:
+    if not upstream_api.apply_liger_kernels(base):
         return
-    _apply_liger_kernel_to_instance(
-        model=base, cross_entropy=False, fused_linear_cross_entropy=False, swiglu=False, geglu=False
-    )
     for module in base.modules():
         if getattr(module, "casting_mode", None) == "llama" and not module.offset:  # liger knows whose norms are such
             module.ligers, module.forward = module.forward, types.MethodType(_rms_norm, module)
@@ -160,10 +156,7 @@ def load_base(
         base = base.dequantize(dtype=getattr(torch, recipe.model.dtype))
         base.is_loaded_in_4bit = False
     for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # On such CPUs bitsandbytes repacks 4-bit weights for good at the first evaluation, for a kernel without a
-            # gradient: every training step after it would be wrong in silence.
-            module.support_avx512bf16_for_cpu = False
+        upstream_api.disable_avx512_repacking(module)
     return base
 
 

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import distributed
-
+from distft import upstream_api
 from distft.distributed.collectives import broadcast, gather
 from distft.distributed.supervisor import OUTCOME
 from distft.distributed.world import World
@@ -101,7 +100,7 @@ def _environment(environment: Mapping[str, str], port: int) -> dict[str, str]:
 
 def _run(command: list[str], environment: Mapping[str, str], log: Any, world: World, key: str) -> int:
     """Run this rank's process of the trial until it ends (its exit code) or that of another rank has failed (-1)."""
-    store = distributed.distributed_c10d._get_default_store() if world.world_size > 1 else None
+    store = upstream_api.default_store() if world.world_size > 1 else None
     # The trial ends when its standard input does: with this process, however that ends.
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=dict(environment))
     try:

@@ -13,18 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from distft import upstream_api
+
 
 class Selection:
     """Lets the backbone of a causal language model hand only chosen positions to the head that TRL has put on it."""
 
     def __init__(self, model: Any) -> None:
-        from trl.trainer import utils
-
         self._positions: torch.Tensor | None = None
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # what PEFT has wrapped
         causal.base_model.register_forward_hook(self._select)
-        # Only its fused head asks this name, and only to know whether to mask on the device; its kernels have their own.
-        utils._use_triton = lambda device: False
+        upstream_api.select_tokens_on_host()
 
     def _select(self, module: nn.Module, inputs: Sequence[Any], output: Any) -> Any:
         if self._positions is not None:

@@ -17,6 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity
 from transformers import TrainerCallback
 
+from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.data.loader import Waits
@@ -152,7 +153,7 @@ class Profile(TrainerCallback):  # type: ignore[misc]
             return
         seconds, waited = self._measured
         # As recorded: `events()` would first make a tree of Python objects of them, which takes 40 times as long (40 s of half a million).
-        events = [event for event in self._profiler.profiler.kineto_results.events() if not event.is_user_annotation()]
+        events = [event for event in upstream_api.profiler_events(self._profiler) if not event.is_user_annotation()]
         device = "CUDA" if any(event.device_type().name == "CUDA" for event in events) else "CPU"
         # From the first on: nanoseconds since 1970 are too long for a float.
         begin = min((event.start_ns() for event in events), default=0)

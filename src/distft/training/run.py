@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import PrinterCallback
 
+from distft import upstream_api
 from distft.config.recipe import load_recipe
 from distft.console import say
 from distft.data.batch_plan import Plan
@@ -54,6 +55,7 @@ def train(arguments: Sequence[str]) -> None:
     Raises:
         DistftError: the run failed or was stopped; its message says why, and the run folder's summary as well.
     """
+    upstream_api.check()
     recipe = load_recipe(arguments, checks=(strategy.faults, data_faults))
     world = replace(World.from_environment(os.environ), timeout_s=recipe.training.get("ddp_timeout", World.timeout_s))
     how = Strategy.choose(recipe, world, os.environ, Launcher.of_parent())
@@ -81,7 +83,7 @@ def train(arguments: Sequence[str]) -> None:
         flops = model_flops_per_token(non_embedding_parameters(model), frozen_base=recipe.lora is not None)
         record.note(
             **recipe.batching.sizes(), gradient_accumulation_steps=accumulation, trainable_parameters=trainable,
-            parameters=sum(map(whole_numel, model.parameters())), attn_implementation=model.config._attn_implementation,
+            parameters=sum(map(whole_numel, model.parameters())), attn_implementation=upstream_api.attn_implementation(model.config),
             checkpointed_layers=checkpoint(model, recipe, how, plan.heaviest_tokens),
             weights_digest=digest(model_path(recipe), recipe.model.revision) if world.is_main else None,
         )  # fmt: skip

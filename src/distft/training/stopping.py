@@ -6,9 +6,9 @@ import signal
 import time
 from typing import Any
 
-from torch import distributed
 from transformers import TrainerCallback
 
+from distft import upstream_api
 from distft.distributed.signals import STOP
 from distft.distributed.world import World
 from distft.errors import Interrupted
@@ -80,7 +80,7 @@ class StopTogether(TrainerCallback):  # type: ignore[misc]
         asked = self._asked()
         if not self._several:
             return None if asked is None else (step, asked)
-        store = distributed.distributed_c10d._get_default_store()
+        store = upstream_api.default_store()
         if asked is not None:
             store.compare_set(_KEY, "", f"{step + 2} {asked}")  # the first proposal stands
         if not store.check([_KEY]):

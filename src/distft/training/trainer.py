@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
+from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.data.batch_plan import Plan
@@ -54,8 +55,7 @@ def sft_config(recipe: Recipe, strategy: Strategy, folder: RunFolder, accumulati
         disable_tqdm=True,
         **(strategy.training_arguments() | given),
     )
-    if config.n_gpu > 1:  # reading it settles the devices; one process uses one of them, never nn.DataParallel
-        config._n_gpu = 1
+    upstream_api.use_one_gpu(config)
     return config
 
 
@@ -99,7 +99,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         )  # fmt: skip
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
-        self._loss_before_step = self._tr_loss.clone()
+        self._loss_before_step = upstream_api.running_loss(self)
         if self._skips_spare_rounds:
             rounds = len(self._plan.micro_batches(self.state.global_step, self.args.world_size))
             self._spare = self.args.gradient_accumulation_steps - rounds
@@ -120,8 +120,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not self._numbers.may_update(self.state.global_step + 1, norm, self.accelerator):
             model.zero_grad(set_to_none=True)  # an optimizer passes over what has no gradient: no decay, no momentum
-            self._tr_loss.copy_(self._loss_before_step)
-            self._globalstep_last_logged += 1  # the mean loss of the next log is that of the steps which were taken
+            upstream_api.forget_step(self, self._loss_before_step)
         return norm
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -191,14 +190,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.callback_handler.eval_dataloader = dataloader
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for inputs in dataloader:
-            inputs = self._prepare_inputs(inputs)
+            inputs = upstream_api.to_trainer_device(self, inputs)
             tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(self.model, inputs)
             total += torch.stack([loss.detach().double() * tokens, tokens.double()])
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         likelihood, tokens = self.accelerator.reduce(total, reduction="sum").tolist()
-        self._metrics["eval"].clear()
+        upstream_api.clear_evaluation_metrics(self)
         metrics = {f"{metric_key_prefix}_loss": likelihood / max(tokens, 1)}
         return EvalLoopOutput(
             predictions=None, label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader)

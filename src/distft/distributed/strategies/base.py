@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distft import upstream_api
 from distft.config.files import read_yaml
 from distft.config.recipe import Recipe
 from distft.config.schema import StrategyName
@@ -176,7 +177,7 @@ class Strategy:
         if self.name == "fsdp" and not self.on_gpu:
             make_real_on_cpu()
         if self.on_gpu:  # packs differ in length; fixed segments would fragment
-            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+            upstream_api.set_allocator_settings("expandable_segments:True")
         else:  # accelerate imports DeepSpeed wherever it is installed, and it warns where it has to guess
             environment.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from distft import upstream_api
 from distft.errors import LaunchError
 
 AHEAD = 2
@@ -85,11 +86,11 @@ def make_real_on_cpu() -> None:
         original(self, *args, **kwargs)
         plugin = kwargs.get("fsdp_plugin")
         if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            if self._mixed_precision != "no":
-                plugin.set_mixed_precision(self._mixed_precision)
+            precision = upstream_api.mixed_precision(self)
+            if precision != "no":
+                plugin.set_mixed_precision(precision)
             self.fsdp_plugin = plugin
-            self.distributed_type = DistributedType.FSDP
-            state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            upstream_api.set_distributed_type(self, DistributedType.FSDP)
 
     init.corrected = True  # type: ignore[attr-defined]
     state.AcceleratorState.__init__ = init

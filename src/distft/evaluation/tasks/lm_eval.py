@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import distributed
 
+from distft import upstream_api
 from distft.config.evaluation import Evaluation, LmEval
 from distft.config.validation import nearest
 from distft.distributed.world import World
@@ -140,7 +141,7 @@ def _lm(model: Any, tokenizer: Any, world: World, section: LmEval) -> Any:
         max_length=section.max_length,
         backend="causal",
     )
-    lm._rank, lm._world_size = world.rank, world.world_size
+    upstream_api.set_lm_eval_rank(lm, world.rank, world.world_size)
     return lm
 
 
