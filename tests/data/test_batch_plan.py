@@ -1,4 +1,4 @@
-"""The plan of training, by properties: which samples make a step, and how a step is cut into micro-batches."""
+"""Properties of the batch plan: which samples make up a step, and how a step is divided into micro-batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distft.config.schema import Batching
-from distft.data.batch_plan import Plan, RankBatches
+from distft.data.batch_plan import Plan, RankBatches, batches_by_length
 from distft.errors import DataError
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
@@ -22,7 +22,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @st.composite
 def global_batches(draw: st.DrawFn) -> dict[str, int | None]:
-    """A global batch counted in samples or in tokens."""
+    """A global batch in samples or in tokens."""
     if draw(st.booleans()):
         return {"global_batch_size": draw(st.integers(1, 30))}
     return {"global_batch_tokens": draw(st.integers(1, 900))}
@@ -42,7 +42,7 @@ class Case:
     def plan(self) -> Plan:
         return Plan(self.lengths, self.batching, self.seed)
 
-    def cut(self) -> list[list[list[list[int]]]]:
+    def divided(self) -> list[list[list[list[int]]]]:
         """[step][round][world_size] lists of samples."""
         plan = self.plan
         return [plan.micro_batches(step, self.world_size) for step in range(plan.steps * self.epochs)]
@@ -69,61 +69,65 @@ def flat(step: list[list[list[int]]]) -> list[int]:
 @given(cases())
 def test_an_epoch_has_each_sample_exactly_once(case: Case) -> None:
     steps, every = case.plan.steps, list(range(len(case.lengths)))
-    cut = case.cut()
+    divided = case.divided()
     for epoch in range(case.epochs):
-        assert sorted(itertools.chain(*map(flat, cut[epoch * steps : (epoch + 1) * steps]))) == every
+        assert sorted(itertools.chain(*map(flat, divided[epoch * steps : (epoch + 1) * steps]))) == every
 
 
 @settings(deadline=None)
 @given(case=cases(), micro=st.integers(1, 9), budget=st.integers(60, 300), world_size=WORLDS)
-def test_a_step_has_the_same_samples_however_it_is_cut(case: Case, micro: int, budget: int, world_size: int) -> None:
+def test_a_step_has_the_same_samples_however_it_is_divided(
+    case: Case, micro: int, budget: int, world_size: int
+) -> None:
     for size in ({"micro_batch": micro, "micro_batch_tokens": None}, {"micro_batch_tokens": budget}):
         other = Case(case.lengths, case.batching.model_copy(update=size), case.seed, world_size, case.epochs)
-        assert [sorted(flat(step)) for step in other.cut()] == [sorted(flat(step)) for step in case.cut()]
+        assert [sorted(flat(step)) for step in other.divided()] == [sorted(flat(step)) for step in case.divided()]
 
 
 @settings(deadline=None)
 @given(cases())
-def test_the_samples_of_a_step_are_those_that_it_cuts(case: Case) -> None:
-    assert [sorted(flat(step)) for step in case.cut()] == [
+def test_the_micro_batches_of_a_step_hold_its_samples(case: Case) -> None:
+    assert [sorted(flat(step)) for step in case.divided()] == [
         sorted(case.plan.samples(step).tolist()) for step in range(case.plan.steps * case.epochs)
     ]
 
 
 @settings(deadline=None)
 @given(cases())
-def test_no_micro_batch_is_above_its_size(case: Case) -> None:
+def test_no_micro_batch_exceeds_its_size(case: Case) -> None:
     budget = case.batching.micro_batch_tokens
-    for pack in itertools.chain(*itertools.chain(*case.cut())):
+    for pack in itertools.chain(*itertools.chain(*case.divided())):
         assert case.tokens(pack) <= budget if budget is not None else len(pack) <= case.batching.micro_batch
 
 
 @settings(deadline=None)
 @given(cases())
-def test_every_rank_has_as_many_micro_batches_and_what_is_spare_is_empty(case: Case) -> None:
+def test_every_rank_has_the_same_number_of_micro_batches_and_spare_ones_are_empty(case: Case) -> None:
     plan, budget = case.plan, case.batching.micro_batch_tokens
-    steps = case.cut()
+    steps = case.divided()
     assert plan.accumulation(case.world_size, case.epochs) == max(map(len, steps))
     for number, step in enumerate(steps):
         assert [len(ranks) for ranks in step] == [case.world_size] * len(step)
         packs = list(itertools.chain(*step))
         used = sum(map(bool, packs))
-        assert packs[used:] == [[]] * (len(packs) - used), "empty ones come last"
-        assert any(step[-1]), "no round is empty"
+        assert packs[used:] == [[]] * (len(packs) - used), "an empty micro-batch comes before a full one"
+        assert any(step[-1]), "a round is empty"
         if budget is not None:
-            assert used == min(len(packs), len(plan.samples(number))), "no pack is empty while another could be smaller"
+            assert used == min(len(packs), len(plan.samples(number))), (
+                "a pack is empty although another could be smaller"
+            )
             fewer = [
                 longest_first([case.lengths[s] for s in flat(step)], n * case.world_size) for n in range(1, len(step))
             ]
-            assert all(longest > budget for longest in fewer), "no fewer rounds would do"
+            assert all(longest > budget for longest in fewer), "fewer rounds would do"
 
 
 @settings(deadline=None)
 @given(cases())
-def test_ranks_take_micro_batches_of_like_size_at_the_same_time(case: Case) -> None:
-    for step in case.cut():
+def test_the_micro_batches_of_a_round_have_similar_sizes(case: Case) -> None:
+    for step in case.divided():
         sizes = [case.tokens(pack) for pack in itertools.chain(*step)]
-        if case.batching.micro_batch_tokens is None:  # padded: the longest sample sets the time
+        if case.batching.micro_batch_tokens is None:  # padded: the longest sample sets the size
             sizes = [max((case.lengths[sample] for sample in pack), default=0) for pack in itertools.chain(*step)]
         assert sizes == sorted(sizes, reverse=True)
 
@@ -131,13 +135,13 @@ def test_ranks_take_micro_batches_of_like_size_at_the_same_time(case: Case) -> N
 @settings(deadline=None)
 @given(cases(packed=True))
 def test_the_tokens_of_ranks_differ_by_no_more_than_the_longest_sample(case: Case) -> None:
-    for step in case.cut():
+    for step in case.divided():
         of_ranks = [sum(map(case.tokens, packs)) for packs in zip(*step, strict=True)]
         assert max(of_ranks) - min(of_ranks) <= max(case.lengths[sample] for sample in flat(step))
 
 
 def longest_first(lengths: list[int], packs: int) -> int:
-    """Tokens of the longest of `packs` packs where each sample, the longest first, goes into the shortest."""
+    """Tokens in the longest of `packs` packs if each sample, longest first, goes into the shortest pack."""
     loads = [0] * packs
     for length in sorted(lengths, reverse=True):
         loads[loads.index(min(loads))] += length
@@ -146,7 +150,7 @@ def longest_first(lengths: list[int], packs: int) -> int:
 
 @settings(deadline=None)
 @given(cases(packed=True))
-def test_accumulation_is_the_least_with_which_every_step_fits_its_budget(case: Case) -> None:
+def test_accumulation_is_the_smallest_that_fits_every_step(case: Case) -> None:
     plan, budget = case.plan, case.batching.micro_batch_tokens or 0
     of_steps = [[case.lengths[sample] for sample in plan.samples(step)] for step in range(plan.steps * case.epochs)]
     needed = [
@@ -158,19 +162,19 @@ def test_accumulation_is_the_least_with_which_every_step_fits_its_budget(case: C
 
 @settings(deadline=None)
 @given(cases(packed=False))
-def test_accumulation_of_padded_micro_batches_is_the_least_for_the_largest_step(case: Case) -> None:
+def test_accumulation_of_padded_micro_batches_is_the_smallest_for_the_largest_step(case: Case) -> None:
     plan = case.plan
     largest = max(len(plan.samples(step)) for step in range(plan.steps * case.epochs))
     accumulation = plan.accumulation(case.world_size, case.epochs)
     assert accumulation == math.ceil(largest / (case.batching.micro_batch * case.world_size))
 
 
-def test_accumulation_grows_pack_by_pack_where_samples_do_not_split() -> None:
-    """Three samples of 6 fill two packs of 9, and need three."""
+def test_accumulation_grows_if_samples_do_not_fit_together() -> None:
+    """Three samples of 6 tokens have the size of two packs of 9, yet need three packs."""
     assert Plan([6, 6, 6], Batching(global_batch_size=3, micro_batch_tokens=9)).accumulation(1, 1) == 3
 
 
-def test_accumulation_looks_at_every_epoch() -> None:
+def test_accumulation_considers_every_epoch() -> None:
     plan = Plan([2, 2, 1, 5, 6, 3], Batching(global_batch_size=3, micro_batch_tokens=6))
     assert [plan.accumulation(1, epochs) for epochs in (1, 2, 3)] == [2, 3, 3]
 
@@ -182,7 +186,7 @@ def test_accumulation_follows_from_global_batch_micro_batch_and_processes() -> N
 
 @settings(deadline=None)
 @given(count=st.integers(1, 80), size=st.integers(1, 30), seed=SEEDS, epoch=st.integers(0, 50))
-def test_a_step_of_samples_has_its_number_and_the_last_of_an_epoch_what_is_left(
+def test_steps_have_the_global_batch_size_and_the_last_of_an_epoch_the_rest(
     count: int, size: int, seed: int, epoch: int
 ) -> None:
     plan = Plan([7] * count, Batching(global_batch_size=size), seed)
@@ -192,12 +196,12 @@ def test_a_step_of_samples_has_its_number_and_the_last_of_an_epoch_what_is_left(
 
 @settings(deadline=None)
 @given(lengths=LENGTHS, tokens=st.integers(1, 900), seed=SEEDS, epoch=st.integers(0, 20))
-def test_a_step_of_tokens_has_about_its_share_and_none_is_empty(
+def test_a_step_in_tokens_has_about_its_share_and_none_is_empty(
     lengths: list[int], tokens: int, seed: int, epoch: int
 ) -> None:
     plan = Plan(lengths, Batching(global_batch_tokens=tokens), seed)
     share = sum(lengths) / plan.steps
-    assert share >= min(tokens, sum(lengths)), "no step is planned smaller than asked for"
+    assert share >= min(tokens, sum(lengths)), "a step is smaller than asked for"
     for step in range(epoch * plan.steps, (epoch + 1) * plan.steps):
         samples = plan.samples(step)
         assert len(samples) > 0
@@ -206,7 +210,7 @@ def test_a_step_of_tokens_has_about_its_share_and_none_is_empty(
 
 @settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 9), min_size=20, max_size=80), batch=global_batches(), seed=SEEDS)
-def test_another_epoch_and_another_seed_have_another_order(
+def test_the_order_changes_with_the_epoch_and_the_seed(
     lengths: list[int], batch: dict[str, int | None], seed: int
 ) -> None:
     def order(seed: int, epoch: int) -> list[int]:
@@ -232,7 +236,7 @@ def test_the_order_of_an_epoch_does_not_depend_on_the_global_batch(
 
 @settings(deadline=None)
 @given(case=cases(), steps=st.integers(0, 60))
-def test_samples_and_tokens_after_some_steps_are_those_of_the_steps(case: Case, steps: int) -> None:
+def test_samples_after_and_tokens_after_count_the_steps_before(case: Case, steps: int) -> None:
     plan = case.plan
     seen = [sample for step in range(steps) for sample in plan.samples(step).tolist()]
     assert plan.samples_after(steps) == len(seen)
@@ -240,18 +244,19 @@ def test_samples_and_tokens_after_some_steps_are_those_of_the_steps(case: Case, 
 
 
 @pytest.mark.parametrize("batch", [{"global_batch_size": 2}, {"global_batch_tokens": 100}], ids=["samples", "tokens"])
-def test_a_sample_above_the_budget_is_told_with_both_numbers(batch: dict[str, int]) -> None:
+def test_a_sample_longer_than_the_budget_is_an_error_with_both_numbers(batch: dict[str, int]) -> None:
     plan = Plan([5, 1_300, 7], Batching(**batch, micro_batch_tokens=1_299))
     with pytest.raises(DataError, match=r"has 1,300 tokens.*micro_batch_tokens=1299.*training\.max_length=1299"):
         plan.accumulation(2, 1)
 
 
-# ---- what a rank sees ------------------------------------------------------------------------------------------------
+# ---- the batch sampler of a rank
+# --------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
 @given(cases())
-def test_the_ranks_together_see_the_plan_epoch_by_epoch(case: Case) -> None:
+def test_the_ranks_together_follow_the_plan_epoch_by_epoch(case: Case) -> None:
     plan, world = case.plan, case.world_size
     accumulation = plan.accumulation(world, case.epochs)
     samplers = [RankBatches(plan, rank, world, accumulation) for rank in range(world)]
@@ -264,8 +269,8 @@ def test_the_ranks_together_see_the_plan_epoch_by_epoch(case: Case) -> None:
             assert len(of_ranks[-1]) == len(sampler) == plan.steps * accumulation
         found += [list(ranks) for ranks in zip(*of_ranks, strict=True)]
     spare = [[]] * world
-    assert found == [ranks for step in case.cut() for ranks in [*[spare] * (accumulation - len(step)), *step]], (
-        "a step of fewer rounds begins with empty ones"
+    assert found == [ranks for step in case.divided() for ranks in [*[spare] * (accumulation - len(step)), *step]], (
+        "a step with fewer rounds must start with empty micro-batches"
     )
 
 
@@ -274,7 +279,7 @@ def test_the_ranks_together_see_the_plan_epoch_by_epoch(case: Case) -> None:
 
 @settings(deadline=None)
 @given(case=cases(), lengths=LENGTHS, micro=st.integers(1, 9))
-def test_an_evaluation_is_one_step_over_every_sample_of_the_split(case: Case, lengths: list[int], micro: int) -> None:
+def test_an_evaluation_is_a_single_step_over_every_sample(case: Case, lengths: list[int], micro: int) -> None:
     plan = case.plan.evaluation(np.asarray(lengths), micro)
     packs = list(itertools.chain(*plan.micro_batches(0, case.world_size)))
     assert plan.steps == 1
@@ -283,10 +288,21 @@ def test_an_evaluation_is_one_step_over_every_sample_of_the_split(case: Case, le
     for pack in packs:
         if budget is None:
             assert len(pack) <= micro
-        else:  # a held-out sample may be longer than any that is trained
+        else:  # a held-out sample may be longer than any training sample
             assert sum(lengths[sample] for sample in pack) <= max(budget, *lengths)
 
 
 def test_an_evaluation_keeps_the_order_of_its_split() -> None:
     plan = Plan([1], Batching(global_batch_size=3), 42).evaluation(np.asarray([4] * 9), 2)
     assert plan.samples(0).tolist() == list(range(9))
+
+
+# ---- inference -------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 400), max_size=40), st.integers(1, 2_000))
+def test_batches_by_length_hold_every_item_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    batches = list(batches_by_length(lengths, budget))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= budget

@@ -14,15 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from distft.config.evaluation import Evaluation
 from distft.config.recipe import load_recipe
 from distft.distributed.world import World
 from distft.errors import MissingExtraError, ModelError
-from distft.evaluation.engines.transformers import TransformersEngine, _batches, _Draw, against_vllm, engine_of
+from distft.evaluation.engines.transformers import TransformersEngine, _Draw, against_vllm, engine_of
 from distft.evaluation.engines.vllm import VllmEngine
 from distft.evaluation.generate import Answer, Item, Message, Sampling, instruction_prompt, rendered
 from distft.evaluation.target import Target
@@ -131,14 +129,6 @@ def test_a_prompt_that_leaves_no_room_has_no_answer_and_one_that_leaves_little_a
     answers = written(engine, [full, nearly])
     assert answers[0] == Answer("", 0, False)
     assert 0 < answers[1].tokens <= 5
-
-
-@given(st.lists(st.integers(1, 300), max_size=40), st.integers(1, 100), st.integers(1, 2_000))
-def test_batches_hold_every_item_once_within_the_budget(lengths: list[int], limit: int, budget: int) -> None:
-    batches = list(_batches(range(len(lengths)), lengths, limit, budget))
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * (max(lengths[index] for index in batch) + limit) <= budget
 
 
 CONVERSATION: tuple[Message, ...] = (

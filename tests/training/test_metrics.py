@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distft.data.loader import Waits
+from distft.data.loader import DataWait
 from distft.hardware import EnergyMeter
 from distft.models import fused_lora as fused
 from distft.models.activation_checkpointing import checkpoint_layers
@@ -93,7 +93,7 @@ def test_recomputed_parameters_are_those_of_the_layers_that_run_twice() -> None:
 
 
 def test_waits_are_counted_through_any_iterator() -> None:
-    waits = Waits()
+    waits = DataWait()
 
     def slow() -> Any:
         for number in range(3):
@@ -101,8 +101,8 @@ def test_waits_are_counted_through_any_iterator() -> None:
             yield number
 
     batches = slow()
-    assert next(waits.through(batches)) == 0  # the trainer takes a few at a time
-    assert list(waits.through(batches)) == [1, 2]
+    assert next(waits.timed(batches)) == 0  # the trainer takes a few at a time
+    assert list(waits.timed(batches)) == [1, 2]
     assert 0.15 <= waits.seconds < 5
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback
 from distft.config.recipe import load_recipe
 from distft.data.batch_plan import Plan
 from distft.data.formats import data_faults
-from distft.data.loader import Collator, scored
+from distft.data.loader import Collator, trained_positions
 from distft.data.prepare import lengths_of, prepare_data
 from distft.data.tokenize import IGNORED
 from distft.distributed.launcher_args import Launcher
@@ -222,7 +222,7 @@ def test_a_pack_is_one_row_with_the_bounds_of_its_samples() -> None:
 def test_the_positions_that_the_loss_looks_at(
     labels: list[list[int]], multiple: int, positions: list[int], targets: list[int]
 ) -> None:
-    found = scored(torch.tensor(labels), multiple)
+    found = trained_positions(torch.tensor(labels), multiple)
     assert (found[0].tolist(), found[1].tolist()) == (positions, [targets])
 
 

@@ -1,7 +1,7 @@
-"""The plan of training: which samples make which optimizer step, and which rank takes which of them at once.
+"""The batch plan: which samples make up each optimizer step, and how ranks share them in micro-batches.
 
-A step's samples are a function of the seed, the epoch, the lengths and the global batch alone; the world size and the
-micro-batch only say how a step is cut into micro-batches. So every strategy does the same optimisation.
+The samples of a step depend only on the seed, the epoch, the sample lengths and the global batch. The world size and
+the micro-batch decide only how a step is divided, so every strategy performs the same optimisation.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ Lengths = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Plan:
-    """Steps of an epoch over samples of `lengths` (tokens), as `batching` counts them.
+    """The optimizer steps over samples of the given `lengths` (tokens per sample).
 
-    With `global_batch_size` a step has that many samples and an epoch's last step what is left. With `global_batch_tokens`
-    an epoch has as many steps as its tokens fill, and each takes the samples whose middles fall into its share of the tokens.
+    With `global_batch_size`, a step has that many samples and the last step of an epoch has the rest. With
+    `global_batch_tokens`, the tokens of an epoch are divided evenly into steps, and a sample belongs to the step that
+    contains its middle token.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Plan:
         self.batching, self._seed, self._shuffle = batching, seed, shuffle
 
     def evaluation(self, lengths: Lengths, micro_batch: int) -> Plan:
-        """The plan of a pass over other samples, in their order, as one step; a sample beyond the token budget is a pack."""
+        """The plan of one pass, as a single step, over other samples in order. An overlong sample gets its own pack."""
         budget = self._budget
         size = {"global_batch_size": len(lengths), "global_batch_tokens": None, "micro_batch": micro_batch}
         size["micro_batch_tokens"] = None if budget is None else max(budget, int(lengths.max()))
@@ -44,15 +45,15 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of an epoch, the same in every epoch."""
+        """Optimizer steps per epoch."""
         if self.batching.global_batch_size is not None:
             return -(-len(self.lengths) // self.batching.global_batch_size)
         assert self.batching.global_batch_tokens is not None
-        # Rounded down, so that a share is never smaller than asked for; every share then holds a sample's middle.
+        # Round down: a step never gets less than asked for, and each contains the middle of at least one sample.
         return max(1, int(self.lengths.sum()) // max(self.batching.global_batch_tokens, int(self.lengths.max())))
 
     def samples(self, step: int) -> Lengths:
-        """Indices of the samples of the optimizer step `step`, counted from the start of the run, in the order of the seed."""
+        """Indices of the samples in optimizer step `step`, counted from the start of the run, in shuffled order."""
         epoch, step = divmod(step, self.steps)
         order, starts = self._epoch(epoch)
         return order[starts[step] : starts[step + 1]]
@@ -69,19 +70,22 @@ class Plan:
 
     @property
     def heaviest_tokens(self) -> int:
-        """Tokens, padding counted, of the largest micro-batch that there can be."""
+        """Tokens, including padding, in the largest possible micro-batch."""
         return self._budget or self._micro_batch * int(self.lengths.max())
 
     def longest(self, size: int) -> list[int]:
-        """Indices of the heaviest micro-batch of `size` (tokens where samples are packed, else samples): the longest samples."""
+        """Indices of the longest samples that fit a micro-batch of `size` (tokens if packed, otherwise samples)."""
         order = np.argsort(-self.lengths, kind="stable")
         if self.batching.micro_batch_tokens is not None:
             size = max(1, int(np.searchsorted(np.cumsum(self.lengths[order]), size, side="right")))
         return [int(index) for index in order[:size]]
 
     def sizes(self, world_size: int) -> list[int]:
-        """Micro-batches worth trying, smallest first: for packs from the longest sample to the fullest step's share, each larger
-        by half; else numbers of samples that divide the global batch."""
+        """Micro-batch sizes worth trying, in ascending order.
+
+        Packed (tokens): from the longest sample to one rank's share of the largest step, growing by half each time.
+        Otherwise (samples): the divisors of one rank's share of the global batch.
+        """
         count = len(self.lengths)
         if self.batching.micro_batch_tokens is None:
             share = (self.batching.global_batch_size or count) // world_size
@@ -93,44 +97,42 @@ class Plan:
         return sizes
 
     def samples_after(self, step: int) -> int:
-        """Samples that the first `step` steps see."""
+        """Number of samples in the first `step` steps."""
         epochs, rest = divmod(step, self.steps)
         return epochs * len(self.lengths) + int(self._epoch(epochs)[1][rest])
 
     def tokens_after(self, step: int) -> int:
-        """Tokens, trained or not, of those samples."""
+        """Number of tokens, trained or not, in the first `step` steps."""
         epochs, rest = divmod(step, self.steps)
         order, starts = self._epoch(epochs)
         return int(epochs * self.lengths.sum() + self.lengths[order[: starts[rest]]].sum())
 
     def accumulation(self, world_size: int, epochs: int) -> int:
-        """gradient_accumulation_steps: the fewest with which every step of the first `epochs` epochs can be cut into
-        micro-batches of the size that `batching` allows.
+        """The smallest gradient_accumulation_steps that fits every step of the first `epochs` epochs.
 
         Raises:
             DataError: a sample is longer than the token budget of a micro-batch.
         """
         budget = self._budget
         if budget is None:
-            # Counted in samples, no step is larger than the first.
+            # With a batch size in samples, no step is larger than the first.
             steps = range(1 if self.batching.global_batch_size is not None else self.steps * epochs)
             size = max(len(self.samples(step)) for step in steps)
             return math.ceil(size / (self._micro_batch * world_size))
         longest = int(self.lengths.max())
         if longest > budget:
             raise DataError(
-                f"the longest sample has {longest:,} tokens, and batching.micro_batch_tokens={budget} is less; "
-                f"raise it, or set training.max_length={budget} (which truncates)"
+                f"the longest sample has {longest:,} tokens, which exceeds batching.micro_batch_tokens={budget}; "
+                f"raise it, or truncate samples with training.max_length={budget}"
             )
         contents = (self.samples(step) for step in range(self.steps * epochs))
         return max(len(self._packs(samples, world_size)) for samples in contents) // world_size
 
     def micro_batches(self, step: int, world_size: int) -> list[list[list[int]]]:
-        """[rounds][world_size] lists of indices that together are `samples(step)`, in as few rounds as can be; a rank that has
-        nothing to do in a round has an empty list.
+        """The samples of `step`, divided into [rounds][world_size] lists of indices with as few rounds as possible.
 
-        Packs are balanced by tokens. Padded micro-batches hold samples of like length, and so little padding. What the ranks
-        do at the same time is of like size.
+        A rank that is idle in a round has an empty list. Packs are balanced by tokens; padded micro-batches group
+        samples of similar length to minimise padding. Within a round, all ranks get similar amounts of work.
         """
         samples = self.samples(step)
         if self.batching.micro_batch_tokens is not None:
@@ -143,7 +145,8 @@ class Plan:
         return [packs[start : start + world_size] for start in range(0, len(packs), world_size)]
 
     def _packs(self, samples: Lengths, world_size: int) -> list[list[int]]:
-        """A multiple of `world_size` packs within the token budget, the longest first."""
+        """Divide `samples` into packs within the token budget, longest first; their number is a multiple of
+        `world_size`."""
         budget = self._budget
         assert budget is not None
         rounds = math.ceil(int(self.lengths[samples].sum()) / (budget * world_size))
@@ -154,9 +157,9 @@ class Plan:
         packs.sort(key=lambda pack: pack[0], reverse=True)
         return [pack for _, pack in packs] + [[]] * (rounds * world_size - len(packs))
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - a run has one plan for training and one for each split
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - a run has one plan per split
     def _epoch(self, epoch: int) -> tuple[Lengths, Lengths]:
-        """The order of an epoch, and where in it each step starts (the end of the last included)."""
+        """The sample order of an epoch, and the start of each step in it (plus the end of the last step)."""
         count = len(self.lengths)
         order: Lengths = np.arange(count)
         if self._shuffle:
@@ -171,8 +174,11 @@ class Plan:
 
 
 def _balanced(samples: Lengths, lengths: Lengths, packs: int) -> list[tuple[int, list[int]]]:
-    """`samples` in at most `packs` packs of like length, each with its tokens: the longest first, each into the shortest pack
-    (Graham's LPT rule, SIAM J. Appl. Math. 17, 1969: at most 4/3 of the best)."""
+    """Divide `samples` into at most `packs` packs of similar length; returns (tokens, indices) for each pack.
+
+    Longest processing time first: the longest remaining sample goes into the shortest pack. The longest pack is at most
+    4/3 of the optimum (Graham 1969, SIAM J. Appl. Math. 17).
+    """
     heap: list[tuple[int, int]] = [(0, number) for number in range(min(packs, len(samples)))]
     content: list[list[int]] = [[] for _ in heap]
     sizes = lengths[samples]
@@ -183,10 +189,26 @@ def _balanced(samples: Lengths, lengths: Lengths, packs: int) -> list[tuple[int,
     return [(load, content[number]) for load, number in heap]
 
 
-class RankBatches(Sampler[list[int]]):
-    """The micro-batches of one rank, epoch by epoch: the batch sampler of its data loader.
+def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Group indices into batches of similar length for inference, longest first.
 
-    A step that takes fewer rounds than `accumulation` begins with empty ones.
+    A batch has at most `max_tokens` tokens including padding, or a single row. The longest batch comes first, so that
+    an out-of-memory error shows up at once and a progress estimate is not too optimistic.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+class RankBatches(Sampler[list[int]]):
+    """Batch sampler that yields the micro-batches of one rank, one epoch at a time.
+
+    A step with fewer rounds than `accumulation` starts with empty micro-batches.
     """
 
     def __init__(self, plan: Plan, rank: int, world_size: int, accumulation: int) -> None:

@@ -1,4 +1,4 @@
-"""From a plan to the batches of one rank, on its device before they are asked for."""
+"""From a batch plan to the batches of one rank, moved to its device ahead of time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from distft.data.tokenize import IGNORED
 
 
 class Collator:
-    """Rows to one micro-batch: packed into one row with the bounds of the samples, or padded; its width a multiple of `multiple`,
-    if any (in a pack one more sample, which the loss does not look at). No rows give one token that the loss does not look at, so
-    that a rank with nothing to do enters every collective. `for_head` adds what `scored` finds, as `scored` and `targets`."""
+    """Collates prepared samples into one micro-batch: a single packed row with sample boundaries, or padded rows.
+
+    The width is a multiple of `multiple`, if given; a pack is filled up with a dummy sample that the loss ignores. An
+    empty list of samples gives a single ignored token, so that an idle rank still takes part in every collective. With
+    `for_head`, the batch also has what `trained_positions` returns, as `scored` and `targets`.
+    """
 
     def __init__(self, pad_token: int, *, packed: bool, multiple: int | None = None, for_head: bool = False) -> None:
         self._pad_token, self._fill_to = pad_token, (multiple or 1) if packed else 1
@@ -28,18 +31,22 @@ class Collator:
         )
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        lacking = -sum(len(row["input_ids"]) for row in rows) % self._fill_to if rows else 1
-        if lacking:
-            rows = [*rows, {"input_ids": [self._pad_token] * lacking, "labels": [IGNORED] * lacking}]
+        missing = -sum(len(row["input_ids"]) for row in rows) % self._fill_to if rows else 1
+        if missing:
+            rows = [*rows, {"input_ids": [self._pad_token] * missing, "labels": [IGNORED] * missing}]
         batch: dict[str, Any] = self._collate(rows)
         if self._for_head:
-            batch["scored"], batch["targets"] = scored(batch["labels"], self._multiple)
+            batch["scored"], batch["targets"] = trained_positions(batch["labels"], self._multiple)
         return batch
 
 
-def scored(labels: torch.Tensor, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of labels [rows, width] the positions whose next token is trained, as indices [n] into the flattened rows, and the labels of
-    these next tokens [1, n]. n is filled up to a multiple of `multiple`, by position 0 with no label, and is never 0."""
+def trained_positions(labels: torch.Tensor, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions in `labels` [rows, width] whose next token is trained.
+
+    Returns:
+        Indices [n] into the flattened rows, and the labels [1, n] of the next tokens. n is at least 1 and is filled up
+        to a multiple of `multiple` with position 0 and label -100.
+    """
     following = torch.full_like(labels, IGNORED)
     following[:, :-1] = labels[:, 1:]
     flat = following.flatten()
@@ -49,15 +56,17 @@ def scored(labels: torch.Tensor, multiple: int) -> tuple[torch.Tensor, torch.Ten
     return torch.cat([positions, positions.new_zeros(spare)]), targets[None]
 
 
-class Waits:
-    """The seconds that this process has waited for its batches, through whichever iterator they came: accelerate makes another
-    loader for the first epoch of a resumed run."""
+class DataWait:
+    """Adds up the seconds that this process waits for batches.
+
+    It outlives any one iterator, because accelerate creates another data loader for the first epoch of a resumed run.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    def through(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """`batches`, each wait counted."""
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Iterate over `batches`, timing each wait."""
         while True:
             start = time.perf_counter()
             try:
@@ -68,11 +77,24 @@ class Waits:
             yield batch
 
 
-def loader(
-    samples: Dataset, plan: Plan, collator: Collator, rank: int, world_size: int, accumulation: int, device: torch.device, workers: int
-) -> DataLoaderShard:  # fmt: skip
-    """The micro-batches that `plan` gives to `rank`, each moved to `device` while the one before it is worked on."""
+def build_loader(
+    samples: Dataset,
+    plan: Plan,
+    collator: Collator,
+    rank: int,
+    world_size: int,
+    accumulation: int,
+    device: torch.device,
+    workers: int,
+) -> DataLoaderShard:
+    """The micro-batches that `plan` assigns to `rank`; each moves to `device` during the computation of the previous
+    one."""
     return DataLoaderShard(
-        samples, device=device, _non_blocking=True, batch_sampler=RankBatches(plan, rank, world_size, accumulation),
-        collate_fn=collator, num_workers=workers, pin_memory=device.type == "cuda",
-    )  # fmt: skip
+        samples,
+        device=device,
+        _non_blocking=True,
+        batch_sampler=RankBatches(plan, rank, world_size, accumulation),
+        collate_fn=collator,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )

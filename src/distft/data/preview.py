@@ -16,8 +16,8 @@ _GREEN, _DIM, _RESET = "\033[32m", "\033[2m", "\033[0m"
 
 
 def preview(recipe: Recipe, tokenizer: Any, *, rows: Sequence[int], colour: bool) -> str:
-    """The training samples numbered `rows` with trained and masked tokens marked (in colour or with ⟦ ⟧), a histogram of
-    lengths, and how many samples were truncated or dropped."""
+    """The training samples numbered `rows` with trained and masked tokens marked (in colour or with ⟦ ⟧), a histogram
+    of lengths, and how many samples were truncated or dropped."""
     splits = prepare_data(recipe, tokenizer)
     lines: list[str] = []
     for number in (number for number in rows if number < len(splits.train)):

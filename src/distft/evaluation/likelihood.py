@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,18 +10,6 @@ import torch
 from distft.data.tokenize import IGNORED
 
 Tokens = Sequence[int]
-
-
-def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of about one length, the longest first, of at most `tokens` tokens with their padding (or of one row)."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _padded(rows: Sequence[Tokens], fill: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 TRL's fused head finds the positions to score with a mask, on the device: the host waits until it knows how many there are, and
 each step brings matrix products of a new shape, for which cuBLAS looks up a kernel for milliseconds. The collator, on the host,
-knows the positions before the batch leaves for the device (`loader.scored`).
+knows the positions before the batch leaves for the device (`distft.data.loader.trained_positions`).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.data.batch_plan import Plan
-from distft.data.loader import Waits
+from distft.data.loader import DataWait
 from distft.distributed.collectives import gather, reduce
 from distft.distributed.world import World
 from distft.files import disk_full_reason
@@ -116,7 +116,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
     work: Work
     profiled: Callable[[int], bool] = lambda step: False
     """Whether a step ran under the profiler. Its time is not that of the others; windows end where such steps begin and end."""
-    waits: Waits = field(default_factory=Waits)
+    waits: DataWait = field(default_factory=DataWait)
     resumed: Mapping[str, Any] = field(default_factory=dict)
     """What `carried` said when the checkpoint was saved that the run goes on from."""
     steps_total: int = 0

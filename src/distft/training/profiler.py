@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.console import say
-from distft.data.loader import Waits
+from distft.data.loader import DataWait
 from distft.distributed.collectives import gather
 from distft.distributed.world import World
 from distft.files import to_json, write_atomically
@@ -98,7 +98,7 @@ class Profile(TrainerCallback):  # type: ignore[misc]
     """Profiles `tracking.profile_steps` steps after those of the warm-up, or fewer, so that one step at least is left to be timed. It
     stands before the telemetry, whose windows end where the profiled steps begin and end. All ranks take part."""
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, world: World, waits: Waits) -> None:
+    def __init__(self, folder: RunFolder, recipe: Recipe, world: World, waits: DataWait) -> None:
         self._folder, self._world, self._waits = folder, world, waits
         self._wanted, self._warmup = recipe.tracking.profile_steps, max(recipe.tracking.throughput_warmup_steps, 1)
         self._first, self._steps = 0, 0  # the step before the profiled ones, and how many they are

@@ -16,7 +16,7 @@ from distft.config.recipe import load_recipe
 from distft.console import say
 from distft.data.batch_plan import Plan
 from distft.data.formats import data_faults
-from distft.data.loader import Waits
+from distft.data.loader import DataWait
 from distft.data.prepare import first_samples, lengths_of, prepare_data
 from distft.distributed.collectives import together
 from distft.distributed.launcher_args import Launcher
@@ -92,7 +92,7 @@ def train(arguments: Sequence[str]) -> None:
                 say(line)
 
         recomputed = recomputed_parameters(model, by_trainer=bool(config.gradient_checkpointing))
-        waits = Waits()
+        waits = DataWait()
         profile = Profile(record.folder, recipe, world, waits)
         carried = record.place.carried
         measured = carried.get("telemetry", {})

@@ -15,7 +15,7 @@ from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.data.batch_plan import Plan
-from distft.data.loader import Collator, Waits, loader
+from distft.data.loader import Collator, DataWait, build_loader
 from distft.data.prepare import lengths_of
 from distft.data.tokenize import IGNORED
 from distft.distributed.strategies.base import Strategy
@@ -69,11 +69,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         skips_spare_rounds: bool,
         numbers: BadNumbers,
         checkpoints: Checkpoints,
-        waits: Waits | None = None,
+        waits: DataWait | None = None,
         **kwargs: Any,
     ) -> None:
         self._plan, self._skips_spare_rounds = plan, skips_spare_rounds
-        self._numbers, self._checkpoints, self._waits = numbers, checkpoints, waits or Waits()
+        self._numbers, self._checkpoints, self._waits = numbers, checkpoints, waits or DataWait()
         super().__init__(*args, **kwargs)
         self._collate = Collator(
             self.processing_class.pad_token_id, packed=plan.batching.micro_batch_tokens is not None,
@@ -93,7 +93,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return self._loader(samples, plan, plan.accumulation(self.args.world_size, 1))
 
     def _loader(self, samples: Any, plan: Plan, accumulation: int) -> Any:
-        return loader(
+        return build_loader(
             samples, plan, self._collate, self.args.process_index, self.args.world_size, accumulation, self.args.device,
             self.args.dataloader_num_workers,
         )  # fmt: skip
@@ -103,7 +103,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if self._skips_spare_rounds:
             rounds = len(self._plan.micro_batches(self.state.global_step, self.args.world_size))
             self._spare = self.args.gradient_accumulation_steps - rounds
-        return super().get_batch_samples(self._waits.through(epoch_iterator), *args, **kwargs)
+        return super().get_batch_samples(self._waits.timed(epoch_iterator), *args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The trainer's step; a round in which no rank has anything to do costs nothing."""

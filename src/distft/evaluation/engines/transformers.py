@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from distft.config.evaluation import Evaluation
+from distft.data.batch_plan import batches_by_length
 from distft.distributed.process import say_once
 from distft.errors import MissingExtraError, ModelError, OutOfMemory
 from distft.evaluation.engines.vllm import RANKS, VllmEngine
@@ -146,7 +147,8 @@ class TransformersEngine:
             if limit > 0:
                 groups.setdefault((item.sampling.temperature, item.sampling.top_p, limit), []).append(index)
         for (_, _, limit), members in groups.items():
-            for batch in _batches(members, [len(one) for one in ids], limit, self.batch_tokens):
+            for places in batches_by_length([len(ids[index]) + limit for index in members], self.batch_tokens):
+                batch = [members[place] for place in places]
                 seeds = [item_seed(items[index].sampling, prompts[index]) for index in batch]
                 written = self._write([ids[index] for index in batch], items[batch[0]].sampling, limit, seeds)
                 yield from zip(batch, written, strict=True)
@@ -216,19 +218,6 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
         for row, stream in zip(drawn, self.streams, strict=True):
             row.exponential_(generator=stream)
         return scores.float() - drawn.clamp_min(torch.finfo(torch.float32).tiny).log()
-
-
-def _batches(members: Iterable[int], lengths: Sequence[int], limit: int, batch_tokens: int) -> Iterator[list[int]]:
-    """The members in batches of falling length, each of at most `batch_tokens` with padding and all that may be written (or of one).
-    The longest come first: what does not fit shows at once, and the time left is not underestimated."""
-    batch: list[int] = []
-    for index in sorted(members, key=lambda index: (-lengths[index], index)):
-        if batch and (len(batch) + 1) * (lengths[batch[0]] + limit) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _positions(model: Any) -> int | None:

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from distft.config.evaluation import Evaluation
 from distft.console import say
+from distft.data.batch_plan import batches_by_length
 from distft.distributed.collectives import together
 from distft.evaluation.cache import complete, key_of
 from distft.evaluation.engines.transformers import TransformersEngine
 from distft.evaluation.generate import Item, Sampling, generate
-from distft.evaluation.likelihood import batches, continuation_log_likelihoods
+from distft.evaluation.likelihood import continuation_log_likelihoods
 from distft.evaluation.metrics import RESAMPLES, Estimate, Floats, compared, correlation
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import reviews
@@ -94,7 +95,7 @@ def _score(
 
     def score(share: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         with target.side(side) as model:
-            for batch in batches([len(prompts[i].prefix) for i in share], settings.batch_tokens):
+            for batch in batches_by_length([len(prompts[i].prefix) for i in share], settings.batch_tokens):
                 chosen = [share[i] for i in batch]
                 found = continuation_log_likelihoods(
                     model, [prompts[i].prefix for i in chosen], [prompts[i].continuations for i in chosen],

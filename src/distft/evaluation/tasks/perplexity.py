@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from distft.config.evaluation import Evaluation
+from distft.data.batch_plan import batches_by_length
 from distft.data.prepare import first_samples
 from distft.data.tokenize import IGNORED
 from distft.errors import DataError
 from distft.evaluation.cache import complete, key_of
-from distft.evaluation.likelihood import batches, trained_log_likelihoods
+from distft.evaluation.likelihood import trained_log_likelihoods
 from distft.evaluation.metrics import Estimate, Floats, bootstrap_weights, compared
 from distft.evaluation.target import SideName, Target
 
@@ -38,7 +39,7 @@ def run(target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
 
         def score(share: list[int], side: SideName = side) -> Iterator[tuple[int, dict[str, Any]]]:
             with target.side(side) as model:
-                for batch in batches([len(ids[i]) for i in share], settings.batch_tokens):
+                for batch in batches_by_length([len(ids[i]) for i in share], settings.batch_tokens):
                     chosen = [share[i] for i in batch]
                     found = trained_log_likelihoods(
                         model,
