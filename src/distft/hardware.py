@@ -1,4 +1,7 @@
-"""The machine this process runs on: its GPU's rate and energy counter, the versions installed."""
+"""The machine this process runs on: peak rates and energy counter of its GPU, and the installed versions.
+
+Imports torch inside the functions that need it, so that reports can look up peak rates without it.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,66 @@ import os
 import platform
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-
-from distft.gpus import device
 
 GIB = 2**30
 
 
+@dataclass(frozen=True)
+class PeakRates:
+    """Dense bf16 matrix products in TFLOP/s (1e12) and memory bandwidth in TB/s (1e12 bytes)."""
+
+    dense_bf16_tflops: float
+    memory_tb_per_s: float
+
+    @property
+    def ridge_flops_per_byte(self) -> float:
+        """Arithmetic intensity above which a kernel is bound by arithmetic, not by memory: the ridge point of the roofline
+        model (Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785)."""
+        return self.dense_bf16_tflops / self.memory_tb_per_s
+
+
+# From the vendors' data sheets, except the H200's bf16 rate: measured on an 8192 × 8192 × 8192 product.
+# The first name that the driver's name contains applies, so variants precede the plain model.
+_PEAK_RATES = {
+    "H200": PeakRates(790.0, 4.8),
+    "H100 PCIe": PeakRates(756.0, 2.0),
+    "H100 NVL": PeakRates(835.0, 3.9),
+    "H100": PeakRates(989.0, 3.35),  # SXM
+    "A100-SXM4-80GB": PeakRates(312.0, 2.039),
+    "A100 80GB PCIe": PeakRates(312.0, 1.935),
+    "A100": PeakRates(312.0, 1.555),  # 40 GB
+    "L40S": PeakRates(362.0, 0.864),
+    "L4": PeakRates(121.0, 0.3),
+    "A10G": PeakRates(70.0, 0.6),
+    "RTX 4090": PeakRates(165.2, 1.008),  # with fp32 accumulation
+    "RTX 3090": PeakRates(71.0, 0.936),  # with fp32 accumulation
+}
+
+
+def peak_rates(gpu: str) -> PeakRates | None:
+    """Peak rates of the GPU with the driver's name `gpu`; None if the table does not list it."""
+    return next((rates for name, rates in _PEAK_RATES.items() if name in gpu), None)
+
+
 def device_flops() -> float | None:
-    """Dense bf16 FLOP/s of this process's GPU; None where there is none or it is not known."""
+    """Dense bf16 FLOP/s of this process's GPU; None without a GPU or for an unknown one."""
+    import torch
+
     if not torch.cuda.is_available():
         return None
-    known = device(torch.cuda.get_device_name())
-    return known.dense_bf16_tflops * 1e12 if known else None
+    rates = peak_rates(torch.cuda.get_device_name())
+    return rates.dense_bf16_tflops * 1e12 if rates else None
 
 
 def limit_gpu(limit_gib: float | None) -> None:
-    """Let PyTorch's allocator fail in this process beyond so many GiB, as on a smaller GPU. Nothing without a GPU or a limit."""
+    """Make PyTorch's allocator fail beyond `limit_gib` GiB, as on a smaller GPU. Does nothing without a GPU or a limit."""
+    import torch
+
     if limit_gib is not None and torch.cuda.is_available():
         device = torch.cuda.current_device()
         total = torch.cuda.get_device_properties(device).total_memory
@@ -35,10 +77,12 @@ def limit_gpu(limit_gib: float | None) -> None:
 
 
 class EnergyMeter:
-    """Joules that this process's GPU has used, from NVML's counter (nvmlDeviceGetTotalEnergyConsumption, in mJ); None where there
-    is no such counter. It counts the whole device, whoever uses it."""
+    """Energy in J that this process's GPU has drawn since construction, from NVML's counter
+    (nvmlDeviceGetTotalEnergyConsumption, in mJ); None without such a counter. It counts the whole device, whoever uses it."""
 
     def __init__(self) -> None:
+        import torch
+
         self._device: Any = None
         if torch.cuda.is_available():
             import pynvml
@@ -61,14 +105,16 @@ class EnergyMeter:
         return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._device)) / 1e3
 
     def joules(self) -> float | None:
-        """Since construction, in J."""
+        """Energy in J since construction."""
         now = self._read()
         return None if now is None or self._start is None else now - self._start
 
     def idle_watts(self, seconds: float = 1.0) -> float | None:
-        """What the device draws with nothing to do but to hold what is loaded, measured over `seconds` in which this process waits."""
+        """Power in W that the device draws while it only holds what is loaded; blocks for `seconds` to measure it."""
         if self._device is None:
             return None
+        import torch
+
         torch.cuda.synchronize()
         before, began = self._read(), time.perf_counter()
         time.sleep(seconds)
@@ -93,7 +139,9 @@ PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-    """Versions, hardware and command of this process, for `environment.json`. Holds no value of an environment variable."""
+    """Versions, hardware and command line of this process, for `environment.json`; no values of environment variables."""
+    import torch
+
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "command": sys.argv,

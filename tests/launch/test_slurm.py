@@ -14,7 +14,7 @@ import pytest
 
 from distft.config.recipe import load_recipe
 from distft.errors import RecipeError
-from distft.launch.slurm import Job, faults, report_script, script, seconds, template
+from distft.launch.slurm import Job, faults, report_script, script, template
 from distft.launch.submit import Submission
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -108,13 +108,9 @@ def test_gpus_are_asked_for_once() -> None:
         load_recipe(["recipe=tiny", "slurm.gpus_per_node=2", "slurm.gres=gpu:2"], checks=(faults,))
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("90", 5400), ("1:30", 90), ("01:00:00", 3600), ("2-3", 183600), ("2-3:04", 183840), ("1-00:00:01", 86401),
-     ("UNLIMITED", None), (None, None)],
-)  # fmt: skip
-def test_a_time_limit_is_read_as_sbatch_reads_it(text: str | None, expected: float | None) -> None:
-    assert seconds(text) == expected
+@pytest.mark.parametrize("limit", ["UNLIMITED", "null", "00:02:01"])
+def test_a_job_without_a_time_limit_or_with_one_beyond_the_grace_period_is_valid(limit: str) -> None:
+    assert load_recipe(["recipe=tiny", f"slurm.time={limit}"], checks=(faults,)).slurm.grace_s == 120
 
 
 def dry_run(where: Path, *words: str) -> subprocess.CompletedProcess[str]:

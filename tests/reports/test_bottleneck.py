@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distft.gpus import device
+from distft.hardware import peak_rates
 from distft.reports.bottleneck import PARTS, Facts, Split, bound, whole_run
 
 PROFILES = Path(__file__).parent / "profiles"
@@ -98,7 +98,7 @@ def test_another_part_of_a_tenth_is_advised_on_as_well() -> None:
 
 
 def test_few_tokens_at_once_leave_products_to_the_memory() -> None:
-    known = device("NVIDIA H200")
+    known = peak_rates("NVIDIA H200")
     assert known is not None and known.ridge_flops_per_byte == pytest.approx(790 / 4.8)
     split = gpu(rank(0.9, 0.0, 0.0, 0.1, products_s=0.8))
     few, many = (bound(split, Facts(gpu="NVIDIA H200", tokens=tokens)) for tokens in (100, 200))
@@ -144,8 +144,8 @@ def test_no_split_is_the_mean_of_none() -> None:
 
 def test_devices_are_known_by_their_driver_s_names() -> None:
     rates = {
-        name: device(name)
+        name: peak_rates(name)
         for name in ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA L4")
     }
     assert [found and found.dense_bf16_tflops for found in rates.values()] == [756.0, 989.0, 312.0, 362.0, 121.0]
-    assert device("Some GPU") is None
+    assert peak_rates("Some GPU") is None

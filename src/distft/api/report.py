@@ -16,6 +16,7 @@ from distft.reports.html import histories, page
 from distft.reports.markdown import log_blocks, markdown
 from distft.reports.report import report as report_on_folders
 from distft.runs.folder import RunFolder
+from distft.text import shorten
 
 if TYPE_CHECKING:
     from distft.reports.report import Report as ReportOnRuns
@@ -38,8 +39,7 @@ class Report:
         if self.runs is not None:
             return self.runs.title
         names = [log.name for log in self.logs]
-        rest = len(names) - _NAMES_IN_TITLE
-        return " and ".join(names[:_NAMES_IN_TITLE]) + (f" and {rest} more" if rest > 0 else "")
+        return shorten(names, _NAMES_IN_TITLE, " and ")
 
     def to_markdown(self, path: str | Path | None = None) -> str:
         """The report as Markdown tables.

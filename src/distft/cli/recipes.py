@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from distft.cli.arguments import Commands, load, print_files
 from distft.errors import RecipeError, UserError
+from distft.text import count
 
 if TYPE_CHECKING:
     from distft.config.recipe import Recipe
@@ -57,7 +58,7 @@ def show(options: argparse.Namespace) -> None:
     if size is None or micro == "auto" or recipe.batching.micro_batch_tokens is not None:
         print("# gradient_accumulation_steps: the smallest number that fits the longest step of the data")
     else:
-        divisor = f"{micro} × {processes} process{'es' if processes > 1 else ''}"
+        divisor = f"{micro} × {count(processes, 'process')}"
         print(f"# gradient_accumulation_steps: {size // (micro * processes)}  (derived: {size} / ({divisor}))")
 
 

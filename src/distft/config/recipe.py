@@ -31,6 +31,7 @@ from distft.config.upstream import UPSTREAMS, section_for, upstream_section
 from distft.config.validation import COMMAND_LINE, Source, faults_of, place_of
 from distft.config.yaml import dump_yaml
 from distft.errors import Fault, RecipeError
+from distft.text import count
 
 
 class Recipe(Section):
@@ -118,8 +119,8 @@ class Recipe(Section):
             hint = f"no micro-batch does; take another number of processes, or a global batch of {' or '.join(map(str, near))}"
         raise RecipeError([Fault(
             self.source.of("batching.micro_batch"), "batching.micro_batch",
-            f"a global batch of {size} samples does not divide into micro-batches of {micro} on {world_size} "
-            f"process{'es' if world_size > 1 else ''}", hint,
+            f"a global batch of {size} samples does not divide into micro-batches of {micro} on "
+            f"{count(world_size, 'process')}", hint,
         )])  # fmt: skip
 
     def to_yaml(self) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from distft.config.section import DType, Section
+from distft.text import parse_duration
 
 StrategyName = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
 
@@ -66,20 +67,12 @@ class Run(Section):
     @property
     def max_time_s(self) -> float | None:
         """`max_time` in seconds."""
-        return _seconds(self.max_time)
+        return None if self.max_time is None else parse_duration(self.max_time)
 
     @property
     def train_time_s(self) -> float | None:
         """`train_time` in seconds."""
-        return _seconds(self.train_time)
-
-
-def _seconds(text: str | None) -> float | None:
-    if text is None:
-        return None
-    days, _, clock = text.rpartition("-")
-    hours, minutes, seconds = map(int, clock.split(":"))
-    return float(((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)
+        return None if self.train_time is None else parse_duration(self.train_time)
 
 
 class Model(Section):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distft.evaluation.columns import figures, shown
+from distft.text import shorten
 
 PARTS = (
     "figures", "categories", "confusion", "unparsed", "outcomes", "position", "judge", "judged", "reasons",
@@ -155,17 +156,14 @@ def headline(evaluation: Mapping[str, Any]) -> str:
             words = f"{title} {sides} ({figure['verdict']})" if changed else title
             told.setdefault("changed" if changed else figure["verdict"], []).append(words)
     changes = told.pop("changed", [])
-    rest = [f"{verdict} in {_listed(names, ', ')}" for verdict, names in told.items()]
+    rest = [f"{verdict} in {shorten(names, _NAMED)}" for verdict, names in told.items()]
     rest += [f"the judge's verdicts mean little in {', '.join(doubtful)}"] if doubtful else []
     if changes:
         more = "; ".join(rest)
-        return f"The fine-tune changed {_listed(changes, '; ')}." + (f" {more[0].upper()}{more[1:]}." if more else "")
+        return f"The fine-tune changed {shorten(changes, _NAMED, '; ')}." + (
+            f" {more[0].upper()}{more[1:]}." if more else ""
+        )
     return f"The fine-tune changed nothing that these items can tell from chance: {'; '.join(rest)}." if rest else ""
-
-
-def _listed(names: list[str], between: str) -> str:
-    more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
-    return between.join([*names[:_NAMED], *more])
 
 
 def _value(estimate: Mapping[str, float | None] | None, form: str) -> str:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -33,6 +33,7 @@ from distft.reports.report import DAMAGED, NOT_THERE, Report, report_on_runs
 from distft.reports.results import Run, leaves, outcome, read_run
 from distft.reports.wandb import log_report
 from distft.runs.folder import RunFolder
+from distft.text import shorten
 
 _EVERY_S = 0.5
 """How often the table of the runs is drawn anew."""
@@ -331,14 +332,10 @@ def _changed(experiment: Experiment, made: Mapping[str, Run]) -> str:
     if not found:
         return ""
     count = len({name for names in found.values() for name in names})
-    lines = [f"  {line} ({_some(names)})" for line, names in found.items()]
-    more = [f"  and {len(lines) - 2 * _NAMED} more"] if len(lines) > 2 * _NAMED else []
+    lines = [f"  {line} ({shorten(names, _NAMED)})" for line, names in found.items()]
     head = f"{count} of {len(experiment.runs)} runs of {experiment.name} were made with another recipe than their names mean now:"
+    more = [f"  and {len(lines) - 2 * _NAMED} more"] if len(lines) > 2 * _NAMED else []
     return "\n".join([head, *lines[: 2 * _NAMED], *more])
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _set_damaged_aside(run: ExperimentRun) -> None:

@@ -25,6 +25,7 @@ from distft.files import append_lines, read_lines, write_atomically
 from distft.paths import packaged
 from distft.runs.folder import RunFolder
 from distft.runs.slurm_job import LIMIT_S
+from distft.text import parse_duration
 
 _SECRET = re.compile(r"TOKEN(?!IZ)|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 _HERE = "# distft submit puts the recipe's values, modules, set-up lines, variables and arguments here"
@@ -45,7 +46,7 @@ def faults(recipe: Recipe) -> list[Fault]:
         if _SECRET.search(name):
             fault(f"environment.{name}", "looks like a secret, and a recipe is copied into every run folder",
                   "export it before you submit; sbatch passes it on")  # fmt: skip
-    limit = seconds(section.time)
+    limit = None if section.time in (None, "UNLIMITED") else parse_duration(section.time)
     if limit is not None and limit <= section.grace_s:
         fault(
             "time",
@@ -53,16 +54,6 @@ def faults(recipe: Recipe) -> list[Fault]:
             "the run would be stopped before it begins",
         )
     return found
-
-
-def seconds(time: str | None) -> float | None:
-    """A time limit as sbatch reads it (`M`, `M:S`, `H:M:S`, `D-H`, `D-H:M`, `D-H:M:S`) in seconds; None for no limit."""
-    if time is None or time == "UNLIMITED":
-        return None
-    days, dash, clock = time.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    hours, minutes, rest = [*parts, 0, 0][:3] if dash or len(parts) == 3 else [0, *parts, 0][:3]
-    return float(((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest)
 
 
 @dataclass(frozen=True)

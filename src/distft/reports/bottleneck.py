@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distft.gpus import device
+from distft.hardware import peak_rates
 
 NAMED = 0.1
 """A part of a step that takes at least this share of it is named beside the largest, with what would help against it."""
@@ -156,7 +156,7 @@ def _compute(split: Split, facts: Facts, share: float) -> tuple[str, list[str]]:
         told.append(f"matrix products run in {products:.0%} of the compute")
         if products < 0.5:
             kind = "memory bandwidth"
-    known = device(facts.gpu) if facts.gpu else None
+    known = peak_rates(facts.gpu) if facts.gpu else None
     if known is not None and facts.tokens is not None and facts.tokens < known.ridge_flops_per_byte:
         # A product with 16-bit weights does 2 FLOPs for each of its 2 bytes and each token.
         kind = "memory bandwidth"

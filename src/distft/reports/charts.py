@@ -10,8 +10,9 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from distft.reports.bottleneck import Split
-from distft.reports.drawing import COLOURS, INK, Chart, drawn, few
+from distft.reports.drawing import COLOURS, INK, NAMED, Chart, drawn
 from distft.reports.history import History
+from distft.text import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,7 +121,7 @@ def _curves(chart: _Curves, histories: Sequence[History]) -> Chart | None:
         for x, y in _thinned(points)
     ]
     return Chart(
-        chart.key, chart.title, f"{chart.y_title} over {chart.x_title}: {few(ends)}.", drawn(chart.key, draw, variants),
+        chart.key, chart.title, f"{chart.y_title} over {chart.x_title}: {shorten(ends, NAMED, '; ')}.", drawn(chart.key, draw, variants),
         ("run", chart.x_title, chart.y_title), tuple(rows),
     )  # fmt: skip
 
@@ -176,7 +177,7 @@ def _bars(
         for name, bar in times.items()
         if sum(bar.values()) > 0 and (part := max(bar, key=lambda part: bar[part]))
     ]
-    return Chart(key, title, f"{told}. The largest part of each: {few(largest)}.", drawn(key, draw, parts, rows=len(times)),
+    return Chart(key, title, f"{told}. The largest part of each: {shorten(largest, NAMED, '; ')}.", drawn(key, draw, parts, rows=len(times)),
                  ("variant", *(f"{part}, {unit}" for part in parts)), rows)  # fmt: skip
 
 
@@ -213,7 +214,7 @@ def _pareto(speeds: Mapping[str, tuple[float, float]], memory_title: str) -> Cha
     svg = drawn("pareto", draw, legend, lambda axes: _name_points(axes, front, [*speeds.values()]))
     for place, name in enumerate(speeds):  # what a point is, on hovering
         svg = svg.replace(f'<g id="pareto-point{place}">', f"<g><title>{escape(name)}</title>")
-    return Chart("pareto", "Memory against speed", f"No variant is both smaller and faster than {few(front, ', ')}.", svg,
+    return Chart("pareto", "Memory against speed", f"No variant is both smaller and faster than {shorten(front, NAMED)}.", svg,
                  ("variant", memory_title, "samples/s", "on the front"), rows)  # fmt: skip
 
 

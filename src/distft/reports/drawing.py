@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,8 @@ COLOURS = tuple(f"#0a0b{number:02x}" for number in range(7))
 their dashes as well, points in their marks."""
 INK, GRID = "#010203", "#010204"
 """Stand in the drawing for the page's `currentColor` and for its fainter lines."""
-_NAMED = 4
-"""Curves, bars and points that a caption names; the table beside the chart has all."""
+NAMED = 4
+"""Curves, bars and points that a caption names; the table next to the chart lists all of them."""
 LABEL = 22
 """Characters of a line of a bar's label, so that it leaves room for the bar."""
 _STYLE: Any = {
@@ -71,10 +71,3 @@ def drawn(
     for number, colour in enumerate(COLOURS):
         svg = svg.replace(colour, f"var(--series-{number})")
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{key}-", svg)
-
-
-def few(texts: Iterable[str], between: str = "; ") -> str:
-    """The first of them, and how many more there are."""
-    texts = [*texts]
-    more = len(texts) - _NAMED
-    return between.join(texts[:_NAMED]) + (f" … and {more} more" if more > 0 else "")

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distft.evaluation import columns
-from distft.reports.drawing import COLOURS, INK, LABEL, Chart, drawn, few
+from distft.reports.drawing import COLOURS, INK, LABEL, NAMED, Chart, drawn
+from distft.text import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +72,7 @@ def _side_by_side(key: str, task: str, figures: Sequence[tuple[str, Mapping[str,
         axes.invert_yaxis()
 
     rows = tuple((label, *(columns.shown(figure[side], figure["form"]) for side in sides)) for label, figure in figures)
-    told = few([f"{label}: {figure['verdict']}" for label, figure in figures if figure["verdict"]])
+    told = shorten([f"{label}: {figure['verdict']}" for label, figure in figures if figure["verdict"]], NAMED, "; ")
     return Chart(
         key,
         f"Evaluation: {task}",

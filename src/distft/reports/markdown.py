@@ -14,6 +14,7 @@ from distft.reports.history import FINAL, History
 from distft.reports.report import Report, Spread
 from distft.reports.results import FIGURES, TIMES, Figure, Run
 from distft.stats import CONFIDENCE
+from distft.text import count, shorten
 
 UNKNOWN = "–"
 _NAMES_IN_A_ROW = 6
@@ -51,7 +52,7 @@ def count_of_runs(report: Report) -> str:
     """How many runs of how many variants there are, and how many of them finished or did not fit."""
     ended = [run.outcome for run in report.runs]
     unfit = f", {ended.count('out of memory')} out of memory" if "out of memory" in ended else ""
-    return f"{_count(len(ended), 'run')} of {_count(len(report.variants), 'variant')}, {ended.count('finished')} finished{unfit}."
+    return f"{count(len(ended), 'run')} of {count(len(report.variants), 'variant')}, {ended.count('finished')} finished{unfit}."
 
 
 def run_rows(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -334,10 +335,10 @@ def log_lines(logs: Iterable[History]) -> list[str]:
     lines = []
     for log in logs:
         if log.infinite:
-            lines.append(f"`{log.name}`: {_count(log.infinite, 'value')} left out, NaN or infinite.")
+            lines.append(f"`{log.name}`: {count(log.infinite, 'value')} left out, NaN or infinite.")
         if log.unread:
             lines.append(
-                f"`{log.name}`: {_count(log.unread, 'record')} left out, without a step that is a whole number."
+                f"`{log.name}`: {count(log.unread, 'record')} left out, without a step that is a whole number."
             )
     return lines
 
@@ -361,13 +362,7 @@ def _list(lines: Iterable[str]) -> list[str]:
 
 def _names(names: Iterable[str]) -> str:
     quoted = [f"`{name}`" for name in names]
-    return (
-        ", ".join(quoted) if len(quoted) <= _NAMES_IN_A_ROW else f"{', '.join(quoted[:2])} and {len(quoted) - 2} more"
-    )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number != 1 else ''}"
+    return shorten(quoted, len(quoted) if len(quoted) <= _NAMES_IN_A_ROW else 2)
 
 
 def _number(value: float | None, figure: Figure) -> str:

@@ -22,6 +22,7 @@ from distft.reports.comparison import CLOSE, Comparison, judge, judge_items, sen
 from distft.reports.results import FIGURES, TIMES, Run, read_run
 from distft.runs.folder import RunFolder
 from distft.stats import CONFIDENCE, Interval, repeats_to_find
+from distft.text import count
 
 LOSS_TOLERANCE = 0.01
 """Losses of two variants that are further apart than this share of the first one's are not equal, where an experiment says nothing else."""
@@ -190,7 +191,7 @@ def report_on_runs(
     first = next(iter(done), None)
     tell = _Comparer(done, declared, loss_tolerance)
     return Report(
-        title=title or f"{len(runs)} run{'s' if len(runs) > 1 else ''}",
+        title=title or count(len(runs), "run"),
         runs=runs,
         variants=variants,
         equality=tuple(_equality(what, what in equal, done, loss_tolerance) for what in EQUAL),

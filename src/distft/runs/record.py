@@ -26,6 +26,7 @@ from distft.hardware import describe
 from distft.runs import manifest
 from distft.runs.folder import RunFolder
 from distft.runs.slurm_job import batch_job, is_queued, requeues
+from distft.text import count
 
 _FREE_TO_CHANGE = (
     "run.name",
@@ -143,7 +144,7 @@ class Record:
     def lines(self) -> list[str]:
         """What a user wants to read before the first step."""
         facts = self._facts
-        processes = f"{facts['world_size']} process{'es' if facts['world_size'] > 1 else ''}"
+        processes = count(facts["world_size"], "process")
         return [
             *facts["changed_for_you"],
             f"{facts['strategy']} on {processes}: global batch {self._batch()} × {facts['world_size']} × "
@@ -286,8 +287,8 @@ def _resumable(folder: RunFolder, recipe: Recipe, strategy: Strategy) -> Place |
     facts = {"carried": {}} if checkpoint is None else manifest.read(checkpoint)
     if facts.get("format", strategy.checkpoint_format) != strategy.checkpoint_format:
         raise RunFolderError(
-            f"the checkpoints of {folder.path} are {facts['format']}, and {strategy.name} on {strategy.world.world_size} "
-            f"process{'es' if strategy.world.world_size > 1 else ''} cannot read them\nresume with as many processes as before "
+            f"the checkpoints of {folder.path} are {facts['format']}, and {strategy.name} on "
+            f"{count(strategy.world.world_size, 'process')} cannot read them\nresume with as many processes as before "
             f"({facts['world_size']}), or take another run.name to start anew"
         )
     place = Place(folder, False, checkpoint, (summary["restarts"] or 0) + 1, facts["carried"])

@@ -16,6 +16,7 @@ from distft.data.batch_plan import Plan
 from distft.distributed.world import World
 from distft.errors import BadNumbersError
 from distft.runs.folder import RunFolder
+from distft.text import shorten
 
 IN_A_ROW = 10
 """Steps that may be skipped one after another; where no step is good any more, the run has nothing to go on with."""
@@ -114,11 +115,10 @@ class BadNumbers:
         if not found:
             found = [f"the gradient norm is {everywhere[0][-1]}, of finite losses"]
             rows = self.plan.samples(step - 1).tolist()
-        more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
         shown = ",".join(map(str, rows[:_SHOWN]))
         recipe = shlex.quote(str(self.folder.recipe))
         return (
-            f"step {step}: {'; '.join(found[:_SHOWN])}. Samples of the train split in it: {shown}{more}; look at them with "
+            f"step {step}: {'; '.join(found[:_SHOWN])}. Samples of the train split in it: {shorten(map(str, rows), _SHOWN, ',')}; look at them with "
             f"`distft data preview recipe={recipe} --rows {shown}`"
         ), rows
 

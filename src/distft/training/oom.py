@@ -29,6 +29,7 @@ from distft.errors import OutOfMemory, RecipeError
 from distft.files import to_json, write_atomically
 from distft.hardware import GIB, limit_gpu
 from distft.runs.record import Record
+from distft.text import count
 from distft.training.batch_size_probe import probe
 from distft.training.memory_estimate import Shape, cheaper, device_bytes
 
@@ -90,7 +91,7 @@ class Memory:
 
     def _in_words(self, micro_batch: int) -> str:
         unit = "sample" if self.recipe.batching.micro_batch_tokens is None else "token"
-        return f"{micro_batch} {unit}{'s' if micro_batch > 1 else ''}"
+        return count(micro_batch, unit)
 
     def _smaller(self, micro_batch: int) -> int | None:
         """The largest micro-batch that goes with the global batch and is at most half of `micro_batch`; of packs, half the tokens,

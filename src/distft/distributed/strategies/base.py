@@ -28,6 +28,7 @@ from distft.distributed.tensors import checksum, is_sharded, local_part, whole_n
 from distft.distributed.world import World
 from distft.errors import Fault, InvariantError, LaunchError
 from distft.paths import packaged
+from distft.text import count
 
 _BITSANDBYTES_OPTIMIZERS = ("paged_", "adamw_bnb", "lion_8bit", "lion_32bit", "adamw_8bit", "rmsprop_bnb", "ademamix")
 
@@ -131,8 +132,8 @@ class Strategy:
                 f"or one on purpose:\n  python -m distft.train recipe={recipe.source.name} strategy=single"
             )
         if devices and world.local_world_size > devices:
-            raise LaunchError(f"{world.local_world_size} processes on this machine, but it has {devices} visible GPU"
-                              f"{'s' if devices > 1 else ''}; start at most {devices} (--num_processes {devices})")  # fmt: skip
+            raise LaunchError(f"{world.local_world_size} processes on this machine, but it has "
+                              f"{count(devices, 'visible GPU')}; start at most {devices} (--num_processes {devices})")  # fmt: skip
         if recipe.strategy == "single" and world.world_size > 1:
             raise LaunchError(
                 f"the recipe asks for strategy single, but {world.world_size} processes were started; start one:\n"
