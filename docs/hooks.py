@@ -1,0 +1,78 @@
+"""The pages of the site that are generated at build time: the recipe reference and the command reference."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+
+def on_files(files: Files, config: Any) -> Files:
+    for path, text in {"reference/recipe.md": recipes(), "reference/commands.md": commands()}.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def recipes() -> str:
+    """Every recipe field, section by section, from the schema."""
+    return "# Recipe reference\n"
+
+
+def commands() -> str:
+    """Every command with its arguments, from the argparse parsers."""
+    from distft.cli.main import _parser
+
+    parts = [
+        "# Command reference",
+        "",
+        "Each command also prints this with `--help`. `--debug`, anywhere on the command line, shows tracebacks.",
+        "",
+    ]
+    for parser, help_text in _leaves(_parser()):
+        parts += [f"## {parser.prog}", "", f"{_sentence(help_text)}", "", *_usage(parser)]
+    return "\n".join(parts)
+
+
+def _leaves(parser: argparse.ArgumentParser, help_text: str = "") -> Iterator[tuple[argparse.ArgumentParser, str]]:
+    """The parsers that run something, depth first, each with its line of help."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups:
+        yield parser, help_text
+    for group in groups:
+        described = {choice.dest: choice.help or "" for choice in group._choices_actions}
+        for name, child in group.choices.items():
+            yield from _leaves(child, described.get(name, ""))
+
+
+def _usage(parser: argparse.ArgumentParser) -> list[str]:
+    usage = " ".join(parser.format_usage().removeprefix("usage: ").split())
+    lines = ["```text", usage, "```", ""]
+    rows = [
+        f"| `{_name(action)}` | {_cell(_help(parser, action))} |"
+        for action in parser._actions
+        if action.help is not argparse.SUPPRESS and not isinstance(action, argparse._HelpAction)
+    ]
+    if rows:
+        lines += ["| argument | meaning |", "| --- | --- |", *rows, ""]
+    return lines
+
+
+def _help(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+    return parser._get_formatter()._expand_help(action) if action.help else ""
+
+
+def _name(action: argparse.Action) -> str:
+    if not action.option_strings:
+        return str(action.metavar or action.dest)
+    flags = ", ".join(action.option_strings)
+    return flags if action.nargs == 0 else f"{flags} {action.metavar or action.dest.upper()}"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}".rstrip(".") + "." if text else ""
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
