@@ -1,10 +1,11 @@
 # make demo   sets up .venv and runs the main job: no GPU, no download of weights or data
 # make test   sets up .venv and runs the tests
 # make test-faults  runs every pairing of a fault with a strategy: the better part of an hour
+# make docs   sets up .venv and builds the documentation site in build/docs; broken links are errors
 # make lint   sets up .venv and runs ruff and mypy
 # make clean  removes what these and builds leave behind (not runs/)
 
-.PHONY: demo test test-faults lint setup clean
+.PHONY: demo test test-faults docs lint setup clean
 
 # Two processes; one where there is exactly one GPU. Offline: a W&B key in the environment is not used.
 demo: export WANDB_MODE = offline
@@ -21,6 +22,10 @@ test: setup
 
 test-faults: setup
 	@.venv/bin/python -m pytest -m "not gpu" tests/faults
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: setup
+	@.venv/bin/mkdocs build --quiet --strict && echo "open build/docs/index.html"
 
 lint: setup
 	.venv/bin/ruff check

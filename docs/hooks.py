@@ -22,7 +22,7 @@ def recipes() -> str:
 
 def commands() -> str:
     """Every command with its arguments, from the argparse parsers."""
-    from distft.cli.main import _parser
+    from distft.cli.main import parser
 
     parts = [
         "# Command reference",
@@ -30,7 +30,7 @@ def commands() -> str:
         "Each command also prints this with `--help`. `--debug`, anywhere on the command line, shows tracebacks.",
         "",
     ]
-    for parser, help_text in _leaves(_parser()):
+    for parser, help_text in _leaves(parser()):
         parts += [f"## {parser.prog}", "", f"{_sentence(help_text)}", "", *_usage(parser)]
     return "\n".join(parts)
 

@@ -11,7 +11,7 @@ import scaling
 from cluster import Compute, Group, Hardware, Load, Scheme, all_reduce, ring, step, traffic, tree
 from scaling import DDP, FSDP, HSDP, LLAMA, TABLES, ZERO2, adapter, hardware, model
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
 PACK = Load(rounds=1, heaviest=6656, spare=0.0, samples=32)
 
 

@@ -17,7 +17,7 @@ import torch
 from comparison import compare, table
 from throughput import MARK, Inputs, Runner
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
