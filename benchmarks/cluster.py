@@ -1,12 +1,14 @@
-"""A model of training on many GPUs: seconds of computation and communication in a step, bytes on the wire, checkpoints, start-up.
+"""A model of training on many GPUs: computation and communication per step, bytes sent, checkpoints and start-up.
 
-Pure functions over small types; `scaling.py` prints what they say and compares it with what was measured. Sources:
-collectives cost latency + bytes / bandwidth (Thakur, Rabenseifner, Gropp, "Optimization of collective communication operations in
-MPICH", IJHPCA 19, 2005), with the bytes of NCCL's rings (github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md) and the latencies of
-NCCL's own model (github.com/NVIDIA/nccl, v2.20, src/graph/tuning.cc); what is sent when is FSDP's (Zhao et al. 2023,
-arXiv:2304.11277) and ZeRO's (Rajbhandari et al. 2020, arXiv:1910.02054).
+Pure functions over small types; `scaling.py` prints their results and compares them with measurements. Sources:
 
-Not in the model: stragglers and jitter, other jobs on the network, in-network reduction (SHARP), the host's time beyond
+- A collective costs latency + bytes / bandwidth (Thakur, Rabenseifner and Gropp, "Optimization of collective
+  communication operations in MPICH", IJHPCA 19, 2005).
+- Bytes are those of NCCL's rings (github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md), latencies those of NCCL's own
+  model (github.com/NVIDIA/nccl, v2.20, src/graph/tuning.cc).
+- FSDP's communication schedule: Zhao et al. 2023, arXiv:2304.11277. ZeRO's: Rajbhandari et al. 2020, arXiv:1910.02054.
+
+The model ignores stragglers and jitter, other jobs on the network, in-network reduction (SHARP), and host time beyond
 what one GPU showed.
 """
 
@@ -23,21 +25,21 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Hardware:
-    """Nodes of GPUs. Bandwidths are bytes/s of one GPU in one direction, as a large collective reaches them."""
+    """Nodes of GPUs. Bandwidths are in bytes/s, per GPU and direction, as reached by a large collective."""
 
     nvlink: float
     """Within a node; measured on two GPUs."""
     network: float = 0.8 * 400e9 / 8
-    """Between nodes. One 400 Gb/s adapter a GPU (NVIDIA DGX H200 data sheet), of which 80% is assumed to be reached."""
+    """Between nodes: one 400 Gb/s adapter per GPU (NVIDIA DGX H200 data sheet), assumed to reach 80%."""
     memory_bandwidth: float = 4.8e12
     """bytes/s (NVIDIA H200 data sheet)."""
     gpus_per_node: int = 8
     node_storage: float = 2 * GB
-    """bytes/s between one node and the shared file system: an assumption, to be measured."""
+    """bytes/s between one node and the shared file system; an assumption, measure yours."""
     storage: float = 20 * GB
-    """bytes/s that the shared file system gives to all nodes together: an assumption, to be measured."""
+    """bytes/s of the shared file system to all nodes together; an assumption, measure yours."""
     hashing: float = 1 * GB
-    """bytes/s of SHA-256 on one core: an assumption; 0.6 were seen on an old one."""
+    """bytes/s of SHA-256 on one core; an assumption (an old core reached 0.6 GB/s)."""
 
     def nodes(self, gpus: int) -> int:
         return math.ceil(gpus / self.gpus_per_node)
@@ -45,25 +47,25 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks of one collective and the nodes that they are spread over evenly."""
+    """The ranks of a collective, spread evenly over nodes."""
 
     ranks: int
     nodes: int
 
     def bandwidth(self, hardware: Hardware) -> float:
-        """Of each rank's ring: a ring over k GPUs of a node is k rings, and leaves the node through k adapters."""
+        """Bandwidth of a ring, in bytes/s: with k GPUs per node, it leaves the node through k adapters."""
         if self.nodes == 1:
             return hardware.nvlink
         return min(hardware.nvlink, hardware.network * self.ranks / self.nodes)
 
 
-# Protocol: seconds a hop within a node, seconds a hop between nodes, share of the bandwidth. NCCL takes what is quickest.
+# Protocol: seconds per hop within a node and between nodes, fraction of the bandwidth. NCCL chooses the fastest.
 _RING = {"Simple": (3.4e-6, 14e-6, 1.0), "LL128": (1.9e-6, 4.0e-6, 0.92)}
 _TREE = {"Simple": (28e-6, 28e-6, 0.92), "LL128": (1.25e-6, 8.5e-6, 0.86)}
 
 
 def ring(size: float, group: Group, hardware: Hardware) -> float:
-    """Seconds of an all-gather or reduce-scatter of `size` bytes in all: n - 1 hops, (n - 1) / n of the bytes."""
+    """Seconds of an all-gather or reduce-scatter of `size` bytes in total: n - 1 hops, (n - 1) / n of the bytes."""
     between = group.nodes - 1
     within = group.ranks - 1 - between
     wire = size * (group.ranks - 1) / group.ranks / group.bandwidth(hardware)
@@ -71,7 +73,7 @@ def ring(size: float, group: Group, hardware: Hardware) -> float:
 
 
 def tree(size: float, group: Group, hardware: Hardware) -> float:
-    """Seconds of an all-reduce of `size` bytes up and down a double binary tree over nodes, a chain in each."""
+    """Seconds of an all-reduce of `size` bytes over a double binary tree of nodes, with a chain within each."""
     if group.ranks == 1:
         return 0.0
     within, between = group.ranks / group.nodes - 1, math.log2(group.nodes)
@@ -80,7 +82,7 @@ def tree(size: float, group: Group, hardware: Hardware) -> float:
 
 
 def all_reduce(size: float, group: Group, hardware: Hardware) -> float:
-    """Seconds: a ring is a reduce-scatter and an all-gather."""
+    """Seconds of an all-reduce: the faster of a ring (reduce-scatter, then all-gather) and a tree."""
     return min(2 * ring(size, group, hardware), tree(size, group, hardware))
 
 
@@ -89,23 +91,23 @@ Sharded = Literal["nothing", "optimizer", "world", "node"]
 
 @dataclass(frozen=True)
 class Scheme:
-    """A recipe, and over what its base model, gradients and optimizer states are sharded: DDP nothing, ZeRO-2 the last two over
-    the world, FSDP2 and ZeRO-3 all over the world, HSDP all over a node's GPUs, with whole copies on the nodes."""
+    """A recipe and what it shards: DDP nothing; ZeRO-2 gradients and optimizer states over the world; FSDP2 and ZeRO-3
+    the weights as well; HSDP all of these over the GPUs of a node, replicated across nodes."""
 
     name: str
     recipe: str
     sharded: Sharded
     reshard: bool = True
-    """Whether weights are dropped after the forward pass and gathered again for the backward pass."""
+    """Whether weights are freed after the forward pass and gathered again for the backward pass."""
 
     def shards(self, gpus: int, hardware: Hardware) -> int:
-        """Ranks that share one copy of the base model."""
+        """Number of ranks that share one copy of the base model."""
         return {"nothing": 1, "optimizer": 1, "world": gpus, "node": min(gpus, hardware.gpus_per_node)}[self.sharded]
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one GPU does in a step for the sake of the others: bytes sent, those of them that leave its node, and seconds."""
+    """Communication of one GPU in a step: bytes sent, those of them that leave the node, and seconds."""
 
     sent: float = 0.0
     leaving: float = 0.0
@@ -124,12 +126,15 @@ def _traffic(size: float, group: Group, seconds: float, passes: int) -> Traffic:
 
 
 _BUCKET = 25 * 2**20
-"""bytes that DDP reduces at once (torch's bucket_cap_mb)."""
+"""Bytes per all-reduce of DDP (torch's bucket_cap_mb)."""
 
 
 def traffic(scheme: Scheme, shape: Shape, trained: int, gpus: int, rounds: float, hardware: Hardware) -> Traffic:
-    """Of a step of `rounds` micro-batches with `trained` parameters trained, whose gradients are fp32; weights are gathered in
-    bf16. FSDP2 gathers layer by layer in every micro-batch and copies what it gathered once more, and averages once a step."""
+    """Communication of a step with `rounds` micro-batches and `trained` trainable parameters.
+
+    Gradients are fp32, gathered weights bf16. FSDP2 gathers layer by layer in every micro-batch, copies the gathered
+    weights once, and averages gradients once per step.
+    """
     if gpus == 1:
         return Traffic()
     world = Group(gpus, hardware.nodes(gpus))
@@ -139,10 +144,10 @@ def traffic(scheme: Scheme, shape: Shape, trained: int, gpus: int, rounds: float
         return _traffic(gradients / buckets, world, all_reduce(gradients / buckets, world, hardware), 2) * buckets
     if scheme.sharded == "optimizer":
         one = _traffic(gradients, world, ring(gradients, world, hardware), 1)
-        return one * (rounds + 1)  # DeepSpeed reduces in every micro-batch, and gathers what it has updated
+        return one * (rounds + 1)  # DeepSpeed reduces in every micro-batch and gathers the updated weights
     shards = scheme.shards(gpus, hardware)
     group = world if shards == gpus else Group(shards, 1)
-    units = shape.layers + 2  # the embeddings, and the last norm with the head, are units of their own
+    units = shape.layers + 2  # plus the embeddings, and the last norm with the head
     weights = 2.0 * (shape.parameters + (0 if trained == shape.parameters else trained)) / units
     gathered = _traffic(weights, group, ring(weights, group, hardware) + 2 * weights / hardware.memory_bandwidth, 1)
     averaged = _traffic(gradients / units, group, ring(gradients / units, group, hardware), 1)
@@ -154,14 +159,16 @@ def traffic(scheme: Scheme, shape: Shape, trained: int, gpus: int, rounds: float
 
 @dataclass(frozen=True)
 class Compute:
-    """Seconds of a pack on one GPU: some for each pack, whatever is in it, and some for each token."""
+    """Time of a pack on one GPU: a constant per pack, and a part per token."""
 
     pack_s: float
     token_s: float
 
     def of(self, shape: Shape, reference: Shape, *, full: bool = False) -> Compute:
-        """The same GPU with another model: kernels go with the layers, products with the parameters; training all of them is
-        6 FLOPs a parameter and token in place of 4."""
+        """The same GPU with another model: the constant scales with the layers, the rest with the parameters.
+
+        Training all parameters (`full`) takes 6 FLOPs per parameter and token instead of 4.
+        """
         return Compute(
             self.pack_s * shape.layers / reference.layers,
             self.token_s * products(shape) / products(reference) * (1.5 if full else 1.0),
@@ -169,15 +176,15 @@ class Compute:
 
 
 def products(shape: Shape) -> float:
-    """Parameters that take part in matrix products: the linear layers and the head, which is as large as the embeddings."""
+    """Parameters used in matrix products: the linear layers and the head, which is as large as the embeddings."""
     linear = sum(i * o for _, i, o in shape.linears)
     return linear + (shape.parameters - linear) / 2
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a step gives the ranks: micro-batches, the tokens of the rank that has most in each (summed over them), the share of
-    packs that are spare, samples in all."""
+    """The work of a step: number of micro-batches, tokens of the fullest rank (summed over micro-batches), fraction of
+    packs that are empty, and number of samples."""
 
     rounds: float
     heaviest: float
@@ -187,12 +194,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of a step and what they are."""
+    """Time of a step and its parts, in seconds."""
 
     compute: float
     traffic: Traffic
     overlap: float = 0.0
-    """Share of the communication that runs beside the computation, where there is as much computation. 0 is what two GPUs showed."""
+    """Fraction of the communication hidden behind computation, if there is enough of it. Two GPUs showed 0."""
 
     @property
     def seconds(self) -> float:
@@ -200,8 +207,15 @@ class Step:
 
 
 def step(
-    scheme: Scheme, shape: Shape, trained: int, compute: Compute, load: Load, gpus: int, hardware: Hardware, overlap: float = 0.0
-) -> Step:  # fmt: skip
+    scheme: Scheme,
+    shape: Shape,
+    trained: int,
+    compute: Compute,
+    load: Load,
+    gpus: int,
+    hardware: Hardware,
+    overlap: float = 0.0,
+) -> Step:
     busy = compute.pack_s * load.rounds + compute.token_s * load.heaviest
     return Step(busy, traffic(scheme, shape, trained, gpus, load.rounds, hardware), overlap)
 
@@ -210,38 +224,45 @@ def step(
 
 
 def checkpoint_bytes(trained: int) -> float:
-    """fp32 weights of what is trained and AdamW's two fp32 states."""
+    """fp32 weights of the trained parameters and AdamW's two fp32 states."""
     return 12.0 * trained
 
 
 def write_seconds(size: float, nodes: int, hardware: Hardware) -> float:
-    """Of `size` bytes that `nodes` nodes write, each a part."""
+    """Seconds until `nodes` nodes have written `size` bytes together."""
     return size / min(hardware.storage, nodes * hardware.node_storage)
 
 
 def read_seconds(size: float, nodes: int, hardware: Hardware) -> float:
-    """Until each of `nodes` nodes has read all `size` bytes from the shared file system."""
+    """Seconds until each of `nodes` nodes has read all `size` bytes from the shared file system."""
     return max(size / hardware.node_storage, nodes * size / hardware.storage)
 
 
 def between_failures_s(gpus: int) -> float:
-    """Mean time between unexpected interruptions of a job. Llama 3 saw 419 in 54 days on 16,384 H100 (Grattafiori et al. 2024,
-    arXiv:2407.21783, section 3.3.4); taken to go with the number of GPUs."""
+    """Mean time between unexpected interruptions of a job, in seconds.
+
+    Llama 3 had 419 in 54 days on 16,384 H100 (Grattafiori et al. 2024, arXiv:2407.21783, section 3.3.4); scaled with
+    the number of GPUs.
+    """
     return 54 * 86_400 * 16_384 / 419 / gpus
 
 
 def save_interval_s(save_s: float, failures_s: float) -> float:
-    """Between saves, so that saving and lost work together are least (Young, CACM 17, 1974)."""
+    """Seconds between saves that minimise the sum of saving and lost work (Young, CACM 17, 1974)."""
     return math.sqrt(2 * save_s * failures_s)
 
 
 def steps_needed(batch: float, critical: float, small: float) -> float:
-    """Optimizer steps to the same loss with `batch` samples a step, over those with `small`: both make the loss fall as
-    1 + critical / batch says (McCandlish et al. 2018, arXiv:1812.06162)."""
+    """Steps to the same loss with `batch` samples per step, relative to `small` samples per step.
+
+    The number is proportional to 1 + critical / batch (McCandlish et al. 2018, arXiv:1812.06162).
+    """
     return (1 + critical / batch) / (1 + critical / small)
 
 
 def store_connections(gpus: int) -> int:
-    """File descriptors for clients in rank 0, which holds the process group's TCPStore: one a rank. The launcher's rendezvous is a
-    store of its own, with one a node."""
+    """File descriptors that rank 0, the host of the process group's TCPStore, needs for clients: one per rank.
+
+    The launcher's rendezvous is a store of its own, with one client per node.
+    """
     return gpus

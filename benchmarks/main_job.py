@@ -1,9 +1,10 @@
-"""The main job on GPUs: each recipe on a Llama-2-7B-shaped model with random weights, some steps on real rows.
+"""Run recipes on GPUs: a few steps on real rows, on a model with the shape of Llama-2-7B and random weights.
 
     python benchmarks/main_job.py --rows dolly.jsonl --recipes ddp_qlora fsdp_bf16 --steps 20 --output result.json
 
-Every run is started as a user starts it (`accelerate launch -m distft.train recipe=…`), one after the other; the figures are
-those of its run folder. It says that the recipes run and what they take, not which is faster: that takes interleaved repeats.
+Every run is started as a user starts it (`accelerate launch -m distft.train recipe=…`), one after the other; figures
+come from its run folder. This shows that the recipes run and what they need, not which is faster, which would take
+interleaved repeats.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from distft.runs.folder import RunFolder
 
 
 def build(folder: Path, rows: Path, layers: int) -> None:
-    """Save the shape with random bf16 weights and a tokenizer trained on the rows."""
+    """Save a model with random bf16 weights and a tokenizer trained on the rows."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     trained_tokenizer(folder, rows, 16_000)
@@ -40,7 +41,7 @@ def build(folder: Path, rows: Path, layers: int) -> None:
 
 
 def run(recipe: str, arguments: list[str], work: Path, limit_s: int) -> dict[str, Any]:
-    """One recipe from start to end: its command, exit code, wall-clock in s and summary."""
+    """Run one recipe; returns its command, exit code, wall-clock time in seconds and summary."""
     arguments = ["-m", "distft.train", f"recipe={recipe}", *arguments]
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
     runs = work / "runs" / f"{recipe}-{time.time_ns()}"
@@ -77,10 +78,12 @@ def main() -> int:
     parser.add_argument("--rows", type=Path, required=True, help="rows in Dolly's schema, a .jsonl file")
     parser.add_argument("--recipes", nargs="+", default=["ddp_qlora", "fsdp_bf16"])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--layers", type=int, default=LLAMA_2_7B["num_hidden_layers"], help="fewer for a trial")
+    parser.add_argument(
+        "--layers", type=int, default=LLAMA_2_7B["num_hidden_layers"], help="number of layers; fewer for a quick trial"
+    )
     parser.add_argument("--work", type=Path, default=Path("/tmp/distft-main-job"))
-    parser.add_argument("--limit", type=int, default=240, help="seconds for one run")
-    parser.add_argument("--commit", default="", help="the commit measured, where there is no git")
+    parser.add_argument("--limit", type=int, default=240, help="time limit of one run, in seconds")
+    parser.add_argument("--commit", default="", help="commit that is measured, if git is not available")
     parser.add_argument("--set", nargs="*", default=[], help="more overrides for every run")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
@@ -91,9 +94,15 @@ def main() -> int:
         build(aside, options.rows, options.layers)
         aside.rename(shape)
     arguments = [
-        f"model.name={shape}", f"data.path={options.rows.resolve()}", f"training.max_steps={options.steps}", "training.logging_steps=1",
-        "training.save_strategy=no", "training.eval_strategy=no", "tracking.report_to=[]", *options.set,
-    ]  # fmt: skip
+        f"model.name={shape}",
+        f"data.path={options.rows.resolve()}",
+        f"training.max_steps={options.steps}",
+        "training.logging_steps=1",
+        "training.save_strategy=no",
+        "training.eval_strategy=no",
+        "tracking.report_to=[]",
+        *options.set,
+    ]
     record: dict[str, Any] = {**provenance(__file__, options.commit), "runs": []}
     for recipe in options.recipes:
         result = run(recipe, arguments, options.work, options.limit)

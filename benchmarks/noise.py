@@ -1,9 +1,9 @@
-"""How much the speed of one and the same run differs from start to start: the noise that a comparison has to see through.
+"""Measure how much the speed of identical runs varies: the noise that a comparison has to overcome.
 
     python benchmarks/noise.py --runs 16 --output benchmarks/results/noise_cpu.json
 
-The runs of the embedded model, one process each, one after the other, with the load of the machine beside each; nothing is left out.
-`tests/test_intervals.py` draws from the record.
+Runs of the embedded model, one process each, one after the other, with the load of the machine; no run is left out.
+`tests/test_stats.py` uses the record.
 """
 
 from __future__ import annotations
@@ -23,8 +23,15 @@ from provenance import provenance
 from distft.files import to_json, write_atomically
 from distft.runs.folder import RunFolder
 
-OVERRIDES = ["recipe=tiny", "strategy=single", "evaluation.before_and_after=false", "training.logging_steps=1", "training.eval_strategy=no",
-             "training.save_strategy=no", "tracking.report_to=[]"]  # fmt: skip
+OVERRIDES = [
+    "recipe=tiny",
+    "strategy=single",
+    "evaluation.before_and_after=false",
+    "training.logging_steps=1",
+    "training.eval_strategy=no",
+    "training.save_strategy=no",
+    "tracking.report_to=[]",
+]
 
 
 def main() -> None:
@@ -39,18 +46,27 @@ def main() -> None:
         for number in range(options.runs):
             words = [*overrides, f"run.dir={folder}", f"run.name=run{number}"]
             subprocess.run(
-                [sys.executable, "-m", "distft.cli", "train", *words], check=True, capture_output=True,
+                [sys.executable, "-m", "distft.cli", "train", *words],
+                check=True,
+                capture_output=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+            )
             summary = RunFolder(Path(folder) / f"run{number}").read_summary()
-            runs.append({"samples_per_second": summary["samples_per_second"], "train_time_s": summary["train_time_s"],
-                         "load_of_the_last_minute": os.getloadavg()[0]})  # fmt: skip
+            runs.append(
+                {
+                    "samples_per_second": summary["samples_per_second"],
+                    "train_time_s": summary["train_time_s"],
+                    "load_of_the_last_minute": os.getloadavg()[0],
+                }
+            )
             print(runs[-1], flush=True)
     logs = [math.log(run["samples_per_second"]) for run in runs]
     record = {
-        **provenance(__file__), "overrides": overrides,
-        "standard_deviation_of_log_samples_per_second": statistics.stdev(logs), "runs": runs,
-    }  # fmt: skip
+        **provenance(__file__),
+        "overrides": overrides,
+        "standard_deviation_of_log_samples_per_second": statistics.stdev(logs),
+        "runs": runs,
+    }
     write_atomically(options.output, to_json(record) + "\n")
 
 

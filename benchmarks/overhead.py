@@ -1,11 +1,11 @@
-"""What looking after a run costs: heartbeat, agreement on a stop, and verified checkpoints, per step of the embedded model.
+"""Measure the overhead per step of the heartbeat, the agreement on stopping, and verified checkpoints.
 
     python benchmarks/overhead.py --repeats 3 --output benchmarks/results/overhead_cpu.json
 
-Real runs on two processes at the recipe's own cadence (a checkpoint an epoch). The heartbeat and the look for a stop are
-left out in every other step, so that steps with and without them stand side by side in one run; the time inside them is measured as
-well, for it is far below the spread of the steps. Of each save: what the trainer's own write takes, what distft adds while the
-training waits, and the hashing that goes on beside it.
+Runs of the embedded model on two processes with a checkpoint per epoch. Heartbeat and stop check are left out of
+every other step, so one run has steps with and without them; the time inside them is measured as well, because it is
+far below the variation between steps. For each save: the time of the trainer's own write, what distft adds while
+training waits, and the hashing in the background.
 """
 
 from __future__ import annotations
@@ -27,13 +27,20 @@ from provenance import provenance
 from distft.files import to_json, write_atomically
 from distft.training.batch_size_probe import free_port
 
-OVERRIDES = ["recipe=tiny", "training.num_train_epochs=10", "training.eval_strategy=no", "training.save_strategy=epoch",
-             "training.save_total_limit=1", "tracking.report_to=[]", "evaluation.before_and_after=false"]  # fmt: skip
-LEFT_OUT = 5  # first steps, and the first after a save
+OVERRIDES = [
+    "recipe=tiny",
+    "training.num_train_epochs=10",
+    "training.eval_strategy=no",
+    "training.save_strategy=epoch",
+    "training.save_total_limit=1",
+    "tracking.report_to=[]",
+    "evaluation.before_and_after=false",
+]
+LEFT_OUT = 5  # steps after the start and after a save that do not count
 
 
 def work(output: Path) -> None:
-    """One rank of an instrumented run; writes its times in seconds to `output`."""
+    """Run one rank with instrumentation; writes its times, in seconds, to `output`."""
     from transformers import TrainerCallback
 
     from distft.runs import manifest
@@ -79,7 +86,7 @@ def work(output: Path) -> None:
 
     class Trainer(train.Trainer):
         def __init__(self, *args: Any, callbacks: list[Any], **kwargs: Any) -> None:
-            # The clock's step begins before all others and ends after them.
+            # The clock starts before all other callbacks and stops after them.
             super().__init__(*args, callbacks=callbacks, **kwargs)
             clock = Clock()
             self.callback_handler.callbacks.insert(0, _Only(clock, "on_step_begin"))
@@ -95,7 +102,7 @@ def work(output: Path) -> None:
     original_save = train.Checkpoints.save
 
     def save(self: Any, state: Any, model: Any, optimizer: Any, write: Callable[[], None]) -> None:
-        """All that the training waits for; what of it is not the trainer's own write, distft has added."""
+        """Time the whole save; everything but the trainer's own write is distft's overhead."""
         start, written = time.perf_counter(), 0.0
 
         def timed_write() -> None:
@@ -117,28 +124,48 @@ def work(output: Path) -> None:
 
 
 def spread(values: list[float], unit: float = 1e3) -> dict[str, float | int]:
-    """Median, quartiles and number of `values`, in ms."""
+    """Median and quartiles of `values` in ms, and their number."""
     low, middle, high = statistics.quantiles(values, n=4)
     return {"median_ms": middle * unit, "q1_ms": low * unit, "q3_ms": high * unit, "count": len(values)}
 
 
-def measured(where: Path) -> dict[str, Any]:
-    """One run: the spread of each time on rank 0, and what the heartbeat and the checkpoints add, as shares of a step."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-               "--main_process_port", str(free_port()), "--mixed_precision", "no", "--dynamo_backend", "no",
-               str(Path(__file__).resolve()), "--worker", str(where / "times")]  # fmt: skip
+def measure(where: Path) -> dict[str, Any]:
+    """Measure one run: the spread of each time on rank 0, and the overhead as fractions of a step."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--main_process_port",
+        str(free_port()),
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        str(Path(__file__).resolve()),
+        "--worker",
+        str(where / "times"),
+    ]
     subprocess.run(command, check=True, cwd=where)
     times = json.loads((where / "times.0").read_text())
     step, saves = statistics.median(times["without"]), len(times["save"])
     steps_a_save = 200 / saves
     return {
-        "step_with": spread(times["with"]), "step_without": spread(times["without"]), "inside_callbacks": spread(times["inside"]),
-        "save": spread(times["save"]), "save_added_wait": spread(times["waiting"]), "hashing_beside": spread(times["hashing"]),
+        "step_with": spread(times["with"]),
+        "step_without": spread(times["without"]),
+        "inside_callbacks": spread(times["inside"]),
+        "save": spread(times["save"]),
+        "save_added_wait": spread(times["waiting"]),
+        "hashing_beside": spread(times["hashing"]),
         "difference_of_medians_share": statistics.median(times["with"]) / step - 1,
         "inside_callbacks_share": statistics.mean(times["inside"]) / step,
         "save_added_wait_share": statistics.mean(times["waiting"]) / (steps_a_save * step),
         "save_added_wait_of_write": sum(times["waiting"]) / (sum(times["save"]) - sum(times["waiting"])),
-    }  # fmt: skip
+    }
 
 
 def main() -> int:
@@ -154,13 +181,16 @@ def main() -> int:
     runs = []
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory() as where:
-            runs.append(measured(Path(where)))
+            runs.append(measure(Path(where)))
         print(json.dumps(runs[-1]), flush=True)
     shares = [key for key in runs[0] if "_share" in key or key == "save_added_wait_of_write"]
     result = {
-        **provenance(__file__), "overrides": OVERRIDES, "processes": 2,
-        "of_all_repeats": {key: [run[key] for run in runs] for key in shares}, "repeats": runs,
-    }  # fmt: skip
+        **provenance(__file__),
+        "overrides": OVERRIDES,
+        "processes": 2,
+        "of_all_repeats": {key: [run[key] for run in runs] for key in shares},
+        "repeats": runs,
+    }
     write_atomically(options.output, to_json(result) + "\n")
     return 0
 

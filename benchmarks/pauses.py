@@ -1,11 +1,11 @@
-"""What Python's garbage collector costs a training: runs as they are, and runs that do not set aside (`gc.freeze`) what is there before step 1.
+"""Measure what Python's garbage collector costs: runs that freeze existing objects before step 1, and runs that do not.
 
     python benchmarks/pauses.py --rows dolly.jsonl --recipe fsdp_bf16 --repeats 3 --output result.json
     python benchmarks/pauses.py --rows dolly.jsonl --shape tiny --steps 10 --repeats 1 --output result.json  # no GPU
 
-Every run is `distft train` on the shape's random weights, the two sides in turns. Beside its speed stand the pauses of every process from
-the freezing on, from 20 ms: seconds after it, the generation collected, and how long that took. One within the first milliseconds is what
-the trainer asks for before step 1.
+Every run is `distft train` on random weights; the two sides alternate. The record has the speed of each run and, for
+every process, the pauses of at least 20 ms after `gc.freeze`: seconds since the freeze, collected generation,
+duration. A pause within the first milliseconds is a collection that the trainer requests before step 1.
 """
 
 from __future__ import annotations
@@ -19,40 +19,48 @@ from typing import Any
 
 import synthetic
 import torch
-from ddp_vs_fsdp import ended, inputs, written
+from ddp_vs_fsdp import inputs, run_command, write
 from provenance import provenance
 
 from distft.runs.folder import RunFolder
 
 SIDES = {"frozen": "yes", "not frozen": "no"}
 WATCH = Path(__file__).parent / "watch"
-TOLD = ("samples_per_second", "step_time_s", "measured_steps", "train_time_s", "train_loss", "eval_after")
+KEPT = ("samples_per_second", "step_time_s", "measured_steps", "train_time_s", "train_loss", "eval_after")
 
 
 def run(side: str, words: list[str], folder: Path, limit_s: float) -> dict[str, Any]:
-    """One training of `side` in `folder`: its speed, and the pauses of each rank."""
+    """Train once in `folder`; returns the speed and the pauses of each rank."""
     environment = {
-        "PAUSES_FREEZE": SIDES[side], "PAUSES_FILE": f"{folder}-rank",
+        "PAUSES_FREEZE": SIDES[side],
+        "PAUSES_FILE": f"{folder}-rank",
         "PYTHONPATH": os.pathsep.join(filter(None, (str(WATCH), os.environ.get("PYTHONPATH")))),
-    }  # fmt: skip
-    for left in folder.parent.glob(f"{folder.name}-rank*.jsonl"):  # by an earlier run of the same name
+    }
+    for left in folder.parent.glob(f"{folder.name}-rank*.jsonl"):  # left by an earlier run of the same name
         left.unlink()
     command = [
-        sys.executable, "-m", "distft.cli", "train", *words, f"run.dir={folder.parent}", f"run.name={folder.name}",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "distft.cli",
+        "train",
+        *words,
+        f"run.dir={folder.parent}",
+        f"run.name={folder.name}",
+    ]
     with Path(f"{folder}.log").open("w", encoding="utf-8") as log:
-        code = ended(command, environment, limit_s, log)
+        code = run_command(command, environment, limit_s, log)
     result: dict[str, Any] = {"side": side, "exit_code": code, "pauses": {}}
     for path in sorted(folder.parent.glob(f"{folder.name}-rank*.jsonl")):
         rank = path.stem.removeprefix(f"{folder.name}-")
         result["pauses"][rank] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if code == 0:
         summary = RunFolder(folder).read_summary()
-        result |= {key: summary[key] for key in TOLD}
+        result |= {key: summary[key] for key in KEPT}
         result["log"] = [
             {key: row[key] for key in ("step", "time_s", "samples_per_second")}
-            for row in RunFolder(folder).read_metrics() if "time_s" in row
-        ]  # fmt: skip
+            for row in RunFolder(folder).read_metrics()
+            if "time_s" in row
+        ]
     return result
 
 
@@ -64,28 +72,37 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shape", default="llama-2-7b", choices=synthetic.SHAPES)
     parser.add_argument("--work", type=Path, default=Path("/tmp/distft-pauses"))
-    parser.add_argument("--limit", type=int, default=600, help="seconds for one run")
-    parser.add_argument("--commit", default="", help="the commit measured, where there is no git")
+    parser.add_argument("--limit", type=int, default=600, help="time limit of one run, in seconds")
+    parser.add_argument("--commit", default="", help="commit that is measured, if git is not available")
     parser.add_argument("--set", nargs="*", default=[], help="more overrides for every run")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
 
     shape = synthetic.SHAPES[options.shape]
     words = [
-        f"recipe={options.recipe}", *inputs(options.work, shape, options.rows, options.steps),
-        "training.logging_steps=5", "training.eval_strategy=no", "training.save_strategy=no",
-        "lora.lora_dropout=0.0", "evaluation.max_samples=32", "tracking.report_to=[]", *options.set,
-    ]  # fmt: skip
+        f"recipe={options.recipe}",
+        *inputs(options.work, shape, options.rows, options.steps),
+        "training.logging_steps=5",
+        "training.eval_strategy=no",
+        "training.save_strategy=no",
+        "lora.lora_dropout=0.0",
+        "evaluation.max_samples=32",
+        "tracking.report_to=[]",
+        *options.set,
+    ]
     if not torch.cuda.is_available():
         words += ["--nproc", "2"]
     record: dict[str, Any] = {
-        **provenance(__file__, options.commit), "shape": shape.name, "overrides": words, "runs": [],
-    }  # fmt: skip
+        **provenance(__file__, options.commit),
+        "shape": shape.name,
+        "overrides": words,
+        "runs": [],
+    }
     for turn in range(options.repeats):
         for side in SIDES if turn % 2 == 0 else reversed(SIDES):
             result = run(side, words, options.work / f"{side.replace(' ', '-')}-{turn}", options.limit)
             record["runs"].append(result)
-            written(record, options.work, options.output)
+            write(record, options.work, options.output)
             print(side, result["exit_code"], result.get("samples_per_second"), result["pauses"], flush=True)
     return next((result["exit_code"] for result in record["runs"] if result["exit_code"]), 0)
 

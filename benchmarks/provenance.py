@@ -1,4 +1,4 @@
-"""Where a result comes from: the program, the commit, and the machine with its packages."""
+"""Where a result comes from: program, commit, machine and packages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distft.hardware import describe
 
 
 def provenance(program: str, commit: str = "") -> dict[str, Any]:
-    """The first entries of every result of the program of this file name; `commit` where there is no git to ask."""
+    """The first entries of every result of `program`, a file name; `commit` is needed only if git is not available."""
     folder = Path(__file__).parent
     git = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     return {

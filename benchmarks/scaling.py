@@ -1,28 +1,23 @@
-"""What changes at 8, 64 and 1,024 GPUs: the tables of docs/scaling.md, and the model behind them against what was measured.
+"""The tables of docs/scaling.md for 8, 64 and 1,024 GPUs, and a check of their model against measurements.
 
-    python benchmarks/scaling.py                            # the tables, as Markdown
-    python benchmarks/scaling.py --update docs/scaling.md   # the same, into the document
-    python benchmarks/scaling.py --check                    # predicted beside measured
+    python benchmarks/scaling.py                            # print the tables as Markdown
+    python benchmarks/scaling.py --update docs/scaling.md   # update the document
+    python benchmarks/scaling.py --check                    # compare predictions with measurements
 
-The model is in `cluster.py`. Speed is calibrated on one GPU alone (`results/throughput_h200.json`); what two GPUs measured is
-predicted, so that the check can fail.
+The model is in `cluster.py`. Its speed is calibrated on one GPU only (`results/throughput_h200.json`); measurements
+on two GPUs are predicted, so the check can fail.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import synthetic
 from cluster import (
     GB,
     Compute,
@@ -37,103 +32,28 @@ from cluster import (
     steps_needed,
     store_connections,
     write_seconds,
-)  # fmt: skip
+)
+from scaling_inputs import (
+    CRITICAL,
+    DDP,
+    DOLLY,
+    FSDP,
+    GPUS,
+    HSDP,
+    LLAMA,
+    MODELS,
+    SAMPLES,
+    ZERO2,
+    adapter,
+    compute,
+    hardware,
+    load,
+    memory,
+    model,
+    result,
+)
 
-from distft.config.recipe import Recipe, load_recipe
-from distft.data.batch_plan import Plan
-from distft.distributed.strategies.base import Strategy
-from distft.distributed.world import World
 from distft.hardware import GIB
-from distft.training.memory_estimate import Shape, device_bytes
-
-RESULTS = Path(__file__).parent / "results"
-GPUS = (1, 2, 8, 64, 1024)
-DDP, FSDP = Scheme("DDP", "ddp_bf16", "nothing"), Scheme("FSDP2", "fsdp_bf16", "world")
-HSDP = Scheme("HSDP", "fsdp_bf16", "node")
-ZERO2 = Scheme("ZeRO-2", "zero2_bf16", "optimizer")
-DOLLY = 15_011  # rows of databricks-dolly-15k
-SAMPLES, BUDGET = 32, 9_216  # samples a GPU in a step, one pack; batching.micro_batch_tokens of the recipes
-CRITICAL = 256  # samples: an assumption, see the document
-
-# The published config.json of each.
-_LLAMA_3: dict[str, Any] = {"vocab_size": 128_256, "num_key_value_heads": 8, "tie_word_embeddings": False}
-MODELS: dict[str, dict[str, Any]] = {
-    "Llama-2-7B": synthetic.LLAMA_2_7B,
-    "Llama-3.1-8B": _LLAMA_3 | {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "Llama-3.1-70B": _LLAMA_3 | {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64},
-}  # fmt: skip
-LLAMA = "Llama-2-7B"
-
-
-# ---- what the model starts from --------------------------------------------------------------------------------------
-
-
-def result(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-    return content
-
-
-@functools.cache
-def hardware() -> Hardware:
-    return Hardware(nvlink=result("references_h200.json")["links"]["nccl_all_reduce_2_gpus_1_gib_bytes_per_second"])
-
-
-@functools.cache
-def compute() -> Compute:
-    """Of Llama-2-7B on one H200: the same tokens in one pack a step and in two. The second ran with dropout and both with a 4-bit
-    base, so that the seconds of a pack are rather too many."""
-    record = result("throughput_h200.json")
-    runs = [next(run for run in record["runs"] if run["name"] == name) for name in ("single_13312", "single_6656")]
-    assert runs[0]["tokens"] == runs[1]["tokens"]
-    one, two = (record["summary"][run["name"]]["seconds"]["median"] / record["steps"] for run in runs)
-    pack_s = two - one
-    return Compute(pack_s, (one - pack_s) / (runs[0]["tokens"] / record["steps"]))
-
-
-@functools.cache
-def model(name: str) -> tuple[Shape, dict[str, Recipe]]:
-    """The shape of a model, and recipes that train it."""
-    from transformers import LlamaConfig
-
-    with tempfile.TemporaryDirectory() as folder:
-        LlamaConfig(**MODELS[name]).save_pretrained(folder)
-        names = ("ddp_qlora", "ddp_bf16", "fsdp_bf16", "full_fsdp", "zero2_bf16", "zero3_bf16", "fsdp_qlora")
-        recipes = {recipe: load_recipe([f"recipe={recipe}", f"model.name={folder}"]) for recipe in names}
-        return Shape.of(recipes["ddp_bf16"]), recipes
-
-
-def adapter(name: str) -> int:
-    """Parameters of the recipes' adapter on a model."""
-    shape, recipes = model(name)
-    return shape.adapter(recipes["ddp_bf16"].lora or {})
-
-
-@functools.cache
-def load(gpus: int, batch: int) -> Load:
-    """What distft's plan gives to the ranks, in the mean of the steps of an epoch of `batch` samples each, of Dolly-15k's lengths, or of four."""
-    count = max(DOLLY, 4 * batch)
-    lengths = synthetic.sample_lengths(synthetic.SHAPES["llama-2-7b"], count, np.random.default_rng(0))
-    recipe = model(LLAMA)[1]["ddp_bf16"]
-    batching = recipe.batching.model_copy(update={"global_batch_size": batch, "micro_batch_tokens": BUDGET})
-    plan = Plan(lengths, batching, recipe.run.seed)
-    steps = [
-        [[int(lengths[pack].sum()) for pack in ranks] for ranks in plan.micro_batches(number, gpus)]
-        for number in range(max(4, DOLLY // batch))
-    ]
-    packs = [size for rounds in steps for sizes in rounds for size in sizes]
-    return Load(
-        sum(map(len, steps)) / len(steps), sum(max(sizes) for rounds in steps for sizes in rounds) / len(steps),
-        packs.count(0) / len(packs), batch,
-    )  # fmt: skip
-
-
-def memory(name: str, recipe: str, gpus: int, tokens: int = BUDGET, micro_batch: int = 1) -> float:
-    """Bytes on each device with all layers checkpointed, by the estimate of `distft.training.memory_estimate`; `gpus` share a copy of the base."""
-    shape, recipes = model(name)
-    chosen = recipes[recipe]
-    strategy = Strategy("ddp", "ddp", World(world_size=gpus), True).like(chosen)
-    return device_bytes(chosen, shape, strategy, micro_batch, tokens)
-
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
@@ -157,32 +77,39 @@ def duration(seconds: float) -> str:
 def _rates(
     scheme: Scheme, gpus: int, batch: int, machine: Hardware, name: str = LLAMA, overlap: float = 0.0
 ) -> tuple[Any, float]:
-    """A step and its samples/s."""
+    """A step, and its samples/s."""
     shape, trained = model(name)[0], adapter(name)
     done = step(scheme, shape, trained, compute().of(shape, model(LLAMA)[0]), load(gpus, batch), gpus, machine, overlap)
     return done, batch / done.seconds
 
 
 def steps() -> str:
-    """A full pack a GPU, LoRA on Llama-2-7B."""
+    """A full pack per GPU, LoRA on Llama-2-7B."""
     rows = []
     alone = _rates(DDP, 1, SAMPLES, hardware())[1]
     for gpus in GPUS:
         for scheme in (DDP, FSDP, HSDP, ZERO2) if gpus > 8 else (DDP, FSDP, ZERO2) if gpus > 1 else (DDP,):
             done, rate = _rates(scheme, gpus, SAMPLES * gpus, hardware())
             hidden = _rates(scheme, gpus, SAMPLES * gpus, hardware(), overlap=1.0)[1]
-            rows.append([
-                f"{gpus:,}", scheme.name if gpus > 1 else "single", number(done.traffic.sent / GB), number(done.traffic.leaving / GB),
-                number(1e3 * done.compute), number(1e3 * done.traffic.seconds), number(rate),
-                f"{rate / gpus / alone:.0%} – {hidden / gpus / alone:.0%}",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    f"{gpus:,}",
+                    scheme.name if gpus > 1 else "single",
+                    number(done.traffic.sent / GB),
+                    number(done.traffic.leaving / GB),
+                    number(1e3 * done.compute),
+                    number(1e3 * done.traffic.seconds),
+                    number(rate),
+                    f"{rate / gpus / alone:.0%} – {hidden / gpus / alone:.0%}",
+                ]
+            )
     head = (
         "GPUs",
         "strategy",
         "sent, GB",
         "to other nodes, GB",
-        "computing, ms",
-        "communicating, ms",
+        "compute, ms",
+        "communication, ms",
         "samples/s",
         "efficiency",
     )
@@ -190,12 +117,12 @@ def steps() -> str:
 
 
 def networks() -> str:
-    """The same efficiency, nothing hidden, where the network is another."""
+    """Efficiency on slower networks, with all communication exposed."""
     kinds = {
-        "400 Gb/s a GPU": hardware(),
-        "400 Gb/s a node": replace(hardware(), network=0.8 * 400e9 / 8 / 8),
-        "100 Gb/s a node": replace(hardware(), network=0.8 * 100e9 / 8 / 8),
-        "25 Gb/s a node": replace(hardware(), network=0.8 * 25e9 / 8 / 8),
+        "400 Gb/s per GPU": hardware(),
+        "400 Gb/s per node": replace(hardware(), network=0.8 * 400e9 / 8 / 8),
+        "100 Gb/s per node": replace(hardware(), network=0.8 * 100e9 / 8 / 8),
+        "25 Gb/s per node": replace(hardware(), network=0.8 * 25e9 / 8 / 8),
     }
     rows = []
     for kind, machine in kinds.items():
@@ -206,7 +133,7 @@ def networks() -> str:
 
 
 def batches() -> str:
-    """The recipes' global batch, kept, and a pack a GPU; DDP."""
+    """The recipes' global batch, and a pack per GPU; DDP."""
     rows = []
     alone = _rates(DDP, 1, 64, hardware())[1]
     for gpus in GPUS:
@@ -214,15 +141,35 @@ def batches() -> str:
         grown = SAMPLES * gpus
         large, large_rate = _rates(DDP, gpus, grown, hardware())
         wanted = steps_needed(grown, CRITICAL, 64) * large.seconds / _rates(DDP, 1, 64, hardware())[0].seconds
-        rows.append([
-            f"{gpus:,}", number(kept.heaviest), f"{kept.spare:.0%}", number(1e3 * done.seconds), number(rate), f"{rate / alone:.1f} ×",
-            f"{grown:,}", number(DOLLY / grown), number(large_rate), f"{1 / wanted:.1f} ×",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{gpus:,}",
+                number(kept.heaviest),
+                f"{kept.spare:.0%}",
+                number(1e3 * done.seconds),
+                number(rate),
+                f"{rate / alone:.1f} ×",
+                f"{grown:,}",
+                number(DOLLY / grown),
+                number(large_rate),
+                f"{1 / wanted:.1f} ×",
+            ]
+        )
     return table(
-        ("GPUs", "tokens of the fullest rank", "spare packs", "step, ms", "samples/s", "sooner done",
-         "samples a step, 32 a GPU", "steps an epoch of Dolly-15k", "samples/s", "sooner at the same loss"),
+        (
+            "GPUs",
+            "tokens on the fullest rank",
+            "empty packs",
+            "step, ms",
+            "samples/s",
+            "speed-up",
+            "samples per step, 32 per GPU",
+            "steps per epoch of Dolly-15k",
+            "samples/s",
+            "speed-up to the same loss",
+        ),
         rows,
-    )  # fmt: skip
+    )
 
 
 def memories() -> str:
@@ -251,13 +198,33 @@ def checkpoints() -> str:
             for gpus in (8, 64, 1024):
                 nodes = machine.nodes(gpus)
                 saving, failures = write_seconds(size, nodes, machine), between_failures_s(gpus)
-                rows.append([
-                    name, kind, f"{size / GB:,.1f}", f"{gpus:,}", duration(alone), duration(saving), duration(size / machine.hashing),
-                    duration(failures), duration(save_interval_s(saving, failures)),
-                ])  # fmt: skip
+                rows.append(
+                    [
+                        name,
+                        kind,
+                        f"{size / GB:,.1f}",
+                        f"{gpus:,}",
+                        duration(alone),
+                        duration(saving),
+                        duration(size / machine.hashing),
+                        duration(failures),
+                        duration(save_interval_s(saving, failures)),
+                    ]
+                )
     return table(
-        ("model", "what trains", "GB", "GPUs", "rank 0 writes", "all nodes write", "rank 0 hashes", "a failure every", "save every"), rows
-    )  # fmt: skip
+        (
+            "model",
+            "what trains",
+            "GB",
+            "GPUs",
+            "rank 0 writes",
+            "all nodes write",
+            "rank 0 hashes",
+            "time between failures",
+            "save every",
+        ),
+        rows,
+    )
 
 
 def starts() -> str:
@@ -281,30 +248,44 @@ def starts() -> str:
             ]
         )
     return table(
-        ("GPUs", "nodes", "connections to rank 0", "to the rendezvous", *(f"all nodes read {name}" for name in sizes), "or one reads and sends"),
+        (
+            "GPUs",
+            "nodes",
+            "connections to rank 0",
+            "connections to the rendezvous",
+            *(f"all nodes read {name}" for name in sizes),
+            "one reads and broadcasts",
+        ),
         rows,
-    )  # fmt: skip
+    )
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "steps": steps, "networks": networks, "memories": memories, "batches": batches, "checkpoints": checkpoints, "starts": starts,
-}  # fmt: skip
+    "steps": steps,
+    "networks": networks,
+    "memories": memories,
+    "batches": batches,
+    "checkpoints": checkpoints,
+    "starts": starts,
+}
 
 
 def updated(document: str) -> str:
-    """`document` with every table between `<!-- table: NAME -->` and `<!-- end -->` as it is now."""
+    """`document` with every table between `<!-- table: NAME -->` and `<!-- end -->` replaced by the current one."""
     return re.sub(
         r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
-        lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", document, flags=re.DOTALL,
-    )  # fmt: skip
+        lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}",
+        document,
+        flags=re.DOTALL,
+    )
 
 
-# ---- against what was measured ---------------------------------------------------------------------------------------
+# ---- comparison with measurements -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Check:
-    """A figure that the model gives beside the measured one. `tolerance` is what is claimed; None where nothing is."""
+    """A predicted and a measured figure. `tolerance` is the claimed relative error, or None without a claim."""
 
     what: str
     predicted: float
@@ -321,7 +302,7 @@ class Check:
 
 
 def checks() -> list[Check]:
-    """Two GPUs from one (tokens/s), and memory (GiB) on two GPUs and one."""
+    """Speed of two GPUs predicted from one (tokens/s), and memory on one and two GPUs (GiB)."""
     runs = {run["name"]: run for run in result("references_h200.json")["runs"]}
 
     def speed(one: str, two: str, scheme: Scheme, tolerance: float | None, remark: str = "") -> Check:
@@ -335,10 +316,10 @@ def checks() -> list[Check]:
     found = [
         speed("trl_packed_1", "trl_packed_ddp_nf4_2", DDP, 0.05),
         speed("trl_packed_1", "trl_packed_fsdp2_bf16_2", FSDP, 0.05),
-        speed("r1_1", "r1_ddp_nf4_2", DDP, None, " (it waits for the host, which is not in the model)"),
+        speed("r1_1", "r1_ddp_nf4_2", DDP, None, " (waits for the host, which the model ignores)"),
     ]
     ours, two = (result(f"throughput_h200{name}.json") for name in ("", "_two_gpus"))
-    tokens = two["mean_tokens_of_a_sample"] * 32  # of a rank: half of 64 samples
+    tokens = two["mean_tokens_of_a_sample"] * 32  # per rank: half of 64 samples
     alone = Compute(0.0, 1 / ours["summary"]["single_6656"]["tokens_per_second"]["median"])
     done = step(DDP, model(LLAMA)[0], adapter(LLAMA), alone, Load(1, tokens, 0, 0), 2, hardware())
     measured = two["summary"]["ddp_qlora"]["tokens_per_second"]["median"]
@@ -356,17 +337,23 @@ def checks() -> list[Check]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--check", action="store_true", help="predicted beside measured; ends 1 where a claim does not hold"
+        "--check", action="store_true", help="compare predictions with measurements; exit code 1 if a claim fails"
     )
-    parser.add_argument("--update", type=Path, metavar="DOCUMENT", help="put the tables into this document")
+    parser.add_argument("--update", type=Path, metavar="DOCUMENT", help="update the tables in this document")
     options = parser.parse_args(arguments)
     if options.check:
         found = checks()
         rows = [
-            [c.what, f"{c.predicted:,.4g}", f"{c.measured:,.4g}", f"{c.error:+.1%}", "none" if c.tolerance is None else f"± {c.tolerance:.0%}"]
+            [
+                c.what,
+                f"{c.predicted:,.4g}",
+                f"{c.measured:,.4g}",
+                f"{c.error:+.1%}",
+                "none" if c.tolerance is None else f"± {c.tolerance:.0%}",
+            ]
             for c in found
-        ]  # fmt: skip
-        print(table(("what", "predicted", "measured", "error", "claimed"), rows))
+        ]
+        print(table(("what", "predicted", "measured", "error", "claim"), rows))
         return 0 if all(check.holds for check in found) else 1
     if options.update:
         options.update.write_text(updated(options.update.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Random faults in real runs for a given time: what survives, what a fault costs, and whether the result is the same.
+"""Inject random faults into real runs for a given time: do runs survive, at what cost, and with the same result?
 
     python benchmarks/soak.py --minutes 45 --output benchmarks/results/soak_cpu.json
 
-Each run trains the embedded model on two processes and is broken again and again: a rank killed, all ranks killed within a
-save, a rank stopped for ever, a signal and the same command again, the newest checkpoint damaged before a kill. After the last
-fault the run goes on to its end, and its losses and its adapter are compared to the bit with those of a run that nothing
-happened to.
+Each run trains the embedded model on two processes and is interrupted again and again: one rank killed, all ranks
+killed during a save, one rank suspended, a signal followed by the same command, the newest checkpoint damaged before
+a kill. After the last fault the run finishes, and its losses and adapter are compared bit by bit with those of an
+undisturbed run.
 """
 
 from __future__ import annotations
@@ -35,25 +35,33 @@ from distft.training.checkpoints import read_tensors
 
 STRATEGIES = {"ddp": (), "fsdp": ("strategy=fsdp", "quantization.bnb_4bit_quant_storage=float32")}
 SAVE_STEPS = 5
-LIMIT_S = 180  # for anything that is waited for
+LIMIT_S = 180  # of every wait
 
 
 def overrides(strategy: str, steps: int) -> list[str]:
     return [
-        "recipe=tiny", f"training.max_steps={steps}", "training.logging_steps=1", "training.eval_strategy=no",
-        "training.save_strategy=steps", f"training.save_steps={SAVE_STEPS}", "training.save_total_limit=3",
-        "tracking.report_to=[]", "evaluation.max_samples=8", "run.hang_timeout_s=4", "run.max_restarts=100000",
+        "recipe=tiny",
+        f"training.max_steps={steps}",
+        "training.logging_steps=1",
+        "training.eval_strategy=no",
+        "training.save_strategy=steps",
+        f"training.save_steps={SAVE_STEPS}",
+        "training.save_total_limit=3",
+        "tracking.report_to=[]",
+        "evaluation.max_samples=8",
+        "run.hang_timeout_s=4",
+        "run.max_restarts=100000",
         *STRATEGIES[strategy],
-    ]  # fmt: skip
+    ]
 
 
 class Job:
-    """One run, started by the same command as often as it takes."""
+    """One run, restarted by the same command as often as necessary."""
 
     def __init__(self, where: Path, strategy: str, steps: int) -> None:
         where.mkdir(parents=True)
         self.where, self.strategy, self.steps = where, strategy, steps
-        self.restarts = 0  # that the summary must have come to
+        self.restarts = 0  # the number that the summary must reach
         self.start()
 
     def start(self) -> None:
@@ -79,12 +87,12 @@ class Job:
         return found
 
     def step(self) -> int:
-        """Last step that was logged."""
+        """The last logged step."""
         records = [record for record in self.folder.read_metrics() if "loss" in record]
         return int(records[-1]["step"]) if records else 0
 
     def resumed_at(self) -> int:
-        """The step that the processes now at work went on from."""
+        """The step that the current processes resumed from."""
         notes = " ".join(self.folder.read_summary()["changed_for_you"])
         return int((re.findall(r"resuming \S+ after step (\d+)", notes) or [0])[-1])
 
@@ -100,7 +108,7 @@ def until(condition: Callable[[], bool], what: str, every_s: float = 0.05) -> No
         time.sleep(every_s)
 
 
-# The faults. Each returns when it has struck; all but `signal_and_rerun` are mended by the launcher. -----------------------
+# Faults. Each returns once it has struck. The launcher recovers from all but `signal_and_rerun`.
 
 
 def kill_a_rank(job: Job) -> None:
@@ -165,13 +173,16 @@ def signal_and_rerun(job: Job) -> None:
 
 
 FAULTS: list[tuple[Callable[[Job], None], int]] = [
-    (kill_a_rank, 4), (kill_during_a_save, 2), (damage_the_newest_checkpoint, 2), (signal_and_rerun, 2),
+    (kill_a_rank, 4),
+    (kill_during_a_save, 2),
+    (damage_the_newest_checkpoint, 2),
+    (signal_and_rerun, 2),
     (stop_a_rank_for_ever, 1),
-]  # fmt: skip
+]
 
 
 def strike(job: Job) -> dict[str, Any] | None:
-    """One fault, and how the run came back from it; None where it was over before."""
+    """Inject one fault and record how the run recovered; None if the run ended first."""
     until(lambda: job.ended() or job.step() > job.resumed_at(), "a first step")
     time.sleep(random.uniform(0.0, 1.5))
     if job.ended() or job.step() > job.steps - 15:
@@ -188,13 +199,17 @@ def strike(job: Job) -> dict[str, Any] | None:
     resumed = job.resumed_at()
     until(lambda: job.step() > resumed or job.ended(), f"a step after {fault.__name__}")
     return {
-        "fault": fault.__name__, "strategy": job.strategy, "step": struck_at, "resumed_after_step": resumed,
-        "steps_lost": max(struck_at - resumed, 0), "until_next_step_s": round(time.monotonic() - begun, 1),
-    }  # fmt: skip
+        "fault": fault.__name__,
+        "strategy": job.strategy,
+        "step": struck_at,
+        "resumed_after_step": resumed,
+        "steps_lost": max(struck_at - resumed, 0),
+        "until_next_step_s": round(time.monotonic() - begun, 1),
+    }
 
 
 def same(job: RunFolder, whole: RunFolder) -> bool:
-    """Losses, gradient norms and final adapter, to the bit."""
+    """Whether losses, gradient norms and the final adapter are bit-identical."""
     curves = [
         [(r["step"], r["loss"], r["grad_norm"]) for r in run.read_metrics() if "loss" in r] for run in (job, whole)
     ]
@@ -204,7 +219,7 @@ def same(job: RunFolder, whole: RunFolder) -> bool:
 
 
 def left_over(where: Path) -> list[int]:
-    """Processes that still work in `where`."""
+    """Processes whose working directory is still in `where`."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -215,23 +230,26 @@ def left_over(where: Path) -> list[int]:
     return found
 
 
-def summarised(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per fault: how many, steps lost and seconds until the next step."""
+def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Number, lost steps and seconds until the next step, by kind of fault."""
     found = {}
     for name in sorted({record["fault"] for record in records}):
         of = [record for record in records if record["fault"] == name]
         lost, seconds = [r["steps_lost"] for r in of], [r["until_next_step_s"] for r in of]
         found[name] = {
-            "count": len(of), "steps_lost_mean": sum(lost) / len(lost), "steps_lost_max": max(lost),
-            "until_next_step_s_mean": sum(seconds) / len(seconds), "until_next_step_s_max": max(seconds),
-        }  # fmt: skip
+            "count": len(of),
+            "steps_lost_mean": sum(lost) / len(lost),
+            "steps_lost_max": max(lost),
+            "until_next_step_s_mean": sum(seconds) / len(seconds),
+            "until_next_step_s_max": max(seconds),
+        }
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, required=True, help="how long faults are made")
-    parser.add_argument("--steps", type=int, default=600, help="length of a run")
+    parser.add_argument("--minutes", type=float, required=True, help="how long to inject faults")
+    parser.add_argument("--steps", type=int, default=600, help="steps of a run")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/soak_cpu.json"))
@@ -240,13 +258,17 @@ def main() -> int:
     os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
     work = Path(tempfile.mkdtemp(prefix="distft-soak-")).resolve()
     result: dict[str, Any] = {
-        **provenance(__file__), "minutes": options.minutes, "seed": options.seed,
-        "steps_of_a_run": options.steps, "save_steps": SAVE_STEPS, "overrides": overrides("ddp", options.steps),
-    }  # fmt: skip
+        **provenance(__file__),
+        "minutes": options.minutes,
+        "seed": options.seed,
+        "steps_of_a_run": options.steps,
+        "save_steps": SAVE_STEPS,
+        "overrides": overrides("ddp", options.steps),
+    }
 
     whole: dict[str, RunFolder] = {}
     for strategy in options.strategies:
-        print(f"{strategy}: the run that nothing happens to", flush=True)
+        print(f"{strategy}: the undisturbed run", flush=True)
         reference = Job(work / f"whole-{strategy}", strategy, options.steps)
         if reference.process.wait() != 0:
             raise RuntimeError(f"it failed: see {reference.where / 'log'}")
@@ -269,15 +291,23 @@ def main() -> int:
         except (TimeoutError, RuntimeError, subprocess.TimeoutExpired) as caught:
             error = str(caught)
             os.killpg(job.process.pid, signal.SIGKILL)
-        runs.append({
-            "strategy": strategy, "restarts": job.folder.read_summary()["restarts"], "error": error,
-            "bit_equal": error is None and same(job.folder, whole[strategy]), "processes_left": len(left_over(work)),
-        })  # fmt: skip
+        runs.append(
+            {
+                "strategy": strategy,
+                "restarts": job.folder.read_summary()["restarts"],
+                "error": error,
+                "bit_equal": error is None and same(job.folder, whole[strategy]),
+                "processes_left": len(left_over(work)),
+            }
+        )
         print(json.dumps(runs[-1]), flush=True)
         result |= {
-            "faults_survived": len(records), "by_fault": summarised(records), "runs": runs,
-            "all_bit_equal": all(run["bit_equal"] for run in runs), "faults": records,
-        }  # fmt: skip
+            "faults_survived": len(records),
+            "by_fault": summarize(records),
+            "runs": runs,
+            "all_bit_equal": all(run["bit_equal"] for run in runs),
+            "faults": records,
+        }
         write_atomically(options.output, to_json(result) + "\n")
         if error is not None:
             print(f"failed: {error}; see {job.where / 'log'}", flush=True)

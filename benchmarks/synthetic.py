@@ -1,4 +1,4 @@
-"""What the benchmarks train: a model with random weights, a tokenizer whose words are one token each, and rows of known length."""
+"""Synthetic inputs: a model with random weights, a tokenizer with one token per word, and rows of known length."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ import numpy as np
 import torch
 
 LLAMA_2_7B = {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
-    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-}  # fmt: skip
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
 _SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's shape, and the number that divides all lengths and token budgets for it; `row` where all samples are as long."""
+    """The shape of a model. `divisor` scales down all lengths and token budgets; `row` is the length of every sample
+    if all are equal."""
 
     name: str
     config: dict[str, Any]
@@ -37,33 +44,56 @@ class Shape:
 
     @functools.cached_property
     def parameters(self) -> int:
-        """All but input embeddings that are not the output's as well: N of the model FLOPs."""
+        """Parameters without untied input embeddings: N in the model FLOPs."""
         with torch.device("meta"):
             model = self.model()
         embeddings = 0 if self.config["tie_word_embeddings"] else model.get_input_embeddings().weight.numel()
         return sum(p.numel() for p in model.parameters()) - embeddings
 
     def model(self) -> Any:
-        """With random bf16 weights, on the device of the context."""
+        """The model with random bf16 weights, on the current default device."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(self.kind, **self.config), dtype=torch.bfloat16)
 
 
 SHAPES = {
-    # Longer positions than Llama-2's change nothing here, and keep a peer from stretching RoPE for a pack that is longer.
+    # More positions than Llama-2 has change nothing here, and keep references from rescaling RoPE for longer packs.
     "llama-2-7b": Shape("llama-2-7b", LLAMA_2_7B | {"max_position_embeddings": 16_384}),
-    "qwen2-1.5b": Shape("qwen2-1.5b", {
-        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-        "vocab_size": 151_936, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True,
-    }, kind="qwen2", row=16_384),
-    "tiny": Shape("tiny", LLAMA_2_7B | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-                                        "num_attention_heads": 4, "vocab_size": 512}, divisor=16),
-}  # fmt: skip
+    "qwen2-1.5b": Shape(
+        "qwen2-1.5b",
+        {
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "vocab_size": 151_936,
+            "max_position_embeddings": 32_768,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+        },
+        kind="qwen2",
+        row=16_384,
+    ),
+    "tiny": Shape(
+        "tiny",
+        LLAMA_2_7B
+        | {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "vocab_size": 512,
+        },
+        divisor=16,
+    ),
+}
 
 
 def model(work: Path, shape: Shape) -> Path:
-    """Folder of the shape with random bf16 weights (seed 0) and its tokenizer, saved once under `work`."""
+    """A folder under `work` with the model, with random bf16 weights (seed 0), and its tokenizer; created once."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -88,21 +118,25 @@ def model(work: Path, shape: Shape) -> Path:
     weights.save_pretrained(aside)
     del weights
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the runs need it
+        torch.cuda.empty_cache()  # leave the memory to the runs
     aside.rename(folder)
     return folder
 
 
 def trained_tokenizer(folder: Path, rows: Path, size: int) -> Path:
-    """`folder`, with a byte-level BPE tokenizer of `size` tokens at most, trained on the lines of `rows` (the hub's is not needed)."""
+    """Train a byte-level BPE tokenizer of at most `size` tokens on the lines of `rows`; returns `folder`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=_SPECIAL, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=_SPECIAL,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(rows.read_text(encoding="utf-8").splitlines(), trainer)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
@@ -111,17 +145,18 @@ def trained_tokenizer(folder: Path, rows: Path, size: int) -> Path:
 
 
 def sample_lengths(shape: Shape, count: int, generator: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Tokens of `count` samples: those of Dolly-15k under Llama-2's tokenizer, log-normal with median 115 and mean 205, from 16
-    to 1,024."""
+    """Token counts [count] distributed like Dolly-15k under Llama-2's tokenizer: log-normal with median 115 and mean
+    205, clipped to 16 … 1,024."""
     normal = statistics.NormalDist()
-    # The quantiles themselves, shuffled: few rows have the same median and mean as many. 1.17 gives this mean after clipping.
+    # Shuffled quantiles rather than random draws: few rows then have the same median and mean as many. A sigma of 1.17
+    # gives this mean after clipping.
     quantiles = np.array([normal.inv_cdf((number + 0.5) / count) for number in range(count)])
     drawn = np.exp(np.log(115) + 1.17 * generator.permutation(quantiles))
     return (np.clip(drawn.round(), 16, 1024) / shape.divisor).astype(np.int64).clip(min=2)
 
 
 def rows(work: Path, shape: Shape, count: int, seed: int = 0) -> tuple[Path, np.ndarray[Any, np.dtype[np.int64]]]:
-    """A .jsonl file of `count` texts of `sample_lengths`, and the tokens of each with its end-of-sequence token."""
+    """Write `count` texts of `sample_lengths` to a .jsonl file; returns it and the token counts (with EOS)."""
     generator = np.random.default_rng(seed)
     lengths = sample_lengths(shape, count, generator) if shape.row is None else np.full(count, shape.row)
     path = work / f"rows-{shape.name}-{count}.jsonl"

@@ -1,11 +1,12 @@
-"""distft beside its references: samples/s, tokens/s, MFU, memory and energy of both, interleaved in one run.
+"""Compare distft with its references: samples/s, tokens/s, MFU, memory and energy, in interleaved runs.
 
     python benchmarks/throughput.py --cases ddp_qlora fsdp_bf16 --repeats 3 --output result.json --markdown result.md
-    python benchmarks/throughput.py --shape tiny --cases ddp_qlora --steps 2 --warmup 1 --repeats 1 --output result.json   # no GPU
+    python benchmarks/throughput.py --shape tiny --cases ddp_qlora --steps 2 --warmup 1 --repeats 1 \\
+        --output result.json   # no GPU
 
-A case is a recipe, started as a user starts it, and the references that it is measured against; naming a case runs both, as
-A B C A B C …. All train on the same rows, and what each says that it has done is compared step by step. Figures are of the steps
-after the warm-up of each run.
+A case is a recipe, started as a user starts it, and the references it is compared with; naming a case runs both,
+interleaved as A B C A B C …. All train on the same rows, and the work that each reports is compared step by step.
+Figures cover the steps after the warm-up of each run.
 """
 
 from __future__ import annotations
@@ -26,66 +27,21 @@ from typing import Any
 import psutil
 import synthetic
 import torch
-from cases import BESIDE, CASES, Batch, Case, Reference
+from cases import CASES, REFERENCES, Case, Reference
 from comparison import compare, table
 from provenance import provenance
+from workload import Workload, cumulative
 
-from distft.config.recipe import Recipe, load_recipe
-from distft.data.batch_plan import Plan
-from distft.data.prepare import split_rows
+from distft.config.recipe import load_recipe
 from distft.files import to_json, write_atomically
 from distft.hardware import GIB, device_flops
 from distft.runs.folder import RunFolder
 from distft.training.batch_size_probe import free_port
 
-REFERENCES = Path(__file__).parent / "references"
+SCRIPTS = Path(__file__).parent / "references"
 MARK = "DISTFT_BENCHMARK_RUN"
-"""Environment variable of every process of a run: torchrun gives each worker a session of its own, so that the launcher's process
-group does not hold them, and a launcher that dies leaves them behind."""
-
-
-# ---- inputs ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What all runs share: the model's folder, the rows and the tokens of each."""
-
-    shape: synthetic.Shape
-    model: Path
-    rows: Path
-    lengths: Any
-
-    def overrides(self, batch: Batch) -> list[str]:
-        """Of a recipe, so that it trains on this and on nothing else."""
-        on_cpu = ["model.dtype=float32", "training.bf16=false"] if not torch.cuda.is_available() else []
-        return [
-            f"model.name={self.model}", f"model.tokenizer={self.model / 'tokenizer'}", f"data.name={self.rows}", "data.format.text=text", "data.validation_fraction=0.0",
-            "data.test_fraction=0.0", "evaluation.before_and_after=false", "training.eval_strategy=no", "training.save_strategy=no",
-            "tracking.report_to=[]", *batch.overrides(self.shape), *on_cpu,
-        ]  # fmt: skip
-
-    def order(self, recipe: Recipe, gpus: int, steps: int) -> list[dict[str, Any]]:
-        """Of each step the rows that distft's plan takes, the packs they fall into, and the tokens they have."""
-        numbers = split_rows(range(len(self.lengths)), recipe.data, recipe.run.seed, with_test=True)["train"]
-        plan = Plan(self.lengths[numbers], recipe.batching, recipe.run.seed)
-        found = []
-        for step in range(steps):
-            packs = [pack for ranks in plan.micro_batches(step, gpus) for pack in ranks]
-            samples = [numbers[index] for index in plan.samples(step)]
-            found.append({
-                "samples": samples, "tokens": int(self.lengths[samples].sum()), "packs": [[numbers[index] for index in pack] for pack in packs],
-            })  # fmt: skip
-        return found
-
-
-def cumulative(steps: list[list[int]]) -> dict[int, list[int]]:
-    """Samples and tokens after each step, from those of each."""
-    done, found = [0, 0], {}
-    for number, step in enumerate(steps, 1):
-        done = [total + count for total, count in zip(done, step, strict=True)]
-        found[number] = list(done)
-    return found
+"""Environment variable set in every process of a run. torchrun starts each worker in its own session, so workers are
+not in the launcher's process group and survive a launcher that dies."""
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -93,31 +49,49 @@ def cumulative(steps: list[list[int]]) -> dict[int, list[int]]:
 
 @dataclass(frozen=True)
 class Runner:
-    """Starts the runs of this benchmark, one after the other."""
+    """Starts the runs of this benchmark, one at a time."""
 
     options: argparse.Namespace
-    inputs: Inputs
+    workload: Workload
     flops: float | None
 
     def case(self, name: str, case: Case) -> dict[str, Any]:
-        """A run of distft; its figures are those of its run folder."""
+        """Run distft; figures come from its run folder."""
         options, total = self.options, self.options.warmup + self.options.steps
         folder = options.work / "runs" / f"{name}-{time.time_ns()}"
-        # distft writes a log record at the end of the warm-up by itself, and the next at the last step.
+        # distft always logs at the end of the warm-up; the next record is that of the last step.
         overrides = [
-            *self.inputs.overrides(case.batch), f"training.max_steps={total}", f"training.logging_steps={total}",
-            f"tracking.throughput_warmup_steps={options.warmup}", *case.overrides, *options.set,
-        ]  # fmt: skip
+            *self.workload.overrides(case.batch),
+            f"training.max_steps={total}",
+            f"training.logging_steps={total}",
+            f"tracking.throughput_warmup_steps={options.warmup}",
+            *case.overrides,
+            *options.set,
+        ]
         if not torch.cuda.is_available() and load_recipe([f"recipe={case.recipe}", *case.overrides]).bits == 4:
             overrides.append("quantization.bnb_4bit_compute_dtype=float32")
         arguments = [f"recipe={case.recipe}", *overrides]
         processes = self.processes(case.gpus)
-        order = self.inputs.order(load_recipe(arguments), processes, total)
+        order = self.workload.order(load_recipe(arguments), processes, total)
         several = ["--multi_gpu", "--main_process_port", str(free_port())] if processes > 1 else []
         command = [
-            sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes), "--num_machines", "1",
-            "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "distft.train", *arguments, f"run.dir={folder}",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *several,
+            "--num_processes",
+            str(processes),
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "-m",
+            "distft.train",
+            *arguments,
+            f"run.dir={folder}",
+        ]
         shown = ["accelerate launch", *command[3:]]
         result = self.run(name, command, shown, case.gpus, {})
         if result["exit_code"] == 0:
@@ -126,7 +100,7 @@ class Runner:
         return self.with_figures(result, order, processes)
 
     def of_folder(self, folder: RunFolder) -> dict[str, Any]:
-        """What a run of distft did in the steps after its warm-up."""
+        """The work of a distft run in the steps after its warm-up."""
         summary = folder.read_summary()
         records = [record for record in folder.read_metrics() if "samples" in record]
         zero = {"step": 0, "samples": 0, "tokens": 0, "energy_j": records[-1]["energy_j"] and 0.0}
@@ -143,28 +117,41 @@ class Runner:
         )
         return {
             "work": {record["step"]: [record["samples"], record["tokens"]] for record in records},
-            "samples": samples, "tokens": tokens, "seconds": samples / summary["samples_per_second"],
-            "peak_memory_gib": summary["peak_memory_gib"], "energy_j": joules, "train_loss": summary["train_loss"],
+            "samples": samples,
+            "tokens": tokens,
+            "seconds": samples / summary["samples_per_second"],
+            "peak_memory_gib": summary["peak_memory_gib"],
+            "energy_j": joules,
+            "train_loss": summary["train_loss"],
             "settings": {key: summary[key] for key in kept},
             **({"profile": json.loads(folder.profile.read_text(encoding="utf-8"))} if folder.profile.is_file() else {}),
-        }  # fmt: skip
+        }
 
     def reference(self, name: str, reference: Reference) -> dict[str, Any]:
-        """A run of a reference; its figures are those of the line that it prints."""
+        """Run a reference; figures come from the line that it prints."""
         options = self.options
         total = options.reference_warmup + options.reference_steps
         processes = self.processes(reference.gpus)
         recipe = load_recipe(
-            ["recipe=ddp_qlora", *self.inputs.overrides(reference.batch), f"training.max_steps={total}"]
+            ["recipe=ddp_qlora", *self.workload.overrides(reference.batch), f"training.max_steps={total}"]
         )
-        order = self.inputs.order(recipe, processes, total)
+        order = self.workload.order(recipe, processes, total)
         file = options.work / f"order-{name}.json"
         write_atomically(file, json.dumps(order))
-        script = str(REFERENCES / reference.script)
+        script = str(SCRIPTS / reference.script)
         arguments = [
-            *reference.command(self.inputs.shape), "--model", str(self.inputs.model), "--rows", str(self.inputs.rows), "--order", str(file),
-            "--steps", str(options.reference_steps), "--warmup", str(options.reference_warmup),
-        ]  # fmt: skip
+            *reference.command(self.workload.shape),
+            "--model",
+            str(self.workload.model),
+            "--rows",
+            str(self.workload.rows),
+            "--order",
+            str(file),
+            "--steps",
+            str(options.reference_steps),
+            "--warmup",
+            str(options.reference_warmup),
+        ]
         environment: dict[str, str] = {}
         if "unsloth" in reference.script:
             launcher, shown = [sys.executable], ["python"]
@@ -190,7 +177,7 @@ class Runner:
     def run(
         self, name: str, command: list[str], shown: list[str], gpus: int, environment: Mapping[str, str]
     ) -> dict[str, Any]:
-        """Start `command` and wait for its end or its time limit; no process of it stays behind."""
+        """Run `command` until it ends or reaches its time limit; leaves no process behind."""
         run = f"{name}-{time.time_ns()}"
         log = self.options.work / "logs" / f"{run}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -212,8 +199,12 @@ class Runner:
                 child.wait()
         text = log.read_text(encoding="utf-8", errors="replace")
         result: dict[str, Any] = {
-            "name": name, "command": " ".join(shown), "exit_code": code, "failure": failure, "wall_s": time.perf_counter() - start,
-        }  # fmt: skip
+            "name": name,
+            "command": " ".join(shown),
+            "exit_code": code,
+            "failure": failure,
+            "wall_s": time.perf_counter() - start,
+        }
         lines = [line for line in text.splitlines() if line.startswith('{"reference"')]
         if lines:
             result["line"] = json.loads(lines[-1])
@@ -221,11 +212,11 @@ class Runner:
             result["failure"] = result.pop("line", {}).get("refused", failure)
             if "out of memory" in text.lower():
                 result["failure"] = f"out of memory ({failure})"
-            result["log_end"] = text[-5000:]  # of which a launcher's own words are 2,000
+            result["log_end"] = text[-5000:]  # the launcher's own messages take about 2,000 of these
         return result
 
     def with_figures(self, result: dict[str, Any], order: list[dict[str, Any]], processes: int) -> dict[str, Any]:
-        """`result` with its rates, and whether it did the work of `order` (None where it did not end)."""
+        """Add the rates to `result`, and whether it did the work of `order` (None if it did not finish)."""
         expected = cumulative([[len(step["samples"]), step["tokens"]] for step in order])
         if result["exit_code"]:
             return {**result, "expected": expected, "same_work": None}
@@ -234,7 +225,7 @@ class Runner:
         rates = {
             "samples_per_second": samples / seconds,
             "tokens_per_second": tokens_per_second,
-            "mfu": tokens_per_second * 4 * self.inputs.shape.parameters / (processes * self.flops)
+            "mfu": tokens_per_second * 4 * self.workload.shape.parameters / (processes * self.flops)
             if self.flops
             else None,
             "peak_memory_gb": None if peak is None else peak * GIB / 1e9,
@@ -251,20 +242,20 @@ class Runner:
 
 
 def _first_on_path(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment in which Python and the loader look into `folder` first."""
+    """Environment variables that make Python and the dynamic loader search `folder` first."""
     places = {"PYTHONPATH": str(folder), "LD_LIBRARY_PATH": str(folder / "lib")}
     return {key: ":".join(filter(None, (place, environment.get(key)))) for key, place in places.items()}
 
 
 def end_all(run: str) -> None:
-    """End every process that carries the mark of `run`, and wait until it is gone."""
+    """Kill every process marked as part of `run`, and wait until they are gone."""
     found = []
     for process in psutil.process_iter():
         try:
             if process.environ().get(MARK) == run:
                 process.send_signal(signal.SIGKILL)
                 found.append(process)
-        except psutil.Error:  # of another user, or gone
+        except psutil.Error:  # another user's, or gone
             continue
     psutil.wait_procs(found, timeout=30)
 
@@ -285,29 +276,31 @@ def main() -> int:
     parser.add_argument(
         "--without",
         nargs="*",
-        choices=BESIDE,
+        choices=REFERENCES,
         default=[],
         metavar="REFERENCE",
-        help=f"leave out of {', '.join(BESIDE)}",
+        help=f"references to leave out, of {', '.join(REFERENCES)}",
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=3, help="first optimizer steps of a run, which are not measured")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps measured in a run")
-    parser.add_argument("--reference-steps", type=int, help="the same for references, where they are slow (as many)")
-    parser.add_argument("--reference-warmup", type=int, help="likewise its warm-up (as many)")
-    parser.add_argument("--shape", choices=synthetic.SHAPES, default="llama-2-7b")
-    parser.add_argument("--layers", type=int, help="fewer for a trial")
-    parser.add_argument("--rows", type=int, default=4096, help="rows of the data; an epoch has a 64th as many steps")
-    parser.add_argument("--processes", type=int, default=2, help="at most so many where there is no GPU")
+    parser.add_argument("--warmup", type=int, default=3, help="optimizer steps before the measurement")
+    parser.add_argument("--steps", type=int, default=10, help="measured optimizer steps")
     parser.add_argument(
-        "--unsloth", type=Path, help="folder that holds Unsloth and what it needs, with its libraries in lib/"
+        "--reference-steps", type=int, help="measured steps of references, if they are slow (default: --steps)"
+    )
+    parser.add_argument("--reference-warmup", type=int, help="warm-up steps of references (default: --warmup)")
+    parser.add_argument("--shape", choices=synthetic.SHAPES, default="llama-2-7b")
+    parser.add_argument("--layers", type=int, help="number of layers; fewer for a quick trial")
+    parser.add_argument("--rows", type=int, default=4096, help="rows of the data; an epoch has rows / 64 steps")
+    parser.add_argument("--processes", type=int, default=2, help="maximum number of processes without a GPU")
+    parser.add_argument(
+        "--unsloth", type=Path, help="folder with Unsloth and its dependencies, shared libraries in lib/"
     )
     parser.add_argument("--work", type=Path, default=Path("/tmp/distft-throughput"))
-    parser.add_argument("--limit", type=int, default=240, help="seconds for one run")
-    parser.add_argument("--commit", default="", help="the commit measured, where there is no git")
+    parser.add_argument("--limit", type=int, default=240, help="time limit of one run, in seconds")
+    parser.add_argument("--commit", default="", help="commit that is measured, if git is not available")
     parser.add_argument("--set", nargs="*", default=[], help="more overrides for every run of distft")
-    parser.add_argument("--output", type=Path, required=True, help="a .json file, written again after every run")
-    parser.add_argument("--markdown", type=Path, help="a .md file with the tables")
+    parser.add_argument("--output", type=Path, required=True, help="a .json file, rewritten after every run")
+    parser.add_argument("--markdown", type=Path, help="a .md file for the tables")
     options = parser.parse_args()
     options.reference_steps = options.reference_steps or options.steps
     options.reference_warmup = options.warmup if options.reference_warmup is None else options.reference_warmup
@@ -316,26 +309,35 @@ def main() -> int:
 
     shape = synthetic.SHAPES[options.shape].with_layers(options.layers)
     folder = synthetic.model(options.work, shape)
-    inputs = Inputs(shape, folder, *synthetic.rows(options.work, shape, options.rows))
-    runner = Runner(options, inputs, device_flops())
+    workload = Workload(shape, folder, *synthetic.rows(options.work, shape, options.rows))
+    runner = Runner(options, workload, device_flops())
     chosen = list(dict.fromkeys(options.cases))
     beside = {name: [other for other in CASES[name].references if other not in options.without] for name in chosen}
     references = list(dict.fromkeys(other for others in beside.values() for other in others))
-    # Recipes for as many GPUs are compared with each other as well.
+    # Cases with the same number of GPUs are compared with each other as well.
     pairs = {
         name: [*beside[name], *(other for other in chosen[:number] if CASES[other].gpus == CASES[name].gpus)]
         for number, name in enumerate(chosen)
     }
     record: dict[str, Any] = {
         **provenance(__file__, options.commit),
-        "shape": shape.name, "layers": shape.config["num_hidden_layers"], "parameters_without_embeddings": shape.parameters,
-        "device_flops": runner.flops, "warmup_steps": options.warmup, "steps": options.steps, "reference_steps": options.reference_steps, "reference_warmup_steps": options.reference_warmup,
-        "mean_tokens_of_a_sample": statistics.mean(inputs.lengths.tolist()), "comparisons": [], "summary": {}, "runs": [],
-    }  # fmt: skip
+        "shape": shape.name,
+        "layers": shape.config["num_hidden_layers"],
+        "parameters_without_embeddings": shape.parameters,
+        "device_flops": runner.flops,
+        "warmup_steps": options.warmup,
+        "steps": options.steps,
+        "reference_steps": options.reference_steps,
+        "reference_warmup_steps": options.reference_warmup,
+        "mean_tokens_of_a_sample": statistics.mean(workload.lengths.tolist()),
+        "comparisons": [],
+        "summary": {},
+        "runs": [],
+    }
     runs: list[dict[str, Any]] = []
     for repeat in range(options.repeats):
         for name in [*chosen, *references]:
-            result = runner.case(name, CASES[name]) if name in CASES else runner.reference(name, BESIDE[name])
+            result = runner.case(name, CASES[name]) if name in CASES else runner.reference(name, REFERENCES[name])
             runs.append({"repeat": repeat, **result})
             record["runs"] = [{key: value for key, value in run.items() if key != "expected"} for run in runs]
             record["summary"], record["comparisons"] = compare(runs, pairs)

@@ -1,6 +1,6 @@
-"""What every reference measures, in the way in which distft's telemetry does: the steps after a warm-up, all ranks together.
+"""Measurement of the references, equivalent to distft's metrics: the steps after a warm-up, summed over all ranks.
 
-A reference reads the texts in the order that it is given, trains on them, and prints one line of JSON.
+A reference reads the texts in the given order, trains on them, and prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The arguments that every reference takes."""
+    """A parser with the arguments common to all references."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the model and its tokenizer")
     parser.add_argument("--rows", type=Path, required=True, help='a .jsonl file of {"text": …}')
@@ -33,10 +33,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--order",
         type=Path,
         required=True,
-        help="a JSON list: of each step its `samples` and the `packs` they fall into",
+        help="a JSON list with the `samples` of each step and the `packs` they form",
     )
-    parser.add_argument("--steps", type=int, required=True, help="optimizer steps to measure")
-    parser.add_argument("--warmup", type=int, required=True, help="optimizer steps before those")
+    parser.add_argument("--steps", type=int, required=True, help="number of measured optimizer steps")
+    parser.add_argument("--warmup", type=int, required=True, help="number of optimizer steps before those")
     return parser
 
 
@@ -46,33 +46,33 @@ def texts(options: argparse.Namespace) -> list[str]:
 
 
 def steps(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The order of the steps to do.
+    """The samples and packs of each step.
 
     Raises:
-        ValueError: the order has fewer steps.
+        ValueError: there are too few.
     """
     order: list[dict[str, Any]] = json.loads(options.order.read_text(encoding="utf-8"))
     total = options.warmup + options.steps
     if len(order) < total:
-        raise ValueError(f"{options.order} has {len(order)} steps; {total} are to be done")
+        raise ValueError(f"{options.order} has {len(order)} steps; {total} are needed")
     return order[:total]
 
 
 def ordered_texts(options: argparse.Namespace) -> list[str]:
-    """The texts of all steps, one after the other."""
+    """The texts of all steps, in order."""
     rows = texts(options)
     return [rows[index] for step in steps(options) for index in step["samples"]]
 
 
 def refuse(reason: str) -> NoReturn:
-    """End this process, with a line of JSON that says why the reference cannot run here."""
+    """Exit with a line of JSON that says why the reference cannot run here."""
     if LOCAL_RANK == 0:
         print(json.dumps({"reference": _script(), "refused": reason}), flush=True)
     sys.exit(1)
 
 
 class Meter(TrainerCallback):  # type: ignore[misc]
-    """Measures a trainer: `Meter(trainer, options)`, train, `report`."""
+    """Measures a trainer. Usage: `Meter(trainer, options)`, train, then `report`."""
 
     def __init__(self, trainer: Any, options: argparse.Namespace) -> None:
         self._trainer, self._options = trainer, options
@@ -106,11 +106,11 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         self._marks.append((time.perf_counter(), self._counter()))
 
     def report(self, **settings: Any) -> None:
-        """Print the line of JSON on rank 0, with what the reference says of itself. All ranks enter."""
+        """Print the line of JSON on rank 0; `settings` describe the reference. Collective: call it on all ranks."""
         (start, joules_before), (end, joules_after) = self._marks
         accumulation = self._trainer.args.gradient_accumulation_steps
         total = self._options.warmup + self._options.steps
-        batches = self._batches[: accumulation * total]  # the loader may have fetched more
+        batches = self._batches[: accumulation * total]  # the loader may have prefetched more
         mine = {
             "steps": [
                 [sum(column) for column in zip(*batches[first : first + accumulation], strict=True)]
@@ -133,15 +133,29 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         samples, tokens = (sum(column) for column in zip(*done[self._options.warmup :], strict=True))
         seconds = max(rank["seconds"] for rank in ranks)
         record = {
-            "reference": _script(), "world_size": len(ranks), "steps": done, "seconds": seconds,
-            "samples": samples, "tokens": tokens, "samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds,
+            "reference": _script(),
+            "world_size": len(ranks),
+            "steps": done,
+            "seconds": seconds,
+            "samples": samples,
+            "tokens": tokens,
+            "samples_per_second": samples / seconds,
+            "tokens_per_second": tokens / seconds,
             "peak_memory_gib": max(rank["peak"] for rank in ranks) if ON_GPU else None,
-            "energy_j": sum(rank["joules"] for rank in ranks) if all(rank["joules"] is not None for rank in ranks) else None,
-            "train_loss": next((log["train_loss"] for log in reversed(self._trainer.state.log_history) if "train_loss" in log), None),
-            "settings": {"micro_batch": self._trainer.args.per_device_train_batch_size, "accumulation": accumulation,
-                         "optim": getattr(self._trainer.args.optim, "value", self._trainer.args.optim), **settings},
+            "energy_j": sum(rank["joules"] for rank in ranks)
+            if all(rank["joules"] is not None for rank in ranks)
+            else None,
+            "train_loss": next(
+                (log["train_loss"] for log in reversed(self._trainer.state.log_history) if "train_loss" in log), None
+            ),
+            "settings": {
+                "micro_batch": self._trainer.args.per_device_train_batch_size,
+                "accumulation": accumulation,
+                "optim": getattr(self._trainer.args.optim, "value", self._trainer.args.optim),
+                **settings,
+            },
             "packages": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "peft")},
-        }  # fmt: skip
+        }
         print(json.dumps(record), flush=True)
 
 
@@ -152,14 +166,14 @@ def _script() -> str:
 
 
 def _size(batch: dict[str, Any]) -> tuple[int, int]:
-    """Samples and non-padding tokens of a micro-batch; each sample of a packed row starts at position 0."""
+    """Samples and non-padding tokens of a micro-batch. In a packed row, each sample starts at position 0."""
     if "attention_mask" in batch:
         return len(batch["attention_mask"]), int(batch["attention_mask"].sum())
     return int((batch["position_ids"] == 0).sum()), batch["input_ids"].numel()
 
 
 def _energy_counter() -> Any:
-    """A function that gives the joules of this process's GPU since some moment; None where NVML counts none."""
+    """A function that returns the energy counter of this process's GPU in joules, or None without a GPU."""
     if not ON_GPU:
         return lambda: None
     import pynvml

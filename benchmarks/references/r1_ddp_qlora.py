@@ -1,9 +1,9 @@
-"""R1: DDP QLoRA by the public report's settings, as a plain user of TRL writes them.
+"""R1: DDP QLoRA with the public report's settings, as a plain user of TRL writes them.
 
     torchrun --nproc-per-node 2 benchmarks/references/r1_ddp_qlora.py --model … --rows … --order … --steps 10 --warmup 3
 
-NF4, fp16, micro-batch 4 × accumulation 8 on two GPUs, padding, k-bit preparation with reentrant checkpointing, paged AdamW.
-Without a GPU in fp32, since fp16 has no products there.
+NF4, fp16, micro-batch 4 × accumulation 8 on two GPUs, padding, k-bit preparation with reentrant checkpointing, paged
+AdamW. On CPU in fp32, because matrix products in fp16 are not available there.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ def main() -> None:
     options = parser(__doc__).parse_args()
     dtype = torch.float16 if ON_GPU else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=dtype, device_map={"": LOCAL_RANK} if ON_GPU else None,
+        options.model,
+        dtype=dtype,
+        device_map={"": LOCAL_RANK} if ON_GPU else None,
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         ),
-    )  # fmt: skip
+    )
     model = prepare_model_for_kbit_training(
         model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
     )

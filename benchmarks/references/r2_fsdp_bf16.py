@@ -1,9 +1,10 @@
-"""R2: FSDP bf16 LoRA by the public report's settings, as a plain user of TRL writes them.
+"""R2: FSDP bf16 LoRA with the public report's settings, as a plain user of TRL writes them.
 
-    torchrun --nproc-per-node 2 benchmarks/references/r2_fsdp_bf16.py --fsdp-version 1 --model … --rows … --order … --steps 10 --warmup 3
+    torchrun --nproc-per-node 2 benchmarks/references/r2_fsdp_bf16.py --fsdp-version 1 \\
+        --model … --rows … --order … --steps 10 --warmup 3
 
-Full shard, micro-batch 4 × accumulation 8 on two GPUs, padding, checkpointing. The report used FSDP1, which newer versions of
-transformers refuse; then this says so.
+Full sharding, micro-batch 4 × accumulation 8 on two GPUs, padding, checkpointing. The report used FSDP1; if the
+installed transformers rejects it, the reference reports that.
 """
 
 from __future__ import annotations

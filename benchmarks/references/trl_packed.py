@@ -1,11 +1,13 @@
-"""TRL's own packing, at what its documentation recommends for speed: what a user of TRL would run instead of distft.
+"""TRL's own packing with the settings its documentation recommends for speed: what a TRL user would run instead of
+distft.
 
-    torchrun --nproc-per-node 2 benchmarks/references/trl_packed.py --bits 4 --tokens 6656 --model … --rows … --order … --steps 10 --warmup 3
+    torchrun --nproc-per-node 2 benchmarks/references/trl_packed.py --bits 4 --tokens 6656 \\
+        --model … --rows … --order … --steps 10 --warmup 3
 
-Best-fit-decreasing packs without padding, no checkpointing, liger where it is installed, and FlashAttention: the installed one, else
-that of the kernels package. Where there is neither, --attention: `varlen` is PyTorch's own kernel, which TRL's documentation does not
-mention and which makes this a stronger peer than `sdpa`. TRL packs all rows ahead of training and counts packs, so a step has
---global-tokens tokens and not an exact number of samples: compare tokens/s.
+Best-fit-decreasing packs without padding, no checkpointing, liger if it is installed, and FlashAttention from its own
+package or from the kernels package. Without either, `--attention` decides: `varlen` is PyTorch's own kernel, which
+TRL's documentation does not mention and which makes this a stronger competitor than `sdpa`. TRL packs all rows before
+training and counts packs, so a step has `--global-tokens` tokens and no exact number of samples: compare tokens/s.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 def attention_kernel(fallback: str) -> str:
-    """TRL wants FlashAttention for packs: the package, or the same kernel from the hub; on the CPU none of these runs."""
+    """TRL needs FlashAttention for packs, from its package or from the Hub; neither runs on the CPU."""
     if not ON_GPU:
         return "sdpa"
     if importlib.util.find_spec("flash_attn"):
@@ -38,10 +40,18 @@ def attention_kernel(fallback: str) -> str:
 
 
 def varlen(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-    *, scaling: float | None = None, cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, **_: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """PyTorch's variable-length kernel over one packed row, [1, heads, tokens, head size], causal within each sample."""
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """PyTorch's variable-length attention on a packed row [1, heads, tokens, head size], causal in each sample."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
@@ -54,15 +64,15 @@ def varlen(
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--bits", type=int, choices=(4, 16), default=4)
-    arguments.add_argument("--tokens", type=int, default=6_656, help="tokens of a pack")
-    arguments.add_argument("--global-tokens", type=int, default=13_312, help="tokens of an optimizer step")
+    arguments.add_argument("--tokens", type=int, default=6_656, help="tokens per pack")
+    arguments.add_argument("--global-tokens", type=int, default=13_312, help="tokens per optimizer step")
     arguments.add_argument("--dropout", type=float, default=0.05)
     arguments.add_argument("--checkpointing", choices=("on", "off"), default="off")
     arguments.add_argument(
         "--attention",
         choices=("varlen", "sdpa", "flex_attention"),
         default="varlen",
-        help="where there is no FlashAttention",
+        help="attention to use without FlashAttention",
     )
     options = arguments.parse_args()
     attention = attention_kernel(options.attention)
@@ -71,9 +81,12 @@ def main() -> None:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     model = AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=dtype, device_map={"": LOCAL_RANK} if ON_GPU else None, attn_implementation=attention,
+        options.model,
+        dtype=dtype,
+        device_map={"": LOCAL_RANK} if ON_GPU else None,
+        attn_implementation=attention,
         quantization_config=quantization if options.bits == 4 else None,
-    )  # fmt: skip
+    )
     liger = ON_GPU and importlib.util.find_spec("liger_kernel") is not None
     trainer = SFTTrainer(
         model=model,
@@ -107,9 +120,13 @@ def main() -> None:
     meter = Meter(trainer, options)
     trainer.train()
     meter.report(
-        precision="bf16" if ON_GPU else "fp32, since this is the CPU", attention=attention, liger=liger, pack_tokens=options.tokens,
-        checkpointing=options.checkpointing, dropout=options.dropout,
-    )  # fmt: skip
+        precision="bf16" if ON_GPU else "fp32, since this is the CPU",
+        attention=attention,
+        liger=liger,
+        pack_tokens=options.tokens,
+        checkpointing=options.checkpointing,
+        dropout=options.dropout,
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Unsloth on one GPU, 4-bit, on the packs that distft trains on.
+"""Unsloth on one GPU, 4-bit, on the same packs as distft.
 
-    python benchmarks/references/unsloth_packed.py --checkpointing off --dropout 0 --model … --rows … --order … --steps 10 --warmup 3
+    python benchmarks/references/unsloth_packed.py --checkpointing off --dropout 0 \\
+        --model … --rows … --order … --steps 10 --warmup 3
 
-From an environment of its own, since Unsloth takes older versions of TRL and datasets than distft does. The packs are tokenised
-beforehand; each is one micro-batch, and the packs of a step are accumulated.
+Needs its own environment, because Unsloth requires older versions of TRL and datasets than distft. Packs are
+tokenised in advance; each is one micro-batch, and the packs of a step are accumulated.
 """
 
 from __future__ import annotations
 
-import unsloth  # isort: skip  # it patches transformers and TRL, so it comes first
+import unsloth  # isort: skip  # first, because it patches transformers and TRL
 import torch
 from datasets import Dataset
 from measure import LINEARS, ON_GPU, Meter, parser, refuse, steps, texts
@@ -30,9 +31,13 @@ def main() -> None:
     checkpointing = "unsloth" if options.checkpointing == "unsloth" else False
 
     model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
-        options.model, max_seq_length=CONTEXT, dtype=torch.bfloat16, load_in_4bit=True, use_gradient_checkpointing=checkpointing,
+        options.model,
+        max_seq_length=CONTEXT,
+        dtype=torch.bfloat16,
+        load_in_4bit=True,
+        use_gradient_checkpointing=checkpointing,
         fix_tokenizer=False,
-    )  # fmt: skip
+    )
     model = unsloth.FastLanguageModel.get_peft_model(
         model,
         r=32,

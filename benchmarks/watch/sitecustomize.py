@@ -1,4 +1,4 @@
-"""Imported by Python when it starts, in what `pauses.py` runs: writes down the pauses of the garbage collector in every rank."""
+"""Records the pauses of the garbage collector in every rank; Python imports this at start-up in runs of `pauses.py`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SHORTEST_S = 0.02
 
 def watch() -> None:
     freeze, frozen_at, began = gc.freeze, 0.0, 0.0
-    rank = os.getpid()  # and not the processes that load its data
+    rank = os.getpid()  # not its data loader workers
     file = Path(f"{os.environ['PAUSES_FILE']}{os.environ['RANK']}.jsonl")
 
-    def set_aside() -> None:
+    def noted_freeze() -> None:
         nonlocal frozen_at
         if FREEZE == "yes":
             freeze()
@@ -33,7 +33,7 @@ def watch() -> None:
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(pause) + "\n")
 
-    gc.freeze = set_aside
+    gc.freeze = noted_freeze
     gc.callbacks.append(note)
 
 

@@ -1,4 +1,4 @@
-"""The scale plan: its tables are the program's, its model says what two GPUs measured, and it is right where it must be."""
+"""The scaling page has the current tables, and their model agrees with measurements and with calculations by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import scaling
 from cluster import Compute, Group, Hardware, Load, Scheme, all_reduce, ring, step, traffic, tree
-from scaling import DDP, FSDP, HSDP, LLAMA, TABLES, ZERO2, adapter, hardware, model
+from scaling import TABLES
+from scaling_inputs import DDP, FSDP, HSDP, LLAMA, ZERO2, adapter, hardware, model
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
 PACK = Load(rounds=1, heaviest=6656, spare=0.0, samples=32)
@@ -24,15 +25,18 @@ def seconds(
     ).seconds
 
 
-def test_the_document_has_the_tables_that_the_program_prints() -> None:
+def test_the_page_has_the_current_tables() -> None:
     document = DOCUMENT.read_text(encoding="utf-8")
     assert re.findall(r"<!-- table: (\w+) -->", document) == list(TABLES)
     assert scaling.updated(document) == document, "run python benchmarks/scaling.py --update docs/scaling.md"
 
 
-def test_an_update_fills_every_table_and_leaves_the_text_alone() -> None:
+def test_an_update_fills_every_table_and_keeps_the_text() -> None:
     empty = "a\n<!-- table: starts -->\n<!-- end -->\nb\n<!-- table: memories -->\nold\n<!-- end -->\nc\n"
-    filled = f"a\n<!-- table: starts -->\n{scaling.starts()}\n<!-- end -->\nb\n<!-- table: memories -->\n{scaling.memories()}\n<!-- end -->\nc\n"
+    starts, memories = scaling.starts(), scaling.memories()
+    filled = (
+        f"a\n<!-- table: starts -->\n{starts}\n<!-- end -->\nb\n<!-- table: memories -->\n{memories}\n<!-- end -->\nc\n"
+    )
     assert scaling.updated(empty) == filled == scaling.updated(filled)
 
 
@@ -58,18 +62,18 @@ def test_one_gpu_sends_nothing() -> None:
         assert seconds(scheme, 1) == pytest.approx(0.07 + 6656 * 5e-5)
 
 
-def test_hsdp_is_fsdp_on_one_node_and_keeps_the_weights_there_on_several() -> None:
+def test_hsdp_is_fsdp_on_one_node_and_keeps_weights_within_nodes() -> None:
     shape, trained = model(LLAMA)[0], adapter(LLAMA)
     for gpus in (2, 8):
         assert traffic(HSDP, shape, trained, gpus, 1, hardware()) == traffic(FSDP, shape, trained, gpus, 1, hardware())
         assert traffic(FSDP, shape, trained, gpus, 1, hardware()).leaving == 0
     hybrid, full = (traffic(scheme, shape, trained, 64, 1, hardware()) for scheme in (HSDP, FSDP))
-    # Of the gradients alone a node's eighth leaves each GPU, there and back, between 8 nodes.
+    # Only gradients leave the node: an eighth of them per GPU, there and back, between 8 nodes.
     assert hybrid.leaving == pytest.approx(2 * 7 / 8 * 4 * trained / 8)
     assert full.leaving > 20 * hybrid.leaving
 
 
-def test_what_is_sent_is_counted_as_by_hand() -> None:
+def test_traffic_is_as_calculated_by_hand() -> None:
     shape, trained = model(LLAMA)[0], adapter(LLAMA)
     base, gradients = 2 * (shape.parameters + trained), 4 * trained
     assert traffic(DDP, shape, trained, 8, 5, hardware()).sent == pytest.approx(2 * 7 / 8 * gradients)
@@ -89,7 +93,7 @@ def test_more_gpus_and_less_bandwidth_never_make_a_step_shorter() -> None:
         assert seconds(scheme, 64, rounds=4) > seconds(scheme, 64)
 
 
-def test_collectives_reach_the_measured_bandwidth_and_the_tree_wins_where_hops_count() -> None:
+def test_collectives_reach_the_measured_bandwidth_and_trees_win_for_small_messages() -> None:
     machine, two = hardware(), Group(2, 1)
     assert 2**30 / all_reduce(2**30, two, machine) == pytest.approx(machine.nvlink, rel=0.01)
     assert ring(1.0, Group(1, 1), machine) == all_reduce(1.0, Group(1, 1), machine) == 0

@@ -1,4 +1,4 @@
-"""The throughput benchmark on the tiny shape: both sides really train, and what it says of them is right. No limits on speed."""
+"""The throughput benchmark on the tiny shape: both sides train, and its figures are right. No limits on speed."""
 
 from __future__ import annotations
 
@@ -15,20 +15,40 @@ import pytest
 import synthetic
 import torch
 from comparison import compare, table
-from throughput import MARK, Inputs, Runner
+from throughput import MARK, Runner
+from workload import Workload
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The JSON of distft packed beside R1, two steps after one of warm-up, on two processes; its Markdown under `markdown`."""
+    """The record of distft packed against R1, two steps after one of warm-up, two processes; `markdown`: its table."""
     where = tmp_path_factory.mktemp("throughput")
     command = [
-        sys.executable, str(BENCHMARKS / "throughput.py"), "--shape", "tiny", "--cases", "ddp_qlora", "--without", "trl_packed_4bit",
-        "--repeats", "1", "--warmup", "1", "--steps", "2", "--rows", "256", "--work", str(where / "work"),
-        "--output", str(where / "result.json"), "--markdown", str(where / "result.md"),
-    ]  # fmt: skip
+        sys.executable,
+        str(BENCHMARKS / "throughput.py"),
+        "--shape",
+        "tiny",
+        "--cases",
+        "ddp_qlora",
+        "--without",
+        "trl_packed_4bit",
+        "--repeats",
+        "1",
+        "--warmup",
+        "1",
+        "--steps",
+        "2",
+        "--rows",
+        "256",
+        "--work",
+        str(where / "work"),
+        "--output",
+        str(where / "result.json"),
+        "--markdown",
+        str(where / "result.md"),
+    ]
     ended = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     record: dict[str, Any] = json.loads((where / "result.json").read_text(encoding="utf-8"))
@@ -45,12 +65,12 @@ def test_both_sides_train_and_are_measured(result: dict[str, Any]) -> None:
         assert run["samples"] == 128
         assert run["samples_per_second"] == pytest.approx(128 / run["seconds"])
         assert run["tokens_per_second"] == pytest.approx(run["tokens"] / run["seconds"])
-        # What only a GPU has is said to be unknown, and is not zero.
+        # Figures that need a GPU are unknown, not zero.
         unknown = [run[figure] for figure in ("mfu", "peak_memory_gb", "watts", "joules_per_1000_samples")]
         assert torch.cuda.is_available() or unknown == [None] * 4
 
 
-def test_the_reference_says_what_it_did_without_a_gpu(result: dict[str, Any]) -> None:
+def test_the_reference_reports_its_settings_without_a_gpu(result: dict[str, Any]) -> None:
     settings = result["runs"][1]["settings"]
     assert settings["precision"].startswith("fp16" if torch.cuda.is_available() else "fp32")
     assert (settings["micro_batch"], settings["accumulation"], settings["optim"]) == (4, 8, "paged_adamw_32bit")
@@ -61,7 +81,7 @@ def test_both_did_the_same_work(result: dict[str, Any]) -> None:
     assert ours["same_work"] and theirs["same_work"]
     (comparison,) = result["comparisons"]
     assert comparison["same_work"]
-    # The reference counts what its collator hands out, each step; distft's log has the end of the warm-up and the last step.
+    # The reference counts each step in its collator; distft logs the end of the warm-up and the last step.
     assert theirs["work"].keys() == {"1", "2", "3"} and ours["work"].keys() == {"1", "3"}
     assert ours["work"].items() <= theirs["work"].items()
     ratio = comparison["ratio"]["samples_per_second"]["of_medians"]
@@ -71,10 +91,22 @@ def test_both_did_the_same_work(result: dict[str, Any]) -> None:
 
 def run_of(name: str, repeat: int, rate: float, tokens: int = 90) -> dict[str, Any]:
     return {
-        "name": name, "repeat": repeat, "exit_code": 0, "samples": 10, "tokens": tokens, "seconds": 10 / rate, "samples_per_second": rate,
-        "tokens_per_second": rate * tokens / 10, "mfu": None, "peak_memory_gib": 1.0, "peak_memory_gb": 1.073741824, "watts": None,
-        "joules_per_1000_samples": None, "work": {1: [5, 40], 2: [15, 40 + tokens]}, "expected": {1: [5, 40], 2: [15, 130]},
-    }  # fmt: skip
+        "name": name,
+        "repeat": repeat,
+        "exit_code": 0,
+        "samples": 10,
+        "tokens": tokens,
+        "seconds": 10 / rate,
+        "samples_per_second": rate,
+        "tokens_per_second": rate * tokens / 10,
+        "mfu": None,
+        "peak_memory_gib": 1.0,
+        "peak_memory_gb": 1.073741824,
+        "watts": None,
+        "joules_per_1000_samples": None,
+        "work": {1: [5, 40], 2: [15, 40 + tokens]},
+        "expected": {1: [5, 40], 2: [15, 130]},
+    }
 
 
 def test_ratios_are_of_medians_and_of_each_repeat() -> None:
@@ -87,7 +119,7 @@ def test_ratios_are_of_medians_and_of_each_repeat() -> None:
 
 
 @pytest.mark.parametrize("late", ["a", "b"])
-def test_other_tokens_in_one_step_of_either_side_are_not_the_same_work(late: str) -> None:
+def test_different_tokens_in_one_step_of_either_side_are_not_the_same_work(late: str) -> None:
     runs = [run_of(name, 0, 10.0, tokens=91 if name == late else 90) for name in ("a", "b")]
     summary, comparisons = compare(runs, {"a": ["b"]})
     assert not comparisons[0]["same_work"]
@@ -95,14 +127,14 @@ def test_other_tokens_in_one_step_of_either_side_are_not_the_same_work(late: str
     assert f"| a | b | – | × {ratio:.2f} | no |" in table({"summary": summary, "comparisons": comparisons})
 
 
-def test_a_run_that_failed_is_shown_and_compared_with_nothing() -> None:
+def test_a_failed_run_is_shown_but_not_compared() -> None:
     failed = {"name": "b", "repeat": 0, "exit_code": 1, "failure": "out of memory (exit code 1)", "log_end": "…"}
     summary, comparisons = compare([run_of("a", 0, 10.0), failed], {"a": ["b"]})
     assert summary["b"]["failed"] == ["out of memory (exit code 1)"] and comparisons == []
     assert "| b | out of memory (exit code 1) |" in table({"summary": summary, "comparisons": comparisons})
 
 
-def test_the_rows_have_dollys_lengths_and_the_tokens_they_say(tmp_path: Path) -> None:
+def test_rows_have_the_lengths_of_dolly_and_the_stated_tokens(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     _, whole = synthetic.rows(tmp_path, synthetic.SHAPES["llama-2-7b"], 2000)
@@ -115,30 +147,30 @@ def test_the_rows_have_dollys_lengths_and_the_tokens_they_say(tmp_path: Path) ->
     assert [len(tokenizer(text)["input_ids"]) + 1 for text in texts] == lengths.tolist()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs it runs")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs with GPUs")
 def test_a_reference_that_cannot_run_here_says_why(tmp_path: Path) -> None:
-    inputs = Inputs(synthetic.SHAPES["tiny"], tmp_path, tmp_path, None)
+    workload = Workload(synthetic.SHAPES["tiny"], tmp_path, tmp_path, None)
     script = [str(BENCHMARKS / "references" / "r2_fsdp_bf16.py"), "--fsdp-version", "2"]
     command = [
         sys.executable,
         *script,
         *["--model", "m", "--rows", "r", "--order", "o", "--steps", "1", "--warmup", "1"],
     ]
-    result = Runner(Namespace(work=tmp_path, limit=200), inputs, None).run("r2_fsdp2", command, command, 1, {})
+    result = Runner(Namespace(work=tmp_path, limit=200), workload, None).run("r2_fsdp2", command, command, 1, {})
     assert result["exit_code"] == 1 and result["failure"] == "needs GPUs: on the CPU accelerate shards nothing"
 
 
-def test_a_run_over_its_time_limit_ends_with_all_its_processes(tmp_path: Path) -> None:
-    """Workers have sessions of their own, as torchrun's have: ending the launcher's process group would leave them behind."""
+def test_a_run_over_its_time_limit_is_killed_with_all_its_processes(tmp_path: Path) -> None:
+    """Workers have their own sessions, as under torchrun: killing the launcher's process group would miss them."""
     worker = "import time; print('worker started', flush=True); time.sleep(600)"
     launcher = (
         "import subprocess, sys\n"
         f"workers = [subprocess.Popen([sys.executable, '-c', {worker!r}], start_new_session=True) for _ in range(2)]\n"
         "[worker.wait() for worker in workers]"
     )
-    inputs = Inputs(synthetic.SHAPES["tiny"], tmp_path, tmp_path, None)
+    workload = Workload(synthetic.SHAPES["tiny"], tmp_path, tmp_path, None)
     command = [sys.executable, "-c", launcher]
-    result = Runner(Namespace(work=tmp_path, limit=4), inputs, None).run("sleeper", command, command, 2, {})
+    result = Runner(Namespace(work=tmp_path, limit=4), workload, None).run("sleeper", command, command, 2, {})
     assert result["failure"] == "not done after 4 s" and result["exit_code"] != 0
     assert result["log_end"].count("worker started") == 2
     assert [process for process in psutil.process_iter() if marked(process)] == []

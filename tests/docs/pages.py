@@ -1,8 +1,8 @@
 """The pages of the documentation, and what tests read from them: code blocks, commands, tables.
 
-Blocks marked `sh` are commands. One that cannot run everywhere ends in `# needs a GPU`, `# needs the hub` or `# needs SLURM`; if
-the first line of a block says so, all its commands do. Blocks marked `console` are commands with their output; `python` and
-`yaml` blocks are what they say.
+Blocks marked `sh` are commands. One that cannot run everywhere ends in `# needs a GPU`, `# needs the hub` or `# needs
+SLURM`; if the first line of a block says so, it applies to the whole block. Blocks marked `console` are commands with
+their output; `python` and `yaml` blocks are what they say.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ def commands(text: str) -> list[Command]:
     """The commands of an `sh` block, one per line, with their comments."""
     lines = [line for line in text.replace("\\\n", " ").splitlines() if line]
     all_elsewhere = lines[0].startswith("#") and bool(_ELSEWHERE.search(lines[0]))
-    return [
-        Command(line, all_elsewhere or bool(_ELSEWHERE.search(line))) for line in lines if not line.startswith("#")
-    ]
+    return [Command(line, all_elsewhere or bool(_ELSEWHERE.search(line))) for line in lines if not line.startswith("#")]
 
 
 def _in_order(nav: list[dict[str, object]]) -> list[str]:

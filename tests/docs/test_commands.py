@@ -1,4 +1,4 @@
-"""Commands and programs on every page run; commands for other machines have recipes that load; messages are the real ones."""
+"""Commands and programs on every page run, recipes of commands for other machines load, messages are the real ones."""
 
 from __future__ import annotations
 
@@ -14,28 +14,23 @@ from pathlib import Path
 
 import pytest
 
+from distft.cli.arguments import load, load_experiment
 from distft.cli.main import main
-from distft.config.recipe import load_recipe
-from distft.data import prepare as data
-from distft.distributed.strategies import base as strategy
-from distft.experiments.expand import load_experiment
-from distft.launch import slurm
 
 from .pages import PAGES, README, ROOT, Page, page
 
 LIMIT_S = 400  # of a command, on a busy machine
-CHECKS = (strategy.faults, data.faults, slurm.faults)
 
 ALL = {command.text: command for each in PAGES for command in each.commands}
 ELSEWHERE = [command.text for command in ALL.values() if command.elsewhere]
 MAKE = [command for command in ALL if command.startswith("make ")]
 AS_TYPED = "distft train recipe=tiny "
-"""Commands that begin with this run in a shell; other `distft` commands run in this process, which spares their imports."""
+"""Commands that start like this run in a shell; other `distft` commands run in this process, to save the imports."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reader's folder, shared by all pages: rows of their own, and the recipes and experiments that the pages show."""
+    """A reader's folder, shared by all pages: their own rows, and the recipes and experiments that the pages show."""
     folder = tmp_path_factory.mktemp("reader")
     with (folder / "rows.csv").open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
@@ -125,17 +120,17 @@ def test_recipes_of_commands_for_other_machines_load(command: str, reader: Path)
     words = shlex.split(command, comments=True)
     settings = [word for word in words if re.match(r"[\w.]+=", word)]
     if "experiment=" in command:
-        assert f"experiment={load_experiment(settings, checks=CHECKS).name}" in words
+        assert f"experiment={load_experiment(settings).name}" in words
     elif words[:2] == ["distft", "evaluate"]:
         settings = [word for word in settings if not word.startswith(("model=", "adapter="))]
         assert settings or words[2].startswith("runs/")
-        load_recipe(settings, checks=CHECKS)
+        load(settings)
     elif words[:2] in (["distft", "report"], ["distft", "merge"]):
         assert len(words) == 3 and words[2].startswith("runs/")
     elif words[:2] == ["distft", "compare"]:
-        assert [load_recipe([f"recipe={name}"], checks=CHECKS).source.name for name in words[2:]] == words[2:]
+        assert [load([f"recipe={name}"]).source.name for name in words[2:]] == words[2:]
     else:
-        assert f"recipe={load_recipe(settings, checks=CHECKS).source.name}" in words
+        assert f"recipe={load(settings).source.name}" in words
 
 
 @pytest.mark.parametrize("command", ELSEWHERE)
@@ -165,5 +160,5 @@ def test_messages_are_the_real_ones(shown: str, reader: Path, capfd: pytest.Capt
 
 
 def test_the_experiment_of_the_pages_is_one(reader: Path) -> None:
-    experiment = load_experiment(["experiment=precision"], checks=(strategy.faults, data.faults), folder=reader)
+    experiment = load_experiment(["experiment=precision"])
     assert [run.variant for run in experiment.runs] == ["bits4", "bits32"] * 5

@@ -35,7 +35,7 @@ def speeds_of(experiment: str) -> dict[str, list[float]]:
 def verdict(interval: Interval) -> str:
     if interval.excludes(1):
         return "different"
-    return "no difference" if 1 / CLOSE <= interval.low and interval.high <= CLOSE else "inconclusive"
+    return "no difference" if interval.low >= 1 / CLOSE and interval.high <= CLOSE else "inconclusive"
 
 
 EXPERIMENTS = {"report's": "ddp_vs_fsdp_published", "distft's": "ddp_vs_fsdp"}
