@@ -30,8 +30,8 @@ def commands() -> str:
         "Each command also prints this with `--help`. `--debug`, anywhere on the command line, shows tracebacks.",
         "",
     ]
-    for parser, help_text in _leaves(parser()):
-        parts += [f"## {parser.prog}", "", f"{_sentence(help_text)}", "", *_usage(parser)]
+    for command, help_text in _leaves(parser()):
+        parts += [f"## {command.prog}", "", _sentence(help_text), "", *_usage(command)]
     return "\n".join(parts)
 
 
