@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,7 +49,7 @@ def _leaves(parser: argparse.ArgumentParser, help_text: str = "") -> Iterator[tu
 
 def _usage(parser: argparse.ArgumentParser) -> list[str]:
     usage = " ".join(parser.format_usage().removeprefix("usage: ").split())
-    lines = ["```text", usage, "```", ""]
+    lines = ["```text", *textwrap.wrap(usage, 88, subsequent_indent="    ", break_on_hyphens=False), "```", ""]
     rows = [
         f"| `{_name(action)}` | {_cell(_help(parser, action))} |"
         for action in parser._actions
