@@ -14,7 +14,7 @@ from cluster import Compute, Hardware, Load, Scheme
 
 from distft.config.recipe import Recipe, load_recipe
 from distft.data.batch_plan import Plan
-from distft.distributed.strategies.base import Strategy
+from distft.distributed.strategies import strategy_for
 from distft.distributed.world import World
 from distft.training.memory_estimate import Shape, device_bytes
 
@@ -106,5 +106,5 @@ def memory(name: str, recipe: str, gpus: int, tokens: int = BUDGET, micro_batch:
     """Bytes per device with all layers checkpointed, as distft estimates them; `gpus` share a copy of the base."""
     shape, recipes = model(name)
     chosen = recipes[recipe]
-    strategy = Strategy("ddp", "ddp", World(world_size=gpus), True).like(chosen)
+    strategy = strategy_for(chosen, World(world_size=gpus), on_gpu=True)
     return device_bytes(chosen, shape, strategy, micro_batch, tokens)

@@ -1,4 +1,4 @@
-"""What FSDP2 does with the layers of a model: gathered ahead, and whole until the backward where there is memory."""
+"""What FSDP2 does with the layers of a model: they are gathered ahead, and kept until the backward if memory allows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from distft.config.recipe import load_recipe
 from distft.distributed.launcher_args import Launcher
-from distft.distributed.strategies.base import Strategy
-from distft.distributed.strategies.fsdp2 import keep_layers, layers_of, prefetch
+from distft.distributed.strategies import choose
+from distft.distributed.strategies.fsdp2 import FSDP2, keep_layers, layers_of, prefetch
 from distft.distributed.world import World
 
 LAYERS = 5
@@ -43,7 +43,7 @@ def model(tmp_path: Path) -> Iterator[Any]:
 
 
 def whole_after_forward(model: Any) -> list[bool]:
-    """Of each layer, whether its weights are whole between the forward and the backward."""
+    """For each layer, whether its weights are unsharded between the forward and the backward pass."""
     loss = model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss
     found = [not isinstance(layer.mlp.up_proj.weight, DTensor) for layer in model.model.layers]
     loss.backward()
@@ -52,7 +52,7 @@ def whole_after_forward(model: Any) -> list[bool]:
 
 
 def gathered(model: Any) -> list[tuple[int, tuple[int, ...]]]:
-    """Of each layer's forward: its number, and which layers beyond it are already asked for."""
+    """For each layer's forward: its number, and the later layers whose all-gather has been issued."""
     seen = []
     groups = [layer._get_fsdp_state()._fsdp_param_groups[0] for layer in model.model.layers]
     for number, layer in enumerate(model.model.layers):
@@ -67,22 +67,22 @@ def gathered(model: Any) -> list[tuple[int, tuple[int, ...]]]:
     return seen
 
 
-def test_the_layers_of_a_model_are_its_own(model: Any) -> None:
+def test_layers_of_finds_the_sharded_layers_in_order(model: Any) -> None:
     assert [*map(id, layers_of(model))] == [*map(id, model.model.layers)]
     assert all(isinstance(layer, FSDPModule) for layer in layers_of(model))
     assert layers_of(torch.nn.Linear(2, 2)) == []
 
 
-def test_two_layers_beyond_the_one_at_work_are_asked_for(model: Any) -> None:
+def test_prefetching_gathers_the_next_two_layers(model: Any) -> None:
     prefetch(model)
     assert gathered(model) == [(0, (1, 2)), (1, (2, 3)), (2, (3, 4)), (3, (4,)), (4, ())]
 
 
-def test_by_itself_fsdp2_asks_when_it_comes_to_a_layer(model: Any) -> None:
+def test_without_prefetching_fsdp2_gathers_a_layer_when_it_reaches_it(model: Any) -> None:
     assert gathered(model) == [(number, ()) for number in range(LAYERS)]
 
 
-def test_layers_stay_whole_where_they_take_less_than_an_eighth_of_the_memory(model: Any) -> None:
+def test_layers_stay_gathered_if_they_take_at_most_an_eighth_of_the_memory(model: Any) -> None:
     assert whole_after_forward(model) == [False] * LAYERS
     size = sum(parameter.numel() * 4 for layer in model.model.layers for parameter in layer.parameters())
     assert keep_layers(model, 8 * size - 8) is None
@@ -91,7 +91,7 @@ def test_layers_stay_whole_where_they_take_less_than_an_eighth_of_the_memory(mod
     assert whole_after_forward(model) == [True] * LAYERS
 
 
-def test_gradients_are_those_without_it(model: Any) -> None:
+def test_prefetching_and_keeping_layers_do_not_change_gradients(model: Any) -> None:
     def gradients() -> list[torch.Tensor]:
         model.zero_grad()
         whole_after_forward(model)
@@ -103,15 +103,19 @@ def test_gradients_are_those_without_it(model: Any) -> None:
     assert all(torch.equal(one, other) for one, other in zip(before, gradients(), strict=True))
 
 
-def test_who_says_when_to_shard_again_is_obeyed_and_what_distft_sets_by_itself_is_nobody() -> None:
-    """The probe's processes inherit the environment of the run: they must decide as the run does."""
+def test_a_user_s_resharding_setting_is_respected_and_distft_s_own_variables_do_not_count_as_one() -> None:
+    """The processes of the batch-size probe inherit the environment of the run and must decide as the run does."""
     recipe = load_recipe(["recipe=tiny", "strategy=fsdp", "quantization=null"])
     world = World(world_size=2, local_world_size=2)
     environment: dict[str, str] = {}
-    how = Strategy.choose(recipe, world, environment, Launcher())
-    assert how.may_keep_layers
-    how.configure(environment)
-    assert environment["FSDP_VERSION"] == "2", "what accelerate reads is there"
-    assert Strategy.choose(recipe, world, environment, Launcher()).may_keep_layers
-    theirs = {**environment, "FSDP_RESHARD_AFTER_FORWARD": "true"}  # as a --config_file puts it there
-    assert not Strategy.choose(recipe, world, theirs, Launcher()).may_keep_layers
+
+    def may_keep_layers(environment: dict[str, str]) -> bool:
+        strategy = choose(recipe, world, environment, Launcher())
+        assert isinstance(strategy, FSDP2)
+        return strategy.may_keep_layers
+
+    assert may_keep_layers(environment)
+    choose(recipe, world, environment, Launcher()).configure(environment)
+    assert environment["FSDP_VERSION"] == "2", "accelerate's variables are set"
+    assert may_keep_layers(environment)
+    assert not may_keep_layers({**environment, "FSDP_RESHARD_AFTER_FORWARD": "true"})  # as a --config_file sets it

@@ -46,8 +46,8 @@ def run_without(tmp_path: Path, module: str, tamper: str, *overrides: str) -> tu
 def test_fsdp_that_is_ddp_in_silence_is_stopped(tmp_path: Path) -> None:
     code, stderr = run_without(
         tmp_path,
-        "distributed.strategies.base",
-        "module.make_real_on_cpu = lambda: None",
+        "distributed.strategies.fsdp2",
+        "module.shard_on_cpu = lambda: None",
         "recipe=tiny",
         "strategy=fsdp",
         "quantization=null",
@@ -59,15 +59,15 @@ def test_fsdp_that_is_ddp_in_silence_is_stopped(tmp_path: Path) -> None:
 
 def test_an_adapter_that_differs_between_ranks_is_stopped(tmp_path: Path) -> None:
     tamper = (
-        "original = module.Strategy.check_prepared\n"
-        "def check(self, model, recipe, trainable):\n"
-        "    original(self, model, recipe, trainable)\n"
+        "original = module.check_prepared\n"
+        "def check(model, recipe, strategy, trainable):\n"
+        "    original(model, recipe, strategy, trainable)\n"
         "    for p in model.parameters():\n"
         "        if p.requires_grad:\n"
-        "            p.data += self.world.rank * 1e-3\n"
-        "module.Strategy.check_prepared = check"
+        "            p.data += strategy.world.rank * 1e-3\n"
+        "module.check_prepared = check"
     )
-    code, stderr = run_without(tmp_path, "distributed.strategies.base", tamper, "recipe=tiny", *QUICK)
+    code, stderr = run_without(tmp_path, "training.invariants", tamper, "recipe=tiny", *QUICK)
     assert code != 0
     assert "differs between rank 0 and rank 1 after one update" in stderr
 
@@ -75,7 +75,7 @@ def test_an_adapter_that_differs_between_ranks_is_stopped(tmp_path: Path) -> Non
 def test_an_adapter_that_no_gradient_reaches_is_stopped(tmp_path: Path) -> None:
     tamper = "import torch\ntorch.optim.AdamW.step = lambda self, closure=None: None"
     code, stderr = run_without(
-        tmp_path, "distributed.strategies.base", tamper, "recipe=tiny", "training.warmup_steps=0", *QUICK
+        tmp_path, "training.invariants", tamper, "recipe=tiny", "training.warmup_steps=0", *QUICK
     )
     assert code != 0
     assert "no trainable tensor moved in an update" in stderr

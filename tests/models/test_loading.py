@@ -9,7 +9,7 @@ import torch
 
 from distft.config.recipe import load_recipe
 from distft.distributed.launcher_args import Launcher
-from distft.distributed.strategies.base import Strategy
+from distft.distributed.strategies import Strategy, choose
 from distft.distributed.world import World
 from distft.models.activation_checkpointing import layers_of
 from distft.models.fused_lora import keeps_int8_products
@@ -22,12 +22,12 @@ UNPACKED = [*FOUR, "quantization.dequantize_at_load=true"]
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distft.distributed.strategies.base.visible_devices", lambda: 0)
+    monkeypatch.setattr("distft.distributed.strategies.choose.visible_devices", lambda: 0)
 
 
 def loaded(*overrides: str) -> tuple[Any, Any, Strategy]:
     recipe = load_recipe(["recipe=tiny", "strategy=single", "lora.lora_dropout=0.0", *overrides])
-    strategy = Strategy.choose(recipe, World(), {}, Launcher())
+    strategy = choose(recipe, World(), {}, Launcher())
     return load_model(recipe, strategy), recipe, strategy
 
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import LlamaConfig
 
 from distft.config.recipe import Recipe, load_recipe
-from distft.distributed.strategies.base import Strategy
+from distft.distributed.strategies import Strategy, strategy_for
 from distft.distributed.world import World
 from distft.hardware import GIB
 from distft.training.memory_estimate import Shape, cheaper, device_bytes
@@ -33,7 +33,7 @@ def recipes(llama: Path) -> dict[str, Recipe]:
 
 
 def on(processes: int, recipe: Recipe) -> Strategy:
-    return Strategy("ddp", "ddp", World(world_size=processes), True).like(recipe)
+    return strategy_for(recipe, World(world_size=processes), on_gpu=True)
 
 
 def test_the_shape_is_read_without_weights(llama: Path) -> None:

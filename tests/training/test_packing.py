@@ -16,7 +16,7 @@ from distft.data.loader import Collator, trained_positions
 from distft.data.prepare import lengths_of, prepare_data
 from distft.data.tokenize import IGNORED
 from distft.distributed.launcher_args import Launcher
-from distft.distributed.strategies.base import Strategy
+from distft.distributed.strategies import choose
 from distft.distributed.world import World
 from distft.models import attention
 from distft.models.loading import load_model, load_tokenizer, settle_adapter_dtype
@@ -36,7 +36,7 @@ PADDED, PACKED = ("batching.micro_batch=4",), ("batching.micro_batch_tokens=300"
 def trainer_of(tmp_path: Path, *overrides: str) -> Trainer:
     """A trainer as `distft.train` builds it, over an adapter that has learned something: B is not zero."""
     recipe = load_recipe([*RECIPE, *overrides], checks=(data_faults,))
-    strategy = Strategy.choose(recipe, World(), {}, Launcher())
+    strategy = choose(recipe, World(), {}, Launcher())
     tokenizer = load_tokenizer(recipe)
     splits = prepare_data(recipe, tokenizer)
     plan = Plan(lengths_of(splits.train), recipe.batching, recipe.run.seed)

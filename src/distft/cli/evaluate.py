@@ -27,7 +27,7 @@ def add_to(commands: Commands) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from distft.distributed.strategies.base import visible_devices
+    from distft.distributed.strategies import visible_devices
     from distft.evaluation.run import Request
     from distft.launch.local import EVALUATION, Node, run
 

@@ -22,8 +22,8 @@ from distft.config.recipe import Recipe, load_recipe
 from distft.config.validation import COMMAND_LINE
 from distft.console import say
 from distft.data.formats import data_faults
+from distft.distributed import strategies
 from distft.distributed.collectives import together
-from distft.distributed.strategies import base as strategy
 from distft.distributed.supervisor import OUTCOME
 from distft.distributed.world import World
 from distft.errors import Fault, LaunchError, RunFolderError
@@ -163,7 +163,7 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
     request = Request.of(words, look=OUTCOME not in os.environ)
     # A rank may wait long for the others at the end of its share.
     world = replace(World.from_environment(os.environ), timeout_s=_DAY_S)
-    devices = strategy.visible_devices()
+    devices = strategies.visible_devices()
     if devices and world.local_world_size > devices:
         raise LaunchError(f"{world.local_world_size} processes on this machine, but it has {devices} visible GPUs")
     world.export(os.environ)

@@ -21,7 +21,7 @@ from typing import Any
 
 from distft.config.recipe import Recipe
 from distft.console import say
-from distft.distributed.strategies.base import visible_devices
+from distft.distributed.strategies import visible_devices
 from distft.errors import ExperimentError, Fault, Interrupted, MissingExtraError, RunFolderError
 from distft.experiments.expand import Experiment, ExperimentRun
 from distft.experiments.progress import Watched, watched

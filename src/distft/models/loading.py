@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.distributed.collectives import reduce
-from distft.distributed.strategies.base import Strategy
+from distft.distributed.strategies import Strategy
 from distft.distributed.tensors import whole_numel
 from distft.errors import ModelError
 from distft.models import attention

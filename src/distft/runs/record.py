@@ -18,7 +18,7 @@ from distft.config.validation import COMMAND_LINE
 from distft.config.yaml import parse_yaml
 from distft.console import say
 from distft.distributed.collectives import broadcast, together
-from distft.distributed.strategies.base import Strategy
+from distft.distributed.strategies import Strategy
 from distft.distributed.supervisor import Launch, leave_note
 from distft.errors import AlreadyFinished, DistftError, Interrupted, RankLost, RunFolderError, UserError
 from distft.files import disk_full_reason, to_json, write_atomically

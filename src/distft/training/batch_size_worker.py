@@ -28,7 +28,7 @@ from distft.data.loader import Collator
 from distft.data.prepare import lengths_of, prepare_data
 from distft.distributed.collectives import reduce
 from distft.distributed.launcher_args import Launcher
-from distft.distributed.strategies.base import Strategy
+from distft.distributed.strategies import choose
 from distft.distributed.supervisor import end_with_parent
 from distft.distributed.world import World
 from distft.hardware import GIB, limit_gpu
@@ -116,7 +116,7 @@ def trial(results: Path, arguments: Sequence[str]) -> None:
     quiet = ("eval_strategy", "save_strategy", "logging_strategy")
     recipe = load_recipe([*arguments, *(f"training.{name}=no" for name in quiet)]).with_micro_batch(1)
     world = World.from_environment(os.environ)
-    how = Strategy.choose(recipe, world, os.environ, Launcher())
+    how = choose(recipe, world, os.environ, Launcher())
     how.configure(os.environ)
     how.accumulate(os.environ, PASSES)
     tokenizer = load_tokenizer(recipe)

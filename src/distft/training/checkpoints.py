@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.distributed.collectives import first_failure, together
-from distft.distributed.strategies.base import Strategy
+from distft.distributed.strategies import Strategy
 from distft.errors import InvariantError, StorageError
 from distft.files import disk_full_reason, free_space
 from distft.runs import manifest

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distft.config.recipe import Recipe
-from distft.distributed.strategies.base import Strategy
+from distft.distributed.strategies import Strategy, strategy_for
 from distft.hardware import GIB
 from distft.models.loading import model_path
 
@@ -96,6 +96,9 @@ def cheaper(
     """Of `others`, those that would fit into `room` bytes with the base model and the processes of `recipe` at micro-batch
     1 and are cheaper than it, with their bytes; the dearest, which changes least, first."""
     ours = device_bytes(recipe, shape, strategy, 1, tokens)
-    sizes = {other.source.name: device_bytes(other, shape, strategy.like(other), 1, tokens) for other in others}
+    sizes = {
+        other.source.name: device_bytes(other, shape, strategy_for(other, strategy.world, strategy.on_gpu), 1, tokens)
+        for other in others
+    }
     fitting = [(name, size) for name, size in sizes.items() if size <= room and size < ours]
     return sorted(fitting, key=lambda pair: -pair[1])

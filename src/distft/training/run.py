@@ -18,11 +18,11 @@ from distft.data.batch_plan import Plan
 from distft.data.formats import data_faults
 from distft.data.loader import DataWait
 from distft.data.prepare import first_samples, lengths_of, prepare_data
+from distft.distributed import strategies
 from distft.distributed.collectives import together
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.signals import STOP
-from distft.distributed.strategies import base as strategy
-from distft.distributed.strategies.base import Strategy
+from distft.distributed.strategies import choose
 from distft.distributed.supervisor import Launch
 from distft.distributed.tensors import whole_numel
 from distft.distributed.world import World
@@ -56,9 +56,9 @@ def train(arguments: Sequence[str]) -> None:
         DistftError: the run failed or was stopped; its message says why, and the run folder's summary as well.
     """
     upstream_api.check()
-    recipe = load_recipe(arguments, checks=(strategy.faults, data_faults))
+    recipe = load_recipe(arguments, checks=(strategies.faults, data_faults))
     world = replace(World.from_environment(os.environ), timeout_s=recipe.training.get("ddp_timeout", World.timeout_s))
-    how = Strategy.choose(recipe, world, os.environ, Launcher.of_parent())
+    how = choose(recipe, world, os.environ, Launcher.of_parent())
     recipe.check_division(world.world_size)  # before anything is loaded
     how.configure(os.environ)
     STOP.deferred = world.world_size > 1
@@ -117,7 +117,7 @@ def train(arguments: Sequence[str]) -> None:
         trainer.remove_callback(PrinterCallback)
         held_out.trainer = trainer
         settle_adapter_dtype(model, recipe, how)
-        how.keep_outputs(trainer.accelerator)
+        how.preserve_output_dtype(trainer.accelerator)
         # What is there now stays. To look through all of it takes Python half a second, in which all ranks wait for the one that does.
         gc.collect()
         gc.freeze()

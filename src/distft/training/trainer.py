@@ -18,8 +18,9 @@ from distft.data.batch_plan import Plan
 from distft.data.loader import Collator, DataWait, build_loader
 from distft.data.prepare import lengths_of
 from distft.data.tokenize import IGNORED
-from distft.distributed.strategies.base import Strategy
+from distft.distributed.strategies import Strategy
 from distft.runs.folder import RunFolder
+from distft.training import invariants
 from distft.training.checkpoints import Checkpoints
 from distft.training.lm_head import Selection
 from distft.training.nonfinite import BadNumbers
@@ -213,15 +214,15 @@ class Invariants(TrainerCallback):  # type: ignore[misc]
         self._before: dict[str, int] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self._strategy.check_prepared(model, self._recipe, self._trainable)
-        self._before = self._strategy.fingerprint(model)
+        invariants.check_prepared(model, self._recipe, self._strategy, self._trainable)
+        self._before = invariants.fingerprint(model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
         self._learning_rate = max(lr_scheduler.get_last_lr()) if lr_scheduler is not None else 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self._before is not None and self._learning_rate > 0 and not self._numbers.in_a_row:
-            self._strategy.check_updated(model, self._before, self._learning_rate)
+            invariants.check_updated(model, self._strategy, self._before, self._learning_rate)
             self._before = None
 
 
@@ -232,7 +233,7 @@ class InTime(TrainerCallback):  # type: ignore[misc]
         self._strategy, self._limit_gib, self._record = strategy, memory_limit_gib, record
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        note = self._strategy.gather_in_time(model, self._limit_gib)
+        note = self._strategy.prefetch(model, self._limit_gib)
         if note:
             self._record(note)
             if self._strategy.world.is_main:

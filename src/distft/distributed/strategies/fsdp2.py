@@ -1,26 +1,125 @@
-"""FSDP2 as accelerate sets it up, mended: real on CPU, its outputs as they are, and its all-gathers issued early."""
+"""FSDP2: weights, gradients and optimizer states sharded layer by layer.
+
+accelerate sets it up. distft corrects three things: it shards on CPU too, outputs keep their dtype, and all-gathers are
+issued early.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+import math
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
+import torch
 from torch import nn
 
 from distft import upstream_api
-from distft.errors import LaunchError
+from distft.config.recipe import Recipe
+from distft.config.schema import StrategyName
+from distft.distributed.collectives import reduce
+from distft.distributed.strategies.base import Strategy, as_variable, fault
+from distft.distributed.tensors import is_sharded
+from distft.distributed.world import World
+from distft.errors import Fault, LaunchError
 
-AHEAD = 2
-"""Layers that are gathered beyond the one at work."""
+PREFETCHED_LAYERS = 2
+"""Number of layers that are gathered ahead of the one that is running."""
+KEPT_FRACTION = 1 / 8
+"""Largest fraction of a device's memory that layers may take by staying gathered from forward to backward."""
+
+_UNSHARDABLE_OPTIMIZERS = ("paged_", "adamw_bnb", "lion_8bit", "lion_32bit", "adamw_8bit", "rmsprop_bnb", "ademamix")
+"""bitsandbytes' optimizers, by the beginning of their names: they cannot update a DTensor."""
+_VARIABLES = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
+"""Keys of a config file whose variable has another name."""
 
 
-KEPT = 1 / 8
-"""Of a device's memory, what whole layers may take from the forward to the backward."""
+@dataclass(frozen=True)
+class FSDP2(Strategy):
+    may_keep_layers: bool = True
+    """Whether the user has left it open when a layer is resharded."""
+
+    name = "fsdp"
+    title = "FSDP2"
+    shards = frozenset({"weights", "optimizer"})
+
+    @classmethod
+    def create(cls, world: World, on_gpu: bool, requested: StrategyName, environment: Mapping[str, str]) -> Self:
+        return cls(world, on_gpu, requested, "FSDP_RESHARD_AFTER_FORWARD" not in environment)
+
+    @classmethod
+    def faults(cls, recipe: Recipe) -> list[Fault]:
+        found, optimizer = super().faults(recipe), str(recipe.training.get("optim", ""))
+        if optimizer.startswith(_UNSHARDABLE_OPTIMIZERS):
+            problem = f"{optimizer} cannot update parameters that FSDP2 has sharded"
+            found.append(fault(recipe, "training.optim", problem, "adamw_torch_fused"))
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        if self.on_gpu:
+            return []
+        return [
+            "FSDP2 on CPU: accelerate would silently run DDP; distft corrects its state so that parameters are sharded"
+        ]
+
+    def configure(self, environment: MutableMapping[str, str]) -> None:
+        super().configure(environment)
+        if not self.on_gpu:
+            shard_on_cpu()
+
+    @classmethod
+    def accelerate_environment(cls, config: Mapping[str, Any]) -> dict[str, str]:
+        variables = {
+            _VARIABLES.get(key, key.upper()): as_variable(value) for key, value in config["fsdp_config"].items()
+        }
+        return {"ACCELERATE_USE_FSDP": "true", **variables}
+
+    def device_map(self, recipe: Recipe) -> dict[str, int] | None:
+        return None if recipe.bits == 16 else super().device_map(recipe)
+
+    def preserve_output_dtype(self, accelerator: Any) -> None:
+        """Leave the model's outputs in their own dtype.
+
+        accelerate asks for the dtype of mixed precision. In bf16 that rounds the log-probability of every token, and
+        with it the loss, to 8 bits: a loss of 7.93 became 7.9375, and so did the scale of its gradient.
+        """
+        plugin = getattr(
+            accelerator.state, "fsdp_plugin", None
+        )  # without it nothing is sharded, as the invariants find
+        if plugin is not None and hasattr(plugin.mixed_precision_policy, "output_dtype"):  # FSDP1's policy has none
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+    def prefetch(self, model: nn.Module, memory_limit_gib: float | None) -> str | None:
+        prefetch(model)
+        if not self.on_gpu or not self.may_keep_layers:
+            return None
+        memory = min(torch.cuda.mem_get_info()[1], (memory_limit_gib or math.inf) * 2**30)
+        (negative,) = reduce([-memory], "max", self.world)  # all ranks must decide alike
+        kept = keep_layers(model, -negative)
+        if kept is None:
+            return None
+        return (
+            f"FSDP2: layers stay gathered from the forward to the backward pass, {kept / 2**30:.1f} GiB per GPU "
+            "(a --config_file with fsdp_reshard_after_forward: true gathers them twice)"
+        )
+
+    @property
+    def checkpoint_format(self) -> str:
+        return "sharded by fsdp"
+
+    def parameter_fault(self, name: str, parameter: nn.Parameter) -> str | None:
+        if is_sharded(parameter):
+            return None
+        return f"FSDP was asked for, but parameter {name} is not sharded (a {type(parameter).__name__}, not a DTensor)"
+
+    def offloads_parameters(self, environment: Mapping[str, str]) -> bool:
+        return environment.get("FSDP_OFFLOAD_PARAMS") == "true"
 
 
 def layers_of(model: nn.Module) -> list[Any]:
-    """The layers of a prepared model, each sharded for itself, in their order."""
-    # Takes half a second, for which no command waits that starts no training.
+    """Return the layers of a prepared model, each of which is sharded separately, in their order."""
+    # The import takes half a second, which commands that do not train should not pay.
     from torch.distributed.fsdp import FSDPModule
 
     stacks = (m for m in model.modules() if isinstance(m, nn.ModuleList) and all(isinstance(x, FSDPModule) for x in m))
@@ -28,11 +127,14 @@ def layers_of(model: nn.Module) -> list[Any]:
 
 
 def keep_layers(model: nn.Module, memory: float) -> int | None:
-    """Let the layers stay whole from the forward to the backward, so that they are gathered once a step and not twice, where all of
-    them take no more than `KEPT` of `memory` bytes. Returns the bytes that they take, None where they do not stay."""
+    """Keep the layers gathered from forward to backward, so that they are gathered once per step instead of twice.
+
+    Does nothing if all layers together take more than `KEPT_FRACTION` of `memory` bytes. Returns the bytes they take,
+    or None if they are not kept.
+    """
     parameters = [parameter for layer in layers_of(model) for parameter in layer.parameters()]
     whole = sum(parameter.to_local().nbytes * parameter.device_mesh.size() for parameter in parameters)
-    if not parameters or whole > KEPT * memory:
+    if not parameters or whole > KEPT_FRACTION * memory:
         return None
     for layer in layers_of(model):
         layer.set_reshard_after_forward(False)
@@ -40,36 +142,25 @@ def keep_layers(model: nn.Module, memory: float) -> int | None:
 
 
 def prefetch(model: nn.Module) -> None:
-    """Issue the all-gather of each layer of `model` while the layer `AHEAD` of it is at work, in the forward and in the backward.
+    """Issue the all-gather of each layer while the layer `PREFETCHED_LAYERS` before it runs, forward and backward.
 
-    By itself FSDP2 issues it when the host comes to the layer, which is early enough only where the host is ahead of the device.
-    With LoRA's many small operations it is not, and every layer then waited for its weights: 3 ms each of a 7B model on two H200.
-    Costs the memory of as many whole layers.
+    By default FSDP2 issues it when the host reaches the layer, which is early enough only if the host is ahead of the
+    device. With LoRA's many small operations it is not, and every layer waited for its weights: 3 ms for each layer of a
+    7B model on two H200. Prefetching costs the memory of that many gathered layers.
     """
     layers = layers_of(model)
     for number, layer in enumerate(layers):
-        layer.set_modules_to_forward_prefetch(layers[number + 1 : number + 1 + AHEAD])
-        layer.set_modules_to_backward_prefetch(layers[max(number - AHEAD, 0) : number][::-1])
+        layer.set_modules_to_forward_prefetch(layers[number + 1 : number + 1 + PREFETCHED_LAYERS])
+        layer.set_modules_to_backward_prefetch(layers[max(number - PREFETCHED_LAYERS, 0) : number][::-1])
 
 
-def keep_outputs(state: Any) -> None:
-    """Have FSDP2 leave the model's outputs as they are, by the plugin in accelerate's `state`. Before the model is prepared.
+def shard_on_cpu() -> None:
+    """Make accelerate shard on CPU, where it runs DDP although FSDP is requested (seen in 1.15).
 
-    accelerate asks for them in the type of the mixed precision, and in bf16 the log-probability of every token, and with it the loss, is
-    rounded to 8 bits: a loss of 7.93 became 7.9375, and the scale of its gradient is rounded as well.
-    """
-    plugin = getattr(state, "fsdp_plugin", None)  # without one nothing is sharded, which is found when it is prepared
-    if plugin is not None and hasattr(plugin.mixed_precision_policy, "output_dtype"):  # FSDP1's has none
-        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
-
-
-def make_real_on_cpu() -> None:
-    """Let accelerate shard on CPU, where it would run DDP though FSDP is asked for (seen in 1.15).
-
-    Its state knows the FSDP plugin for CUDA devices alone; on CPU the type stays MULTI_CPU and nothing is sharded.
+    Its state honours the FSDP plugin on accelerators only; on CPU the type stays MULTI_CPU and nothing is sharded.
 
     Raises:
-        LaunchError: accelerate's state has changed and this correction does not fit any more.
+        LaunchError: accelerate's state has changed and this correction no longer fits.
     """
     import inspect
 

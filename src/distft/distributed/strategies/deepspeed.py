@@ -1,0 +1,101 @@
+"""DeepSpeed: ZeRO-2 shards gradients and optimizer states, ZeRO-3 the weights as well."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Self
+
+import torch
+
+from distft.config.recipe import Recipe
+from distft.config.schema import StrategyName
+from distft.distributed.strategies.base import Strategy, as_variable, fault
+from distft.distributed.world import World
+from distft.errors import Fault, LaunchError
+
+_VARIABLES = {
+    "deepspeed_config_file": "CONFIG_FILE",
+    "zero3_init_flag": "ZERO3_INIT",
+    "zero3_save_16bit_model": "ZERO3_SAVE_16BIT_MODEL",
+}
+"""Keys of a config file whose variable has another name."""
+
+
+class DeepSpeed(Strategy):
+    """What ZeRO-2 and ZeRO-3 have in common."""
+
+    skips_spare_rounds = False  # DeepSpeed counts the rounds itself
+    meets_after_failed_write = False  # its ranks wait for each other between writes
+
+    @classmethod
+    def create(cls, world: World, on_gpu: bool, requested: StrategyName, environment: Mapping[str, str]) -> Self:
+        if not on_gpu and not (shutil.which("c++") or shutil.which("g++")):
+            raise LaunchError(
+                "DeepSpeed compiles an extension on first use and found no C++ compiler; install g++ (build-essential)"
+            )
+        return super().create(world, on_gpu, requested, environment)
+
+    @classmethod
+    def faults(cls, recipe: Recipe) -> list[Fault]:
+        found = super().faults(recipe)
+        if recipe.run.on_bad_numbers == "skip":
+            problem = "DeepSpeed updates the weights inside the backward pass, so a step cannot be skipped"
+            found.append(fault(recipe, "run.on_bad_numbers", problem, "stop"))
+        return found
+
+    @classmethod
+    def accelerate_environment(cls, config: Mapping[str, Any]) -> dict[str, str]:
+        variables = {
+            f"ACCELERATE_DEEPSPEED_{_VARIABLES.get(key, key.upper())}": as_variable(value)
+            for key, value in config["deepspeed_config"].items()
+        }
+        return {"ACCELERATE_USE_DEEPSPEED": "true", **variables}
+
+    def accumulate(self, environment: MutableMapping[str, str], steps: int) -> None:
+        # It is part of DeepSpeed's configuration, where accelerate would put 1 before the trainer sets it.
+        environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(steps)
+
+    @property
+    def checkpoint_format(self) -> str:
+        return f"{self.name} on {self.world.world_size} processes"  # it needs as many ranks as there are shards
+
+    def cast_dtypes(self, recipe: Recipe) -> frozenset[torch.dtype]:
+        """The dtype of mixed precision, which DeepSpeed casts the whole model to."""
+        types = {"no": (), "bf16": (torch.bfloat16,), "fp16": (torch.float16,)}
+        return frozenset(types[recipe.mixed_precision])
+
+    def offloads_parameters(self, environment: Mapping[str, str]) -> bool:
+        return environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") != "none"
+
+
+class ZeRO2(DeepSpeed):
+    name = "zero2"
+    title = "ZeRO-2"
+    shards = frozenset({"optimizer"})
+
+
+class ZeRO3(DeepSpeed):
+    name = "zero3"
+    title = "ZeRO-3"
+    shards = frozenset({"weights", "optimizer"})
+    buffer_bytes = 11 * 2**30  # 7B model on two H200, benchmarks/results/main_job_2xh200.json
+    gathers_in_submodules = True
+
+    @classmethod
+    def faults(cls, recipe: Recipe) -> list[Fault]:
+        found, dtype = super().faults(recipe), recipe.model.dtype
+        if recipe.bits == 16 and dtype != "float32" and recipe.mixed_precision == "no":
+            problem = f"without mixed precision ZeRO-3 holds weights in float32, and model.dtype is {dtype}"
+            hint = f"training.{'fp16' if dtype == 'float16' else 'bf16'}=true, or model.dtype=float32"
+            found.append(fault(recipe, "training.bf16", problem, hint))
+        return found
+
+    def device_map(self, recipe: Recipe) -> dict[str, int] | None:
+        return None  # weights are partitioned while they are loaded
+
+    def checkpoints_by_layer(self, recipe: Recipe) -> bool:
+        return False  # ZeRO-3 needs the reentrant kind, which the trainer applies
+
+    def keeps_adapter_in_base_dtype(self, recipe: Recipe) -> bool:
+        return recipe.bits == 16  # ZeRO-3 gathers parameters of one dtype only

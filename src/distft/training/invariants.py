@@ -1,0 +1,85 @@
+"""What every run proves about its model: before step 1 that it is what the recipe asks for, after an update that it moved.
+
+All ranks must call these functions. If one rank finds a fault, all ranks raise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from distft.config.recipe import Recipe
+from distft.distributed.collectives import first_failure, gather
+from distft.distributed.strategies import Strategy
+from distft.distributed.tensors import checksum, local_part, whole_numel, whole_tensors
+from distft.errors import InvariantError
+
+
+def check_prepared(model: nn.Module, recipe: Recipe, strategy: Strategy, trainable: int) -> None:
+    """Check, before step 1, that the model is what the recipe asks for; `trainable` is its number of trainable parameters.
+
+    Raises:
+        InvariantError: on every rank, with what the lowest failing rank has found.
+    """
+    _raise_everywhere(_prepared_fault(model, recipe, strategy, trainable), strategy)
+
+
+def _prepared_fault(model: nn.Module, recipe: Recipe, strategy: Strategy, trainable: int) -> str | None:
+    found = 0
+    allowed = {getattr(torch, recipe.model.dtype)} | strategy.cast_dtypes(recipe)
+    offloads = strategy.offloads_parameters(os.environ)
+    for name, parameter in model.named_parameters():
+        found += whole_numel(parameter) if parameter.requires_grad else 0
+        partitioned = hasattr(parameter, "ds_id")
+        if parameter.is_meta:
+            return f"parameter {name} is on the meta device: its weights were never loaded"
+        if fault := strategy.parameter_fault(name, parameter):
+            return fault
+        if strategy.on_gpu and parameter.device.type == "cpu" and not partitioned and not offloads:
+            return f"parameter {name} is on the CPU, and this run trains on a GPU"
+        if (
+            not parameter.requires_grad
+            and parameter.is_floating_point()
+            and type(local_part(parameter)).__name__ != "Params4bit"
+            and parameter.dtype not in allowed
+        ):
+            return f"parameter {name} is {parameter.dtype}; the recipe's model.dtype is {recipe.model.dtype}"
+    if found != trainable:
+        return f"{found:,} parameters are trainable; the adapter (or model) has {trainable:,}"
+    return None
+
+
+def fingerprint(model: nn.Module) -> dict[str, int]:
+    """Return a checksum of the bits of every trainable tensor, gathered if it is sharded."""
+    return {name: checksum(tensor) for name, tensor in whole_tensors(model)}
+
+
+def check_updated(model: nn.Module, strategy: Strategy, before: Mapping[str, int], learning_rate: float) -> None:
+    """Check, after the first update with a learning rate above zero, that the adapter moved, and alike on all ranks.
+
+    Raises:
+        InvariantError: on every rank.
+    """
+    after = fingerprint(model)
+    watched = [name for name in after if "lora_B" in name] or list(after)
+    fault = None
+    if all(before[name] == after[name] for name in watched):
+        fault = f"no trainable tensor moved in an update with learning rate {learning_rate:g}: no gradient reaches {watched[0]}"
+    _raise_everywhere(fault, strategy)
+    for rank, other in enumerate(gather(after, strategy.world)):
+        differing = next((name for name in after if other[name] != after[name]), None)
+        if differing is not None:
+            fault = f"{differing} differs between rank {strategy.world.rank} and rank {rank} after one update"
+    _raise_everywhere(fault, strategy)
+
+
+def _raise_everywhere(fault: str | None, strategy: Strategy) -> None:
+    first = first_failure(fault, strategy.world)
+    if first is not None:
+        rank, text = first
+        raise InvariantError(
+            f"{text} (rank {rank}, strategy {strategy.name}); the run was stopped before it could waste time"
+        )
