@@ -47,7 +47,7 @@ def test_no_module_branches_on_a_strategy_s_name(module: str) -> None:
 
 def test_every_strategy_of_the_recipe_schema_has_a_class() -> None:
     from distft.config.schema import StrategyName
-    from distft.distributed.strategies.choose import STRATEGIES as KINDS
+    from distft.distributed.strategies.selection import STRATEGIES as KINDS
 
     assert list(KINDS) == list(StrategyName.__args__)
 

@@ -56,6 +56,13 @@ def peak_rates(gpu: str) -> PeakRates | None:
     return next((rates for name, rates in _PEAK_RATES.items() if name in gpu), None)
 
 
+def visible_devices() -> int:
+    """Number of CUDA devices that this process could use, without initialising CUDA."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def device_flops() -> float | None:
     """Dense bf16 FLOP/s of this process's GPU; None without a GPU or for an unknown one."""
     import torch

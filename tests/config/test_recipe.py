@@ -13,7 +13,7 @@ from distft.cli.main import main
 from distft.config.files import read_yaml
 from distft.config.recipe import Recipe, load_recipe, schema
 from distft.data.formats import data_faults
-from distft.distributed import strategies
+from distft.distributed.strategies import strategy_faults
 from distft.errors import Fault, RecipeError
 from distft.paths import packaged
 
@@ -22,7 +22,7 @@ SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load(*arguments: str, folder: Path | None = None) -> Recipe:
-    return load_recipe(arguments, checks=(strategies.faults, data_faults), folder=folder)
+    return load_recipe(arguments, checks=(strategy_faults, data_faults), folder=folder)
 
 
 def faults(*arguments: str, folder: Path | None = None) -> dict[str, Fault]:

@@ -71,8 +71,8 @@ def test_what_is_remembered_judges_as_upstream_does(name: Upstream, cache: Path)
 def test_a_recipe_is_checked_without_the_libraries_the_second_time(tmp_path: Path) -> None:
     program = (
         "import sys\nfrom distft.config.recipe import load_recipe\n"
-        "from distft.data.formats import data_faults\nfrom distft.distributed.strategies.base import faults\n"
-        "print(load_recipe(['recipe=ddp_qlora', *sys.argv[1:]], checks=(faults, data_faults)).lora['r'])\n"
+        "from distft.data.formats import data_faults\nfrom distft.distributed.strategies import strategy_faults\n"
+        "print(load_recipe(['recipe=ddp_qlora', *sys.argv[1:]], checks=(strategy_faults, data_faults)).lora['r'])\n"
         "print(sorted({'peft', 'trl', 'transformers', 'bitsandbytes', 'accelerate'} & set(sys.modules)))"
     )
 

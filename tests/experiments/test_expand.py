@@ -10,14 +10,14 @@ import pytest
 from distft.cli.main import main
 from distft.config.recipe import load_recipe
 from distft.data.formats import data_faults
-from distft.distributed import strategies
+from distft.distributed.strategies import strategy_faults
 from distft.errors import ExperimentError, Fault
 from distft.experiments.expand import Experiment, load_experiment
 from distft.experiments.schema import list_experiments
 from distft.paths import packaged
 
 SHIPPED = sorted(path.stem for path in packaged("recipes/experiments").glob("*.yaml"))
-CHECKS = (strategies.faults, data_faults)
+CHECKS = (strategy_faults, data_faults)
 
 
 def write(folder: Path, text: str, name: str = "mine") -> Path:

@@ -14,7 +14,7 @@ import pytest
 
 from distft.config.recipe import load_recipe
 from distft.errors import RecipeError
-from distft.launch.slurm import Job, faults, report_script, script, template
+from distft.launch.slurm import Job, report_script, script, slurm_faults, template
 from distft.launch.submit import Submission
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -36,7 +36,7 @@ def scripts() -> dict[str, str]:
     output = Path("runs/jobs")
     made = {}
     for name, arguments in (("plain", PLAIN), ("whole", WHOLE)):
-        recipe = load_recipe(arguments, checks=(faults,))
+        recipe = load_recipe(arguments, checks=(slurm_faults,))
         made[name] = script(recipe.slurm, Job(recipe.run.name, (arguments,)), output, DISTFT, template())
     slurm = load_recipe(["recipe=tiny", "slurm.array=0-1%1", "slurm.modules=[cuda]"]).slurm
     runs = tuple(("recipe=tiny", f"lora.r={rank}", f"run.name=rank-r{rank}") for rank in (8, 32))
@@ -86,13 +86,13 @@ def test_bash_gives_the_arguments_back_as_they_were() -> None:
 )
 def test_a_section_that_no_cluster_could_take_is_refused(override: str, said: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        load_recipe(["recipe=tiny", override], checks=(faults,))
+        load_recipe(["recipe=tiny", override], checks=(slurm_faults,))
     assert said in str(caught.value)
     assert "abc" not in str(caught.value)
 
 
 def test_a_variable_with_a_harmless_name_is_no_secret() -> None:
-    recipe = load_recipe(["recipe=tiny", "slurm.environment={TOKENIZERS_PARALLELISM: 'false'}"], checks=(faults,))
+    recipe = load_recipe(["recipe=tiny", "slurm.environment={TOKENIZERS_PARALLELISM: 'false'}"], checks=(slurm_faults,))
     assert recipe.slurm.environment == {"TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -105,12 +105,12 @@ def test_a_report_runs_in_the_container_as_well() -> None:
 
 def test_gpus_are_asked_for_once() -> None:
     with pytest.raises(RecipeError, match="GPUs are asked for twice"):
-        load_recipe(["recipe=tiny", "slurm.gpus_per_node=2", "slurm.gres=gpu:2"], checks=(faults,))
+        load_recipe(["recipe=tiny", "slurm.gpus_per_node=2", "slurm.gres=gpu:2"], checks=(slurm_faults,))
 
 
 @pytest.mark.parametrize("limit", ["UNLIMITED", "null", "00:02:01"])
 def test_a_job_without_a_time_limit_or_with_one_beyond_the_grace_period_is_valid(limit: str) -> None:
-    assert load_recipe(["recipe=tiny", f"slurm.time={limit}"], checks=(faults,)).slurm.grace_s == 120
+    assert load_recipe(["recipe=tiny", f"slurm.time={limit}"], checks=(slurm_faults,)).slurm.grace_s == 120
 
 
 def dry_run(where: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,7 @@ UNPACKED = [*FOUR, "quantization.dequantize_at_load=true"]
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distft.distributed.strategies.choose.visible_devices", lambda: 0)
+    monkeypatch.setattr("distft.distributed.strategies.selection.visible_devices", lambda: 0)
 
 
 def loaded(*overrides: str) -> tuple[Any, Any, Strategy]:

@@ -22,10 +22,10 @@ RECIPE = "recipe=NAME and any number of key.path=value overrides"
 def checks() -> tuple[Callable[[Recipe], list[Fault]], ...]:
     """The checks that need more than the recipe itself: its strategy, its data and its SLURM section."""
     from distft.data.formats import data_faults
-    from distft.distributed import strategies
-    from distft.launch import slurm
+    from distft.distributed.strategies import strategy_faults
+    from distft.launch.slurm import slurm_faults
 
-    return strategies.faults, data_faults, slurm.faults
+    return strategy_faults, data_faults, slurm_faults
 
 
 def load(words: Sequence[str]) -> Recipe:

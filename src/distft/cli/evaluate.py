@@ -27,8 +27,8 @@ def add_to(commands: Commands) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from distft.distributed.strategies import visible_devices
     from distft.evaluation.run import Request
+    from distft.hardware import visible_devices
     from distft.launch.local import EVALUATION, Node, run
 
     request = Request.of(options.overrides)  # find the user's mistakes before starting any process

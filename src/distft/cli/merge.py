@@ -19,7 +19,7 @@ def add_to(commands: Commands) -> None:
 
 
 def merge(options: argparse.Namespace) -> None:
-    from distft.distributed.strategies import visible_devices
+    from distft.hardware import visible_devices
     from distft.models.loading import merge
     from distft.runs.folder import RunFolder
 

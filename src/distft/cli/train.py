@@ -21,7 +21,7 @@ def add_to(commands: Commands) -> None:
 
 
 def train(options: argparse.Namespace) -> int:
-    from distft.distributed.strategies import visible_devices
+    from distft.hardware import visible_devices
     from distft.launch.local import Node, run
 
     node = Node.of(options.nnodes, options.node_rank, options.rdzv)

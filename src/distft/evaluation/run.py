@@ -22,7 +22,6 @@ from distft.config.recipe import Recipe, load_recipe
 from distft.config.validation import COMMAND_LINE
 from distft.console import say
 from distft.data.formats import data_faults
-from distft.distributed import strategies
 from distft.distributed.collectives import together
 from distft.distributed.supervisor import OUTCOME
 from distft.distributed.world import World
@@ -33,7 +32,7 @@ from distft.evaluation.columns import figures, shown
 from distft.evaluation.engines.openai import without_secrets
 from distft.evaluation.target import Target
 from distft.files import to_json, write_atomically
-from distft.hardware import describe
+from distft.hardware import describe, visible_devices
 from distft.reports.results import leaves
 from distft.runs.folder import RunFolder
 from distft.runs.trackers import closing_trackers, log_evaluation
@@ -163,7 +162,7 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
     request = Request.of(words, look=OUTCOME not in os.environ)
     # A rank may wait long for the others at the end of its share.
     world = replace(World.from_environment(os.environ), timeout_s=_DAY_S)
-    devices = strategies.visible_devices()
+    devices = visible_devices()
     if devices and world.local_world_size > devices:
         raise LaunchError(f"{world.local_world_size} processes on this machine, but it has {devices} visible GPUs")
     world.export(os.environ)

@@ -21,11 +21,11 @@ from typing import Any
 
 from distft.config.recipe import Recipe
 from distft.console import say
-from distft.distributed.strategies import visible_devices
 from distft.errors import ExperimentError, Fault, Interrupted, MissingExtraError, RunFolderError
 from distft.experiments.expand import Experiment, ExperimentRun
 from distft.experiments.progress import Watched, watched
 from distft.files import write_atomically
+from distft.hardware import visible_devices
 from distft.reports.comparability import differences
 from distft.reports.html import histories, page
 from distft.reports.markdown import markdown

@@ -32,7 +32,7 @@ _HERE = "# distft submit puts the recipe's values, modules, set-up lines, variab
 _OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
-def faults(recipe: Recipe) -> list[Fault]:
+def slurm_faults(recipe: Recipe) -> list[Fault]:
     """What no cluster could make work, and what must not stand in a recipe."""
     found: list[Fault] = []
     section = recipe.slurm

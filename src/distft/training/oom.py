@@ -23,8 +23,7 @@ from distft.config.files import list_recipes
 from distft.config.recipe import Recipe, divisors, load_recipe
 from distft.console import say
 from distft.data.batch_plan import Lengths
-from distft.distributed import strategies
-from distft.distributed.strategies import Strategy
+from distft.distributed.strategies import Strategy, strategy_faults
 from distft.errors import OutOfMemory, RecipeError
 from distft.files import to_json, write_atomically
 from distft.hardware import GIB, limit_gpu
@@ -220,7 +219,7 @@ class Memory:
             same = [f"{key}={value}" for key, value in (("model.name", recipe.model.name), ("model.tokenizer", recipe.model.tokenizer),
                                                         ("data.name", recipe.data.name), ("data.path", recipe.data.path)) if value]  # fmt: skip
             with contextlib.suppress(RecipeError):  # not all go with every model and data set
-                others.append(load_recipe([f"recipe={name}", *same], checks=(strategies.faults,)))
+                others.append(load_recipe([f"recipe={name}", *same], checks=(strategy_faults,)))
         shape = Shape.of(recipe)
         ours = device_bytes(recipe, shape, self._how, 1, tokens)
         found = cheaper(recipe, others, shape, self._how, tokens, int(total * (1 - MARGIN)))

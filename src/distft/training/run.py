@@ -18,11 +18,10 @@ from distft.data.batch_plan import Plan
 from distft.data.formats import data_faults
 from distft.data.loader import DataWait
 from distft.data.prepare import first_samples, lengths_of, prepare_data
-from distft.distributed import strategies
 from distft.distributed.collectives import together
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.signals import STOP
-from distft.distributed.strategies import choose
+from distft.distributed.strategies import choose, strategy_faults
 from distft.distributed.supervisor import Launch
 from distft.distributed.tensors import whole_numel
 from distft.distributed.world import World
@@ -56,7 +55,7 @@ def train(arguments: Sequence[str]) -> None:
         DistftError: the run failed or was stopped; its message says why, and the run folder's summary as well.
     """
     upstream_api.check()
-    recipe = load_recipe(arguments, checks=(strategies.faults, data_faults))
+    recipe = load_recipe(arguments, checks=(strategy_faults, data_faults))
     world = replace(World.from_environment(os.environ), timeout_s=recipe.training.get("ddp_timeout", World.timeout_s))
     how = choose(recipe, world, os.environ, Launcher.of_parent())
     recipe.check_division(world.world_size)  # before anything is loaded

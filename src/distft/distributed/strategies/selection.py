@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from distft.config.recipe import Recipe
 from distft.config.schema import StrategyName
 from distft.distributed.launcher_args import Launcher
@@ -16,18 +14,14 @@ from distft.distributed.strategies.fsdp2 import FSDP2
 from distft.distributed.strategies.single import Single
 from distft.distributed.world import World
 from distft.errors import Fault, LaunchError
+from distft.hardware import visible_devices
 
 STRATEGIES: Mapping[StrategyName, type[Strategy]] = {kind.name: kind for kind in (Single, DDP, FSDP2, ZeRO2, ZeRO3)}
 
 
-def faults(recipe: Recipe) -> list[Fault]:
+def strategy_faults(recipe: Recipe) -> list[Fault]:
     """Settings in `recipe` that fail under its strategy, or that leave nothing sharded."""
     return STRATEGIES[recipe.strategy].faults(recipe)
-
-
-def visible_devices() -> int:
-    """Number of CUDA devices that this process could use, without initialising CUDA."""
-    return torch.cuda.device_count()
 
 
 def strategy_for(recipe: Recipe, world: World, on_gpu: bool) -> Strategy:
