@@ -6,6 +6,7 @@ issued early.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
@@ -173,6 +174,7 @@ def shard_on_cpu() -> None:
     if "fsdp_plugin" not in inspect.signature(original).parameters or not hasattr(DistributedType, "MULTI_CPU"):
         raise LaunchError(f"FSDP2 on CPU is not possible with accelerate {__version__}; use 1.15, or strategy=ddp")
 
+    @functools.wraps(original)  # keeps the signature
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         plugin = kwargs.get("fsdp_plugin")
