@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
+from . import fork_server
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Caches for the whole session, set before `datasets` is imported and passed on to what the tests start."""
-    # As of runs (launch.py): the workers of pytest-xdist share the cores.
+    # The same as for runs (launch/local.py): the workers of pytest-xdist share the cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # The tiny model takes a minute to build, so its folder outlives the session.
     os.environ.setdefault("DISTFT_CACHE", str(config.rootpath / ".pytest_cache" / "distft"))
     if "HF_DATASETS_CACHE" not in os.environ:
@@ -22,6 +25,9 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="distft-tests-")
         os.environ["HF_DATASETS_CACHE"] = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    runs_tests = hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None)
+    if runs_tests and not config.option.collectonly:
+        fork_server.install()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,0 +1,288 @@
+"""Start distft's processes by forking one that has imported everything already.
+
+Importing torch, transformers, PEFT and TRL takes every process about 10 s of CPU time, and the tests start hundreds of
+processes. `Popen` is `subprocess.Popen`, except that `python -m MODULE` for one of `MODULES` is forked from a pristine
+process instead of executed. To everybody else such a process looks like any other: it is a child of the process that
+started it, with its own command line and environment in /proc, its own signal handlers and working folder.
+
+How: every process P that may start others has a *template*, a child that was forked before P ran anything. Asked for a new
+process, the template forks twice and the process in the middle exits, so that the new process falls to P, which has
+declared itself a subreaper. The new process forks a template of its own before it runs anything.
+
+`DISTFT_TESTS_EXEC=1` in the environment of a command executes it as usual, and so does an environment that differs from the
+template's in a variable that libraries read while they are imported. Linux only; elsewhere every command is executed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+MODULES = {"accelerate.commands.launch", "distft.cli", "distft.evaluation", "distft.train", "distft.training.batch_size_worker"}
+PRELOADED = (
+    "accelerate.commands.launch",
+    "bitsandbytes",
+    "deepspeed",
+    "distft.cli.main",
+    "distft.evaluation.run",
+    "distft.training.batch_size_worker",
+    "distft.training.run",
+    "torch.distributed.run",
+    "transformers.models.llama.modeling_llama",
+    "wandb",
+)
+READ_AT_IMPORT = re.compile(r"(HF_|TRANSFORMERS_|HUGGINGFACE|PYTHON|LD_|XDG_|HOME$|DISTFT_DEBUG$|GOMP_|OPENBLAS|TORCH_)")
+"""Variables that the interpreter or a library reads once, so that a forked process would not see another value."""
+SPARE_READS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}  # read where they are used
+EXEC = "DISTFT_TESTS_EXEC"
+PAD = "DISTFT_TESTS_PAD"
+ARGUMENTS_SIZE, ENVIRONMENT_SIZE = 60_000, 120_000
+"""Bytes that a template's command line and environment take, for those of its descendants are written over them."""
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+class Template:
+    """The pristine child of this process, reached through a socket."""
+
+    def __init__(self, connection: socket.socket, environment: Mapping[str, str]) -> None:
+        self._connection = connection
+        self._environment = dict(environment)
+
+    def takes(self, args: Any, env: Mapping[str, str] | None) -> bool:
+        """Whether `args` is a command that can be forked."""
+        if not isinstance(args, list | tuple) or not args or args[0] != sys.executable or _module(args) not in MODULES:
+            return False
+        wanted = dict(os.environ if env is None else env)
+        if wanted.get(EXEC):
+            return False
+        names = {name for name in wanted.keys() | self._environment.keys() if READ_AT_IMPORT.match(name)} - SPARE_READS
+        return all(wanted.get(name) == self._environment.get(name) for name in names)
+
+    def start(
+        self, args: Sequence[str], env: Mapping[str, str] | None, cwd: str | None, session: bool, fds: Sequence[int]
+    ) -> int:
+        """Start the command with `fds` as its standard input, output and error; returns its process id."""
+        request = {
+            "args": [str(arg) for arg in args],
+            "env": dict(os.environ if env is None else env),
+            "cwd": os.fspath(cwd) if cwd is not None else os.getcwd(),
+            "session": session,
+        }
+        data = json.dumps(request).encode()
+        socket.send_fds(self._connection, [len(data).to_bytes(4, "big")], list(fds))
+        self._connection.sendall(data)
+        answer = self._connection.recv(4)
+        if len(answer) < 4:
+            raise OSError("the template process of tests/fork_server.py is gone")
+        return int.from_bytes(answer, "big")
+
+
+_template: Template | None = None
+_lock = threading.Lock()
+_execute = subprocess.Popen
+
+
+class Popen(subprocess.Popen):  # type: ignore[type-arg]
+    """`subprocess.Popen` that forks where it can."""
+
+    def _execute_child(self, args: Any, *rest: Any) -> None:
+        (executable, preexec_fn, close_fds, pass_fds, cwd, env, _startupinfo, _creationflags, shell,
+         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite,
+         _restore_signals, gid, gids, uid, umask, start_new_session, process_group) = rest  # fmt: skip
+        plain = not (executable or preexec_fn or pass_fds or shell) and (gid, gids, uid, umask) == (None, None, None, -1)
+        plain = plain and close_fds and process_group in (-1, None) and _template is not None
+        if not plain or _template is None or not _template.takes(args, env):
+            super()._execute_child(args, *rest)
+            return
+        fds = [given if given != -1 else own for given, own in ((p2cread, 0), (c2pwrite, 1), (errwrite, 2))]
+        with _lock:
+            self.pid = _template.start(args, env, cwd, start_new_session, fds)
+        self._child_created = True
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+
+def install() -> None:
+    """Start this process's template, and have `subprocess.Popen` fork from it."""
+    global _template
+    # A process that has initialised CUDA cannot fork one that uses it, and importing alone may do so.
+    if _template is not None or not sys.platform.startswith("linux") or Path("/dev/nvidiactl").exists():
+        return
+    _become_subreaper()
+    ours, theirs = socket.socketpair()
+    program = f"import sys; sys.path[0] = {str(Path(__file__).parent)!r}; import fork_server; fork_server.main()"
+    with tempfile.TemporaryFile() as log:
+        _execute(
+            [sys.executable, "-c", program, str(theirs.fileno()), "x" * ARGUMENTS_SIZE],
+            env={**os.environ, PAD: "x" * ENVIRONMENT_SIZE}, pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        theirs.close()
+    _template = Template(ours, os.environ)
+    subprocess.Popen = Popen  # type: ignore[misc]
+
+
+def main() -> None:
+    """The first template: import everything, then serve the process that started this one."""
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    del sys.path[0]
+    os.environ.pop(PAD)
+    subprocess.Popen = Popen  # type: ignore[misc]  # before the imports, some of which keep the class
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    for name in PRELOADED:
+        importlib.import_module(name)
+    del os.environ["DS_ACCELERATOR"]
+    assert threading.active_count() == 1, "a process with threads must not fork"
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")  # builds a table that takes a second, once
+    gc.collect()
+    gc.freeze()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _serve(connection, dict(os.environ))
+
+
+def _serve(connection: socket.socket, environment: Mapping[str, str]) -> NoReturn:
+    """Start a process for each request, until the process that asks is gone."""
+    while True:
+        header, fds, _, _ = socket.recv_fds(connection, 4, 3)
+        if len(header) < 4:
+            os._exit(0)
+        size = int.from_bytes(header, "big")
+        data = b""
+        while len(data) < size:
+            data += connection.recv(size - len(data))
+        reading, writing = os.pipe()
+        middle = os.fork()
+        if middle == 0:
+            parent = os.getpid()
+            child = os.fork()
+            if child:
+                os.write(writing, child.to_bytes(4, "big"))
+                os._exit(0)
+            while os.getppid() == parent:  # until the process that asked has it
+                time.sleep(0.001)
+            _run(json.loads(data), fds, environment)
+        for fd in (*fds, writing):
+            os.close(fd)
+        answer = os.read(reading, 4)
+        os.close(reading)
+        os.waitpid(middle, 0)
+        connection.sendall(answer)
+
+
+def _run(request: Mapping[str, Any], fds: Sequence[int], environment: Mapping[str, str]) -> NoReturn:
+    """Become the process that was asked for, run it and exit."""
+    global _template
+    ours, theirs = socket.socketpair()
+    if os.fork() == 0:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in range(3):
+            os.dup2(null, fd)
+        _close_all_but(theirs.fileno())
+        _serve(theirs, environment)
+    _become_subreaper()
+    if request["session"]:
+        os.setsid()
+    for target, fd in enumerate([os.dup(fd) for fd in fds]):
+        os.dup2(fd, target)
+    _close_all_but(ours.fileno())
+    os.set_inheritable(ours.fileno(), False)
+    _template = Template(ours, environment)
+
+    args: list[str] = request["args"]
+    module = _module(args)
+    assert module is not None
+    os.environ.clear()
+    os.environ.update(request["env"])
+    _show(args, request["env"])
+    os.chdir(request["cwd"])
+    sys.argv = ["-m", *args[args.index("-m") + 2 :]]
+    sys.orig_argv = list(args)
+    sys.path.insert(0, request["cwd"])
+    if "-u" in args[1 : args.index("-m")]:
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+    _set_threads()
+    code = 1
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*found in sys.modules", category=RuntimeWarning)
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(code & 0xFF)
+
+
+def _module(args: Sequence[Any]) -> str | None:
+    """MODULE of `python [-u] -m MODULE …`."""
+    words = [str(arg) for arg in args[1:4]]
+    if words[:1] == ["-u"]:
+        words = words[1:]
+    return words[1] if words[:1] == ["-m"] and len(words) > 1 else None
+
+
+def _become_subreaper() -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def _close_all_but(kept: int) -> None:
+    os.closerange(3, kept)
+    os.closerange(kept + 1, 4096)
+
+
+def _show(args: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Write the command line and environment to where /proc/PID/cmdline and /proc/PID/environ read them."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    for parts, start, end in (
+        (args, int(fields[45]), int(fields[46])),
+        ([f"{name}={value}" for name, value in environment.items()], int(fields[47]), int(fields[48])),
+    ):
+        block = b"".join(part.encode(errors="surrogateescape") + b"\0" for part in parts)
+        size = end - start
+        assert len(block) < size, "enlarge ARGUMENTS_SIZE or ENVIRONMENT_SIZE"
+        ctypes.memmove(start, block.ljust(size, b"\0"), size)
+
+
+def _set_threads() -> None:
+    """OMP_NUM_THREADS, which the OpenMP libraries read when they were loaded."""
+    import torch
+
+    count = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(count)
+    for path in set(re.findall(r"/\S*gomp\S*", Path("/proc/self/maps").read_text())):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(path).omp_set_num_threads(count)
