@@ -30,14 +30,20 @@ def pytest_configure(config: pytest.Config) -> None:
         fork_server.install()
 
 
+def devices_needed(item: pytest.Item) -> int:
+    """CUDA devices that a test needs: `@pytest.mark.gpu` is one, `@pytest.mark.gpu(2)` two. The largest of its marks counts,
+    whether the mark is on the function, on its module or on a parameter."""
+    counts = (mark.args[0] if mark.args else mark.kwargs.get("count", 1) for mark in item.iter_markers("gpu"))
+    return max(counts, default=0)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """`@pytest.mark.gpu` needs one CUDA device, `@pytest.mark.gpu(2)` two."""
-    marker = item.get_closest_marker("gpu")
-    if marker is None:
+    """Skip tests that need more CUDA devices than there are."""
+    wanted = devices_needed(item)
+    if not wanted:
         return
     import torch
 
-    wanted = marker.args[0] if marker.args else marker.kwargs.get("count", 1)
     found = torch.cuda.device_count()
     if found < wanted:
         pytest.skip(f"needs {wanted} CUDA device{'s' if wanted > 1 else ''}, found {found}")

@@ -24,7 +24,6 @@ import json
 import os
 import re
 import runpy
-import signal
 import socket
 import subprocess
 import sys
@@ -37,7 +36,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-MODULES = {"accelerate.commands.launch", "distft.cli", "distft.evaluation", "distft.train", "distft.training.batch_size_worker"}
+MODULES = {
+    "accelerate.commands.launch",
+    "distft.cli",
+    "distft.evaluation",
+    "distft.train",
+    "distft.training.batch_size_worker",
+}
 PRELOADED = (
     "accelerate.commands.launch",
     "bitsandbytes",
@@ -50,12 +55,16 @@ PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "wandb",
 )
-READ_AT_IMPORT = re.compile(r"(HF_|TRANSFORMERS_|HUGGINGFACE|PYTHON|LD_|XDG_|HOME$|DISTFT_DEBUG$|GOMP_|OPENBLAS|TORCH_)")
+NOT_THE_LAUNCHERS = {"bitsandbytes", "datasets", "deepspeed", "distft", "lm_eval", "pandas", "peft", "pyarrow", "scipy", "sklearn",
+                     "transformers", "trl", "wandb"}  # fmt: skip
+READ_AT_IMPORT = re.compile(
+    r"(HF_|TRANSFORMERS_|HUGGINGFACE|PYTHON|LD_|XDG_|HOME$|DISTFT_DEBUG$|GOMP_|OPENBLAS|TORCH_)"
+)
 """Variables that the interpreter or a library reads once, so that a forked process would not see another value."""
 SPARE_READS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}  # read where they are used
 EXEC = "DISTFT_TESTS_EXEC"
 PAD = "DISTFT_TESTS_PAD"
-ARGUMENTS_SIZE, ENVIRONMENT_SIZE = 60_000, 120_000
+ARGUMENTS_SIZE, ENVIRONMENT_SIZE = 16_000, 120_000
 """Bytes that a template's command line and environment take, for those of its descendants are written over them."""
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -85,7 +94,7 @@ class Template:
         request = {
             "args": [str(arg) for arg in args],
             "env": dict(os.environ if env is None else env),
-            "cwd": os.fspath(cwd) if cwd is not None else os.getcwd(),
+            "cwd": os.fspath(cwd) if cwd is not None else str(Path.cwd()),
             "session": session,
         }
         data = json.dumps(request).encode()
@@ -109,7 +118,12 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         (executable, preexec_fn, close_fds, pass_fds, cwd, env, _startupinfo, _creationflags, shell,
          p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite,
          _restore_signals, gid, gids, uid, umask, start_new_session, process_group) = rest  # fmt: skip
-        plain = not (executable or preexec_fn or pass_fds or shell) and (gid, gids, uid, umask) == (None, None, None, -1)
+        plain = not (executable or preexec_fn or pass_fds or shell) and (gid, gids, uid, umask) == (
+            None,
+            None,
+            None,
+            -1,
+        )
         plain = plain and close_fds and process_group in (-1, None) and _template is not None
         if not plain or _template is None or not _template.takes(args, env):
             super()._execute_child(args, *rest)
@@ -223,7 +237,13 @@ def _run(request: Mapping[str, Any], fds: Sequence[int], environment: Mapping[st
     sys.path.insert(0, request["cwd"])
     if "-u" in args[1 : args.index("-m")]:
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
-    _set_threads()
+    if module == "accelerate.commands.launch":
+        # torch's launcher walks over sys.modules for the name of each caller that it logs: leave it those it has by itself.
+        for name in list(sys.modules):
+            if name.partition(".")[0] in NOT_THE_LAUNCHERS:
+                del sys.modules[name]
+    else:
+        _set_threads()
     code = 1
     try:
         with warnings.catch_warnings():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -37,9 +38,9 @@ class Launcher:
         ):
             return cls()
         options: dict[str, str] = {}
-        for index, word in enumerate(words):
+        for word, following in pairwise([*words, ""]):
             name, equals, value = word.partition("=")
-            options.setdefault(name.lstrip("-").replace("-", "_"), value if equals else (words[index + 1 :] or [""])[0])
+            options.setdefault(name.lstrip("-").replace("-", "_"), value if equals else following)
         processes = options.get("num_processes", "")
         file = options.get("config_file")
         return cls(Path(file) if file else None, int(processes) if processes.isdigit() else None)
