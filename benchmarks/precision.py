@@ -95,7 +95,7 @@ def main() -> int:
     if sys.argv[1:2] == ["--train"]:
         variant, sys.argv[1:] = sys.argv[2], sys.argv[3:]
         if variant == "bf16_masters":
-            train.settle_adapter_dtype = in_bf16
+            train.keep_adapter_in_fp32 = in_bf16
         return main_of_worker()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)

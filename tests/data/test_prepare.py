@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from distft.data.prepare import first_samples, lengths_of, split_rows
+from distft.data.prepare import first_samples, lengths_of, prepare_data, split_rows
 from distft.errors import DataError
 from tests.data.rows import ALL, RESPONSE_ONLY, Prepare, recipe_of, trained, whole, write_rows
 
@@ -194,7 +194,7 @@ def test_each_tokenizer_has_its_own_cache_entry(prepare: Prepare, dolly: str, tm
     prepare(dolly)
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["###eos_token###"])
-    splits = prepare(recipe_of(dolly), other)
+    splits = prepare_data(recipe_of(dolly), other)
     assert len(prepared_folders(tmp_path)) == 2
     assert any(len(tokenizer) in ids for ids in splits.train["input_ids"])
 

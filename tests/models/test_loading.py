@@ -11,9 +11,11 @@ from distft.config.recipe import load_recipe
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import Strategy, choose
 from distft.distributed.world import World
-from distft.models.activation_checkpointing import layers_of
+from distft.models.activation_checkpointing import layers_of, set_up_checkpointing
+from distft.models.adapter import keep_adapter_in_fp32
+from distft.models.export import merge
 from distft.models.fused_lora import keeps_int8_products
-from distft.models.loading import checkpoint, load_model, merge, settle_adapter_dtype
+from distft.models.loading import load_model
 
 FOUR = ["quantization.load_in_4bit=true"]
 EIGHT = ["quantization.load_in_4bit=false", "quantization.load_in_8bit=true"]
@@ -54,7 +56,7 @@ def test_weights_that_are_unpacked_at_load_compute_what_4_bits_do() -> None:
     dense, recipe, strategy = loaded(*UNPACKED)
     assert "Linear4bit" in kinds(packed) and kinds(dense) == {"Linear"}
     assert recipe.bits == 16 and not getattr(dense, "is_loaded_in_4bit", False)
-    settle_adapter_dtype(dense, recipe, strategy)
+    keep_adapter_in_fp32(dense, recipe, strategy)
     assert {p.dtype for p in dense.parameters() if p.requires_grad} == {torch.float32}
     found, expected = learn(dense), learn(packed)
     assert len(found) == len(expected) > 10 and all(tensor.abs().sum() > 0 for tensor in expected)
@@ -82,7 +84,7 @@ def test_8_bit_products_are_let_go_by_checkpointing(kernels: str, reentrant: boo
     assert "Linear8bitLt" in kinds(model) and keeps_int8_products(model) == reentrant
     expected = learn(model)
     model.zero_grad()
-    assert checkpoint(model, recipe, strategy, 64) == len(layers_of(model))
+    assert set_up_checkpointing(model, recipe, strategy, 64) == len(layers_of(model))
     found = learn(model)
     assert all(torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7) for ours, theirs in zip(found, expected, strict=True))
     ids = torch.arange(5, 36).view(1, -1)

@@ -19,7 +19,7 @@ from distft.data.loader import DataWait
 from distft.hardware import EnergyMeter
 from distft.models import fused_lora as fused
 from distft.models.activation_checkpointing import checkpoint_layers
-from distft.models.loading import recomputed_parameters
+from distft.models.parameters import recomputed_parameters
 from distft.training.metrics import Window, Work, model_flops_per_token
 
 

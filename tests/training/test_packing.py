@@ -19,7 +19,8 @@ from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import choose
 from distft.distributed.world import World
 from distft.models import attention
-from distft.models.loading import load_model, load_tokenizer, settle_adapter_dtype
+from distft.models.adapter import keep_adapter_in_fp32
+from distft.models.loading import load_model, load_tokenizer
 from distft.runs.folder import RunFolder
 from distft.training.checkpoints import Checkpoints
 from distft.training.nonfinite import BadNumbers
@@ -53,7 +54,7 @@ def trainer_of(tmp_path: Path, *overrides: str) -> Trainer:
         skips_spare_rounds=strategy.skips_spare_rounds, train_dataset=splits.train, eval_dataset=splits.validation,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
-    settle_adapter_dtype(model, recipe, strategy)
+    keep_adapter_in_fp32(model, recipe, strategy)
     return trainer
 
 

@@ -20,7 +20,7 @@ def add_to(commands: Commands) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     from distft.hardware import visible_devices
-    from distft.models.loading import merge
+    from distft.models.export import merge
     from distft.runs.folder import RunFolder
 
     folder = RunFolder(options.folder)

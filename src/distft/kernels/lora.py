@@ -256,5 +256,5 @@ def remade(norm: Any, kept: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """The input [tokens, in] from what `Origin.kept` gave."""
     if norm is not None:
         with torch.no_grad():
-            kept = norm.unmarked(kept).to(kept.dtype)
+            kept = norm(kept).to(kept.dtype)
     return kept.reshape(-1, shape[-1])

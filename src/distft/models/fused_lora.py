@@ -1,167 +1,244 @@
-"""LoRA linears as one autograd node each group: the queries, keys and values of a layer, its MLP, and every linear alone.
+"""LoRA linears fused into one autograd node per group: queries, keys and values; a whole MLP; or a single linear.
 
-PEFT computes y = W x + s B A x as separate operations, each of which reads and writes the whole activation. Here the small
-product is added in place, as one operation; what shares an input shares A x; the gradients of the input are summed in place;
-and an MLP keeps no activation that its backward can make again. The gradients are those of PEFT's module (the tests check
-them in float64).
+PEFT computes y = W x + s B A x as separate operations, each of which reads and writes the whole activation. The nodes in
+`distft.kernels.lora` add the small product in place, compute A x once for all linears that share the input x, accumulate
+the gradients of x in place, and recompute the inner activations of an MLP. The gradients are those of PEFT's modules;
+the tests check them in float64.
 
-With LoRA dropout the linears of a group drop the same places of their shared input; PEFT draws for each of them.
+`fuse` gives the modules subclasses of their own classes (`FusedLinear`, `FusedMLP`, `TrackedNorm`); parameters and names
+stay as they are.
+
+One difference remains: with LoRA dropout, the linears of a group drop the same elements of their input, where PEFT draws
+a mask for each.
 """
 
 from __future__ import annotations
 
-import types
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
+from distft import upstream_api
 from distft.kernels.lora import LoraLinears, LoraMlp, Origin, Spec, TiledLoraMlp
-from distft.models.activation_checkpointing import is_pre_norm, recomputing
+from distft.kernels.subclass import subclass_in_place
+from distft.models.architectures import GATED_MLP, QKV, is_gated_mlp, is_pre_norm
 
-_SIBLINGS = ("q_proj", "k_proj", "v_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
 TILE = 12_288
-"""Tokens that the MLP of a checkpointed layer takes at once, at most. 4-bit weights are unpacked for each tile: at 10,752 tokens of a 7B
-model, tiles of 4,096 cost 6.5% of the speed for 0.2 GB."""
-_SILU = (nn.SiLU, type(ACT2FN["silu"]))  # transformers has a class of its own
-
-
-def _marked(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """A norm's forward, whose output says where it comes from."""
-    y: torch.Tensor = module.unmarked(x)
-    if torch.is_grad_enabled() and y.dtype == x.dtype:
-        y.origin = Origin(module, x.detach())  # type: ignore[attr-defined]
-    return y
+"""Largest number of tokens that the MLP of a checkpointed layer processes at once. Each tile dequantises the 4-bit
+weights again: for 10,752 tokens of a 7B model, tiles of 4,096 cost 6.5% of the speed and save 0.2 GB."""
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
-    """Give the LoRA linears of `model` the nodes above, where they are of a kind that these know. Returns how many modules of
-    each kind there are: `attention` (queries, keys and values together), `mlp`, `linear` (alone)."""
+    """Fuse the LoRA linears of `model` that the nodes support, in place.
+
+    Returns:
+        The number of fused groups by kind: `attention` (queries, keys and values), `mlp`, and `linear` (one by itself).
+    """
     found = {"attention": 0, "mlp": 0, "linear": 0}
-    module: Any
     for module in list(model.modules()):
         children: dict[str, Any] = dict(module.named_children())
-        if all(_fits(children.get(name)) for name in _SIBLINGS):
-            Siblings([children.pop(name) for name in _SIBLINGS])
+        if all(_fits(children.get(name)) for name in QKV):
+            LinearGroup([children.pop(name) for name in QKV])
             found["attention"] += 1
-        if _gated(module) and all(_fits(children.get(name)) for name in _MLP):
-            for name in _MLP:
-                children.pop(name).is_fused = True
-            module.forward = types.MethodType(_mlp, module)
+        if is_gated_mlp(module) and all(_fits(children.get(name)) for name in GATED_MLP):
+            subclass_in_place(module, FusedMLP)
+            for name in GATED_MLP:
+                children.pop(name)
             found["mlp"] += 1
         for child in children.values():
             if _fits(child):
-                Siblings([child])
+                LinearGroup([child])
                 found["linear"] += 1
     layer: Any
-    for layer in model.modules():  # norms whose outputs are the inputs of these groups alone, in a layer as we know it
+    for layer in model.modules():
         if is_pre_norm(layer):
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                if not any(parameter.requires_grad for parameter in norm.parameters()):
-                    norm.unmarked, norm.forward = norm.forward, types.MethodType(_marked, norm)
+            _track(layer.input_layernorm, layer.self_attn)
+            _track(layer.post_attention_layernorm, layer.mlp)
     return found
 
 
 def keeps_int8_products(model: nn.Module) -> bool:
-    """Whether any 8-bit linear runs in bitsandbytes' own node, which holds on to what it has computed beside the tensors that
-    checkpointing knows of: only the reentrant kind, whose first forward builds no graph, is rid of it."""
-    ours = {id(module.base_layer) for module in model.modules() if getattr(module, "is_fused", False)}
+    """Whether a forward keeps 8-bit products alive that activation checkpointing cannot see.
+
+    bitsandbytes' own node of an 8-bit linear holds them outside of autograd's saved tensors. Only reentrant checkpointing,
+    whose first forward builds no graph, releases them.
+    """
+    fused: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, FusedLinear | FusedMLP):
+            fused |= {id(member.base_layer) for member in module.members() if hasattr(member, "base_layer")}
     return any(
-        type(m).__name__ == "Linear8bitLt" and not hasattr(m, "base_layer") and id(m) not in ours
-        for m in model.modules()
+        type(module).__name__ == "Linear8bitLt" and not hasattr(module, "base_layer") and id(module) not in fused
+        for module in model.modules()
     )
 
 
 def _fits(module: Any) -> bool:
-    """A LoRA linear of one adapter over a frozen dense, 4-bit or 8-bit linear, and nothing that only PEFT's own forward does."""
-    from peft.tuners.lora import Linear
+    """Whether `module` is a LoRA linear with one adapter, over a frozen dense, 4-bit or 8-bit linear, that uses no feature
+    which only PEFT's own forward implements."""
+    from peft.tuners import lora
 
-    kinds: tuple[type, ...] = (Linear,)
-    try:
-        from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
-    except ImportError:
-        pass
-    else:
-        kinds = (Linear, Linear4bit, Linear8bitLt)
+    kinds = [lora.Linear, *(getattr(lora, name) for name in ("Linear4bit", "Linear8bitLt") if hasattr(lora, name))]
     if type(module) not in kinds:
         return False
     adapters = list(module.lora_A)
     return (
-        module.active_adapters == adapters and len(adapters) == 1 and not module.lora_variant and not module.fan_in_fan_out
-        and type(module.base_layer).__name__ in ("Linear", "Linear4bit", "Linear8bitLt") and isinstance(module.lora_A[adapters[0]], nn.Linear)
-        and module.lora_B[adapters[0]].bias is None and not any(p.requires_grad for p in module.base_layer.parameters())
-    )  # fmt: skip
+        module.active_adapters == adapters
+        and len(adapters) == 1
+        and not module.lora_variant
+        and not module.fan_in_fan_out
+        and type(module.base_layer).__name__ in ("Linear", "Linear4bit", "Linear8bitLt")
+        and isinstance(module.lora_A[adapters[0]], nn.Linear)
+        and module.lora_B[adapters[0]].bias is None
+        and not any(parameter.requires_grad for parameter in module.base_layer.parameters())
+    )
 
 
-def _gated(module: nn.Module) -> bool:
-    """down(silu(gate(x)) · up(x)) and nothing beside it: a forward that names anything else (Falcon-H1's multipliers, say)
-    computes something else."""
-    code = getattr(type(module).forward, "__code__", None)
-    named = set(code.co_names) if code else set()
-    return named == {*_MLP, "act_fn"} and isinstance(getattr(module, "act_fn", None), _SILU)
-
-
-class Siblings:
-    """Linears with one input: the first that is called computes all, the others find theirs ready."""
+class LinearGroup:
+    """LoRA linears with the same input. The first to be called computes the outputs of all; the others pick theirs up."""
 
     def __init__(self, members: list[Any]) -> None:
-        self._members = members
+        self.members = members
+        self.norm: NormOutput | None = None
         self._input: Any = None
         self._ready: dict[Any, torch.Tensor] = {}
-        for member in members:  # each holds what its forward needs, so that a copy of the model has its own
-            member.siblings, member.forward = self, types.MethodType(_linear, member)
-            member.is_fused = True
+        for member in members:  # each holds its group, so a copy of the model has groups of its own
+            subclass_in_place(member, FusedLinear)
+            member.group = self
 
     def output_of(self, member: Any, x: torch.Tensor) -> torch.Tensor:
+        """The output of `member` for x [..., in]."""
         if self._input is not x or member not in self._ready:
-            self._input, self._ready = x, dict(zip(self._members, _linears(self._members, x), strict=True))
+            self._input, self._ready = x, dict(zip(self.members, self._outputs(x), strict=True))
         out = self._ready.pop(member)
         if not self._ready:
             self._input = None
         return out
 
-
-def _linear(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    out: torch.Tensor
-    if args or kwargs or module.disable_adapters or module.merged:
-        out = type(module).forward(module, x, *args, **kwargs)
-    else:
-        out = module.siblings.output_of(module, x)
-    return out
+    def _outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        specs, tensors, p = _parts(self.members, x.dtype)
+        y: tuple[torch.Tensor, ...] = LoraLinears.apply(  # type: ignore[no-untyped-call]
+            *_input(x, specs[0].dtype, self.norm), specs, p, _seed(p), *tensors
+        )
+        return tuple(out.to(x.dtype) for out in y)
 
 
-def _linears(members: list[Any], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    specs, tensors, p = _parts(members, x.dtype)
-    y: tuple[torch.Tensor, ...] = LoraLinears.apply(  # type: ignore[no-untyped-call]
-        *_input(x, specs[0].dtype), specs, p, _seed(p), *tensors
-    )
-    return tuple(out.to(x.dtype) for out in y)
+class FusedLinear(nn.Module):
+    """Mixin for PEFT's LoRA linears: y = W x + s B A x, computed together with the linears of its group."""
 
+    group: LinearGroup
 
-def _mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
-    members = [getattr(module, name) for name in _MLP]
-    # Linears that PEFT has unloaded are plain ones, and know of no adapter.
-    if any(getattr(member, "disable_adapters", True) or member.merged for member in members):
-        out: torch.Tensor = type(module).forward(module, x)
+    def members(self) -> list[Any]:
+        return self.group.members
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out: torch.Tensor
+        if args or kwargs or self.disable_adapters or self.merged:
+            out = super().forward(x, *args, **kwargs)
+        else:
+            out = self.group.output_of(self, x)
         return out
-    specs, tensors, p = _parts(members[:2], x.dtype)
-    more_specs, more_tensors, p_down = _parts(members[2:], x.dtype)
-    arguments = (specs + more_specs, (p, p_down), (_seed(p), _seed(p_down)), *tensors, *more_tensors)
-    if getattr(module, "output_ends_checkpoint", False):
-        out = TiledLoraMlp.apply(*_input(x, specs[0].dtype), not recomputing(), TILE, *arguments)  # type: ignore[no-untyped-call]
-    else:
-        out = LoraMlp.apply(*_input(x, specs[0].dtype), *arguments)  # type: ignore[no-untyped-call]
-    return out.to(x.dtype)
 
 
-def _input(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Origin]:
-    return (x, getattr(x, "origin", None) or Origin()) if x.dtype == dtype else (x.to(dtype), Origin())
+class FusedMLP(nn.Module):
+    """Mixin for gated MLPs: down(silu(gate(x)) · up(x)) as one node."""
+
+    norm: NormOutput | None = None
+    ends_checkpoint: bool = False
+    """Nothing in the backward needs the output once more, so a recomputation leaves it out."""
+
+    def members(self) -> list[Any]:
+        return [getattr(self, name) for name in GATED_MLP]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        members = self.members()
+        out: torch.Tensor
+        # After PEFT's unload, the members are plain linears without an adapter.
+        if any(getattr(member, "disable_adapters", True) or member.merged for member in members):
+            out = super().forward(x)
+            return out
+        specs, tensors, p = _parts(members[:2], x.dtype)
+        down_specs, down_tensors, p_down = _parts(members[2:], x.dtype)
+        arguments = (specs + down_specs, (p, p_down), (_seed(p), _seed(p_down)), *tensors, *down_tensors)
+        source = _input(x, specs[0].dtype, self.norm)
+        if self.ends_checkpoint:
+            whole = not upstream_api.in_backward()
+            out = TiledLoraMlp.apply(*source, whole, TILE, *arguments)  # type: ignore[no-untyped-call]
+        else:
+            out = LoraMlp.apply(*source, *arguments)  # type: ignore[no-untyped-call]
+        return out.to(x.dtype)
+
+
+class TrackedNorm(nn.Module):
+    """Mixin for frozen norms: remembers which input the latest output came from."""
+
+    output: NormOutput
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.normalize(x)
+        if torch.is_grad_enabled() and y.dtype == x.dtype:
+            self.output.record(y, x.detach())
+        return y
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """The norm of x [..., hidden], without remembering anything."""
+        y: torch.Tensor = super().forward(x)
+        return y
+
+
+class NormOutput:
+    """The input of a norm's latest output, for as long as that output lives.
+
+    The nodes keep the norm's input instead of its output: the norm's own backward keeps it anyway.
+    """
+
+    _output: weakref.ref[torch.Tensor] | None = None
+    _source: torch.Tensor | None = None
+
+    def __init__(self, norm: TrackedNorm) -> None:
+        self._norm = norm
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_norm": self._norm}
+
+    def record(self, output: torch.Tensor, source: torch.Tensor) -> None:
+        self._output, self._source = weakref.ref(output, self._forget), source
+
+    def _forget(self, _: Any) -> None:
+        self._output = self._source = None
+
+    def origin_of(self, x: torch.Tensor) -> Origin:
+        """Where x comes from, if it is the latest output."""
+        if self._output is None or self._output() is not x:
+            return Origin()
+        return Origin(self._norm.normalize, self._source)
+
+
+def _track(norm: nn.Module, consumer: nn.Module) -> None:
+    """Tell the fused modules of `consumer` that they read the output of `norm`, if the norm is frozen."""
+    if any(parameter.requires_grad for parameter in norm.parameters()):
+        return
+    subclass_in_place(norm, TrackedNorm)
+    output = norm.output = NormOutput(norm)  # type: ignore[arg-type, assignment]
+    for module in consumer.modules():
+        if isinstance(module, FusedLinear):
+            module.group.norm = output
+        elif isinstance(module, FusedMLP):
+            module.norm = output
+
+
+def _input(x: torch.Tensor, dtype: torch.dtype, norm: NormOutput | None) -> tuple[torch.Tensor, Origin]:
+    """x in `dtype`, and where it comes from."""
+    if x.dtype != dtype:
+        return x.to(dtype), Origin()
+    return x, Origin() if norm is None else norm.origin_of(x)
 
 
 def _parts(members: list[Any], computing: torch.dtype) -> tuple[tuple[Spec, ...], list[Any], float]:
-    """Of PEFT's modules as they are now (FSDP2 puts the whole parameters in place for the time of a layer's forward)."""
+    """Specs, tensors and dropout rate of PEFT's modules, read anew in every forward: FSDP2 exchanges the parameters for
+    whole ones for the duration of a layer's forward."""
     specs, tensors, p = [], [], 0.0
     for member in members:
         (adapter,) = member.lora_A
@@ -181,5 +258,6 @@ def _parts(members: list[Any], computing: torch.dtype) -> tuple[tuple[Spec, ...]
 
 
 def _seed(p: float) -> int:
-    """From the CPU's generator, whose state a checkpoint keeps and activation checkpointing restores; no wait for a device."""
+    """A seed from the CPU generator, which needs no wait for a device, and whose state checkpoints save and activation
+    checkpointing restores."""
     return int(torch.randint(2**31 - 1, ())) if p else 0

@@ -32,7 +32,9 @@ from distft.distributed.strategies import choose
 from distft.distributed.supervisor import end_with_parent
 from distft.distributed.world import World
 from distft.hardware import GIB, limit_gpu
-from distft.models.loading import checkpoint, load_model, load_tokenizer, settle_adapter_dtype
+from distft.models.activation_checkpointing import set_up_checkpointing
+from distft.models.adapter import keep_adapter_in_fp32
+from distft.models.loading import load_model, load_tokenizer
 from distft.runs.folder import RunFolder
 from distft.training.oom import MARGIN, device_memory, is_out_of_memory
 from distft.training.trainer import InTime, sft_config
@@ -128,14 +130,14 @@ def trial(results: Path, arguments: Sequence[str]) -> None:
     limit_gpu(recipe.batching.memory_limit_gib)
     budget = Budget(world, recipe.batching.memory_limit_gib)
     model = load_model(recipe, how)
-    checkpoint(model, recipe, how, None)
+    set_up_checkpointing(model, recipe, how, None)
     trainer = Growing(
         model=model, args=config, processing_class=tokenizer, plan=plan, sizes=sizes, train_dataset=splits.train,
         data_collator=Collator(tokenizer.pad_token_id, packed=recipe.batching.micro_batch_tokens is not None),
         callbacks=[InTime(how, recipe.batching.memory_limit_gib, lambda _: None), Measure(sizes, budget, world, results)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
-    settle_adapter_dtype(model, recipe, how)
+    keep_adapter_in_fp32(model, recipe, how)
     trainer.train()
 
 

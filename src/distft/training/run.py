@@ -25,16 +25,11 @@ from distft.distributed.strategies import choose, strategy_faults
 from distft.distributed.supervisor import Launch
 from distft.distributed.tensors import whole_numel
 from distft.distributed.world import World
+from distft.models.activation_checkpointing import set_up_checkpointing
+from distft.models.adapter import keep_adapter_in_fp32
 from distft.models.digest import digest
-from distft.models.loading import (
-    checkpoint,
-    load_model,
-    load_tokenizer,
-    model_path,
-    non_embedding_parameters,
-    recomputed_parameters,
-    settle_adapter_dtype,
-)
+from distft.models.loading import load_model, load_tokenizer, model_path
+from distft.models.parameters import non_embedding_parameters, recomputed_parameters
 from distft.runs.logs import rank_log
 from distft.runs.record import Record
 from distft.runs.trackers import closing_trackers, trackers
@@ -83,7 +78,7 @@ def train(arguments: Sequence[str]) -> None:
         record.note(
             **recipe.batching.sizes(), gradient_accumulation_steps=accumulation, trainable_parameters=trainable,
             parameters=sum(map(whole_numel, model.parameters())), attn_implementation=upstream_api.attn_implementation(model.config),
-            checkpointed_layers=checkpoint(model, recipe, how, plan.heaviest_tokens),
+            checkpointed_layers=set_up_checkpointing(model, recipe, how, plan.heaviest_tokens),
             weights_digest=digest(model_path(recipe), recipe.model.revision) if world.is_main else None,
         )  # fmt: skip
         if world.is_main:
@@ -115,7 +110,7 @@ def train(arguments: Sequence[str]) -> None:
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         held_out.trainer = trainer
-        settle_adapter_dtype(model, recipe, how)
+        keep_adapter_in_fp32(model, recipe, how)
         how.preserve_output_dtype(trainer.accelerator)
         # What is there now stays. To look through all of it takes Python half a second, in which all ranks wait for the one that does.
         gc.collect()

@@ -1,0 +1,54 @@
+"""The LoRA adapter: how it is put on a base model, and in which type it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import set_seed
+
+from distft.config.recipe import Recipe
+from distft.distributed.strategies import Strategy
+from distft.errors import ModelError
+from distft.models.fused_lora import fuse
+
+
+def add_adapter(base: Any, recipe: Recipe, strategy: Strategy) -> Any:
+    """`base` with the recipe's LoRA adapter, fused unless the recipe or the strategy rules that out.
+
+    Raises:
+        ModelError: the base has none of the modules that `lora.target_modules` names.
+    """
+    assert recipe.lora is not None
+    set_seed(recipe.run.seed)  # loading the base may have drawn random numbers on some ranks and not on others
+    config = LoraConfig(task_type="CAUSAL_LM", **recipe.lora)
+    try:
+        model = get_peft_model(base, config, autocast_adapter_dtype=not strategy.keeps_adapter_in_base_dtype(recipe))
+    except ValueError as error:
+        if "target modules" not in str(error).lower():
+            raise
+        linears = {
+            name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)
+        }
+        raise ModelError(
+            f"{recipe.model.name} has no module that lora.target_modules={recipe.lora.get('target_modules')} matches; "
+            f"use any of {', '.join(sorted(linears))}, or all-linear"
+        ) from error
+    if recipe.model.kernels == "auto" and not strategy.gathers_in_submodules:
+        fuse(model)
+    return model
+
+
+def keep_adapter_in_fp32(model: Any, recipe: Recipe, strategy: Strategy) -> None:
+    """Cast the trainable parameters to fp32 master weights, after TRL has cast them to bf16 for a quantised base.
+
+    bf16 rounds away updates smaller than 1/256 of a weight, and fp16's loss scaler cannot handle bf16 gradients at all.
+    Products are computed in the type of the base either way (by the fused nodes, or under autocast), so fp32 costs no time.
+    With AdamW, it costs 12 more bytes per parameter of the adapter.
+    """
+    if recipe.lora is None or strategy.keeps_adapter_in_base_dtype(recipe):
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)

@@ -1,0 +1,107 @@
+"""What distft knows about the modules of transformers' architectures, beyond their names.
+
+Replacing a module's forward is correct only if the forward computes what its submodules suggest. Falcon-H1's MLP, for
+example, has Llama's linears and multiplies their outputs by constants. So the classes whose computation is known are
+listed here, and `tests/models/test_architectures.py` checks each against the installed transformers. A model that is not
+listed trains correctly, but a little slower: its linears are fused one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.activations import ACT2FN
+
+QKV = ("q_proj", "k_proj", "v_proj")
+"""Linears of an attention module that share their input."""
+GATED_MLP = ("gate_proj", "up_proj", "down_proj")
+"""Linears of a gated MLP, down(act_fn(gate(x)) · up(x))."""
+_PRE_NORM = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))  # transformers has a class of its own
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The classes `<prefix>MLP` and `<prefix>DecoderLayer` of one family of models."""
+
+    prefix: str
+    gated_mlp: bool = True
+    """The MLP computes down(act_fn(gate(x)) · up(x)) and nothing else."""
+    pre_norm: bool = True
+    """The layer computes x += attention(norm(x)); x += mlp(norm(x)), up to constant factors of the two summands."""
+
+
+ARCHITECTURES = {
+    "arcee": Architecture("Arcee", gated_mlp=False),
+    "bamba": Architecture("Bamba", pre_norm=False),
+    "cohere": Architecture("Cohere", pre_norm=False),
+    "cohere2": Architecture("Cohere2", pre_norm=False),
+    "cwm": Architecture("Cwm"),
+    "deepseek_v2": Architecture("DeepseekV2"),
+    "deepseek_v3": Architecture("DeepseekV3"),
+    "diffllama": Architecture("DiffLlama"),
+    "dots1": Architecture("Dots1"),
+    "ernie4_5": Architecture("Ernie4_5"),
+    "ernie4_5_moe": Architecture("Ernie4_5_Moe"),
+    "exaone4": Architecture("Exaone4", pre_norm=False),
+    "gemma": Architecture("Gemma"),
+    "gemma2": Architecture("Gemma2", pre_norm=False),
+    "gemma3": Architecture("Gemma3", pre_norm=False),
+    "glm": Architecture("Glm", gated_mlp=False),
+    "glm4_moe": Architecture("Glm4Moe"),
+    "gpt_oss": Architecture("GptOss", gated_mlp=False),
+    "granite": Architecture("Granite"),
+    "helium": Architecture("Helium"),
+    "hunyuan_v1_dense": Architecture("HunYuanDenseV1"),
+    "hunyuan_v1_moe": Architecture("HunYuanMoEV1"),
+    "jamba": Architecture("Jamba", pre_norm=False),
+    "llama": Architecture("Llama"),
+    "minimax_m2": Architecture("MiniMaxM2", gated_mlp=False),
+    "ministral": Architecture("Ministral"),
+    "ministral3": Architecture("Ministral3"),
+    "mistral": Architecture("Mistral"),
+    "mixtral": Architecture("Mixtral", gated_mlp=False),
+    "nemotron": Architecture("Nemotron", gated_mlp=False),
+    "olmo": Architecture("Olmo"),
+    "olmo2": Architecture("Olmo2", pre_norm=False),
+    "olmo3": Architecture("Olmo3", pre_norm=False),
+    "olmoe": Architecture("Olmoe"),
+    "phimoe": Architecture("Phimoe", gated_mlp=False),
+    "qwen2": Architecture("Qwen2"),
+    "qwen2_moe": Architecture("Qwen2Moe"),
+    "qwen3": Architecture("Qwen3"),
+    "qwen3_5": Architecture("Qwen3_5"),
+    "qwen3_5_moe": Architecture("Qwen3_5Moe"),
+    "qwen3_moe": Architecture("Qwen3Moe"),
+    "qwen3_next": Architecture("Qwen3Next"),
+    "seed_oss": Architecture("SeedOss", gated_mlp=False),
+    "smollm3": Architecture("SmolLM3"),
+    "starcoder2": Architecture("Starcoder2", gated_mlp=False),
+}
+"""By the name of the package in `transformers.models`."""
+
+
+def _class_names(suffix: str, families: list[str]) -> frozenset[str]:
+    return frozenset(
+        f"transformers.models.{family}.modeling_{family}.{ARCHITECTURES[family].prefix}{suffix}" for family in families
+    )
+
+
+_MLPS = _class_names("MLP", [family for family, known in ARCHITECTURES.items() if known.gated_mlp])
+_LAYERS = _class_names("DecoderLayer", [family for family, known in ARCHITECTURES.items() if known.pre_norm])
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether `module` computes down(silu(gate(x)) · up(x)) and nothing else."""
+    return _name(module) in _MLPS and isinstance(getattr(module, "act_fn", None), _SILU)
+
+
+def is_pre_norm(layer: nn.Module) -> bool:
+    """Whether `layer` is x += attention(norm(x)); x += mlp(norm(x)), so that nothing in its backward needs the output of
+    its MLP, and its norms feed its attention and its MLP alone."""
+    return _name(layer) in _LAYERS and {name for name, _ in layer.named_children()} == _PRE_NORM
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
