@@ -16,6 +16,7 @@ DistftError                 exit code 1: the run failed, and the message says wh
 ├── BadNumbersError         a loss or a gradient norm is NaN or infinite
 ├── OutOfMemory             a device's memory does not hold what the recipe asks of it
 ├── RankLost                a process of the run died or hangs; a restart goes on from the last checkpoint
+├── WorkerError         any other exception, in a process that reports to the one that started it
 ├── Interrupted             exit code 75: a signal or run.max_time ended the run
 └── AlreadyFinished         exit code 0: the run had finished before it was started again
 """
@@ -153,6 +154,12 @@ class RankLost(DistftError):
     def __init__(self, rank: int | None, message: str) -> None:
         self.rank = rank
         super().__init__(message)
+
+
+class WorkerError(DistftError):
+    """A process of the run failed with an exception that is none of these; its traceback is on stderr."""
+
+    restart = True
 
 
 class Interrupted(DistftError):

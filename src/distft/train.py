@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import sys
+from types import ModuleType
+from typing import Any
 
+from distft.console import quiet_libraries
 from distft.distributed.process import debug_flag, guarded
 
 
 def main() -> int:
     """Entry point of `python -m distft.train`."""
+    arguments = debug_flag(sys.argv[1:])
+    quiet_libraries()
     from distft.training.run import train
 
-    arguments = debug_flag(sys.argv[1:])
     return guarded(lambda: train(arguments))
 
+
+class _Callable(ModuleType):
+    """Importing this module sets `distft.train`, which is a function for everyone else: call it as one."""
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        from distft.api.train import train
+
+        return train(*arguments, **keywords)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,8 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -156,7 +157,11 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     _sft("_metrics", "attribute", "drop the metrics that TRL gathers during an evaluation"),
     _loader("__init__", "call", "copy batches to the device without waiting", ("_non_blocking",)),
-    _process("_shared_state", "call", "run FSDP2 on CPU"),
+    _process("_shared_state", "call", "run FSDP2 on CPU, and leave no state behind in a process of the user's"),
+    _state("_shared_state", "call", "leave no state behind in a process of the user's"),
+    _of("accelerate", "accelerate.state:GradientState")(
+        "_shared_state", "call", "leave no state behind in a process of the user's"
+    ),
     _state("__init__", "call", "run FSDP2 on CPU", ("fsdp_plugin",)),
     _state("_mixed_precision", "attribute", "run FSDP2 on CPU"),
     _liger("_apply_liger_kernel_to_instance", "call", "use liger's norms and rotary embeddings", ("model",)),
@@ -306,9 +311,26 @@ def clear_evaluation_metrics(trainer: Any) -> None:
 
 def set_distributed_type(state: Any, kind: Any) -> None:
     """Set the distributed type of an `AcceleratorState`, and of the state that all its instances share."""
-    _checked("_shared_state")
+    _checked("_shared_state", "accelerate.state:PartialState")
     state.distributed_type = kind
     importlib.import_module("accelerate.state").PartialState._shared_state["distributed_type"] = kind
+
+
+@contextmanager
+def own_accelerate_state() -> Iterator[None]:
+    """Give the block accelerate's states as in a fresh process, and bring back what was there."""
+    kinds = ("PartialState", "AcceleratorState", "GradientState")
+    modules = [_checked("_shared_state", f"accelerate.state:{kind}") for kind in kinds]
+    shared = [getattr(module, kind)._shared_state for module, kind in zip(modules, kinds, strict=True)]
+    before = [dict(state) for state in shared]
+    for state in shared:
+        state.clear()
+    try:
+        yield
+    finally:
+        for state, old in zip(shared, before, strict=True):
+            state.clear()
+            state.update(old)
 
 
 def mixed_precision(state: Any) -> str:

@@ -52,8 +52,8 @@ def test_overrides_may_follow_options() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "recipe=tiny", "--nproc", "-1"], "--nproc must be at least 1, got -1"),
-        (["compare", "tiny", "--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["train", "recipe=tiny", "--nproc", "-1"], "the number of processes must be at least 1, got -1"),
+        (["compare", "tiny", "--repeats", "0"], "the number of repeats must be at least 1, got 0"),
         (["submit"], "nothing to submit: give recipe=NAME or experiment=NAME"),
         (["merge", "nowhere"], "nowhere has no adapter to merge"),
         (["report", "nowhere"], "nowhere contains neither a run's summary.json nor a trainer_state.json"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from distft.cli.arguments import Commands, at_least_one, load_experiment
+from distft.api.compare import check_counts
+from distft.api.recipe import load_experiment
+from distft.cli.arguments import Commands
 
 
 def add_to(commands: Commands) -> None:
@@ -30,8 +32,7 @@ def compare(options: argparse.Namespace) -> int:
     from distft.experiments.compare import Comparison
     from distft.reports.markdown import markdown
 
-    at_least_one(options.nproc, "--nproc")
-    at_least_one(options.repeats, "--repeats")
+    check_counts(options.nproc, options.repeats)
     comparison = Comparison(load_experiment(options.overrides, options.repeats), options.nproc)
     made = comparison.run(resume=options.resume, watch=options.watch)
     print(markdown(made), end="")

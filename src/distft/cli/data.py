@@ -6,7 +6,8 @@ import argparse
 import os
 import sys
 
-from distft.cli.arguments import RECIPE, Commands, load
+from distft.api.recipe import load
+from distft.cli.arguments import RECIPE, Commands
 
 
 def add_to(commands: Commands) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from distft.cli.arguments import Commands, at_least_one
+from distft.api.train import check_processes
+from distft.cli.arguments import Commands
 from distft.evaluation.columns import TASKS
 
 
@@ -33,5 +34,5 @@ def evaluate(options: argparse.Namespace) -> int:
 
     request = Request.of(options.overrides)  # find the user's mistakes before starting any process
     processes = options.nproc or max(visible_devices(), 1)
-    at_least_one(processes, "--nproc")
-    return run(options.overrides, processes, request.recipe.run.max_restarts, Node(), EVALUATION)
+    check_processes(processes)
+    return run(options.overrides, processes, request.recipe.run.max_restarts, Node(), EVALUATION).code

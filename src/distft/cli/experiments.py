@@ -6,7 +6,8 @@ import argparse
 import shlex
 from pathlib import Path
 
-from distft.cli.arguments import Commands, load_experiment, print_files
+from distft.api.recipe import load_experiment
+from distft.cli.arguments import Commands, print_files
 
 
 def add_to(commands: Commands) -> None:

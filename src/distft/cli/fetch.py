@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from distft.cli.arguments import RECIPE, Commands, load
+from distft.api.recipe import load
+from distft.cli.arguments import RECIPE, Commands
 from distft.errors import UserError
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from distft import __version__
 from distft.cli import compare, data, doctor, evaluate, experiments, fetch, merge, recipes, report, submit, train
+from distft.console import quiet_libraries
 from distft.distributed.process import debug_flag, guarded
 
 _GROUPS = (train, evaluate, submit, fetch, recipes, experiments, compare, report, data, merge, doctor)
@@ -16,6 +17,7 @@ _GROUPS = (train, evaluate, submit, fetch, recipes, experiments, compare, report
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `distft` and return its exit code: 0 success, 2 a mistake by the user, 75 interrupted, 1 any other failure."""
     words = debug_flag(list(sys.argv[1:] if arguments is None else arguments))
+    quiet_libraries()
     command_line = parser()
     # argparse rejects key=value words that follow an option, so they are collected here.
     options, rest = command_line.parse_known_args(words)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from distft.cli.arguments import Commands, load
+from distft.api.recipe import load
+from distft.cli.arguments import Commands
 from distft.errors import RunFolderError
 
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distft.cli.arguments import Commands, load, print_files
+from distft.api.recipe import load
+from distft.cli.arguments import Commands, print_files
 from distft.errors import RecipeError, UserError
 from distft.text import count
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distft.cli.arguments import Commands, is_experiment, load_experiment
+from distft.api.recipe import load_experiment
+from distft.cli.arguments import Commands, is_experiment
 from distft.console import say
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from distft.cli.arguments import RECIPE, Commands, is_experiment, load, load_experiment
-from distft.errors import LaunchError
+from distft.api.submit import submission_of
+from distft.cli.arguments import RECIPE, Commands
 
 
 def add_to(commands: Commands) -> None:
@@ -24,15 +24,7 @@ def add_to(commands: Commands) -> None:
 
 
 def submit(options: argparse.Namespace) -> None:
-    from distft.launch.submit import Submission
-
-    words: list[str] = options.overrides
-    if is_experiment(words):
-        submission = Submission.of_experiment(load_experiment(words), words)
-    elif not any(word.startswith("recipe=") for word in words):
-        raise LaunchError("nothing to submit: give recipe=NAME or experiment=NAME")
-    else:
-        submission = Submission.of_recipe(load(words), words)
+    submission = submission_of(options.overrides)
     print(submission.script.rstrip() if options.dry_run else "\n".join(submission.submit()))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from distft.cli.arguments import RECIPE, Commands, at_least_one, load
-from distft.errors import LaunchError
+from distft.api.recipe import load
+from distft.api.train import processes_for
+from distft.cli.arguments import RECIPE, Commands
 
 
 def add_to(commands: Commands) -> None:
@@ -21,15 +22,9 @@ def add_to(commands: Commands) -> None:
 
 
 def train(options: argparse.Namespace) -> int:
-    from distft.hardware import visible_devices
     from distft.launch.local import Node, run
 
     node = Node.of(options.nnodes, options.node_rank, options.rdzv)
     recipe = load(options.overrides)  # find the user's mistakes before starting any process
-    devices = visible_devices()
-    processes = options.nproc or (1 if recipe.strategy == "single" else max(devices, 1))
-    at_least_one(processes, "--nproc")
-    if devices and processes > devices:
-        raise LaunchError(f"--nproc {processes} exceeds the {devices} GPUs of this machine; use at most {devices}")
-    recipe.check_division(processes * node.count)
-    return run(options.overrides, processes, recipe.run.max_restarts, node)
+    processes = processes_for(recipe, options.nproc, node.count)
+    return run(options.overrides, processes, recipe.run.max_restarts, node).code

@@ -17,21 +17,17 @@ from pathlib import Path
 
 import psutil
 
-from distft.console import say
+from distft.console import DEBUG, say
 from distft.distributed.signals import raise_on_signals
-from distft.distributed.supervisor import OUTCOME, Launch, leave_note, read_note
+from distft.distributed.supervisor import OUTCOME, Launch, leave_error, leave_note, read_note
 from distft.distributed.world import World
-from distft.errors import DistftError, Interrupted
-
-DEBUG = "DISTFT_DEBUG"
-"""Environment variable: if set, print the traceback of every error."""
+from distft.errors import DistftError, Interrupted, WorkerError
 
 
 def guarded(work: Callable[[], None]) -> int:
     """Run `work` and return an exit code. An exception becomes a message on stderr, once per node, not per rank."""
     world = World.from_environment(os.environ)
     raise_on_signals(_exit_code)
-    restart = False
     try:
         if read_note("stop") is not None:
             raise Interrupted("a signal", "before it was started again")
@@ -42,14 +38,15 @@ def guarded(work: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except DistftError as error:
-        code, message, restart = error.exit_code, str(error), error.restart
+        failure = error
         if os.environ.get(DEBUG):
             traceback.print_exc()
     except Exception as error:  # unexpected, so the traceback is what helps
         traceback.print_exc()
-        code, message, restart = 1, f"rank {world.rank} failed: {type(error).__name__}: {error}", True
-    say_once(message, world, os.environ)
-    return _exit_code(code, restart=restart)
+        failure = WorkerError(f"rank {world.rank} failed: {type(error).__name__}: {error}")
+    leave_error(failure)
+    say_once(str(failure), world, os.environ)
+    return _exit_code(failure.exit_code, restart=failure.restart)
 
 
 def say_once(message: str, world: World, environment: Mapping[str, str]) -> None:

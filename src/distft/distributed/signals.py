@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
@@ -33,15 +34,8 @@ class StopRequest:
 STOP = StopRequest()  # one per process, like signal handlers
 
 
-def raise_on_signals(exit_code: Callable[[int], int]) -> None:
-    """Raise Interrupted in the main thread on a signal, or note it in `STOP` if that is deferred.
-
-    `exit_code` maps Interrupted's exit code to the one for this process's launcher; it is called if the main thread
-    does not respond and the process has to be ended from another thread.
-    """
-    handled = threading.Event()
-
-    def handler(signum: int, frame: FrameType | None) -> None:
+def _handler(handled: threading.Event) -> Callable[[int, FrameType | None], None]:
+    def handle(signum: int, frame: FrameType | None) -> None:
         handled.set()
         if STOP.deferred and STOP.signum is None:
             STOP.signum = signum
@@ -50,6 +44,37 @@ def raise_on_signals(exit_code: Callable[[int], int]) -> None:
             return  # launchers repeat their signals; a user who wants to end at once presses Ctrl-C again
         signal.signal(signum, signal.SIG_IGN)  # raise once; the run then writes its summary undisturbed
         raise Interrupted(signal.Signals(STOP.signum or signum).name)
+
+    return handle
+
+
+@contextmanager
+def raising_on_signals() -> Iterator[None]:
+    """Do what `raise_on_signals` does for the duration of a block, then restore the handlers. Never ends the process.
+
+    Only the main thread can handle signals; in another one this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = _handler(threading.Event())
+    previous = {signum: signal.signal(signum, handler) for signum in STOPPING}
+    try:
+        yield
+    finally:
+        for signum, before in previous.items():
+            if before is not None:  # None: a handler that Python did not install and cannot restore
+                signal.signal(signum, before)
+
+
+def raise_on_signals(exit_code: Callable[[int], int]) -> None:
+    """Raise Interrupted in the main thread on a signal, or note it in `STOP` if that is deferred.
+
+    `exit_code` maps Interrupted's exit code to the one for this process's launcher; it is called if the main thread
+    does not respond and the process has to be ended from another thread.
+    """
+    handled = threading.Event()
+    handler = _handler(handled)
 
     def watch() -> None:
         """End the process if its main thread does not run the handler.

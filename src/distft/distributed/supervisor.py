@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from distft.errors import DistftError, RankLost
 
 NPROC = "DISTFT_NPROC"
 """Environment variable: the number of processes the user asked `distft train` for."""
@@ -17,6 +20,9 @@ ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 OUTCOME = "DISTFT_OUTCOME"
 """Environment variable: a folder that `distft train` shares with its workers while they run. The workers leave their
 exit code there, because an elastic launcher would lose it. A file `stop` in it tells restarted workers to end."""
+IN_PROCESS = "DISTFT_IN_PROCESS"
+"""Environment variable: `pid-time` of a call of `distft.train` that trains in the calling process. Such a run has no
+process of its own to end, and began with the call."""
 
 
 def leave_note(name: str, text: str) -> None:
@@ -29,6 +35,29 @@ def read_note(name: str, folder: Path | None = None) -> str | None:
     """Return the note `name` from the shared folder (default: this worker's); None if there is none."""
     path = (folder or Path(os.environ.get(OUTCOME, os.devnull))) / name
     return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def leave_error(error: DistftError) -> None:
+    """Leave the error that ended this attempt. The consequence of another rank's failure replaces no cause."""
+    if OUTCOME not in os.environ:
+        return
+    attempt = int(os.environ.get(ATTEMPT, "0"))
+    path = Path(os.environ[OUTCOME]) / f"error-{attempt}"
+    if not (isinstance(error, RankLost) and path.is_file()):
+        aside = path.with_name(f"{path.name}.{os.getpid()}")
+        aside.write_bytes(pickle.dumps(error))
+        aside.replace(path)
+
+
+def read_error(folder: Path) -> DistftError | None:
+    """Return the error that the workers' last attempt left in `folder`."""
+    found = [path for path in folder.glob("error-*") if path.name.removeprefix("error-").isdigit()]
+    if not found:
+        return None
+    last = max(found, key=lambda path: int(path.name.removeprefix("error-")))
+    error = pickle.loads(last.read_bytes())  # noqa: S301 - written by our own workers into a private folder
+    assert isinstance(error, DistftError)
+    return error
 
 
 @dataclass(frozen=True)
@@ -45,6 +74,8 @@ class Launch:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Launch:
+        if (call := environment.get(IN_PROCESS)) is not None:
+            return cls(call, int(environment.get(ATTEMPT, "0")), float(call.rpartition("-")[2]))
         parent = psutil.Process(os.getppid())
         attempt = environment.get(ATTEMPT)
         began = psutil.Process().create_time() if attempt is None else parent.create_time()

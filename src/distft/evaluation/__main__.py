@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 
+from distft.console import quiet_libraries
 from distft.distributed.process import debug_flag, guarded
 from distft.errors import Interrupted
-from distft.evaluation.run import evaluate
 
 
 def main() -> int:
     """Entry of `python -m distft.evaluation`."""
     arguments = debug_flag(sys.argv[1:])
+    quiet_libraries()
+    from distft.evaluation.run import evaluate
 
     def work() -> None:
         try:

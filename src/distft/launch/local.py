@@ -10,9 +10,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,10 +22,13 @@ from types import FrameType
 import psutil
 
 from distft.console import say
-from distft.distributed.supervisor import ATTEMPT, NPROC, OUTCOME, launcher_name, read_note
-from distft.errors import Interrupted, LaunchError
+from distft.distributed.signals import STOPPING
+from distft.distributed.supervisor import ATTEMPT, NPROC, OUTCOME, launcher_name, read_error, read_note
+from distft.errors import DistftError, Interrupted, LaunchError, RankLost
+from distft.launch import output
 from distft.runs.folder import RunFolder
 
+Handler = Callable[[int, FrameType | None], None]
 MEETING_S = 900
 """How long the launchers of several nodes wait for each other: one may start late, from a slow disk say."""
 
@@ -114,7 +118,7 @@ def worker_environment(environment: Mapping[str, str], processes: int, outcome: 
     threads = str(max(1, len(os.sched_getaffinity(0)) // processes))  # torchrun would set 1 and warn
     # GNU's OpenMP has threads wait for each other in a loop that holds a core for 300,000 turns: beside other work on the
     # machine a step then takes several times as long. A thousand turns are as fast where there is none.
-    threading = {"OMP_NUM_THREADS": threads, "GOMP_SPINCOUNT": "1000"}
+    openmp = {"OMP_NUM_THREADS": threads, "GOMP_SPINCOUNT": "1000"}
     # A store that lives in the launcher keeps the keys of the group that died, and the next one hangs on them.
     store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     if node.count == 1:
@@ -128,7 +132,7 @@ def worker_environment(environment: Mapping[str, str], processes: int, outcome: 
         if interface is not None:
             environment = {"GLOO_SOCKET_IFNAME": interface, **environment}
     size = {NPROC: str(processes * node.count), OUTCOME: str(outcome)}
-    return {**threading, **environment, **store, **own, **size}
+    return {**openmp, **environment, **store, **own, **size}
 
 
 def _interface(address: str) -> str | None:
@@ -141,50 +145,66 @@ def _interface(address: str) -> str | None:
     return None
 
 
-def run(arguments: Sequence[str], processes: int, restarts: int, node: Node, module: str = TRAINING) -> int:
-    """Start `processes` workers on this node, wait for them, and return the exit code of the run: 0, 75, 2 or 1.
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: its exit code (0, 75, 2 or 1), its folder if it had one, and the error that ended it, if known."""
 
-    Workers that were killed, failed or hung are started again up to `restarts` times: several by their launcher, a single
-    one here. Whatever is left of what was started is ended with the run, so that no rank stays behind with a GPU.
+    code: int
+    folder: Path | None = None
+    error: DistftError | None = None
+
+
+def run(arguments: Sequence[str], processes: int, restarts: int, node: Node, module: str = TRAINING) -> Ended:
+    """Start `processes` workers on this node and wait for them.
+
+    Workers that were killed, failed or hung are restarted up to `restarts` times: several by their launcher, a single
+    one here. All processes that were started are ended with the run, so that none keeps a GPU.
     """
     with tempfile.TemporaryDirectory(prefix="distft-") as name:
         outcome = Path(name)
         environment = worker_environment(os.environ, processes, outcome, node)
         alone = processes * node.count == 1
+        killed: RankLost | None = None
         for attempt in range(restarts + 1 if alone else 1):
             if alone:
                 environment[ATTEMPT] = str(attempt)
             code, stopped = _start(worker_command(arguments, processes, restarts, node, module), environment, outcome)
+            killed = None
             if code == 0 or stopped:
                 break
             if code < 0:
                 rank, who = (0, "rank 0") if alone else (None, "the launcher")
-                _record_kill(rank, f"{who} was killed by {signal.Signals(-code).name}", attempt, outcome)
+                killed = RankLost(rank, f"{who} was killed by {signal.Signals(-code).name}")
+                _record_kill(killed, attempt, outcome)
         exit_code = read_note("exit-code", outcome)
         if code == 0 and exit_code is not None:
-            ended = int(exit_code)
+            code = int(exit_code)
         else:
-            ended = Interrupted.exit_code if stopped else min(abs(code), 1)
-    if node.count > 1 and ended != 0:
-        # srun kills the other nodes at the first that ends badly. They are about to end by themselves; and what it sends here
-        # changes nothing any more, not even while Python shuts down.
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            code = Interrupted.exit_code if stopped else min(abs(code), 1)
+        folder = read_note("folder", outcome)
+        error = None if code == 0 else killed or read_error(outcome)
+        ended = Ended(code, None if folder is None else Path(folder), error)
+    if node.count > 1 and ended.code != 0:
+        # srun kills the other nodes when the first one fails. They are about to end by themselves; ignore what it sends
+        # here, even while Python shuts down.
+        for signum in STOPPING:
             signal.signal(signum, signal.SIG_IGN)
         time.sleep(3)
     return ended
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str], outcome: Path) -> tuple[int, bool]:
-    """The exit code of `command`, and whether a signal asked this process to stop it."""
-    child = subprocess.Popen(command, start_new_session=True, env=environment)
+    """Run `command` to its end. Returns its exit code, and whether a signal asked this process to stop it."""
+    pipe = output.pipe()
+    child = subprocess.Popen(command, start_new_session=True, env=environment, stdout=pipe, stderr=pipe)
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
-        """To the workers, which save and stop together; torchrun would end them. Ctrl-C a second time ends them."""
+        """Send the signal to the workers, which save and stop together; torchrun would end them. A second Ctrl-C ends them."""
         again = signum == signal.SIGINT and signum in passed
         passed.append(signum)
         (outcome / "stop").touch()
         workers = _workers(child.pid)
-        sent = signal.SIGTERM if again else signum  # to a worker that cannot run just now, two of one kind would be one
+        sent = signal.SIGTERM if again else signum  # two pending signals of one kind would be merged into one
         for worker in workers:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if _catches(worker.pid, sent):
@@ -195,22 +215,35 @@ def _start(command: Sequence[str], environment: Mapping[str, str], outcome: Path
             signal.alarm(5)
 
     passed: list[int] = []
-    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), pass_on)
+    handlers: dict[int, Handler] = dict.fromkeys(STOPPING, pass_on)
     handlers[signal.SIGALRM] = lambda *_: _end_all(outcome)
+    try:
+        with _handling(handlers):
+            return output.wait(child), bool(passed)
+    finally:
+        _end_all(outcome)
+
+
+@contextlib.contextmanager
+def _handling(handlers: Mapping[int, Handler]) -> Iterator[None]:
+    """Handle signals for the duration of a block. Only the main thread can; in another one this does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     previous = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     wakeup = signal.set_wakeup_fd(-1)
     try:
-        return child.wait(), bool(passed)
+        yield
     finally:
         signal.alarm(0)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-        _end_all(outcome)
 
 
-def _record_kill(rank: int | None, cause: str, attempt: int, outcome: Path) -> None:
-    """Say that the process that was started was killed, and write into the run folder what it had no time to write."""
+def _record_kill(killed: RankLost, attempt: int, outcome: Path) -> None:
+    """Report that the process we started was killed, and write the records that it could not write itself."""
+    cause = str(killed)
     say(cause)
     path = read_note("folder", outcome)
     if path is None:
@@ -220,7 +253,7 @@ def _record_kill(rank: int | None, cause: str, attempt: int, outcome: Path) -> N
     if summary["status"] != "running":
         return
     folder.append_fault({
-        "time": datetime.now(UTC).isoformat(timespec="seconds"), "rank": rank, "step": metrics[-1]["step"] if metrics else 0,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"), "rank": killed.rank, "step": metrics[-1]["step"] if metrics else 0,
         "cause": cause, "launch": launcher_name(psutil.Process()), "attempt": attempt,
     })  # fmt: skip
     folder.write_summary(summary | {"status": "failed", "cause": cause})

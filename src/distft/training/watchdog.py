@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 
 from distft.console import say
 from distft.distributed.collectives import gather
+from distft.distributed.supervisor import IN_PROCESS
 from distft.distributed.world import World
 from distft.errors import DistftError, Interrupted, RankLost, UserError
 from distft.runs.record import Record
@@ -166,6 +167,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         error = RankLost(
             lost[0] if len(lost) == 1 else None, f"{what}; the Python stacks of all are in {self._record.folder.stacks}"
         )
+        if IN_PROCESS in os.environ:  # the process is the caller's, who can interrupt the run
+            say(str(error))
+            self._armed = False
+            return
         self._record.close(error)
         for rank in silent:
             if rank in self._neighbours and first:

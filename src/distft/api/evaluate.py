@@ -1,0 +1,59 @@
+"""`distft.evaluate`: measure what a fine-tune changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distft.api.run import Run
+from distft.api.train import check_processes, raise_failure
+from distft.config.overrides import override_words
+from distft.console import quiet_libraries
+
+
+def evaluate(
+    run: Run | str | Path | None = None,
+    tasks: Sequence[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    model: str | Path | None = None,
+    adapter: str | Path | None = None,
+    processes: int | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run, or a model with or without an adapter, on `tasks` and return the result of each task.
+
+    The base and the adapter are measured on the same items. Results are also kept in the run folder, and an evaluation
+    that was interrupted continues where it stopped.
+
+    Args:
+        run: a run or its folder; or give `model`.
+        tasks: any of `perplexity`, `imdb`, `lm_eval`, `mt_bench`, `alpaca`. Default: those of the recipe.
+        overrides: values that replace the recipe's, such as `{"evaluation.max_samples": 100}`.
+        model: a model's name on the hub or its folder, if there is no run.
+        adapter: the folder of an adapter for `model`.
+        processes: how many processes share the work. Default: one per GPU, or one without a GPU.
+
+    Raises:
+        UserError: a mistake in the arguments, or something that a task needs is missing.
+        Interrupted: a signal stopped the evaluation.
+        DistftError: the evaluation failed.
+    """
+    quiet_libraries()
+    from distft.evaluation.run import Request
+    from distft.hardware import visible_devices
+    from distft.launch.local import EVALUATION, Node
+    from distft.launch.local import run as launch
+
+    named = {"model": model, "adapter": adapter}
+    words = [] if run is None else [str(run.path if isinstance(run, Run) else run)]
+    words += [f"{key}={value}" for key, value in named.items() if value is not None]
+    words += override_words({} if tasks is None else {"evaluation.tasks": list(tasks)})
+    words += override_words(overrides or {})
+    request = Request.of(words)
+    processes = processes or max(visible_devices(), 1)
+    check_processes(processes)
+    raise_failure(launch(words, processes, request.recipe.run.max_restarts, Node(), EVALUATION))
+    found = json.loads(request.folder.results.read_text(encoding="utf-8"))
+    return {task: found[task] for task in request.recipe.evaluation.tasks}
