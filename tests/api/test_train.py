@@ -18,7 +18,7 @@ from distft.distributed.signals import STOP, StopRequest
 
 FEW = {
     "strategy": "ddp",
-    "training": {"max_steps": 2, "logging_steps": 1},
+    "training": {"max_steps": 2, "logging_steps": 1, "eval_strategy": "no"},
     "lora.r": 2,
     "batching": {"global_batch_size": 4, "micro_batch": 2},
     "data.max_samples": 40,
