@@ -107,7 +107,6 @@ _linear4bit = _of("bitsandbytes", "bitsandbytes.nn.modules:Linear4bit")
 _native = _of("bitsandbytes", "bitsandbytes.cextension:BNBNativeLibrary")
 _dataset = _of("datasets", "datasets.arrow_dataset:Dataset")
 _wandb = _of("wandb", "wandb.sdk.wandb_settings:Settings")
-_wandb_file = _of("wandb", "wandb.proto.wandb_internal_pb2")
 _hflm = _of("lm-eval", "lm_eval.models.huggingface:HFLM")
 _evaluation_loop = ("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix")
 
@@ -175,7 +174,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     _native("_lib", "attribute", "name the native library that was loaded"),
     _dataset("_fingerprint", "attribute", "recognise data that has been tokenised before"),
     _wandb("x_transaction_log_flush_interval", "attribute", "lose at most a second of history when a run is killed"),
-    _wandb_file("Record", "call", "read how far an offline run came"),
     _hflm("_rank", "attribute", "spread lm-eval's requests over the processes"),
     _hflm("_world_size", "attribute", "spread lm-eval's requests over the processes"),
 )

@@ -23,7 +23,7 @@ from distft.evaluation.checks import check
 from distft.evaluation.run import Request, _known, replaced
 from distft.files import read_lines, write_atomically
 from distft.runs.folder import RunFolder
-from distft.runs.offline import _records
+from distft.runs.wandb import logged_records
 from tests.evaluation.conftest import distft, environment
 
 LOGPROB = "evaluation.imdb.methods=[logprob]"
@@ -44,13 +44,10 @@ def values(folder: RunFolder) -> dict[tuple[str, str, str], float]:
 
 def logged_to_wandb(folder: RunFolder) -> dict[str, Any]:
     """The summary values in the newest file of the folder's offline W&B run."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
     file = max(folder.wandb.glob("offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime)
     found = {}
-    for content in _records(file.read_bytes()):
-        for item in Record.FromString(content).summary.update:
-            found[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    for record in logged_records(file):
+        found |= record.get("summary", {}).get("update", {})
     return found
 
 

@@ -36,6 +36,7 @@ def test_a_run_from_before_the_move_resumes_to_the_same_losses_and_adapter(tmp_p
     assert [record["step"] for record in records] == [record["step"] for record in expected]
     for record, other in zip(records, expected, strict=True):
         for key in ("loss", "grad_norm", "learning_rate", "samples", "tokens"):  # CPUs round differently
-            assert record.get(key) == pytest.approx(other.get(key), rel=1e-4), (record["step"], key)
+            if key in other:
+                assert record[key] == pytest.approx(other[key], rel=1e-4), (record["step"], key)
     adapter = read_tensors(ended.folder.adapter)
     torch.testing.assert_close(adapter, load_file(FIXTURE / "expected_adapter.safetensors"), rtol=1e-3, atol=1e-5)

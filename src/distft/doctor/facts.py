@@ -298,7 +298,7 @@ def _hugging_face() -> dict[str, Any]:
 
     from distft.models.attention import VARLEN, kernel
     from distft.paths import cache_folder
-    from distft.runs.offline import has_wandb_key
+    from distft.runs.wandb import has_wandb_key
 
     token = Path(constants.HF_TOKEN_PATH)
     attention = [VARLEN] if torch.cuda.is_available() and kernel() is not None else []

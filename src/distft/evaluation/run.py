@@ -35,7 +35,7 @@ from distft.files import to_json, write_atomically
 from distft.hardware import describe, visible_devices
 from distft.reports.results import leaves
 from distft.runs.folder import RunFolder
-from distft.runs.trackers import closing_trackers, log_evaluation
+from distft.runs.wandb import closing_wandb, log_evaluation
 
 _DAY_S = 24 * 3600
 _NAMED = 3
@@ -178,7 +178,7 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
                 raise RunFolderError(f"another process is evaluating {folder.path}; wait for it") from None
 
     together(world, claim)
-    with closing_trackers():
+    with closing_wandb():
         target = Target.load(request.recipe, request.result, world)
         record = _known(folder, target.identity) if world.is_main else {}
         for task in settings.tasks:

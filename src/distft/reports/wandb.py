@@ -13,7 +13,7 @@ from distft.console import say
 from distft.reports.markdown import comparison_rows, time_rows
 from distft.reports.report import Report
 from distft.reports.results import FIGURES
-from distft.runs.offline import WANDB_FINISH_S, has_wandb_key
+from distft.runs.wandb import WANDB_FINISH_S, has_wandb_key
 
 _INIT_S = 30.0
 """How long a W&B server may take to answer before the report goes on without it."""

@@ -32,7 +32,8 @@ from distft.models.loading import load_model, load_tokenizer, model_path
 from distft.models.parameters import non_embedding_parameters, recomputed_parameters
 from distft.runs.logs import rank_log
 from distft.runs.record import Record
-from distft.runs.trackers import closing_trackers, trackers
+from distft.runs.trackers import trackers
+from distft.runs.wandb import closing_wandb
 from distft.training.checkpoints import Checkpoints, save_result
 from distft.training.metrics import Telemetry, Work, model_flops_per_token, perplexity
 from distft.training.nonfinite import BadNumbers
@@ -61,7 +62,7 @@ def train(arguments: Sequence[str]) -> None:
     splits = together(world, lambda: prepare_data(recipe, tokenizer))
     lengths = lengths_of(splits.train)
     with (
-        closing_trackers(),
+        closing_wandb(),
         Record.open(recipe, how, Path.cwd(), data_digest=splits.report.digest) as record,
         rank_log(record.folder, world),
         Watch(world, record, recipe.run.hang_timeout_s) as watch,
