@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distft.api.run import Run
 from distft.console import say
 from distft.errors import RunFolderError, StorageError
 from distft.files import to_json, write_atomically
@@ -84,7 +85,7 @@ class Report:
         return self.to_markdown()
 
 
-def report(runs: Sequence[str | Path]) -> Report:
+def report(runs: Sequence[Run | str | Path]) -> Report:
     """A report over finished and unfinished runs, and over `trainer_state.json` files of other programs.
 
     Paths that are neither are skipped with a message, unless nothing is left: `runs/*` also matches reports and logs.
@@ -96,9 +97,9 @@ def report(runs: Sequence[str | Path]) -> Report:
     return Report(report_on_folders(folders) if folders or not logs else None, tuple(distinct(logs)))
 
 
-def _find(runs: Sequence[str | Path]) -> tuple[list[RunFolder], list[History]]:
+def _find(runs: Sequence[Run | str | Path]) -> tuple[list[RunFolder], list[History]]:
     folders, logs, skipped = [], [], []
-    for path in map(Path, runs):
+    for path in (run.path if isinstance(run, Run) else Path(run) for run in runs):
         folder, log = RunFolder(path), find_log(path)
         try:
             if folder.summary.is_file() or folder.results.is_file():
