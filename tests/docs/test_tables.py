@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from distft.config.evaluation import TaskName
+from distft.config.evaluation import TASKS, TaskName
 from distft.config.files import list_recipes
 from distft.config.recipe import load_recipe
 from distft.config.schema import StrategyName
-from distft.evaluation.columns import TASKS
 from distft.experiments.schema import list_experiments
 
 from .pages import PAGES, ROOT, Page, page

@@ -18,9 +18,10 @@ import pytest
 from distft.config.evaluation import TaskName
 from distft.config.recipe import load_recipe
 from distft.errors import Fault, LaunchError, RecipeError, RunFolderError
-from distft.evaluation import preflight as ready
-from distft.evaluation.checks import check
-from distft.evaluation.run import Request, _known, replaced
+from distft.evaluation import preflight
+from distft.evaluation.preflight import check_inputs
+from distft.evaluation.request import Request
+from distft.evaluation.run import _known, replacement
 from distft.files import read_lines, write_atomically
 from distft.runs.folder import RunFolder
 from distft.runs.wandb import logged_records
@@ -74,7 +75,7 @@ def test_the_whole_chain_learns_and_every_place_has_its_figures(run: RunFolder) 
         assert perplexity["figures"]["perplexity"][side]["value"] == pytest.approx(math.exp(loss))
     there = sum(found["imdb"]["of_class"])
     assert (
-        f"imdb: {there} of 240 reviews, as many of each class (evaluation.imdb.balanced=false takes all)"
+        f"imdb: {there} of 240 reviews, the same number of each class (evaluation.imdb.balanced=false takes all)"
         in ended.stderr
     )
     written = read_lines(run.evaluation / "imdb" / "generation-adapter.jsonl")
@@ -88,7 +89,7 @@ def test_the_whole_chain_learns_and_every_place_has_its_figures(run: RunFolder) 
     assert len(unparsed["first"]) == min(5, unparsed["count"]) > 0
     matrix = found["imdb"]["confusion"]["logprob"]["adapter"]
     said = "; ".join(
-        f"class {word}, said negative {row[0]}, said positive {row[1]}"
+        f"class {word}, predicted negative {row[0]}, predicted positive {row[1]}"
         for word, row in zip(("negative", "positive"), matrix, strict=True)
     )
     assert f"imdb: confusion matrix by likelihood: adapter: {said}" in ended.stderr
@@ -163,9 +164,7 @@ def test_killed_in_the_middle_it_goes_on_and_scores_nothing_twice(run: RunFolder
     torn = '{"key": "torn'
     write_atomically(part, "".join(json.dumps(record) + "\n" for record in marked) + torn)
     ended = distft(where, "evaluate", "runs/learned", *words)
-    assert (
-        f"imdb, base, likelihoods: {len(marked)} of " in ended.stderr and "are done already, in runs/" in ended.stderr
-    )
+    assert f"imdb, base, likelihoods: {len(marked)} of " in ended.stderr and "are already in runs/" in ended.stderr
     records = {record["key"]: record for record in read_lines(run.evaluation / "imdb" / "logprob-base.jsonl")}
     assert [records[record["key"]] for record in marked] == marked  # taken as they were, not scored again
     assert len(records) == result(run)["imdb"]["reviews"] > len(marked)
@@ -215,7 +214,7 @@ def test_results_of_other_weights_are_not_left_out_without_a_word(
     records = {"imdb": {"weights": {"base": "a"}}, "alpaca": {"weights": {"base": "b"}}}
     write_atomically(folder.results, json.dumps(records))
     assert _known(folder, {"base": "b"}) == {"alpaca": records["alpaca"]}
-    assert f"imdb: what {folder.results} has is of other weights, and is left out" in capsys.readouterr().err
+    assert f"imdb: {folder.results} has results for other weights, which are dropped now" in capsys.readouterr().err
 
 
 def test_what_replaces_a_result_is_named_by_what_differs() -> None:
@@ -227,12 +226,12 @@ def test_what_replaces_a_result_is_named_by_what_differs() -> None:
         }
 
     before = of(20, seed=1, judge={"model": "a", "mode": "absolute"})
-    assert replaced(None, before) is None and replaced(before, before) is None
+    assert replacement(None, before) is None and replacement(before, before) is None
     newer = of(20, seed=1, judge={"model": "a", "mode": "absolute"}, packages={"torch": "2"})
-    assert replaced(before, newer) is None
+    assert replacement(before, newer) is None
     now = of(5, seed=1, judge={"model": "a", "mode": "pairwise"})
     assert (
-        replaced(before, now)
+        replacement(before, now)
         == 'replaces an earlier result on 40 items by one on 10, with judge.mode "absolute" → "pairwise"'
     )
 
@@ -249,7 +248,7 @@ def test_stopped_by_a_signal_it_says_that_the_same_command_goes_on(run: RunFolde
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=60)
     assert child.returncode == 75
-    assert "stopped by SIGINT (what was done is kept: the same command goes on from there)" in said
+    assert "stopped by SIGINT (finished items are kept; run the same command to continue)" in said
 
 
 def test_the_help_lists_the_tasks(tmp_path: Path) -> None:
@@ -264,9 +263,9 @@ def test_the_help_lists_the_tasks(tmp_path: Path) -> None:
     [
         ([], LaunchError, "say what to evaluate: a run folder"),
         (["adapter=x"], LaunchError, "say what to evaluate"),
-        (["nowhere"], RunFolderError, "nowhere is no run folder: there is no such folder"),
-        (["model=tiny", "adapter=nowhere"], RunFolderError, "nowhere holds no adapter"),
-        (["model=tiny"], RecipeError, r"data\.name: is required: of which text is the perplexity \(data\.name=FILE"),
+        (["nowhere"], RunFolderError, "run folder nowhere does not exist"),
+        (["model=tiny", "adapter=nowhere"], RunFolderError, "nowhere is not an adapter folder"),
+        (["model=tiny"], RecipeError, r"data\.name: is required: which text should perplexity be measured on\? \(data\.name=FILE"),
         (["model=/no/such/model"], RecipeError, r"2 faults(?s:.*)data\.name(?s:.*)model\.name: there is no folder /no/such/model"),
         (["model=tiny", "data.name=tiny", "data.test_fraction=0"], RecipeError, r"holds out no rows"),
         (["model=tiny", "evaluation.tasks=[imbd]"], RecipeError, r"evaluation\.tasks\.0: expected 'perplexity'"),
@@ -291,7 +290,7 @@ def test_an_unfinished_run_has_nothing_to_evaluate(learned: RunFolder, tmp_path:
         Request.of([str(tmp_path)])
     started = {"command": ["train.py", "recipe=a", "run.name=b"], "working_folder": str(Path.cwd())}
     (tmp_path / "environment.json").write_text(json.dumps(started), encoding="utf-8")
-    with pytest.raises(RunFolderError, match=r"has not finished; distft train recipe=a run\.name=b goes on with it"):
+    with pytest.raises(RunFolderError, match=r"has not finished; resume it with distft train recipe=a run\.name=b"):
         Request.of([str(tmp_path)])
     with pytest.raises(RunFolderError, match=f"did you mean {tmp_path}"):
         Request.of([str(tmp_path.with_name(f"{tmp_path.name}s"))])
@@ -301,7 +300,7 @@ def test_files_that_tasks_lack_are_told_all_at_once() -> None:
     words = ["evaluation.tasks=[mt_bench,alpaca,imdb,lm_eval]", "evaluation.alpaca.path=/nowhere.json", "evaluation.imdb.path=/no.csv",
              "evaluation.lm_eval.include_path=/none"]  # fmt: skip
     with pytest.raises(RecipeError) as caught:
-        check(load_recipe(words))
+        check_inputs(load_recipe(words))
     assert [fault.key for fault in caught.value.faults] == [
         "evaluation.mt_bench.questions", "evaluation.alpaca.path", "evaluation.imdb.path", "evaluation.lm_eval.include_path",
     ]  # fmt: skip
@@ -322,10 +321,10 @@ def test_all_that_tasks_lack_is_told_at_once_before_a_process_is_started(tmp_pat
     assert "the recipe has 7 faults:" in said
     for line in (
         "evaluation.imdb.subst: unknown key (did you mean subset?)",
-        "evaluation.mt_bench.questions: questions.jsonl, line 1 has no turns",
-        "evaluation.alpaca.path: pairs.json, entry 1: AlpacaEval's format has",
-        "evaluation.imdb.path: row 0 of rows.csv has 'positive' in its column label, where labels are class numbers: 0 for 'negative', 1 for",
-        "evaluation.lm_eval.tasks: lm-eval knows no task arc_eazy (did you mean arc_easy?)",
+        "evaluation.mt_bench.questions: questions.jsonl, line 1 lacks turns",
+        "evaluation.alpaca.path: pairs.json, entry 1: AlpacaEval's format needs",
+        "evaluation.imdb.path: row 0 of rows.csv has 'positive' in column label, which must hold class numbers: 0 for 'negative', 1 for",
+        "evaluation.lm_eval.tasks: lm-eval does not know arc_eazy (did you mean arc_easy?)",
         "evaluation.judge.rubric: the rubric rubric.txt lacks Score 2:",
         "evaluation.judge.model: there is no folder ./judge",
     ):
@@ -342,11 +341,11 @@ def test_what_is_not_in_the_cache_is_a_fault_where_the_hub_is_out_of_reach(
     recipe = load_recipe(["evaluation.tasks=[alpaca]", f"evaluation.alpaca.path={tmp_path / 'pairs.json'}", "evaluation.judge=no/judge",
                           "model.name=no/base"])  # fmt: skip
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    (judge,), (base,) = ready.faults(recipe), ready.faults_of_base(recipe)
+    (judge,), (base,) = preflight.faults(recipe), preflight.base_faults(recipe)
     assert judge.key == "evaluation.judge.model" and "no/judge (the judge) is not in the cache" in judge.problem
     assert base.key == "model.name" and "no/base is not in the cache" in base.problem
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert ready.faults(recipe) == ready.faults_of_base(recipe) == []
+    assert preflight.faults(recipe) == preflight.base_faults(recipe) == []
 
 
 def test_columns_of_the_text_are_looked_at_before_the_model_is_loaded(tmp_path: Path) -> None:

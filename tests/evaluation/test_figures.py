@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from distft.evaluation.metrics import Estimate, apart_in_pairs, bootstrap_weights, compared
-from distft.evaluation.scores import paired, paired_shares
+from distft.evaluation.metrics import (
+    Estimate,
+    apart_in_pairs,
+    bootstrap_weights,
+    figure_of,
+    mean_figure,
+    share_figure,
+)
 from distft.evaluation.tasks.perplexity import figures
 from distft.reports.evaluation_charts import evaluation_charts
 
@@ -30,10 +36,10 @@ def test_a_few_items_of_one_sign_give_no_verdict_and_ten_do() -> None:
     for count, verdict in ((3, "too few items"), (9, "too few items"), (10, "loss")):
         base = np.full(count, 8.0) + np.arange(count) % 2
         adapter = np.full(count, 4.0)
-        found = paired({"base": base, "adapter": adapter}, title="score", form=".2f")
+        found = mean_figure({"base": base, "adapter": adapter}, title="score", form=".2f")
         assert found["verdict"] == verdict and found["difference"]["high"] < 0
         won = {"base": np.zeros(count), "adapter": np.ones(count)}
-        assert (paired_shares(won, title="won", form=".1%")["verdict"] == "too few items") == (count < 10)
+        assert (share_figure(won, title="won", form=".1%")["verdict"] == "too few items") == (count < 10)
         shared = figures(
             {"base": 3.0 * np.arange(5, 5 + count), "adapter": 1.0 * np.arange(5, 5 + count)},
             np.full(count, 4.0),
@@ -42,7 +48,7 @@ def test_a_few_items_of_one_sign_give_no_verdict_and_ten_do() -> None:
         assert (shared["loss"]["verdict"] == "gain") == (count == 10)
     hidden = np.full(30, np.nan)
     hidden[:9] = 1.0  # on both sides, nine of thirty
-    found = paired({"base": hidden, "adapter": hidden + 1 + np.arange(30) / 100}, title="score", form=".2f")
+    found = mean_figure({"base": hidden, "adapter": hidden + 1 + np.arange(30) / 100}, title="score", form=".2f")
     assert (found["count"], found["verdict"]) == (30, "too few items")
 
 
@@ -117,13 +123,13 @@ def test_every_bootstrap_sample_draws_as_many_items_and_the_seed_decides_which()
     ("interval", "better", "verdict"),
     [
         ((0.1, 0.2), "higher", "gain"), ((-0.2, -0.1), "higher", "loss"), ((-0.2, -0.1), "lower", "gain"),
-        ((-0.1, 0.2), "higher", "no difference"), ((0.0, 0.0), "higher", "no difference"), ((math.nan, math.nan), "higher", None),
+        ((-0.1, 0.2), "higher", "inconclusive"), ((0.0, 0.0), "higher", "no difference"), ((math.nan, math.nan), "higher", None),
     ],
 )  # fmt: skip
 def test_a_difference_is_one_where_its_interval_leaves_zero_out(interval, better, verdict) -> None:
     low, high = interval
     side = Estimate(1.0, 0.9, 1.1)
-    assert compared(side, side, Estimate((low + high) / 2, low, high), title="x", better=better)["verdict"] == verdict
+    assert figure_of(side, side, Estimate((low + high) / 2, low, high), title="x", better=better)["verdict"] == verdict
 
 
 def test_perplexity_is_the_exponential_of_the_mean_over_tokens_and_pairs_beat_chance() -> None:
@@ -143,7 +149,7 @@ def test_a_chart_has_the_categories_that_have_a_score() -> None:
     def side(value: float | None) -> dict[str, float | None]:
         return {"value": value, "low": value, "high": value}
 
-    score = compared(Estimate(4, 3, 5), Estimate(6, 5, 7), Estimate(2, 1, 3), title="score", form=".2f")
+    score = figure_of(Estimate(4, 3, 5), Estimate(6, 5, 7), Estimate(2, 1, 3), title="score", form=".2f")
     categories = {
         "math": {"count": 2, "base": side(3.0), "adapter": side(5.0)},
         "stem": {"count": 1, "base": side(None), "adapter": side(8.0)},

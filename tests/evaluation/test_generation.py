@@ -20,9 +20,10 @@ from distft.config.evaluation import Evaluation
 from distft.config.recipe import load_recipe
 from distft.distributed.world import World
 from distft.errors import MissingExtraError, ModelError
-from distft.evaluation.engines.transformers import TransformersEngine, _Draw, against_vllm, engine_of
-from distft.evaluation.engines.vllm import VllmEngine
-from distft.evaluation.generate import Answer, Item, Message, Sampling, instruction_prompt, rendered
+from distft.evaluation.engines.choose import choose_engine, obstacle_to_vllm
+from distft.evaluation.engines.transformers import TransformersEngine, _Draw
+from distft.evaluation.engines.vllm import Served, Server
+from distft.evaluation.generate import Answer, Item, Message, Sampling, instruction_prompt, render
 from distft.evaluation.target import Target
 from distft.files import read_lines
 from tests.evaluation import writes
@@ -150,7 +151,7 @@ def test_a_chat_template_goes_first_and_its_special_tokens_stand_once(tiny: Path
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = "<s>{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-    assert rendered(tokenizer, "chat", CONVERSATION) == "<s>user: One?\nassistant: Two. \nuser: Three?\nassistant:"
+    assert render(tokenizer, "chat", CONVERSATION) == "<s>user: One?\nassistant: Two. \nuser: Three?\nassistant:"
     engine = TransformersEngine(model, tokenizer, {}, batch_tokens=100, template="chat")
     ids = engine._ids(engine.prompt(CONVERSATION))
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
@@ -236,28 +237,21 @@ def a_target(adapter_config: dict[str, Any] | None, tmp_path: Path, device: str,
 def test_vllm_is_taken_only_where_it_writes_what_was_trained(
     config: dict[str, Any] | None, device: str, words: list[str], says: str | None, tmp_path: Path
 ) -> None:
-    against = against_vllm(a_target(config, tmp_path, device, *words))
-    assert against is None if says is None else against is not None and says in against
+    obstacle = obstacle_to_vllm(a_target(config, tmp_path, device, *words))
+    assert obstacle is None if says is None else obstacle is not None and says in obstacle
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_vllm_that_is_not_installed_is_said_with_its_extra(tmp_path: Path) -> None:
     settings = Evaluation.model_validate({"generation": {"engine": "vllm"}})
     with pytest.raises(MissingExtraError, match=r"pip install 'distft\[vllm\]'"):
-        engine_of(a_target(None, tmp_path, "cuda:0"), settings, "base")
+        choose_engine(a_target(None, tmp_path, "cuda:0"), settings, "base")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_a_vllm_that_cannot_start_is_an_error_with_a_remedy(tokenizer: Any) -> None:
-    """The worker is a real process; without vLLM it ends at its import."""
-    wanted = {
-        "model": "m",
-        "revision": None,
-        "dtype": "float32",
-        "trust_remote_code": False,
-        "adapter": None,
-        "max_lora_rank": 8,
-    }
-    engine = VllmEngine(wanted, tokenizer, {}, template="plain", device=0, ends=[2], positions=1_024)
-    with pytest.raises(ModelError, match=r"exit code 1.*evaluation\.generation\.engine=transformers"):
-        list(engine.write([Item(user("Hi"), Sampling(4))]))
+    """The supervisor is a real process; without vLLM it cannot start the server."""
+    served = Served("m", None, "float32", trust_remote_code=False)
+    server = Server(served.command(1, 0.5), os.environ)
+    with pytest.raises(ModelError, match=r"exited with code 1; .*evaluation\.generation\.engine=transformers"):
+        server.wait_until_healthy("http://127.0.0.1:1")

@@ -18,7 +18,8 @@ from distft.data.toy import reviews as made
 from distft.errors import DataError
 from distft.evaluation.likelihood import continuation_log_likelihoods
 from distft.evaluation.tasks import reviews
-from distft.evaluation.tasks.imdb import compare, confusion, metrics, of_how_many, parse, resampled
+from distft.evaluation.tasks.classification import compare, confusion, item_counts, metrics, metrics_of_matrices
+from distft.evaluation.tasks.imdb import parse
 from distft.evaluation.tasks.reviews import Review, prompt_of, subset
 from distft.runs.folder import RunFolder
 
@@ -85,7 +86,7 @@ def test_figures_of_bootstrap_samples_agree_with_scikit_learn(seed: int) -> None
     labels, predicted = draws.integers(0, 3, 30), draws.integers(0, 4 if seed % 2 else 2, 30)
     ours = {
         name: values[0]
-        for name, values in resampled(np.array([confusion(labels, predicted, 3)], dtype=float), 1).items()
+        for name, values in metrics_of_matrices(np.array([confusion(labels, predicted, 3)], dtype=float), 1).items()
     }
     assert ours == pytest.approx(metrics(labels, predicted, 3, positive=1))
     theirs = sklearn_metrics.precision_recall_fscore_support(labels, predicted, labels=[0, 1, 2], zero_division=0)
@@ -117,7 +118,7 @@ def test_a_share_that_is_all_or_nothing_has_a_width_and_one_of_nothing_none() ->
     assert found["recall"][1].low == pytest.approx(wilson_of_all(112))
     assert found["precision"][1].low == pytest.approx(wilson_of_all(112))
     assert np.isnan([found["precision"][0].low, found["precision"][2].low]).all(), "the base said it of none"
-    assert of_how_many(labels, nothing, 1) == {"accuracy": 224, "precision": 0, "recall": 112, "unparsed": 224}
+    assert item_counts(labels, nothing, 1) == {"accuracy": 224, "precision": 0, "recall": 112, "unparsed": 224}
 
 
 def wilson_of_all(count: int) -> float:
@@ -170,11 +171,11 @@ def test_reviews_of_a_file_are_checked(tmp_path: Path) -> None:
     words += ["evaluation.imdb.text=body", "evaluation.imdb.label=stars"]
     with pytest.raises(
         DataError,
-        match=r"row 2 of .* has '2' in its column stars, where labels are class numbers: 0 for 'negative', 1 for",
+        match=r"row 2 of .* has '2' in column stars, which must hold class numbers: 0 for 'negative', 1 for",
     ):
         reviews.load(load_recipe(words), 2)
-    with pytest.raises(DataError, match="no review is left"):
-        reviews.chosen(load_recipe(words), [reviews.Review(0, "x", 1)], 2)
+    with pytest.raises(DataError, match="no reviews are left"):
+        reviews.select(load_recipe(words), [reviews.Review(0, "x", 1)], 2)
     assert [row.label for row in reviews.load(load_recipe([*words, "evaluation.imdb.balanced=false"]), 3)] == [0, 1, 2]
     with pytest.raises(DataError, match="label words"):
         reviews.words_of(load_recipe([*words, "evaluation.imdb.label_words=[good, Good]"]))

@@ -13,7 +13,7 @@ from sqlitedict import SqliteDict
 
 from distft.config.evaluation import LmEval
 from distft.errors import DataError
-from distft.evaluation.tasks.lm_eval import figures, look
+from distft.evaluation.tasks.lm_eval import figures, load_benchmarks
 from distft.runs.folder import RunFolder
 from tests.evaluation.conftest import distft, environment
 
@@ -119,25 +119,25 @@ def test_a_difference_is_taken_over_the_same_documents() -> None:
     assert found["difference"]["low"] > 0 and found["base"]["high"] > found["adapter"]["low"]
     swapped = [1.0 - value if number < 24 else value for number, value in enumerate(base)]  # as many lost as won
     found = figures({"base": results(base, 0.5, 0.025), "adapter": results(swapped, 0.5, 0.025)})["arc/acc"]
-    assert found["verdict"] == "no difference" and found["difference"]["low"] < 0 < found["difference"]["high"]
+    assert found["verdict"] == "inconclusive" and found["difference"]["low"] < 0 < found["difference"]["high"]
 
 
 def test_a_figure_that_is_no_mean_over_documents_is_compared_by_its_errors() -> None:
     values = [0.0, 1.0] * 50
     found = figures({"base": results(values, 12.0, 1.0), "adapter": results(values, 13.0, 1.0)})["arc/acc"]
     assert found["difference"]["high"] - 1.0 == pytest.approx(1.959964 * 2**0.5, abs=1e-5)
-    assert found["verdict"] == "no difference"
+    assert found["verdict"] == "inconclusive"
 
 
 def test_a_task_that_there_is_not_is_told(tasks: Path) -> None:
-    with pytest.raises(DataError, match=r"knows no task sentimental \(did you mean sentiment\?\); .*include_path"):
-        look(LmEval(tasks=["sentimental", "sentiment"], include_path=str(tasks)))
+    with pytest.raises(DataError, match=r"does not know sentimental \(did you mean sentiment\?\); .*include_path"):
+        load_benchmarks(LmEval(tasks=["sentimental", "sentiment"], include_path=str(tasks)))
     with pytest.raises(DataError, match=r"arc_easy cannot be loaded: (?s:.*)documents come from the hub"):
-        look(LmEval(tasks=["arc_easy"]))
+        load_benchmarks(LmEval(tasks=["arc_easy"]))
 
 
 def test_a_report_shows_groups_without_their_parts() -> None:
-    from distft.evaluation import columns
+    from distft.evaluation import summary
 
     def of(task: str) -> dict[str, Any]:
         return {"alias": task, "acc,none": 0.5, "acc_stderr,none": 0.1}
@@ -150,6 +150,6 @@ def test_a_report_shows_groups_without_their_parts() -> None:
     assert {name: (figure["count"], figure.get("detail", False)) for name, figure in found.items()} == {
         "mmlu/acc": (7, False), "mmlu_law/acc": (7, True), "arc/acc": (9, False),
     }  # fmt: skip
-    shown = [row[1:6] for row in columns.rows({"run": {"lm_eval": {"figures": found}}})]
+    shown = [row[1:6] for row in summary.rows({"run": {"lm_eval": {"figures": found}}})]
     interval = "0.500 [0.304, 0.696]"
     assert shown == [["mmlu: acc", "7", interval, "–", "–"], ["arc: acc", "9", interval, "–", "–"]]

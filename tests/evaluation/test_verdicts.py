@@ -97,9 +97,9 @@ UNPARSED = [
     ("[RESULT] (an integer number between 1 and 5)", "an integer"),
     ("[RESULT] N/A", "N/A"),
     ("[RESULT] A", "'A'"),
-    ("[RESULT] 4 [RESULT] 5", "differ: 4, 5"),
-    ("[RESULT] 4\nOn reflection:\n[RESULT] 2", "differ: 4, 2"),
-    ("[RESULT] 4.5 … rounded: [RESULT] 4", "differ: 4.5, 4"),
+    ("[RESULT] 4 [RESULT] 5", "conflicting results: 4, 5"),
+    ("[RESULT] 4\nOn reflection:\n[RESULT] 2", "conflicting results: 4, 2"),
+    ("[RESULT] 4.5 … rounded: [RESULT] 4", "conflicting results: 4.5, 4"),
     ("[RESULT] 3 [RESULT] 4 [RESULT] 3", "differ"),
 ]
 

@@ -356,8 +356,8 @@ def evaluated(parent: Path, name: str, verdict: str = "gain") -> RunFolder:
     evaluation = {
         "perplexity": {"figures": {"perplexity": figure("held-out perplexity", ",.2f", 8079.12, verdict)}},
         "imdb": {
-            "figures": {"accuracy": figure("accuracy", ".3f", 0.9, "no difference"),
-                        "generation_unparsed": figure("answers without a label word by generation", ".3f", 0.9, "no difference")},
+            "figures": {"accuracy": figure("accuracy", ".3f", 0.9, "inconclusive"),
+                        "generation_unparsed": figure("answers without a label word by generation", ".3f", 0.9, "inconclusive")},
             "confusion": {"rows": ["negative", "positive"], "columns": ["negative", "positive", "unparsed"],
                           "logprob": {side: [[101, 11, 0], [7, 105, 0]] for side in ("base", "adapter")}},
             "unparsed": {"base": {"count": 224, "first": ["Tell <b>me</b> something. " * 3, "and " * 40]}},
@@ -367,7 +367,7 @@ def evaluated(parent: Path, name: str, verdict: str = "gain") -> RunFolder:
             "categories": {word: {"count": 10, "base": {"value": 7.0, "low": 6.0, "high": 8.0}} for word in ("humanities", "math")},
         },
         "alpaca": {
-            "figures": {"preferred_rate": figure("AlpacaEval pairs won, asked which is better in both orders", ".1%", 0.5, "no difference")},
+            "figures": {"preferred_rate": figure("AlpacaEval pairs won, asked which is better in both orders", ".1%", 0.5, "inconclusive")},
             "outcomes": {"base": {"win": 0, "tie": 805, "loss": 0, "unparsed": 0}}, "judge": {"mode": "pairwise"},
             "position": {"base": {"first_preferred": 1.0, "inconsistent": 805, "pairs": 805}},
         },
@@ -420,7 +420,7 @@ def test_difference_and_verdict_of_an_evaluation_are_in_sight(
 def test_the_page_of_one_run_says_what_its_fine_tune_changed(browser: Browser, tmp_path: Path) -> None:
     for name, verdict, headline in (
         ("changed", "gain", "The fine-tune changed held-out perplexity 8,079.12 → 4,039.56 (gain)."),
-        ("same", "no difference", "The fine-tune changed nothing that these items can tell from chance: no difference in held-out perplexity, imdb accuracy; "),
+        ("same", "inconclusive", "No change could be shown: inconclusive for held-out perplexity, imdb accuracy; "),
     ):  # fmt: skip
         folder = evaluated(tmp_path, name, verdict)
         report(tmp_path, str(folder.path), "--output", f"{name}.html")
@@ -428,16 +428,16 @@ def test_the_page_of_one_run_says_what_its_fine_tune_changed(browser: Browser, t
         text = page.text_content("main")
         assert page.text_content(".verdict").startswith(headline)
         assert "nothing to compare" not in text
-        assert "The judge's verdicts mean little in alpaca".lower() in page.text_content(".verdict").lower()
+        assert "The judge's verdicts are unreliable for alpaca".lower() in page.text_content(".verdict").lower()
         warning = page.text_content(".warning")
         assert (
-            "two orders disagree in half of the pairs or more" in warning
-            and "805 of 805 pairs, what stood first preferred in 100%" in warning
+            "two orders disagree in at least half of the pairs" in warning
+            and "805 of 805 pairs, first answer preferred in 100% of verdicts" in warning
         )
         assert '"Tell <b>me</b> something. ' in text and page.locator(".stacked b").count() == 0
         headings = page.locator("section[aria-labelledby^=evaluation-] h3").all_text_contents()
         assert headings == ["imdb: confusion matrix by likelihood", "imdb: answers without a label word", "mt_bench: score out of 10 by category",
-                            "alpaca: outcomes, asked which is better, in both orders"]  # fmt: skip
+                            "alpaca: outcomes, compared in both orders"]  # fmt: skip
 
 
 def test_a_page_holds_all_that_it_needs(made: Path) -> None:

@@ -165,19 +165,18 @@ def test_a_single_run_s_headline_says_what_the_fine_tune_changed_or_nothing(tmp_
         task: {key: value for key, value in of.items() if key not in ("position", "judged")}
         for task, of in found.items()
     }
-    headline = "The fine-tune changed imdb accuracy 0.50 → 0.75 (gain). Too few items in pairs won."
+    headline = "The fine-tune changed imdb accuracy 0.50 → 0.75 (gain). Too few items for pairs won."
     made = report([make(tmp_path, "changed", evaluation=fair)])
     assert made.verdict == headline and f"**{headline}**" in markdown(made)
     assert json.loads(made.to_json())["verdict"] == headline and made.warnings == []
     doubted = report([make(tmp_path, "doubted", evaluation=found)]).verdict
     assert (
-        doubted == "The fine-tune changed imdb accuracy 0.50 → 0.75 (gain). The judge's verdicts mean little in alpaca."
+        doubted
+        == "The fine-tune changed imdb accuracy 0.50 → 0.75 (gain). The judge's verdicts are unreliable for alpaca."
     )
-    fair["imdb"]["figures"]["accuracy"]["verdict"] = "no difference"
+    fair["imdb"]["figures"]["accuracy"]["verdict"] = "inconclusive"
     same = report([make(tmp_path, "same", evaluation=fair)]).verdict
-    assert same == (
-        "The fine-tune changed nothing that these items can tell from chance: no difference in imdb accuracy; too few items in pairs won."
-    )
+    assert same == ("No change could be shown: inconclusive for imdb accuracy; too few items for pairs won.")
     two = report([make(tmp_path, "one", "lora.r=1"), make(tmp_path, "two", "lora.r=2", evaluation=found)]).verdict
     assert two.startswith("two is as fast as one"), "the headline of several variants is how they compare"
 
@@ -192,19 +191,21 @@ def test_a_report_shows_what_stands_behind_the_figures_and_warns(tmp_path: Path)
         if line.startswith("|")
     }
     assert {
-        ("base", "bad", "7", "3"), ("side", "class", "said bad", "said good", "no label word"), ("base", "good", "2", "3", "5"),
+        ("base", "bad", "7", "3"), ("side", "class", "predicted bad", "predicted good", "no label word"), ("base", "good", "2", "3", "5"),
         ("base", "14", '"no \\| idea" · "hm"'),
-        ("side", "wins", "ties", "losses", "not read", "preferred the first", "orders disagree"),
+        ("side", "wins", "ties", "losses", "unparsed", "first answer preferred", "orders disagree"),
         ("base", "1", "2", "1", "4", "75.0%", "2 of 4 pairs"), ("adapter", "1", "2", "1", "4", "50.0%", "1 of 4 pairs"),
     } <= rows  # fmt: skip
-    assert "### alpaca: outcomes, asked which is better, in both orders" in text
+    assert "### alpaca: outcomes, compared in both orders" in text
     unread, biased = (line for line in text.splitlines() if line.startswith("- Warning: "))
     assert unread == (
-        "- Warning: alpaca: 9 of 16 verdicts of the judge could not be read, so that its figures say little; the commonest reason, 6 times: "
+        "- Warning: alpaca: 9 of 16 verdicts of the judge could not be parsed, so its figures say little; most common reason (6 times): "
         f"cut off before [RESULT] (evaluation.judge.max_new_tokens=18). See {folder.path}/evaluation/alpaca/judgements.jsonl."
     )
-    assert "orders disagree in half of the pairs or more" in biased
-    assert "(base 2 of 4 pairs, what stood first preferred in 75%)" in biased, "the adapter's 1 of 4 is below half"
+    assert "orders disagree in at least half of the pairs" in biased
+    assert "(base 2 of 4 pairs, first answer preferred in 75% of verdicts)" in biased, (
+        "the adapter's 1 of 4 is below half"
+    )
     several = markdown(report([folder, make(tmp_path, "b", evaluation=an_evaluation(imdb="loss", alpaca="loss"))]))
     table = several.split("### imdb: confusion matrix by likelihood\n\n")[1].split("\n\n")[0].splitlines()
     first = [[cell.strip() for cell in line.split("|")[1:4]] for line in (table[0], *table[2:])]

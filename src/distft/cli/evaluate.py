@@ -6,7 +6,7 @@ import argparse
 
 from distft.api.train import check_processes
 from distft.cli.arguments import Commands
-from distft.evaluation.columns import TASKS
+from distft.config.evaluation import TASKS
 
 
 def add_to(commands: Commands) -> None:
@@ -28,7 +28,7 @@ def add_to(commands: Commands) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from distft.evaluation.run import Request
+    from distft.evaluation.request import Request
     from distft.hardware import visible_devices
     from distft.launch.local import EVALUATION, Node, run
 

@@ -9,6 +9,14 @@ from pydantic import BeforeValidator, Field
 from distft.config.section import DType, Section
 
 TaskName = Literal["perplexity", "imdb", "lm_eval", "mt_bench", "alpaca"]
+TASKS: dict[TaskName, str] = {
+    "perplexity": "loss and perplexity on the held-out split",
+    "imdb": "classification of reviews: accuracy, precision, recall, F1",
+    "lm_eval": "benchmarks of lm-evaluation-harness (MMLU, ARC and GSM8K by default)",
+    "mt_bench": "two-turn questions, graded by a judge",
+    "alpaca": "answers compared with a reference's by a judge",
+}
+"""What each task measures, for `distft evaluate --help`. Their code is in `distft/evaluation/tasks/`, which says how to add one."""
 
 
 class Imdb(Section):

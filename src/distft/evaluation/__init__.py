@@ -1,6 +1,5 @@
-"""What the fine-tune changed: base and adapter side by side, as `distft evaluate` measures them.
+"""`distft evaluate`: what the fine-tune changed, measured on base and adapter side by side.
 
-A task is a module here, named as the recipe names it, with `run(target, settings, folder) -> dict`. All ranks enter it, and all get
-the result, which JSON can hold. What `result["figures"]` names (see `figures.compared`) reaches the report; everything else stands in
-`evaluation.json`. Raw outputs are JSON lines under `folder`, the task's own.
+`request` parses what is asked, `run` carries it out, and `tasks` holds one module per task and says how to add one.
+Results are in the run folder's `evaluation.json`, raw outputs in `evaluation/<task>/`.
 """

@@ -19,7 +19,7 @@ def main() -> int:
         try:
             evaluate(arguments)
         except Interrupted as error:
-            raise Interrupted(error.by, "(what was done is kept: the same command goes on from there)") from error
+            raise Interrupted(error.by, "(finished items are kept; run the same command to continue)") from error
 
     return guarded(work)
 

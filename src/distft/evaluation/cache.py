@@ -1,7 +1,8 @@
-"""Records of finished items, one JSON line each, found again by a key of their content: what was done once is never done again.
+"""A cache of finished items: one JSON line each, found by a key of the item's content, so that nothing is computed
+twice.
 
-Every rank appends to a part of its own while it works; when all is done rank 0 puts them into one file, in the order of the items. Parts
-that a killed run left behind are read at the next start, whatever its number of processes.
+While it works, every rank appends to a file of its own. In the end rank 0 merges them into one file in the order of
+the items. Files that a killed evaluation left behind are read at the next start, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Work = Callable[[list[int]], Iterable[tuple[int, dict[str, Any]]]]
 
 
 def key_of(*parts: Any) -> str:
-    """A key for a content: equal contents have equal keys."""
+    """A key for some content; equal contents have equal keys."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
@@ -36,21 +37,20 @@ def complete(
     costs: Sequence[float] | None = None,
     title: str = "",
 ) -> list[dict[str, Any]]:
-    """The record of each of `keys`, in their order and on all ranks: those that are known as they are, the rest made by `work`. All
-    ranks enter.
+    """The record of each key, in order and on all ranks: cached ones as they are, the others made by `work`.
 
-    `work` gets the indices of this rank's share of what is missing, the costliest first (`costs`, in the order of the items, so that
-    ranks have about as much to do), and yields each index with its record as it is done. A record gets its `key`. Items of one key are
-    made once.
+    All ranks call this. `work` gets the indices of this rank's share of the missing items and yields each index with
+    its record as soon as it is finished; `key` is added to the record. With `costs` (one per item) the costliest items
+    come first and ranks get equally costly shares. Items with the same key are made once.
 
     Raises:
         DistftError: that of `work`, on any rank.
     """
     known = {record["key"]: record for file in _files(path) for record in read_lines(file)}
-    together(world, lambda: None)  # nobody appends before all have read
+    together(world, lambda: None)  # no rank appends before all have read
     missing = [*{key: i for i, key in reversed([*enumerate(keys)]) if key not in known}.values()]
-    if known and world.is_main and (there := sum(key in known for key in keys)):
-        say(f"{title or path.stem}: {there} of {len(keys)} are done already, in {path}")
+    if known and world.is_main and (cached := sum(key in known for key in keys)):
+        say(f"{title or path.stem}: {cached} of {len(keys)} are already in {path}")
     missing.sort(key=lambda i: (-(costs[i] if costs is not None else 0), i))
     share = missing[world.rank :: world.world_size]
     part = path.with_name(f"{path.stem}.rank{world.rank}.jsonl")
@@ -58,9 +58,8 @@ def complete(
     made: dict[str, dict[str, Any]] = {}
 
     def make() -> None:
-        with tqdm(
-            total=len(share), desc=title or path.stem, disable=not (world.is_main and share), mininterval=1
-        ) as bar:
+        hidden = not (world.is_main and share)
+        with tqdm(total=len(share), desc=title or path.stem, disable=hidden, mininterval=1) as bar:
             for index, record in work(share):
                 made[keys[index]] = {"key": keys[index], **record}
                 append_lines(part, [made[keys[index]]])
@@ -68,17 +67,21 @@ def complete(
 
     together(world, make)
     records = known | _union(made, world)
-    ordered = [records[key] for key in keys]
     if world.is_main:
-        parts = [file for file in _files(path) if file != path]
-        if made or parts or not path.exists():
-            others = sorted(records.keys() - set(keys))  # of other settings, which may be asked for again
-            lines = [records[key] for key in dict.fromkeys((*keys, *others))]
-            write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        for file in parts:
-            file.unlink()
+        _merge(path, keys, records, changed=bool(made))
     together(world, lambda: None)
-    return ordered
+    return [records[key] for key in keys]
+
+
+def _merge(path: Path, keys: Sequence[str], records: dict[str, dict[str, Any]], *, changed: bool) -> None:
+    """Write all records to `path` if it lacks any, and delete the files of ranks."""
+    parts = [file for file in _files(path) if file != path]
+    if changed or parts or not path.exists():
+        others = sorted(records.keys() - set(keys))  # made with other settings, which may be asked for again
+        lines = [records[key] for key in dict.fromkeys((*keys, *others))]
+        write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    for file in parts:
+        file.unlink()
 
 
 def _files(path: Path) -> list[Path]:

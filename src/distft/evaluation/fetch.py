@@ -1,57 +1,36 @@
-"""What the tasks of an evaluation read from the hub, for `distft fetch`: the judge, IMDB, and the documents of lm-eval's tasks."""
+"""`distft fetch` for evaluations: the judge, and what the tasks read from the hub."""
 
 from __future__ import annotations
 
-from distft import hub as training
+from distft import hub
 from distft.config.recipe import Recipe
-from distft.errors import DataError
-from distft.evaluation.checks import check
 from distft.evaluation.judge import as_recipe
-from distft.evaluation.tasks import lm_eval
-from distft.evaluation.tasks.reviews import source_of
+from distft.evaluation.preflight import check_inputs
+from distft.evaluation.tasks import load_task
 
 _ROLE = " (the judge)"
 
 
 def fetch(recipe: Recipe) -> list[str]:
-    """Download what `distft evaluate` reads for the tasks that `recipe` names, and return lines that say what lies where.
+    """Download what `distft evaluate` reads for the recipe's tasks; return a line for each download.
 
     Raises:
-        ModelError: the judge cannot be had.
-        DataError: the data of a task cannot be had.
-        RecipeError: a file that a task needs is not given or not there, or a package is not installed.
+        ModelError: the judge cannot be downloaded.
+        DataError: the data of a task cannot be downloaded.
+        RecipeError: a file is not given or does not exist, or a package is not installed.
     """
-    check(recipe)
-    settings, lines = recipe.evaluation, []
-    if _judged(recipe):
-        lines += training.fetch_model(as_recipe(recipe, settings.judge), _ROLE)
-    source = source_of(recipe)
-    if "imdb" in settings.tasks and source is not None:
-        lines.append(training.fetch_data(source))
-    if "lm_eval" in settings.tasks:
-        lm_eval.look(settings.lm_eval)
-        lines.append(f"the documents of lm-eval's {', '.join(settings.lm_eval.tasks)}: in the cache of datasets")
-    return lines
+    check_inputs(recipe)
+    lines = hub.fetch_model(as_recipe(recipe, recipe.evaluation.judge), _ROLE) if _has_local_judge(recipe) else []
+    return lines + [line for name in recipe.evaluation.tasks for line in load_task(name).fetch(recipe)]
 
 
 def missing(recipe: Recipe) -> list[str]:
-    """What of that is not there with the hub offline, each in words with the remedy. Uses no network."""
-    check(recipe)
-    settings, found = recipe.evaluation, []
-    if _judged(recipe):
-        found += training.missing_model(as_recipe(recipe, settings.judge), _ROLE)
-    source = source_of(recipe)
-    if "imdb" in settings.tasks and source is not None:
-        found += training.missing_data(recipe, source)
-    if "lm_eval" in settings.tasks:
-        with training.offline():
-            try:
-                lm_eval.look(settings.lm_eval)
-            except DataError as error:
-                found.append(f"{str(error).splitlines()[0]}; {training.remedy(recipe)}")
-    return found
+    """What `fetch` would still have to download, each with the remedy. Uses no network."""
+    check_inputs(recipe)
+    lines = hub.missing_model(as_recipe(recipe, recipe.evaluation.judge), _ROLE) if _has_local_judge(recipe) else []
+    return lines + [line for name in recipe.evaluation.tasks for line in load_task(name).not_fetched(recipe)]
 
 
-def _judged(recipe: Recipe) -> bool:
-    """Whether a judge is loaded here."""
-    return bool({"mt_bench", "alpaca"} & set(recipe.evaluation.tasks)) and recipe.evaluation.judge.endpoint is None
+def _has_local_judge(recipe: Recipe) -> bool:
+    settings = recipe.evaluation
+    return settings.judge.endpoint is None and any(load_task(name).judged for name in settings.tasks)

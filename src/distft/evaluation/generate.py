@@ -1,8 +1,9 @@
-"""What is written and how: conversations, sampling, templates, answers, and that no answer is written twice.
+"""Write answers to conversations: items, sampling, templates, and a cache so that no answer is written twice.
 
-An engine (`generation`, `endpoint`) writes; `generate` asks it for what its journal does not hold yet, each rank for its share. What an item's answer is depends
-on the item alone, not on its batch, its rank or the number of processes: every sampled item draws from a random stream of its own. (What is
-left are the roundings of batches of different shapes, about 1e-6 of a logit in fp32, which decide only where two tokens tie.)
+An engine writes; `generate` asks it for what the cache does not hold, each rank for its share. An answer depends on
+its item alone, not on its batch, its rank or the number of processes: every sampled item has a random stream of its
+own. (What remains is the rounding of batches of different shapes, about 1e-6 of a logit in fp32, which matters only if
+two tokens tie.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from distft.distributed.world import World
 from distft.evaluation.cache import complete, key_of
 
 Template = Literal["chat", "instruction", "plain"]
-"""What turns a conversation into a prompt: the tokenizer's own, the one that instructions were trained in, or nothing."""
+"""How a conversation becomes a prompt: the tokenizer's chat template, the one of instruction data, or none."""
 
 
 class Message(TypedDict):
@@ -29,7 +30,8 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a text is drawn. `temperature` 0 takes the likeliest token each time, and then `top_p` and `seed` say nothing."""
+    """How tokens are drawn. With `temperature` 0 the likeliest token is taken, and `top_p` and `seed` have no
+    effect."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -37,13 +39,13 @@ class Sampling:
     seed: int = 42
 
     def content(self) -> dict[str, Any]:
-        """What of it a text depends on."""
+        """The settings that the text depends on."""
         return asdict(self) if self.temperature > 0 else {"max_new_tokens": self.max_new_tokens, "temperature": 0.0}
 
 
 @dataclass(frozen=True)
 class Item:
-    """A conversation that ends with the user's turn, and how the answer to it is drawn."""
+    """A conversation that ends with the user's turn, and how to sample the answer to it."""
 
     messages: tuple[Message, ...]
     sampling: Sampling
@@ -51,7 +53,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Answer:
-    """`finished`: the model ended it itself; false where it ran into its limit, or where the prompt left no room (`tokens` 0)."""
+    """A text of `tokens` tokens. `finished` is false if it ran into a limit, or if the prompt left no room (0
+    tokens)."""
 
     text: str
     tokens: int
@@ -59,22 +62,22 @@ class Answer:
 
 
 class Engine(Protocol):
-    """What writes answers. `identity` names all that they depend on besides the item: engine, model, revision, adapter."""
+    """Writes answers. `identity` names everything they depend on besides the item: engine, model, revision, adapter."""
 
     @property
     def identity(self) -> Mapping[str, Any]: ...
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text that the model is given, or as much of it as this side knows."""
+        """The text given to the model, or as much of it as this side of the engine knows."""
         ...
 
     def write(self, items: Sequence[Item]) -> Iterable[tuple[int, Answer]]:
-        """The index of each of `items` with its answer, as they are done, in any order."""
+        """The index of each item with its answer, as they are finished, in any order."""
         ...
 
 
-def generate(engine: Engine, items: Sequence[Item], world: World, journal: Path, title: str) -> list[Answer]:
-    """The answer to each item, in order and on all ranks; kept in `journal` one by one as they are done. All ranks enter.
+def generate(engine: Engine, items: Sequence[Item], world: World, cache: Path, title: str) -> list[Answer]:
+    """The answer to each item, in order and on all ranks. All ranks call this. Finished answers are kept in `cache`.
 
     Raises:
         DistftError: the engine's own, on any rank.
@@ -98,17 +101,28 @@ def generate(engine: Engine, items: Sequence[Item], world: World, journal: Path,
             )
 
     costs = [len(prompt) + 4 * item.sampling.max_new_tokens for prompt, item in zip(prompts, items, strict=True)]
-    records = complete(journal, keys, work, world, costs=costs, title=title)
+    records = complete(cache, keys, work, world, costs=costs, title=title)
     return [Answer(record["text"], record["tokens"], record["finished"]) for record in records]
 
 
+def describe_answers(answers: Sequence[Answer]) -> dict[str, Any]:
+    """What to know about answers before believing their score: their length, and how many were cut off or empty."""
+    return {
+        "count": len(answers),
+        "mean_tokens": sum(answer.tokens for answer in answers) / len(answers) if answers else None,
+        "cut_off": sum(not answer.finished for answer in answers),
+        "empty": sum(not answer.text.strip() for answer in answers),
+    }
+
+
 def item_seed(sampling: Sampling, prompt: str) -> int:
-    """The seed of an item's own random stream, below 2**31 (as servers want it): of the seed and the prompt alone."""
+    """The seed of an item's random stream, from the seed and the prompt alone. Below 2**31, as servers require."""
     return int(key_of(sampling.seed, prompt)[:8], 16) >> 1
 
 
 def instruction_prompt(messages: Sequence[Message]) -> str:
-    """The template that instructions were trained in (`samples.format_dolly`), earlier turns with their answers before it."""
+    """The prompt in the template of instruction data (`format_dolly`), with earlier turns and their answers before
+    it."""
     done = [
         format_dolly(user["content"], None, answer["content"].strip(), completion_only=False).text + "\n\n"
         for user, answer in zip(messages[:-1:2], messages[1::2], strict=True)
@@ -117,25 +131,28 @@ def instruction_prompt(messages: Sequence[Message]) -> str:
 
 
 def plain_prompt(messages: Sequence[Message]) -> str:
-    """The turns as they are, for models that were trained on prompts without a template."""
+    """The turns without a template, for models trained on prompts as they are."""
     return "\n\n".join(message["content"] for message in messages)
 
 
 def template_of(tokenizer: Any, otherwise: Literal["instruction", "plain"]) -> Template:
-    """The tokenizer's chat template where it has one."""
+    """The tokenizer's chat template if it has one."""
     return "chat" if getattr(tokenizer, "chat_template", None) else otherwise
 
 
-def rendered(tokenizer: Any, template: Template, messages: Sequence[Message]) -> str:
-    """The conversation as the model is given it."""
+def render(tokenizer: Any, template: Template, messages: Sequence[Message]) -> str:
+    """The conversation as the text of a prompt."""
     if template == "chat":
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
     return instruction_prompt(messages) if template == "instruction" else plain_prompt(messages)
 
 
 def token_ids(tokenizer: Any, template: Template, prompt: str) -> list[int]:
-    """The prompt's tokens. A chat template writes special tokens out; without one the tokenizer adds its own, as in training, but not the
-    end of the sequence."""
-    written_out = template == "chat"
-    ids = list(tokenizer(prompt, add_special_tokens=not written_out)["input_ids"])
-    return ids[:-1] if ids and not written_out and ids[-1] == tokenizer.eos_token_id else ids
+    """The tokens of a rendered prompt.
+
+    A chat template spells special tokens out. For the other templates the tokenizer adds its own, as in training,
+    except for the end of the sequence.
+    """
+    spelt_out = template == "chat"
+    ids = list(tokenizer(prompt, add_special_tokens=not spelt_out)["input_ids"])
+    return ids[:-1] if ids and not spelt_out and ids[-1] == tokenizer.eos_token_id else ids

@@ -1,8 +1,8 @@
 """The judge: any causal language model in this process, or one behind an OpenAI-compatible server.
 
-It is asked in the form that Prometheus 2 was trained on (Kim et al. 2024, https://arxiv.org/abs/2405.01535: the headings, and
-`Feedback: … [RESULT] …` as the answer), in words of our own. What it wrote is kept, all of it; a verdict that cannot be read is asked
-for again, and counted as unparsed in the end.
+Prompts have the form that Prometheus 2 was trained on (Kim et al. 2024, https://arxiv.org/abs/2405.01535: the
+headings, and `Feedback: … [RESULT] …` as the answer), in our own words. Everything the judge writes is kept. A verdict
+that cannot be parsed is asked for again, and finally counted as unparsed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from distft.config.recipe import Recipe
 from distft.config.schema import Quantization
 from distft.distributed.collectives import together
 from distft.errors import JudgeError, ModelError
-from distft.evaluation.engines.openai import Endpoint
+from distft.evaluation.engines.openai import JudgeServer
 from distft.evaluation.engines.transformers import TransformersEngine
-from distft.evaluation.generate import Answer, Engine, Item, Message, Sampling, generate, rendered, template_of
+from distft.evaluation.generate import Answer, Engine, Item, Message, Sampling, generate, render, template_of
 from distft.evaluation.judge_parsing import Kind, parse_verdict
 from distft.evaluation.target import Target
 from distft.files import to_json, write_atomically
@@ -38,7 +38,8 @@ Score 2: It touches the subject, but faults or gaps make it of little use.
 Score 3: It helps in part: the main point is there, with something notable wrong, missing or unclear.
 Score 4: It is right, does nearly all that was asked and reads well; small things could be better.
 Score 5: It is right, complete and clear, and nothing of weight could be improved."""
-"""The rubric where the recipe names no file with another."""
+"""The rubric if the recipe names no file. Like the prompts below it is part of the measurement: any edit changes the
+figures."""
 
 _GRADE = """\
 ###Task Description:
@@ -62,7 +63,8 @@ Below stand an instruction (it may be a whole conversation), a response to it{wi
 _COMPARE = """\
 ###Task Description:
 Below stand an instruction (it may be a whole conversation), two responses to it{with_reference} and a rubric of scores.
-1. Write feedback that compares the two responses by this rubric, and by nothing else. Their order and their length say nothing.
+1. Write feedback that compares the two responses by this rubric, and by nothing else. Their order and \
+their length say nothing.
 2. Then say which of the two is better: A or B.
 3. Write it in this form: "Feedback: (your feedback) [RESULT] (A or B)"
 4. Write nothing before the feedback and nothing after the verdict.
@@ -84,7 +86,8 @@ Below stand an instruction (it may be a whole conversation), two responses to it
 
 @dataclass(frozen=True)
 class Question:
-    """What the judge is asked: a grade for one response, or which of two is better. `about` is what the record says it is about."""
+    """A question to the judge: the grade of one response, or which of two is better. `about` identifies it in the
+    record."""
 
     instruction: str
     responses: tuple[str, ...]
@@ -99,14 +102,19 @@ class Question:
         reference = "" if self.reference is None else f"\n###Reference Answer (Score 5):\n{self.reference}\n"
         with_reference = "" if self.reference is None else ", a reference answer that has earned the highest score"
         return (_GRADE if self.kind == "grade" else _COMPARE).format(
-            instruction=self.instruction, response=self.responses[0], other=self.responses[-1], reference=reference,
-            with_reference=with_reference, rubric=rubric,
-        )  # fmt: skip
+            instruction=self.instruction,
+            response=self.responses[0],
+            other=self.responses[-1],
+            reference=reference,
+            with_reference=with_reference,
+            rubric=rubric,
+        )
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """`value` is 1 to 5, or A or B; None where none of `attempts` answers could be read, for the `reason` that the last one had."""
+    """`value` is 1 to 5, or A or B. It is None if none of `attempts` answers could be parsed; `reason` is that of the
+    last."""
 
     value: int | str | None
     reason: str | None
@@ -114,11 +122,12 @@ class Judgement:
 
 
 class LocalJudge:
-    """A causal language model on this process's device. It is loaded when something has to be judged, which is not already."""
+    """A causal language model on this process's device, loaded when the first judgement is needed that is not
+    cached."""
 
     def __init__(self, target: Target, settings: Evaluation) -> None:
         """Raises:
-        JudgeError: it cannot be had.
+        JudgeError: the model cannot be found.
         """
         self.judge, self._batch_tokens = settings.judge, settings.generation.batch_tokens
         self._recipe, self._target = as_recipe(target.recipe, settings.judge), target
@@ -134,17 +143,20 @@ class LocalJudge:
     def identity(self) -> Mapping[str, Any]:
         judge = self.judge
         return {
-            "engine": "transformers", "model": judge.model, "revision": self._revision, "dtype": judge.dtype,
+            "engine": "transformers",
+            "model": judge.model,
+            "revision": self._revision,
+            "dtype": judge.dtype,
             "bits": 4 if judge.load_in_4bit else 16 if judge.dtype != "float32" else 32,
             "template": self._template,
-        }  # fmt: skip
+        }
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        return rendered(self._tokenizer, self._template, messages)
+        return render(self._tokenizer, self._template, messages)
 
     def write(self, items: Sequence[Item]) -> Iterable[tuple[int, Answer]]:
         """Raises:
-        JudgeError: it cannot be loaded.
+        JudgeError: the model cannot be loaded.
         OutOfMemory: it does not fit on the device.
         """
         if items and self._engine is None:
@@ -160,40 +172,38 @@ class LocalJudge:
         return self._engine.write(items) if self._engine is not None else ()
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Free the device's memory."""
         self._engine = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _unavailable(self, error: Exception) -> JudgeError:
-        # What else the error says names settings of the model that is evaluated.
+        # The rest of the error names settings of the evaluated model, not of the judge.
         problem = next(iter(str(error).splitlines()), type(error).__name__).replace("(model.name)", "").strip()
         name = self.judge.model
-        fetched = (
-            "" if name.startswith(("/", ".", "~")) or Path(name).is_dir()
-            else f"  on a machine with a connection: distft fetch, with the same words, or hf download {name}\n"
-        )  # fmt: skip
+        is_folder = name.startswith(("/", ".", "~")) or Path(name).is_dir()
+        fetch = f"  on a machine with a connection: distft fetch with the same arguments, or hf download {name}\n"
         return JudgeError(
-            f"the judge {name} cannot be loaded: {problem}\n{fetched}"
-            "  give the folder that it lies in (evaluation.judge.model=FOLDER), or a server that has it "
+            f"the judge {name} cannot be loaded: {problem}\n{'' if is_folder else fetch}"
+            "  give its folder (evaluation.judge.model=FOLDER), or a server that serves it "
             "(evaluation.judge.endpoint=http://HOST:PORT/v1)"
         )
 
 
 def judge_all(questions: Sequence[Question], target: Target, settings: Evaluation, folder: Path) -> list[Judgement]:
-    """The judgement on each question, in order and on all ranks. All ranks enter.
+    """The judgement on each question, in order and on all ranks. All ranks call this.
 
-    Every answer of the judge is kept in `folder`/judge_answers.jsonl as it comes, and found there again by its content; the judgements
-    with their prompts, rubric, model, revision, sampling and raw outputs stand in `folder`/judgements.jsonl.
+    The judge's answers are cached in `folder`/judge_answers.jsonl. `folder`/judgements.jsonl records the judgements
+    with their prompts, rubric, model, revision, sampling and raw outputs.
 
     Raises:
-        JudgeError: the judge cannot be had, or the rubric's file cannot be read.
+        JudgeError: the judge cannot be loaded or reached, or the rubric's file cannot be read.
     """
     judge = settings.judge
     rubric = together(target.world, lambda: rubric_of(judge))
     prompts = [question.prompt(rubric) for question in questions]
     local = together(target.world, lambda: LocalJudge(target, settings)) if judge.endpoint is None else None
-    engine: Engine = local or Endpoint(judge, target.world)
+    engine: Engine = local or JudgeServer(judge, target.world)
     raw: list[list[dict[str, Any]]] = [[] for _ in questions]
     judgements: dict[int, Judgement] = {}
     first = Sampling(judge.max_new_tokens, judge.temperature, judge.top_p, settings.seed)
@@ -207,39 +217,52 @@ def judge_all(questions: Sequence[Question], target: Target, settings: Evaluatio
         answers = generate(engine, items, target.world, folder / "judge_answers.jsonl", title)
         for index, answer in zip(asked, answers, strict=True):
             verdict = parse_verdict(answer.text, questions[index].kind, finished=answer.finished)
-            raw[index].append({
-                "output": answer.text, "finished": answer.finished, "sampling": sampling.content(),
-                "verdict": verdict.value, "reason": verdict.reason,
-            })  # fmt: skip
+            raw[index].append(
+                {
+                    "output": answer.text,
+                    "finished": answer.finished,
+                    "sampling": sampling.content(),
+                    "verdict": verdict.value,
+                    "reason": verdict.reason,
+                }
+            )
             if verdict.value is not None or attempt == judge.attempts - 1:
                 judgements[index] = Judgement(verdict.value, verdict.reason, attempt + 1)
     if local is not None:
         local.close()
     found = [judgements[index] for index in range(len(questions))]
     if target.world.is_main:
+        who = _who(engine, judge)
         records = [
             {
-                **question.about, "kind": question.kind, "verdict": judgement.value, "reason": judgement.reason, "judge": by(engine, judge),
-                "rubric": rubric, "prompt": prompt, "attempts": attempts,
+                **question.about,
+                "kind": question.kind,
+                "verdict": judgement.value,
+                "reason": judgement.reason,
+                "judge": who,
+                "rubric": rubric,
+                "prompt": prompt,
+                "attempts": attempts,
             }
             for question, judgement, prompt, attempts in zip(questions, found, prompts, raw, strict=True)
-        ]  # fmt: skip
+        ]
         folder.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(json.loads(to_json(record)), ensure_ascii=False) + "\n" for record in records)
         write_atomically(folder / "judgements.jsonl", "".join(lines))
     return found
 
 
-def by(engine: Engine, judge: Judge) -> dict[str, Any]:
-    """Who judged, for the record: with the address of a server, less what stands before an @ in it."""
-    return {**engine.identity, "endpoint": engine.shown if isinstance(engine, Endpoint) else None, "mode": judge.mode}
+def _who(engine: Engine, judge: Judge) -> dict[str, Any]:
+    """Who judged, for the record; the address of a server is without user name and password."""
+    address = engine.address if isinstance(engine, JudgeServer) else None
+    return {**engine.identity, "endpoint": address, "mode": judge.mode}
 
 
 def rubric_of(judge: Judge) -> str:
     """The text of the rubric.
 
     Raises:
-        JudgeError: the file cannot be read, or has no line for one of the grades.
+        JudgeError: the file cannot be read, or lacks the line of a grade.
     """
     if judge.rubric is None:
         return RUBRIC
@@ -256,12 +279,12 @@ def rubric_of(judge: Judge) -> str:
 
 
 def out_of_ten(grade: int | str | None) -> float | None:
-    """A grade of 1 to 5 as the score that is shown; None for none."""
+    """The score that is shown for a grade from 1 to 5; None for anything else."""
     return 2.0 * grade if isinstance(grade, int) else None
 
 
 def count(judgements: Sequence[Judgement]) -> dict[str, int]:
-    """How many were asked for, could not be read, and were asked for more than once."""
+    """How many judgements there are, how many of them are unparsed, and how many took more than one attempt."""
     return {
         "judgements": len(judgements),
         "unparsed": sum(one.value is None for one in judgements),
@@ -270,7 +293,7 @@ def count(judgements: Sequence[Judgement]) -> dict[str, int]:
 
 
 def reasons(judgements: Iterable[Sequence[Judgement]]) -> dict[str, int]:
-    """Why verdicts could not be read, and how many for each reason, the commonest first."""
+    """How many verdicts could not be parsed for each reason, the most common first."""
     found = Counter(one.reason for group in judgements for one in group if one.value is None and one.reason)
     return dict(found.most_common())
 
@@ -280,7 +303,7 @@ def _again(first: Sampling, attempt: int, temperature: float) -> Sampling:
 
 
 def as_recipe(recipe: Recipe, judge: Judge) -> Recipe:
-    """A recipe that says of the judge what recipes say of a base."""
+    """A recipe whose model is the judge."""
     section = recipe.model.model_copy(
         update={"name": judge.model, "revision": judge.revision, "tokenizer": None, "dtype": judge.dtype}
         | {"trust_remote_code": False, "attn_implementation": "auto"}
@@ -290,7 +313,7 @@ def as_recipe(recipe: Recipe, judge: Judge) -> Recipe:
 
 
 def _revision(recipe: Recipe) -> str:
-    """The commit of a model from the hub, or the hash of a folder's weights and settings."""
+    """The commit of a model on the hub, or a hash of a folder's weights and settings."""
     folder = Path(model_path(recipe))
     if not folder.is_dir():
         config = hf_hub_download(str(folder), "config.json", revision=recipe.model.revision)

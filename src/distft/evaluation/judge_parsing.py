@@ -1,7 +1,7 @@
-"""Read a judge's verdict out of what it wrote: `[RESULT] 4`, or `[RESULT] A` where two answers were compared.
+"""Parse a judge's verdict from what it wrote: `[RESULT] 4`, or `[RESULT] A` if two answers were compared.
 
-The verdict stands behind the marker and alone on its line. Other digits and letters in the text are never looked at: a
-verdict that is not given so is unparsed, with the reason, and the judge is asked again.
+The verdict must follow the marker and be alone on its line. Other digits and letters in the text are never considered:
+anything else is unparsed, with a reason, and the judge is asked again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MARKER = re.compile(rf"(?:[{_OPEN}]|\*\*|__)[\s*_`\\]*RESULT(?![A-Za-z0-9])", r
 _TORN = re.compile(rf"(?:[{_OPEN}]|\*\*|__)[\s*_`\\]*(?:R|RE|RES|RESU|RESUL)\Z", re.IGNORECASE)
 _LEAD = rf"[\s*_`\\:=\"'“”{_OPEN}{_CLOSE}]*"
 _TRAIL = rf"[ \t*_`\\\"'“”{_CLOSE}]*"
-_TAG = r"(?:</?\w+>|<\|\w+\|>)?[ \t]*"  # </result>, or an end-of-turn token that a server has left in
+_TAG = r"(?:</?\w+>|<\|\w+\|>)?[ \t]*"  # </result>, or an end-of-turn token that a server did not remove
 _LINE_ENDS = r"[.!]?" + _TRAIL + _TAG + r"(?P<end>[\r\n]|\Z)"
 _VERDICT: dict[Kind, re.Pattern[str]] = {
     "grade": re.compile(rf"{_LEAD}(?P<value>[1-5]){_TRAIL}(?:/{_TRAIL}5{_TRAIL})?{_LINE_ENDS}", re.ASCII),
@@ -29,7 +29,7 @@ _NUMBER = re.compile(rf"{_LEAD}(?P<number>[-+~]?[0-9][^\s{_CLOSE}*]*)")
 
 @dataclass(frozen=True)
 class Verdict:
-    """`value` is 1 to 5, or A or B; or None, and then `reason` says why the text holds no verdict."""
+    """`value` is 1 to 5, or A or B. If it is None, `reason` says why the text has no verdict."""
 
     value: int | str | None
     reason: str | None = None
@@ -38,8 +38,8 @@ class Verdict:
 def parse_verdict(text: str, kind: Kind, *, finished: bool = True) -> Verdict:
     """The verdict of the last marker in `text`.
 
-    `finished` is False where the judge ran into its token limit: a verdict at the very end of the text may then be the
-    beginning of another (`4` of `4.5`), so it counts only where its line has ended.
+    `finished` is False if the judge ran into its token limit. A verdict at the very end of the text may then be the
+    beginning of another (`4` of `4.5`), so it counts only if its line has ended.
     """
     if not text.strip():
         return Verdict(None, "the judge wrote nothing")
@@ -58,13 +58,13 @@ def parse_verdict(text: str, kind: Kind, *, finished: bool = True) -> Verdict:
         return Verdict(None, "cut off at the verdict")
     earlier = [_said(match, tail) for match, tail in zip(found[:-1], tails[:-1], strict=True)]
     if differing := [said for said in earlier if said is not None and said != last["value"]]:
-        return Verdict(None, f"results that differ: {', '.join([*differing, last['value']])}")
+        return Verdict(None, f"conflicting results: {', '.join([*differing, last['value']])}")
     return Verdict(int(last["value"]) if kind == "grade" else last["value"])
 
 
 def _said(match: re.Match[str] | None, tail: str) -> str | None:
-    """What an earlier marker says: its verdict, or a number that is none; None for a quotation of the format, in which
-    there is neither."""
+    """What an earlier marker says: its verdict, or a number that is not a verdict. None if it only quotes the
+    format."""
     if match is not None:
         return str(match["value"])
     number = _NUMBER.match(tail)

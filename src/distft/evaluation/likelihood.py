@@ -1,4 +1,4 @@
-"""Log-likelihoods of given tokens, in nats: of the trained tokens of samples, and of the ways to go on after a prompt."""
+"""Log-likelihoods of given tokens, in nats: of the trained tokens of samples, and of continuations of prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tokens = Sequence[int]
 
 
 def _padded(rows: Sequence[Tokens], fill: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as ids [rows, longest], filled up on the right, and their mask: 1 for a token."""
+    """Rows padded on the right as ids [rows, longest], and their mask (1 for a token)."""
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *([fill] * (longest - len(row)))] for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
@@ -23,12 +23,12 @@ def _padded(rows: Sequence[Tokens], fill: int, device: torch.device) -> tuple[to
 def trained_log_likelihoods(
     model: Any, rows: Sequence[Tokens], labels: Sequence[Tokens], pad: int, device: torch.device
 ) -> list[float]:
-    """Of each row, the sum of the log-probabilities of those tokens whose label is not -100, in one forward of all rows."""
+    """For each row, the sum of the log-probabilities of the tokens whose label is not -100, in one forward pass."""
     ids, mask = _padded(rows, pad, device)
     targets, _ = _padded(labels, IGNORED, device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     found = []
-    for row in range(len(rows)):  # one row at a time in fp32, or the vocabulary times the batch would fill the device
+    for row in range(len(rows)):  # row by row: fp32 logits of the whole batch could fill the device
         losses = torch.nn.functional.cross_entropy(
             logits[row, :-1].float(), targets[row, 1:], ignore_index=IGNORED, reduction="none"
         )
@@ -39,15 +39,15 @@ def trained_log_likelihoods(
 def continuation_log_likelihoods(
     model: Any, prefixes: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]], pad: int, device: torch.device
 ) -> list[list[float]]:
-    """log P(continuation | prefix) of every continuation of every prefix: [prefixes][continuations], each prefix read once.
+    """log P(continuation | prefix) as [prefixes][continuations], reading each prefix once.
 
-    All prefixes have as many continuations. The first token of each is read off the prefix's last logits; only where one has several
-    is the prefix's cache of keys and values read again, for the rest of its tokens.
+    Every prefix must have the same number of continuations. Their first tokens are scored by the prefix's last logits.
+    Only if a continuation has several tokens is the prefix's key-value cache used to score the rest.
     """
     ids, mask = _padded(prefixes, pad, device)
     lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)
     several = any(len(tokens) > 1 for row in continuations for tokens in row)
-    # The vocabulary is large: logits are made at the ends of prefixes alone. Rows of a batch are about as long as each other.
+    # The vocabulary is large, so compute logits only where prefixes end.
     ends, place = torch.unique(lengths - 1, return_inverse=True)
     output = model(input_ids=ids, attention_mask=mask, use_cache=several, logits_to_keep=ends)
     last = output.logits[torch.arange(len(prefixes), device=device), place].float().log_softmax(-1)
@@ -62,11 +62,15 @@ def continuation_log_likelihoods(
             continue
         fed, fed_mask = _padded([[*tokens[:-1], *([pad] if len(tokens) == 1 else [])] for tokens in tails], pad, device)
         steps = torch.arange(fed.shape[1], device=device)
-        logits = model(
-            input_ids=fed, attention_mask=torch.cat([mask, fed_mask], 1), position_ids=lengths[:, None] + steps,
-            past_key_values=cache, use_cache=True,
-        ).logits.float().log_softmax(-1)  # fmt: skip
+        output = model(
+            input_ids=fed,
+            attention_mask=torch.cat([mask, fed_mask], 1),
+            position_ids=lengths[:, None] + steps,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = output.logits.float().log_softmax(-1)
         for row, tokens in enumerate(tails):
             found[row][number] += sum(float(logits[row, step, token]) for step, token in enumerate(tokens[1:]))
-        cache.crop(-fed.shape[1])  # the next continuation starts from the prefix again
+        cache.crop(-fed.shape[1])  # back to the prefix for the next continuation
     return found

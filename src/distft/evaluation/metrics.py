@@ -1,7 +1,7 @@
 """Figures with what chance does to them: 95% intervals, and whether a difference means anything.
 
-Shares have Wilson's interval and their difference Newcombe's, means and paired differences of scores Student's; F1 and perplexity, which
-are neither, have the bootstrap's.
+Shares have Wilson's interval and their difference Newcombe's, means and paired differences of scores Student's; F1 and
+perplexity, which are neither, have the bootstrap's.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from scipy import stats
 LEVEL = 0.95
 RESAMPLES = 10_000
 FEWEST = 10
-"""On fewer pairs there is no verdict. Ten differences of one sign come by chance once in 512 times (the sign test), and Student's interval
-holds its level on ten grades of 1 to 5; of three or four items that happen to agree an interval says too much."""
+"""On fewer pairs there is no verdict. Ten differences of one sign come by chance once in 512 times (the sign test),
+and Student's interval holds its level on ten grades of 1 to 5; of three or four items that happen to agree an interval
+says too much."""
 TOO_FEW = "too few items"
 _NORMAL = 1.959963984540054
 """The normal distribution's quantile at (1 + LEVEL) / 2."""
 
 Floats = NDArray[np.float64]
+Side = Literal["base", "adapter"]
+Better = Literal["higher", "lower"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Estimate:
 
     @classmethod
     def of(cls, value: float, resampled: Floats) -> Estimate:
-        """From the figure and what it is in bootstrap samples: their percentiles (Efron 1979); samples that give none are left out."""
+        """From the figure and what it is in bootstrap samples: their percentiles (Efron 1979); samples that give none
+        are left out."""
         known = resampled[np.isfinite(resampled)]
         if not len(known):
             return cls(float(value), math.nan, math.nan)
@@ -51,9 +55,9 @@ class Estimate:
 
     @classmethod
     def proportion(cls, value: float, count: int) -> Estimate:
-        """From the share `value` of `count` items: Wilson's interval (1927), which stays within 0 and 1 and has a width at both. None
-        without items. Items may count in parts (a tie as a half): values from 0 to 1 spread no more than those of 0 and 1, so that the
-        interval is then rather too wide."""
+        """From the share `value` of `count` items: Wilson's interval (1927), which stays within 0 and 1 and has a
+        width at both. None without items. Items may count in parts (a tie as a half): values from 0 to 1 spread no
+        more than those of 0 and 1, so that the interval is then rather too wide."""
         if count < 1 or math.isnan(value):
             return cls(value, math.nan, math.nan)
         square = _NORMAL**2 / count
@@ -69,8 +73,8 @@ class Estimate:
 
     @classmethod
     def student(cls, values: Floats) -> Estimate:
-        """The mean of `values` [items] and Student's interval (1908) of it. No bounds of a single value, nor of fewer than FEWEST that are
-        all equal: they do not say how far others would lie."""
+        """The mean of `values` [items] and Student's interval (1908) of it. No bounds of a single value, nor of fewer
+        than FEWEST that are all equal: they do not say how far others would lie."""
         count = len(values)
         value = float(values.mean()) if count else math.nan
         spread = count > 1 and float(np.ptp(values)) > 0
@@ -82,9 +86,10 @@ class Estimate:
 
     @classmethod
     def apart(cls, base: Estimate, adapter: Estimate, correlation: float) -> Estimate:
-        """adapter − base of two shares whose samples have this `correlation`: each bound from the sides' own (Newcombe 1998, "Improved
-        confidence intervals for the difference between binomial proportions based on paired data", method 10; Zou and Donner 2008 for
-        estimates in general). It has a width where all items changed the same way, where a bootstrap sample has none."""
+        """adapter − base of two shares whose samples have this `correlation`: each bound from the sides' own (Newcombe
+        1998, "Improved confidence intervals for the difference between binomial proportions based on paired data",
+        method 10; Zou and Donner 2008 for estimates in general). It has a width where all items changed the same way,
+        where a bootstrap sample has none."""
 
         def reach(one: float, other: float) -> float:
             return math.sqrt(max(one**2 - 2 * correlation * one * other + other**2, 0.0))
@@ -106,41 +111,113 @@ def apart_in_pairs(base: Floats, adapter: Floats) -> Estimate:
     return Estimate.apart(Estimate.share(base), Estimate.share(adapter), correlation(base, adapter))
 
 
-def compared(
+def figure_of(
     base: Estimate | None,
     adapter: Estimate | None,
     difference: Estimate | None = None,
     *,
     title: str,
-    better: Literal["higher", "lower"] = "higher",
+    better: Better = "higher",
     form: str = ".3f",
     count: int | None = None,
     pairs: int | None = None,
 ) -> dict[str, Any]:
-    """A figure as `result["figures"][name]` holds it: both sides, adapter − base, and the verdict on it.
+    """A figure as `result["figures"][name]` holds it: both sides, their difference and the verdict.
 
-    `difference` comes from pairs where there are pairs; None where a side is missing. `form` is how the report writes it, `count` of
-    how many items it is, `pairs` (`count` where it is None) of how many the difference. The verdict is `gain` or `loss` where the interval
-    of the difference leaves 0 out, else `no difference`; `too few items` where there are fewer than FEWEST pairs, whatever the interval.
+    `difference` is adapter − base, over pairs of the same item if there are any; None if a side is missing. Reports
+    format values with `form`. `count` is the number of items, and `pairs` the number of items with a value on both
+    sides (`count` if None).
     """
-    pairs = count if pairs is None else pairs
-    verdict = None
-    if difference is not None and not math.isnan(difference.value) and pairs is not None and pairs < FEWEST:
-        verdict = TOO_FEW
-    elif difference is not None and not math.isnan(difference.low):
-        verdict = "no difference"
-        if difference.low > 0 or difference.high < 0:
-            verdict = "gain" if (difference.value > 0) == (better == "higher") else "loss"
-    sides: Mapping[str, Estimate | None] = {"base": base, "adapter": adapter, "difference": difference}
+    verdict = None if difference is None else verdict_on(difference, better, count if pairs is None else pairs)
+    sides = {"base": base, "adapter": adapter, "difference": difference}
     return {
-        "title": title, "better": better, "form": form, "count": count, "level": LEVEL,
-        **{name: None if side is None else asdict(side) for name, side in sides.items()}, "verdict": verdict,
-    }  # fmt: skip
+        "title": title,
+        "better": better,
+        "form": form,
+        "count": count,
+        "level": LEVEL,
+        **{name: None if side is None else asdict(side) for name, side in sides.items()},
+        "verdict": verdict,
+    }
+
+
+def verdict_on(difference: Estimate, better: Better, pairs: int | None) -> str | None:
+    """What a difference between adapter and base means.
+
+    `gain` or `loss` if its interval excludes 0, `inconclusive` if the interval contains 0, and `no difference` if both
+    are exactly 0. With fewer than FEWEST pairs the verdict is `too few items`, whatever the interval. None if nothing
+    is known.
+    """
+    if not math.isnan(difference.value) and pairs is not None and pairs < FEWEST:
+        return TOO_FEW
+    if math.isnan(difference.low):
+        return None
+    if difference.low > 0 or difference.high < 0:
+        return "gain" if (difference.value > 0) == (better == "higher") else "loss"
+    return "no difference" if difference.low == difference.high == 0 else "inconclusive"
+
+
+def mean_estimate(values: Floats) -> Estimate:
+    """The mean of `values` [items] with Student's interval, ignoring NaN."""
+    return Estimate.student(values[np.isfinite(values)])
+
+
+def mean_figure(sides: Mapping[Side, Floats], *, title: str, form: str, better: Better = "higher") -> dict[str, Any]:
+    """A figure from a value for each item [items] on each side, NaN where an item has none.
+
+    The difference is the mean over the items with a value on both sides.
+    """
+    base, adapter = sides["base"], sides.get("adapter")
+    other, difference, pairs = None, None, None
+    if adapter is not None:
+        other, difference = mean_estimate(adapter), mean_estimate(adapter - base)
+        pairs = int(_known_on_both(base, adapter).sum())
+    return figure_of(
+        mean_estimate(base),
+        other,
+        difference,
+        title=title,
+        better=better,
+        form=form,
+        count=len(base),
+        pairs=pairs,
+    )
+
+
+def share_figure(sides: Mapping[Side, Floats], *, title: str, form: str) -> dict[str, Any]:
+    """Like `mean_figure`, for values from 0 to 1 (a tie is 0.5) whose mean is a share: Wilson's and Newcombe's
+    intervals."""
+    base, adapter = sides["base"], sides.get("adapter")
+    estimates = {side: Estimate.share(values[np.isfinite(values)]) for side, values in sides.items()}
+    difference, pairs = None, None
+    if adapter is not None:
+        both = _known_on_both(base, adapter)
+        difference, pairs = apart_in_pairs(base[both], adapter[both]), int(both.sum())
+    return figure_of(
+        estimates["base"],
+        estimates.get("adapter"),
+        difference,
+        title=title,
+        form=form,
+        count=len(base),
+        pairs=pairs,
+    )
+
+
+def unparsed_figure(sides: Mapping[Side, float], title: str, count: int) -> dict[str, Any]:
+    """A figure of a share of `count` items with Wilson's interval. It has no verdict: it measures the judge, not the
+    model."""
+    estimates = {side: Estimate.proportion(value, count) for side, value in sides.items()}
+    return figure_of(estimates["base"], estimates.get("adapter"), title=title, better="lower", form=".1%", count=count)
+
+
+def _known_on_both(base: Floats, adapter: Floats) -> NDArray[np.bool_]:
+    return np.isfinite(base) & np.isfinite(adapter)
 
 
 def bootstrap_weights(count: int, seed: int, resamples: int = RESAMPLES) -> NDArray[np.int32]:
-    """How often each of `count` items is drawn in each bootstrap sample, [resamples, count]: the same for every figure of one seed,
-    which is what makes differences paired."""
+    """How often each of `count` items is drawn in each bootstrap sample, [resamples, count]: the same for every figure
+    of one seed, which is what makes differences paired."""
     draws = np.random.default_rng(seed)
     weights = np.zeros((resamples, count), dtype=np.int32)
     for row in weights:  # one at a time: the draws of all would take ten times the memory

@@ -1,106 +1,115 @@
-"""Whether an evaluation can be made: all that can be known before a model is loaded or a run is trained, and all of it at once.
+"""Find what is wrong with an evaluation before any model is loaded or any run is trained, all of it at once.
 
-Files are read as the tasks will read them, lm-eval's tasks with their documents, the judge's folder or its place in the cache is looked
-at, and its server is asked whether it is there.
+Files are read as the tasks will read them, the judge's folder or cache is inspected, and its server is contacted.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from datasets.utils.logging import disable_progress_bar
 from huggingface_hub import constants
 
 from distft.config.recipe import Recipe
-from distft.data.formats import check_columns, data_faults
-from distft.data.sources import data_sources, read_source
-from distft.errors import DataError, Fault, UserError
-from distft.evaluation import checks
-from distft.evaluation.engines import openai as endpoint
+from distft.data.formats import data_faults
+from distft.errors import Fault, MissingExtraError, RecipeError, UserError
+from distft.evaluation.engines.openai import unreachable
 from distft.evaluation.judge import as_recipe, rubric_of
-from distft.evaluation.tasks import lm_eval, reviews
-from distft.evaluation.tasks.alpaca import read_pairs
-from distft.evaluation.tasks.mt_bench import read_questions
+from distft.evaluation.tasks import InputFile, load_task
 from distft.hub import missing_model
 
 
-def faults(recipe: Recipe) -> list[Fault]:
-    """What the tasks of `recipe.evaluation` lack, besides the base and the data that the recipe trains on; none where it names no task.
+def check_inputs(recipe: Recipe) -> None:
+    """Check that files and packages are there, without reading any.
 
-    Reads files, and the caches of the hub's clients; where the hub can be reached, what it has of benchmarks is fetched here.
+    Raises:
+        RecipeError: a file is not given or does not exist, or a package is not installed.
     """
-    settings = recipe.evaluation
-    found = checks.faults(recipe)
-    if not settings.tasks:
+    if found := missing_inputs(recipe):
+        raise RecipeError(found)
+
+
+def missing_inputs(recipe: Recipe) -> list[Fault]:
+    """The files (under their own keys) and packages (under the task's section) that the recipe's tasks lack."""
+    tasks = {name: load_task(name) for name in recipe.evaluation.tasks}
+    found = [fault for task in tasks.values() for file in task.files for fault in _missing_file(recipe, file)]
+    for name, task in tasks.items():
+        for module, package in task.packages.items():
+            if importlib.util.find_spec(module) is None:
+                missing = MissingExtraError(f"the figures of task {name}", package, "eval")
+                found.append(Fault(recipe.source.of("evaluation.tasks"), f"evaluation.{name}", str(missing)))
+    return found
+
+
+def faults(recipe: Recipe) -> list[Fault]:
+    """What the recipe's tasks lack, apart from the base model and the recipe's own data; empty without tasks.
+
+    Reads files and the hub's caches. Documents of benchmarks are downloaded here if the hub is reachable.
+    """
+    found = missing_inputs(recipe)
+    if not recipe.evaluation.tasks:
         return found
     disable_progress_bar()
-
-    def look(task: str, key: str, read: Callable[[], object]) -> None:
-        """Read what stands under `key`, unless it is known already that nothing is there."""
-        known = {f"evaluation.{task}", f"evaluation.{key}"} & {fault.key for fault in found}
-        if task in settings.tasks and not known:
-            found.extend(_told(recipe, f"evaluation.{key}", read))
-
-    look("mt_bench", "mt_bench.questions", lambda: read_questions(Path(settings.mt_bench.questions or "")))
-    look("alpaca", "alpaca.path", lambda: read_pairs(Path(settings.alpaca.path or "")))
-    look("imdb", "imdb" if settings.imdb.path is None else "imdb.path", lambda: _reviews(recipe))
-    look("lm_eval", "lm_eval.tasks", lambda: lm_eval.look(settings.lm_eval))
-    if {"mt_bench", "alpaca"} & set(settings.tasks):
-        found.extend(_judge(recipe))
+    known = {fault.key for fault in found}
+    judged = False
+    for name in recipe.evaluation.tasks:
+        task = load_task(name)
+        judged = judged or task.judged
+        for key, read in task.reads(recipe).items():
+            if _is_evaluation(key) and not known & {key, f"evaluation.{name}"}:
+                found.extend(_faults_of(recipe, key, read))
+    if judged:
+        found.extend(_judge_faults(recipe))
     return found
 
 
-def faults_of_base(recipe: Recipe) -> list[Fault]:
-    """What is lacking of the base itself, and of the rows that the recipe holds out where its perplexity is taken."""
-    found = [
-        Fault(recipe.source.of("model.name"), "model.name", line) for line in missing_model(recipe, hub=_is_offline())
-    ]
-    if "perplexity" in recipe.evaluation.tasks and not data_faults(recipe):
+def base_faults(recipe: Recipe) -> list[Fault]:
+    """What the base model lacks, and the recipe's own data if a task reads it. Training checks both by itself."""
+    lines = missing_model(recipe, hub=_is_offline())
+    found = [Fault(recipe.source.of("model.name"), "model.name", line) for line in lines]
+    if not data_faults(recipe):
         disable_progress_bar()
-        found += _told(recipe, "data", lambda: _held_out(recipe))
+        for name in recipe.evaluation.tasks:
+            for key, read in load_task(name).reads(recipe).items():
+                if not _is_evaluation(key):
+                    found.extend(_faults_of(recipe, key, read))
     return found
 
 
-def _judge(recipe: Recipe) -> Iterator[Fault]:
+def _missing_file(recipe: Recipe, file: InputFile) -> Iterator[Fault]:
+    key = f"evaluation.{file.key}"
+    path: Any = recipe
+    for part in key.split("."):
+        path = getattr(path, part)
+    where = recipe.source.of(key)
+    if path is None and file.required:
+        yield Fault(where, key, f"is required for this task: {file.what}", f"{key}=FILE")
+    elif path is not None and not Path(path).expanduser().exists():
+        yield Fault(where, key, f"there is no file or folder {path}")
+
+
+def _is_evaluation(key: str) -> bool:
+    return key.startswith("evaluation.")
+
+
+def _judge_faults(recipe: Recipe) -> Iterator[Fault]:
     judge = recipe.evaluation.judge
-    yield from _told(recipe, "evaluation.judge.rubric", lambda: rubric_of(judge))
+    yield from _faults_of(recipe, "evaluation.judge.rubric", lambda: rubric_of(judge))
     if judge.endpoint is not None:
-        key, lines = "evaluation.judge.endpoint", endpoint.unreachable(judge)
-        hint = "start it first, and give its base URL, http://HOST:PORT/v1"
+        key, lines = "evaluation.judge.endpoint", unreachable(judge)
+        hint = "start the server first, and give its base URL, http://HOST:PORT/v1"
     else:
-        key, lines = (
-            "evaluation.judge.model",
-            missing_model(as_recipe(recipe, judge), " (the judge)", hub=_is_offline()),
-        )
-        hint = (
-            "or give a folder that it lies in, or evaluation.judge.endpoint=http://HOST:PORT/v1 of a server that has it"
-        )
+        key = "evaluation.judge.model"
+        lines = missing_model(as_recipe(recipe, judge), " (the judge)", hub=_is_offline())
+        hint = "or give its folder, or evaluation.judge.endpoint=http://HOST:PORT/v1 of a server that serves it"
     yield from (Fault(recipe.source.of(key), key, line, hint) for line in lines)
 
 
-def _reviews(recipe: Recipe) -> None:
-    words, positive = reviews.words_of(recipe), recipe.evaluation.imdb.positive
-    if positive >= len(words):
-        raise DataError(
-            f"positive={positive} is no class: the label words ({', '.join(words)}) are 0 to {len(words) - 1}"
-        )
-    reviews.chosen(recipe, reviews.load(recipe, len(words)), len(words))
-
-
-def _held_out(recipe: Recipe) -> None:
-    sources = data_sources(recipe.data)
-    if len(sources) == 1 and recipe.data.test_fraction == 0:
-        raise DataError(
-            "the recipe holds out no rows to take the perplexity of; set data.test_fraction, or data.test_path"
-        )
-    for source in sources:
-        name = str(source) if isinstance(source, Path) else source.name
-        check_columns(read_source(source).column_names, recipe.data, name)
-
-
-def _told(recipe: Recipe, key: str, read: Callable[[], object]) -> list[Fault]:
-    """The user's mistake that `read` raises, as a fault of `key`."""
+def _faults_of(recipe: Recipe, key: str, read: Callable[[], object]) -> list[Fault]:
+    """The `UserError` that `read` raises, as a fault of `key`."""
     try:
         read()
     except UserError as error:
@@ -110,5 +119,5 @@ def _told(recipe: Recipe, key: str, read: Callable[[], object]) -> list[Fault]:
 
 
 def _is_offline() -> bool:
-    """Whether what is not in the cache cannot be had; the hub's clients read it once, when they are imported."""
+    """Whether only the cache can be used. The hub's clients read the setting once, when they are imported."""
     return constants.HF_HUB_OFFLINE

@@ -1,7 +1,8 @@
-"""What stands behind the figures of evaluations, for the console and for reports: confusion matrices, categories, outcomes, the judge; and
-what they come to, in a sentence.
+"""What reports and the console show of an evaluation: figures, tables of details, warnings, and a one-sentence
+headline.
 
-From the result of a task, or from what summaries keep of it (PARTS), to tables, and to warnings of figures that say nothing.
+The input is what tasks return, as `evaluation.json` holds it, or the part that `summary.json` keeps (`PARTS`).
+Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -11,166 +12,275 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distft.evaluation.columns import figures, shown
+from distft.runs.figures import FIGURES
 from distft.text import shorten
 
-PARTS = (
-    "figures", "categories", "confusion", "unparsed", "outcomes", "position", "judge", "judged", "reasons",
-)  # fmt: skip
-"""What of a task's result a summary keeps, and a report reads."""
-MODES = {"absolute": "graded one by one", "pairwise": "asked which is better, in both orders"}
+PARTS = ("figures", "categories", "confusion", "unparsed", "outcomes", "position", "judge", "judged", "reasons")
+"""The parts of a task's result that `summary.json` keeps and reports read. A task may return any of them."""
+NOTE = (
+    "Base and adapter are measured on the same items. Intervals are 95%: Wilson's for shares, Student's for means, "
+    "the bootstrap's for F1 and perplexity. `gain` and `loss`: the interval of the difference excludes 0. "
+    "`inconclusive`: it contains 0, so the difference may be chance. `no difference`: both sides agree on every item. "
+    "`too few items`: fewer than 10 pairs, too few for a verdict."
+)
+MODES = {"absolute": "graded individually", "pairwise": "compared in both orders"}
+"""How the judge compares two answers, by `evaluation.judge.mode`."""
+
+Estimate = Mapping[str, float | None]
+"""A figure's `value` and the bounds of its interval, `low` and `high`; None where unknown."""
+
+
+@dataclass(frozen=True)
+class _Presentation:
+    """How the headline shows a task. The default suits a new task: every figure is in the headline."""
+
+    headline: tuple[str, ...] | None = None
+    """The figures that the headline names; None for all."""
+    prefix: bool = False
+    """Put the task's name before the title in the headline."""
+
+
+_PRESENTATION: Mapping[str, _Presentation] = {
+    "perplexity": _Presentation(headline=("perplexity",)),
+    "imdb": _Presentation(headline=("accuracy", "generation_accuracy"), prefix=True),
+    "mt_bench": _Presentation(headline=("score",)),
+    "alpaca": _Presentation(headline=("win_rate", "preferred_rate")),
+}
+_COLUMNS = {figure.key: figure.task for figure in FIGURES if figure.task is not None}
 _METHODS = {"logprob": "by likelihood", "generation": "by generation"}
 _SIDES = ("base", "adapter")
-_ANSWER = 60
-"""Characters of an answer that are shown."""
-_HEADLINE = {
-    "perplexity": ("perplexity",), "imdb": ("accuracy", "generation_accuracy"), "mt_bench": ("score",),
-    "alpaca": ("win_rate", "preferred_rate"),
-}  # fmt: skip
-"""The figures of a task that a headline names; of others all."""
-_NAMED = 6
+_UNKNOWN = "–"
+_EXAMPLE_CHARACTERS = 60
+_LISTED = 6
 
 
 @dataclass(frozen=True)
 class Detail:
-    """A table under the figures; its first column says what a row is of."""
+    """A table of details. Its first column names the row."""
 
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
 
+def columns(evaluation: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """The adapter's figures (the base's where there is no adapter) for the comparison of runs, by column; None if
+    unknown."""
+    return {column: estimate(evaluation, column).get("value") for column in _COLUMNS}
+
+
+def estimate(evaluation: Mapping[str, Any] | None, column: str) -> Estimate:
+    """The estimate shown in `column`, {} if unknown."""
+    task, name = _COLUMNS[column]
+    figure = ((evaluation or {}).get(task) or {}).get("figures", {}).get(name) or {}
+    found: Estimate = figure.get("adapter") or figure.get("base") or {}
+    return found
+
+
+def figures(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Task, name and figure of each figure, without those marked as details (a benchmark may have dozens of parts)."""
+    for task, result in evaluation.items():
+        for name, figure in result["figures"].items():
+            if not figure.get("detail"):
+                yield task, name, {**figure, "verdict": _verdict(figure)}
+
+
+def _verdict(figure: Mapping[str, Any]) -> str | None:
+    """The verdict on a figure; results written before `inconclusive` existed called it `no difference`."""
+    verdict: str | None = figure.get("verdict")
+    low, high = ((figure.get("difference") or {}).get(bound) for bound in ("low", "high"))
+    wide = low is not None and high is not None and low < high
+    return "inconclusive" if verdict == "no difference" and wide else verdict
+
+
+def head(evaluations: Mapping[str, Any]) -> list[str]:
+    """The header of the table of figures; the run's name is a column only if there are several runs."""
+    return [*(["run"] if len(evaluations) > 1 else []), "task", "figure", "items", *_SIDES, "difference", "verdict"]
+
+
+def rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The rows under `head`, from the evaluation of each run."""
+    return [
+        [
+            *([run] if len(evaluations) > 1 else []),
+            task,
+            str(figure["title"]),
+            _UNKNOWN if figure["count"] is None else f"{figure['count']:,}",
+            *(shown(figure[side], figure["form"]) for side in (*_SIDES, "difference")),
+            figure["verdict"] or _UNKNOWN,
+        ]
+        for run, evaluation in evaluations.items()
+        for task, _, figure in figures(evaluation)
+    ]
+
+
+def shown(estimate: Estimate | None, form: str) -> str:
+    """A value formatted with `form`, followed by its interval if it has one."""
+    value, low, high = ((estimate or {}).get(key) for key in ("value", "low", "high"))
+    if value is None or value != value:
+        return _UNKNOWN
+    if low is None or high is None or low != low or high != high:
+        return format(value, form)
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def figure_lines(task: str, result: Mapping[str, Any]) -> list[str]:
+    """One line for the console per figure of a task."""
+    found = []
+    for _, _, figure in figures({task: result}):
+        sides = [f"{side} {shown(figure[side], figure['form'])}" for side in (*_SIDES, "difference") if figure[side]]
+        verdict = f" ({figure['verdict']})" if figure["verdict"] else ""
+        found.append(f"{task}: {figure['title']}: {', '.join(sides)}{verdict}")
+    return found
+
+
+def detail_lines(task: str, result: Mapping[str, Any]) -> list[str]:
+    """The tables of details as lines for the console, one for all rows with the same name."""
+    found = []
+    for detail in details_of(task, result):
+        for name in dict.fromkeys(row[0] for row in detail.rows):
+            cells = [zip(detail.head[1:], row[1:], strict=True) for row in detail.rows if row[0] == name]
+            text = "; ".join(
+                ", ".join(cell if title == "examples" else f"{title} {cell}" for title, cell in row) for row in cells
+            )
+            found.append(f"{detail.title}: {name}: {text}")
+    return found
+
+
 def tables(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Detail]:
-    """The tables of the evaluations of runs by their names; rows of several runs stand in one table, each with its run."""
+    """The tables of details of several runs; equal tables are merged into one with a column for the run."""
     found: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {}
     for run, evaluation in evaluations.items():
         for task, result in evaluation.items():
-            for detail in of_task(task, result):
+            for detail in details_of(task, result):
                 if len(evaluations) > 1:
-                    rows: Sequence[tuple[str, ...]] = [(run, *row) for row in detail.rows]
-                    found.setdefault((detail.title, ("run", *detail.head)), []).extend(rows)
+                    named = [(run, *row) for row in detail.rows]
+                    found.setdefault((detail.title, ("run", *detail.head)), []).extend(named)
                 else:
                     found.setdefault((detail.title, detail.head), []).extend(detail.rows)
     return [Detail(title, head, tuple(rows)) for (title, head), rows in found.items()]
 
 
-def of_task(task: str, result: Mapping[str, Any]) -> Iterator[Detail]:
-    """The tables of one task's result."""
-    confusion = result.get("confusion") or {}
-    for method, words in _METHODS.items():
-        if method in confusion:
-            # The likeliest of the label words is always one of them.
-            said = [f"said {word}" for word in confusion["rows"]] + (
-                ["no label word"] if method == "generation" else []
-            )
-            yield Detail(
-                f"{task}: confusion matrix {words}", ("side", "class", *said),
-                tuple((side, word, *(f"{count:,}" for count in counts[: len(said)]))
-                      for side, matrix in confusion[method].items() for word, counts in zip(confusion["rows"], matrix, strict=True)),
-            )  # fmt: skip
-    if unparsed := [(side, found) for side, found in (result.get("unparsed") or {}).items() if found["count"]]:
-        rows = [(side, f"{found['count']:,}", _quoted(found["first"])) for side, found in unparsed]
-        yield Detail(f"{task}: answers without a label word", ("side", "answers", "the first"), tuple(rows))
+def details_of(task: str, result: Mapping[str, Any]) -> Iterator[Detail]:
+    """The tables of details of one task, one for each of `PARTS` that has one."""
+    yield from _confusion(task, result.get("confusion") or {})
+    if unparsed := {side: found for side, found in (result.get("unparsed") or {}).items() if found["count"]}:
+        rows = [(side, f"{found['count']:,}", _quoted(found["first"])) for side, found in unparsed.items()]
+        yield Detail(f"{task}: answers without a label word", ("side", "answers", "examples"), tuple(rows))
     if categories := result.get("categories"):
-        sides = [side for side in _SIDES if any(side in of for of in categories.values())]
-        yield Detail(
-            f"{task}: score out of 10 by category", ("category", "questions", *sides),
-            tuple((name, str(of["count"]), *(shown(of.get(side), ".2f") for side in sides)) for name, of in categories.items()),
-        )  # fmt: skip
+        sides = [side for side in _SIDES if any(side in scores for scores in categories.values())]
+        rows = [
+            (name, str(scores["count"]), *(shown(scores.get(side), ".2f") for side in sides))
+            for name, scores in categories.items()
+        ]
+        yield Detail(f"{task}: score out of 10 by category", ("category", "questions", *sides), tuple(rows))
     if outcomes := result.get("outcomes"):
-        mode = (result.get("judge") or {}).get("mode", "")
-        position = {side: found for side, found in (result.get("position") or {}).items() if found}
-        head = (
-            "side",
-            "wins",
-            "ties",
-            "losses",
-            "not read",
-            *(("preferred the first", "orders disagree") if position else ()),
-        )
-        rows = []
-        for side, counts in outcomes.items():
-            at = position.get(side)
-            place = () if not position else ("–", "–") if at is None else (
-                f"{at['first_preferred']:.1%}", f"{at['inconsistent']} of {at['pairs']} pairs")  # fmt: skip
-            rows.append((side, *(f"{counts[one]:,}" for one in ("win", "tie", "loss", "unparsed")), *place))
-        yield Detail(f"{task}: outcomes, {MODES.get(mode, mode)}", head, tuple(rows))
+        yield _outcomes(task, result, outcomes)
 
 
-def lines(task: str, result: Mapping[str, Any]) -> list[str]:
-    """The tables as lines of a console, one for all rows of a side."""
-    found = []
-    for detail in of_task(task, result):
-        for first in dict.fromkeys(row[0] for row in detail.rows):
-            cells = [zip(detail.head[1:], row[1:], strict=True) for row in detail.rows if row[0] == first]
-            told = "; ".join(
-                ", ".join(cell if name == "the first" else f"{name} {cell}" for name, cell in row) for row in cells
-            )
-            found.append(f"{detail.title}: {first}: {told}")
-    return found
+def _confusion(task: str, confusion: Mapping[str, Any]) -> Iterator[Detail]:
+    for method, title in _METHODS.items():
+        if method not in confusion:
+            continue
+        words = confusion["rows"]
+        # By likelihood the prediction is always one of the label words.
+        predicted = [f"predicted {word}" for word in words]
+        if method == "generation":
+            predicted.append("no label word")
+        rows = [
+            (side, word, *(f"{count:,}" for count in counts[: len(predicted)]))
+            for side, matrix in confusion[method].items()
+            for word, counts in zip(words, matrix, strict=True)
+        ]
+        yield Detail(f"{task}: confusion matrix {title}", ("side", "class", *predicted), tuple(rows))
+
+
+def _outcomes(task: str, result: Mapping[str, Any], outcomes: Mapping[str, Any]) -> Detail:
+    mode = (result.get("judge") or {}).get("mode", "")
+    positions = {side: found for side, found in (result.get("position") or {}).items() if found}
+    head = ["side", "wins", "ties", "losses", "unparsed"]
+    if positions:
+        head += ["first answer preferred", "orders disagree"]
+    rows = []
+    for side, counts in outcomes.items():
+        row = [side, *(f"{counts[outcome]:,}" for outcome in ("win", "tie", "loss", "unparsed"))]
+        if side in positions:
+            found = positions[side]
+            row += [f"{found['first_preferred']:.1%}", f"{found['inconsistent']} of {found['pairs']} pairs"]
+        elif positions:
+            row += [_UNKNOWN, _UNKNOWN]
+        rows.append(tuple(row))
+    return Detail(f"{task}: outcomes, {MODES.get(mode, mode)}", tuple(head), tuple(rows))
 
 
 def warnings(task: str, result: Mapping[str, Any], folder: str) -> list[str]:
-    """What makes figures of a task mean nothing, a line each; `folder` holds what the task wrote.
+    """Why the judged figures of a task are unreliable, one line per reason; `folder` is the task's.
 
-    Most verdicts unread: more than half of a side's. A judge that goes by the place: its two orders disagree in half of the pairs or more.
-    Verdicts thrown by a coin disagree in half of them, and one place preferred in three quarters of the verdicts makes as many disagree.
+    Either more than half of a side's verdicts could not be parsed, or the judge's two orders disagree in at least half
+    of the pairs. Coin flips disagree in half of them, and so does a judge that prefers one position in three quarters
+    of its verdicts.
     """
     found = []
     judged: Mapping[str, Any] = result.get("judged") or {}
     if any(2 * counts["unparsed"] > counts["judgements"] for counts in judged.values()):
-        unread, all_ = (sum(counts[key] for counts in judged.values()) for key in ("unparsed", "judgements"))
-        reason, times = next(iter((result.get("reasons") or {}).items()), ("not known", unread))
+        unparsed, total = (sum(counts[key] for counts in judged.values()) for key in ("unparsed", "judgements"))
+        reason, times = next(iter((result.get("reasons") or {}).items()), ("unknown", unparsed))
         limit = (result.get("judge") or {}).get("max_new_tokens")
-        at = f" (evaluation.judge.max_new_tokens={limit})" if reason.startswith("cut off") and limit else ""
+        setting = f" (evaluation.judge.max_new_tokens={limit})" if reason.startswith("cut off") and limit else ""
         found.append(
-            f"{task}: {unread:,} of {all_:,} verdicts of the judge could not be read, so that its figures say little; the commonest reason, "
-            f"{times:,} times: {reason}{at}. See {folder}/judgements.jsonl"
+            f"{task}: {unparsed:,} of {total:,} verdicts of the judge could not be parsed, so its figures say little; "
+            f"most common reason ({times:,} times): {reason}{setting}. See {folder}/judgements.jsonl"
         )
-    doubtful = {
-        side: at
-        for side, at in (result.get("position") or {}).items()
-        if at and 2 * at["inconsistent"] >= at["pairs"] > 0
+    biased = {
+        side: position
+        for side, position in (result.get("position") or {}).items()
+        if position and 2 * position["inconsistent"] >= position["pairs"] > 0
     }
-    if doubtful:
-        told = ", ".join(
-            f"{side} {at['inconsistent']} of {at['pairs']} pairs, what stood first preferred in {at['first_preferred']:.0%}"
-            for side, at in doubtful.items()
+    if biased:
+        counts = ", ".join(
+            f"{side} {position['inconsistent']} of {position['pairs']} pairs, first answer preferred in "
+            f"{position['first_preferred']:.0%} of verdicts"
+            for side, position in biased.items()
         )
         found.append(
-            f"{task}: the judge's two orders disagree in half of the pairs or more, as a coin's would, so that the share of pairs won says "
-            f"nothing ({told})"
+            f"{task}: the judge's two orders disagree in at least half of the pairs, as coin flips would, so the share "
+            f"of pairs won says nothing ({counts})"
         )
     return found
 
 
 def headline(evaluation: Mapping[str, Any]) -> str:
-    """What one fine-tune changed, in a sentence or two, or that it changed nothing; empty where nothing was measured on both sides."""
-    told: dict[str, list[str]] = {}
-    doubtful = [task for task, result in evaluation.items() if warnings(task, result, task)]
+    """What the fine-tune changed, in one or two sentences; empty if nothing was measured on both sides."""
+    unreliable = [task for task, result in evaluation.items() if warnings(task, result, task)]
+    changes: list[str] = []
+    others: dict[str, list[str]] = {}
     for task, name, figure in figures(evaluation):
-        if figure["verdict"] and task not in doubtful and name in _HEADLINE.get(task, (name,)):
-            changed = figure["verdict"] in ("gain", "loss")
-            sides = " → ".join(_value(figure[side], figure["form"]) for side in ("base", "adapter"))
-            title = f"{task} {figure['title']}" if task == "imdb" else str(figure["title"])
-            words = f"{title} {sides} ({figure['verdict']})" if changed else title
-            told.setdefault("changed" if changed else figure["verdict"], []).append(words)
-    changes = told.pop("changed", [])
-    rest = [f"{verdict} in {shorten(names, _NAMED)}" for verdict, names in told.items()]
-    rest += [f"the judge's verdicts mean little in {', '.join(doubtful)}"] if doubtful else []
+        shape = _PRESENTATION.get(task, _Presentation())
+        if not figure["verdict"] or task in unreliable or (shape.headline is not None and name not in shape.headline):
+            continue
+        title = f"{task} {figure['title']}" if shape.prefix else str(figure["title"])
+        if figure["verdict"] in ("gain", "loss"):
+            before, after = (_value(figure[side], figure["form"]) for side in _SIDES)
+            changes.append(f"{title} {before} → {after} ({figure['verdict']})")
+        else:
+            others.setdefault(figure["verdict"], []).append(title)
+    rest = [f"{verdict} for {shorten(titles, _LISTED)}" for verdict, titles in others.items()]
+    if unreliable:
+        rest.append(f"the judge's verdicts are unreliable for {', '.join(unreliable)}")
+    text = "; ".join(rest)
     if changes:
-        more = "; ".join(rest)
-        return f"The fine-tune changed {shorten(changes, _NAMED, '; ')}." + (
-            f" {more[0].upper()}{more[1:]}." if more else ""
+        return f"The fine-tune changed {shorten(changes, _LISTED, '; ')}." + (
+            f" {text[0].upper()}{text[1:]}." if text else ""
         )
-    return f"The fine-tune changed nothing that these items can tell from chance: {'; '.join(rest)}." if rest else ""
+    return f"No change could be shown: {text}." if text else ""
 
 
-def _value(estimate: Mapping[str, float | None] | None, form: str) -> str:
+def _value(estimate: Estimate | None, form: str) -> str:
     return shown({"value": (estimate or {}).get("value")}, form)
 
 
 def _quoted(texts: Sequence[str]) -> str:
-    """The texts, each once, on one line."""
-    short = [text if len(text) <= _ANSWER else f"{text[: _ANSWER - 1]}…" for text in texts]
+    """Each distinct text, shortened and quoted, on one line."""
+    limit = _EXAMPLE_CHARACTERS
+    short = [text if len(text) <= limit else f"{text[: limit - 1]}…" for text in texts]
     return " · ".join(json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(short))

@@ -1,4 +1,4 @@
-"""What is evaluated: a base and what was trained on it, loaded as it was trained, a whole copy for each process."""
+"""What is evaluated: a base and what was trained on it, loaded as in training, a whole copy on each process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SideName = Literal["base", "adapter"]
 
 @dataclass
 class _Loaded:
-    """The model in memory, and which side's weights it has where there is no adapter to turn off."""
+    """The model in memory, and whose weights it has if there is no adapter to switch off."""
 
     model: Any = None
     side: SideName = "base"
@@ -33,28 +33,29 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class Target:
-    """A base and its adapter, on this process's device. `result` is the folder of the adapter, or of the whole model where all
-    parameters were trained (`is_adapter` is false; it is still called the adapter's side); None for a base alone.
-
-    `identity` names the weights of each side by their content, for the keys of what was made with them.
-    """
+    """A base and its adapter on this process's device."""
 
     recipe: Recipe
     world: World
     tokenizer: Any
     device: torch.device
     result: Path | None
+    """The folder of the adapter, or of the whole model if all parameters were trained; None for a base alone."""
     is_adapter: bool
+    """False if `result` is a whole model. It is the side `adapter` all the same."""
     identity: dict[SideName, str]
+    """The weights of each side by their content, for cache keys."""
     _loaded: _Loaded = field(default_factory=_Loaded, repr=False)
 
     @classmethod
     def load(cls, recipe: Recipe, result: Path | None, world: World) -> Target:
-        """The base as the recipe loads it (quantised or not, in its type) with the adapter of `result` on it through PEFT, not merged.
-        All ranks enter.
+        """Load the base as the recipe does (its dtype, its quantisation), with the adapter on it through PEFT, not
+        merged.
+
+        All ranks call this.
 
         Raises:
-            ModelError: the base or the adapter cannot be had, or they do not fit each other.
+            ModelError: the base or the adapter cannot be loaded, or they do not fit each other.
         """
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
@@ -73,26 +74,26 @@ class Target:
 
     @property
     def sides(self) -> tuple[SideName, ...]:
-        """`base` and `adapter`, or `base` alone."""
+        """`base` and `adapter`, or only `base`."""
         return ("base",) if self.result is None else ("base", "adapter")
 
     @property
     def model(self) -> Any:
-        """The model as it is now: within `side`, that side's."""
+        """The model in memory; within `side`, that side's."""
         return self._loaded.model
 
     @contextmanager
     def side(self, name: SideName) -> Iterator[Any]:
-        """The model with the adapter on or off, in evaluation mode and without gradients.
+        """The model with the adapter switched on or off, in evaluation mode and without gradients.
 
-        Where all parameters were trained, the other side's weights are loaded in place of those in memory, so take all that needs one
-        side before the other.
+        If all parameters were trained, changing sides loads the other model in place of the one in memory: finish with
+        one side before the other.
 
         Raises:
             ModelError: there is no such side.
         """
         if name not in self.sides:
-            raise ModelError(f"there is no {name} to evaluate, only a base; give adapter=FOLDER")
+            raise ModelError(f"there is only a base to evaluate, no {name}; give adapter=FOLDER")
         if not self.is_adapter and self._loaded.side != name:
             self._loaded.model = None
             if self.device.type == "cuda":
@@ -119,26 +120,22 @@ class Target:
             section = recipe.model.model_copy(update={"name": str(self.result), "revision": None})
             recipe = recipe.model_copy(update={"model": section})
         kernel = recipe.model.attn_implementation
-        model = load_base(
-            recipe,
-            device_map={"": self.device.index or 0} if self.device.type == "cuda" else None,
-            attn_implementation=kernel
-            if kernel in ("eager", "flash_attention_2")
-            else "sdpa",  # batches are padded here
-        )
-        return model.eval()
+        if kernel not in ("eager", "flash_attention_2"):
+            kernel = "sdpa"  # batches are padded here, unlike in training
+        place = {"": self.device.index or 0} if self.device.type == "cuda" else None
+        return load_base(recipe, device_map=place, attn_implementation=kernel).eval()
 
     def held_out(self) -> Any:
-        """The recipe's prepared held-out rows, None where it has none.
+        """The recipe's prepared held-out rows, None if it holds out none.
 
         Raises:
-            DataError: the data cannot be had.
+            DataError: the data cannot be loaded.
         """
         return together(self.world, lambda: prepare_data(self.recipe, self.tokenizer)).test
 
 
 def _contents(folder: Path) -> Iterator[str]:
-    """The hash of every file of weights in `folder`."""
+    """The hash of every file of weights and settings in `folder`."""
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
         with file.open("rb") as stream:
             yield f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}"

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from distft.evaluation import columns
+from distft.evaluation import summary
 from distft.reports.drawing import COLOURS, INK, LABEL, NAMED, Chart, drawn
 from distft.text import shorten
 
@@ -23,7 +23,7 @@ def evaluation_charts(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Char
     """
     grouped: dict[tuple[str, str], list[tuple[str, Mapping[str, Any]]]] = {}
     for run, evaluation in evaluations.items():
-        for task, name, figure in columns.figures(evaluation):
+        for task, name, figure in summary.figures(evaluation):
             if any((figure[side] or {}).get("value") is not None for side in ("base", "adapter")):
                 own = name if task == "perplexity" else figure["form"]  # perplexity and loss have no common scale
                 label = figure["title"] if len(evaluations) == 1 else f"{run}, {figure['title']}"
@@ -71,7 +71,7 @@ def _side_by_side(key: str, task: str, figures: Sequence[tuple[str, Mapping[str,
         axes.set_yticks(range(len(figures)), labels)
         axes.invert_yaxis()
 
-    rows = tuple((label, *(columns.shown(figure[side], figure["form"]) for side in sides)) for label, figure in figures)
+    rows = tuple((label, *(summary.shown(figure[side], figure["form"]) for side in sides)) for label, figure in figures)
     told = shorten([f"{label}: {figure['verdict']}" for label, figure in figures if figure["verdict"]], NAMED, "; ")
     return Chart(
         key,

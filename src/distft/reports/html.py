@@ -9,7 +9,6 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from distft.evaluation import columns
 from distft.evaluation import summary as details
 from distft.paths import packaged
 from distft.reports.charts import charts
@@ -145,10 +144,10 @@ def _changed(report: Report) -> list[Section]:
         return []
     # An interval stays on one line; it may stand below its figure.
     rows = [
-        [cell.replace(", ", ",\u00a0") if "[" in cell else cell for cell in row] for row in columns.rows(evaluations)
+        [cell.replace(", ", ",\u00a0") if "[" in cell else cell for cell in row] for row in details.rows(evaluations)
     ]
-    table = Table(columns.head(evaluations), rows, tight=True)
-    told, title = _plain([columns.NOTE]), "What the fine-tune changed"
+    table = Table(details.head(evaluations), rows, tight=True)
+    told, title = _plain([details.NOTE]), "What the fine-tune changed"
     parts = [
         Section(f"evaluation-{number}", detail.title, Table(detail.head, detail.rows, tight=True), part=True)
         for number, detail in enumerate(details.tables(evaluations))

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from distft.evaluation import columns
 from distft.evaluation import summary as details
 from distft.reports.bottleneck import PARTS
 from distft.reports.comparison import ROUNDING, Comparison, bounds
@@ -125,8 +124,8 @@ def _evaluations(report: Report) -> list[str]:
     warnings = "\n".join(f"- Warning: {line}." for line in report.warnings)
     return [
         "## What the fine-tune changed",
-        _table(columns.head(found), columns.rows(found)),
-        columns.NOTE,
+        _table(details.head(found), details.rows(found)),
+        details.NOTE,
         *([warnings] if warnings else []),
         *(
             block

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distft.errors import RunFolderError
-from distft.evaluation import columns
 from distft.evaluation import summary as details
 from distft.files import to_json
 from distft.reports.bottleneck import Bound, Facts, Split, bound, whole_run
@@ -308,7 +307,7 @@ class _Comparer:
         return max(1, sum(len(members) > 1 for members in [*self.done.values()][1:]))
 
     def _estimates(self, variant: str, key: str) -> list[Mapping[str, float | None]]:
-        return [found for run in self.done[variant] if (found := columns.estimate(run.evaluation, key))]
+        return [found for run in self.done[variant] if (found := details.estimate(run.evaluation, key))]
 
     def compare(self, first: str, name: str) -> list[Comparison]:
         """The variant `name` beside `first` in every figure that both have."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from distft.config.yaml import parse_yaml
 from distft.errors import RunFolderError
-from distft.evaluation.columns import columns
+from distft.evaluation.summary import columns
 from distft.reports.bottleneck import Split
 from distft.reports.comparability import DATA, WEIGHTS
 from distft.runs.folder import RunFolder

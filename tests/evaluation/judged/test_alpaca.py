@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 from distft.errors import DataError
-from distft.evaluation.columns import columns
 from distft.evaluation.judge import Judgement
-from distft.evaluation.summary import lines, warnings
+from distft.evaluation.summary import columns, detail_lines, warnings
 from distft.evaluation.target import Target
-from distft.evaluation.tasks.alpaca import Judged, Pair, judged, read_pairs, result, run
+from distft.evaluation.tasks.alpaca import TASK, Judged, Pair, judged, read_pairs, summarise
 from distft.files import read_lines, to_json
 from tests.evaluation.judged.conftest import evaluation
 
@@ -63,7 +62,7 @@ def test_json_and_json_lines_are_read(pairs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[]", "no entry"),
+        ("[]", "no entries"),
         ("[{]", "cannot be read"),
         ('[{"instruction": "One"}]', "entry 1: AlpacaEval's format"),
         (
@@ -109,7 +108,9 @@ def test_a_preference_counts_where_it_is_the_same_in_both_orders(
 
 def test_the_figures_are_what_counting_gives() -> None:
     given = {"base": [2, 4, 3, 3, None, 3], "adapter": [4, 4, 5, 3, 1, 3]}
-    found = result({side: [Judgement(one, None, 1) for one in values] for side, values in given.items()}, evaluation())  # type: ignore[misc]
+    found = summarise(
+        {side: [Judgement(one, None, 1) for one in values] for side, values in given.items()}, evaluation()
+    )  # type: ignore[misc]
     assert found["outcomes"] == {
         "base": {"win": 0, "tie": 1, "loss": 1, "unparsed": 1}, "adapter": {"win": 1, "tie": 1, "loss": 1, "unparsed": 0},
     }  # fmt: skip
@@ -139,7 +140,7 @@ def test_absolute_grades_decide_and_the_reference_is_graded_once(
 ) -> None:
     server = replay(by_length)
     settings, folder = settings_for(pairs, server.address), tmp_path / "alpaca"
-    found = run(target, settings, folder)
+    found = TASK.run(target, settings, folder)
     outputs = {side: json.loads((folder / f"outputs_{side}.json").read_text()) for side in ("base", "adapter")}
     for side, written in outputs.items():
         assert [set(one) for one in written] == [{"instruction", "output", "generator", "dataset"}] * 4
@@ -158,14 +159,14 @@ def test_absolute_grades_decide_and_the_reference_is_graded_once(
     assert len(server.prompts) == len(set(server.prompts))
     assert sum("\nA pear.\n" in prompt for prompt in server.prompts) == 1
     asked = len(server.bodies)
-    assert run(target, settings, folder) == found and len(server.bodies) == asked
+    assert TASK.run(target, settings, folder) == found and len(server.bodies) == asked
 
 
 def test_both_orders_are_asked_and_a_fair_judge_is_consistent(
     target: Target, tmp_path: Path, pairs: Path, replay: Replay
 ) -> None:
     server = replay(by_length)
-    found = run(target, settings_for(pairs, server.address, mode="pairwise"), tmp_path / "alpaca")
+    found = TASK.run(target, settings_for(pairs, server.address, mode="pairwise"), tmp_path / "alpaca")
     outputs = json.loads((tmp_path / "alpaca" / "outputs_adapter.json").read_text())
     longer = [len(one["output"]) - len(pair["output"]) for one, pair in zip(outputs, PAIRS, strict=True)]
     assert found["outcomes"]["adapter"] == {
@@ -185,34 +186,34 @@ def test_a_judge_that_always_takes_the_first_says_nothing_and_is_reported(
     target: Target, tmp_path: Path, pairs: Path, replay: Replay
 ) -> None:
     server = replay(lambda body, number: (200, "Both are good. [RESULT] A"))
-    found = run(target, settings_for(pairs, server.address, mode="pairwise"), tmp_path / "alpaca")
+    found = TASK.run(target, settings_for(pairs, server.address, mode="pairwise"), tmp_path / "alpaca")
     for side in ("base", "adapter"):
         assert found["outcomes"][side] == {"win": 0, "tie": 4, "loss": 0, "unparsed": 0}
         assert found["position"][side] == {"first_preferred": 1.0, "inconsistent": 4, "pairs": 4}
         won = found["figures"]["preferred_rate"][side]
         assert won["value"] == 0.5 and won["low"] < 0.2 and won["high"] > 0.8, "of four pairs"
     (warning,) = warnings("alpaca", found, "folder")
-    assert "two orders disagree in half of the pairs or more" in warning
-    assert "base 4 of 4 pairs, what stood first preferred in 100%" in warning
-    (base, adapter) = lines("alpaca", found)
+    assert "two orders disagree in at least half of the pairs" in warning
+    assert "base 4 of 4 pairs, first answer preferred in 100% of verdicts" in warning
+    (base, adapter) = detail_lines("alpaca", found)
     assert base == (
-        "alpaca: outcomes, asked which is better, in both orders: base: wins 0, ties 4, losses 0, not read 0, preferred the first 100.0%, "
+        "alpaca: outcomes, compared in both orders: base: wins 0, ties 4, losses 0, unparsed 0, first answer preferred 100.0%, "
         "orders disagree 4 of 4 pairs"
     )
-    assert adapter.startswith("alpaca: outcomes, asked which is better, in both orders: adapter: wins 0")
+    assert adapter.startswith("alpaca: outcomes, compared in both orders: adapter: wins 0")
 
 
 def test_the_two_modes_are_two_figures_with_titles_that_say_so() -> None:
     graded = {side: [Judgement(grade, None, 1) for grade in (3, 2) * 12] for side in ("base", "adapter")}
     preferred = {side: [Judgement(place, None, 1) for place in "AB" * 12] for side in ("base", "adapter")}
-    one = result(graded, evaluation())  # type: ignore[arg-type]
-    other = result(preferred, evaluation(judge={"mode": "pairwise"}))  # type: ignore[arg-type]
-    assert one["figures"]["win_rate"]["title"] == "AlpacaEval pairs won, graded one by one"
-    assert other["figures"]["preferred_rate"]["title"] == "AlpacaEval pairs won, asked which is better in both orders"
+    one = summarise(graded, evaluation())  # type: ignore[arg-type]
+    other = summarise(preferred, evaluation(judge={"mode": "pairwise"}))  # type: ignore[arg-type]
+    assert one["figures"]["win_rate"]["title"] == "AlpacaEval pairs won, graded individually"
+    assert other["figures"]["preferred_rate"]["title"] == "AlpacaEval pairs won, compared in both orders"
     assert "preferred_rate" not in one["figures"] and "win_rate" not in other["figures"]
     assert columns({"alpaca": one})["alpaca_win_rate"] == 1.0 == columns({"alpaca": other})["alpaca_preferred_rate"]
     assert columns({"alpaca": one})["alpaca_preferred_rate"] is None is columns({"alpaca": other})["alpaca_win_rate"]
-    assert lines("alpaca", one)[0].startswith("alpaca: outcomes, graded one by one: base: wins 12, ties 0")
+    assert detail_lines("alpaca", one)[0].startswith("alpaca: outcomes, graded individually: base: wins 12, ties 0")
     assert warnings("alpaca", one, "") == warnings("alpaca", other, "") == [], (
         "a judge whose orders agree is no cause for a warning"
     )
@@ -226,7 +227,7 @@ def test_a_real_server_judges_from_end_to_end(
         alpaca={"path": str(pairs), "limit": 1}, generation={"max_new_tokens": 4},
         judge={"endpoint": served, "model": str(chat_model), "attempts": 2, "max_new_tokens": 6, "mode": "pairwise"},
     )  # fmt: skip
-    found = run(target, settings, tmp_path / "alpaca")
+    found = TASK.run(target, settings, tmp_path / "alpaca")
     assert found["outcomes"]["adapter"] == {"win": 0, "tie": 0, "loss": 0, "unparsed": 1}
     assert found["judged"]["base"] == {"judgements": 2, "unparsed": 2, "asked_again": 2}
     assert json.loads(to_json(found))["figures"]["preferred_rate"]["base"]["value"] is None

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distft.config.evaluation import Judge
 from distft.distributed.world import World
 from distft.errors import JudgeError
-from distft.evaluation.engines.openai import Endpoint, unreachable
+from distft.evaluation.engines.openai import JudgeServer, unreachable
 from distft.evaluation.engines.transformers import TransformersEngine
 from distft.evaluation.generate import Answer, Item, Sampling
 
@@ -25,11 +25,11 @@ def item(text: str, **sampling: Any) -> Item:
     return Item(({"role": "user", "content": text},), Sampling(16, **sampling))
 
 
-def endpoint(address: str, **settings: Any) -> Endpoint:
-    return Endpoint(Judge(endpoint=address, model="some-judge", **{"retries": 2, **settings}), World())
+def endpoint(address: str, **settings: Any) -> JudgeServer:
+    return JudgeServer(Judge(endpoint=address, model="some-judge", **{"retries": 2, **settings}), World())
 
 
-def answers(judge: Endpoint, *items: Item) -> list[Answer]:
+def answers(judge: JudgeServer, *items: Item) -> list[Answer]:
     found = dict(judge.write(items))
     return [found[index] for index in range(len(items))]
 
@@ -40,7 +40,7 @@ def test_a_real_server_writes_what_its_model_does(served: str, chat_model: Path)
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
     here = TransformersEngine(model, tokenizer, {}, batch_tokens=1_000, template="chat")
     expected = dict(here.write(asked))
-    judge = Endpoint(Judge(endpoint=served, model=str(chat_model)), World())
+    judge = JudgeServer(Judge(endpoint=served, model=str(chat_model)), World())
     assert answers(judge, *asked) == [expected[0], expected[1]]
     sampled = [item("Tell me something.", temperature=1.5, seed=seed) for seed in (1, 2)]
     one, two = (answers(judge, asked_one)[0].text for asked_one in sampled)
@@ -88,14 +88,18 @@ def test_a_busy_server_is_asked_again(replay: Replay, status: int) -> None:
 
 def test_one_that_stays_busy_is_given_up(replay: Replay) -> None:
     server = replay(lambda body, number: (503, "overloaded"), reply_headers={"Retry-After": "0"})
-    with pytest.raises(JudgeError, match=r"tried 3 times: 503 .*overloaded"):
+    with pytest.raises(JudgeError, match=r"did not answer in 3 attempts: 503 .*overloaded"):
         answers(endpoint(server.address), item("Grade this."))
     assert len(server.bodies) == 3
 
 
 @pytest.mark.parametrize(
     ("status", "says"),
-    [(400, "refuses: 400"), (401, r"set the environment variable OPENAI_API_KEY"), (404, "mostly ends in /v1")],
+    [
+        (400, "rejected the request: 400"),
+        (401, r"set the environment variable OPENAI_API_KEY"),
+        (404, "usually ends in /v1"),
+    ],
 )
 def test_a_refusal_is_final_and_the_key_is_not_repeated(
     replay: Replay, monkeypatch: pytest.MonkeyPatch, status: int, says: str
@@ -111,7 +115,7 @@ def test_a_refusal_is_final_and_the_key_is_not_repeated(
 @pytest.mark.parametrize("answer", ["<html>Welcome</html>", '{"object": "list"}', '{"choices": []}', "[]"])
 def test_something_else_at_the_address_is_named(replay: Replay, answer: str) -> None:
     server = replay(lambda body, number: (299, answer))  # sent as it is
-    with pytest.raises(JudgeError, match="does not answer as an OpenAI-compatible server"):
+    with pytest.raises(JudgeError, match="does not respond like an OpenAI-compatible server"):
         answers(endpoint(server.address), item("Grade this."))
 
 
@@ -120,7 +124,7 @@ def test_nobody_at_the_address_is_said_with_the_address_but_without_its_secrets(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(
-        JudgeError, match=f"http://127.0.0.1:{port}/v1/chat/completions does not judge, tried once"
+        JudgeError, match=f"http://127.0.0.1:{port}/v1/chat/completions did not answer in 1 attempt:"
     ) as caught:
         answers(endpoint(f"http://me:hidden@127.0.0.1:{port}/v1", retries=0), item("Grade this."))
     assert "hidden" not in str(caught.value)
@@ -138,19 +142,19 @@ def test_whether_a_server_is_there_is_seen_in_a_moment(replay: Replay, served: s
     assert unreachable(Judge(endpoint=served)) == []
     server = replay(lambda body, number: (200, "[RESULT] 3"))  # has no list of models
     assert unreachable(Judge(endpoint=server.address)) == [] and not server.bodies
-    assert unreachable(Judge(endpoint="http://127.0.0.1:port/v1"))[0].startswith("is no address")
+    assert unreachable(Judge(endpoint="http://127.0.0.1:port/v1"))[0].startswith("is not a URL")
 
 
 def test_several_requests_in_one_trouble_say_it_once(replay: Replay, capsys: pytest.CaptureFixture[str]) -> None:
     server = replay(lambda body, number: (503, "overloaded"), reply_headers={"Retry-After": "0"})
-    with pytest.raises(JudgeError, match="tried 4 times"):
+    with pytest.raises(JudgeError, match="in 4 attempts"):
         answers(endpoint(server.address, concurrency=4, retries=3), *(item(f"Text {number}") for number in range(4)))
-    assert capsys.readouterr().err.count("overloaded; asked again in 0 s") == 1
+    assert capsys.readouterr().err.count("overloaded; retrying in 0 s") == 1
 
 
 def test_a_server_that_does_not_answer_in_time_is_asked_again(replay: Replay) -> None:
     server = replay(lambda body, number: (200, "[RESULT] 3"), delay_s=3.0)
-    with pytest.raises(JudgeError, match=r"tried 2 times: no answer \(ReadTimeout"):
+    with pytest.raises(JudgeError, match=r"in 2 attempts: no response \(ReadTimeout"):
         answers(endpoint(server.address, timeout_s=0.3, retries=1), item("Grade this."))
     assert len(server.bodies) == 2
 

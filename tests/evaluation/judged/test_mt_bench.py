@@ -12,9 +12,9 @@ import pytest
 
 from distft.errors import DataError
 from distft.evaluation.judge import Judgement
-from distft.evaluation.summary import lines, warnings
+from distft.evaluation.summary import detail_lines, warnings
 from distft.evaluation.target import Target
-from distft.evaluation.tasks.mt_bench import TEMPERATURE, TwoTurns, read_questions, result, run
+from distft.evaluation.tasks.mt_bench import TASK, TEMPERATURE, TwoTurns, read_questions, summarise
 from distft.files import read_lines, to_json
 from tests.evaluation.judged.conftest import evaluation
 
@@ -73,13 +73,13 @@ def test_questions_are_read_as_the_benchmark_writes_them(questions: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "no question"),
-        ("{]", "line 1 is no question"),
-        ('{"question_id": 1, "category": "math"}', "line 1 has no turns: a question of MT-Bench has question_id"),
+        ("", "no questions"),
+        ("{]", "line 1 is not a question"),
+        ('{"question_id": 1, "category": "math"}', "line 1 lacks turns: a question of MT-Bench has question_id"),
         ('{"question_id": 1, "category": "math", "turns": ["One"]}', "2 turns"),
         ('{"question_id": 1, "category": "math", "turns": "ab"}', "2 turns"),
         ('{"question_id": 1, "category": null, "turns": ["One", "Two"]}', "all of them text"),
-        ('{"question_id": 1, "category": "math", "turns": ["One", "Two"]}\n' * 2, "question_id 1 stands there twice"),
+        ('{"question_id": 1, "category": "math", "turns": ["One", "Two"]}\n' * 2, "question_id 1 more than once"),
     ],
 )
 def test_a_file_that_is_none_of_questions_says_where(tmp_path: Path, text: str, says: str) -> None:
@@ -98,7 +98,7 @@ def test_means_are_over_samples_and_what_is_unparsed_is_counted() -> None:
         side: [Judgement(value, None if value else "no [RESULT]", 1) for value in found]
         for side, found in values.items()
     }
-    found = result(asked, given, evaluation())  # type: ignore[arg-type]
+    found = summarise(asked, given, evaluation())  # type: ignore[arg-type]
     score = found["figures"]["score"]
     assert score["base"]["value"] == pytest.approx((3 + 8) / 2)  # the third has no score
     assert score["adapter"]["value"] == pytest.approx((7 + 10 + 4) / 3)
@@ -110,7 +110,7 @@ def test_means_are_over_samples_and_what_is_unparsed_is_counted() -> None:
     assert found["judged"]["adapter"] == {"judgements": 6, "unparsed": 1, "asked_again": 0}
     assert found["reasons"] == {"no [RESULT]": 4}
     assert warnings("mt_bench", found, "") == [], "half of the base's are not most"
-    assert lines("mt_bench", found)[0].startswith(
+    assert detail_lines("mt_bench", found)[0].startswith(
         "mt_bench: score out of 10 by category: math: questions 2, base 5.50 ["
     )
     assert found["figures"]["score"]["verdict"] == "too few items"
@@ -132,7 +132,7 @@ def test_both_sides_answer_both_turns_and_each_answer_gets_its_judgement(
 
     server = replay(says)
     settings, folder = settings_for(questions, server.address), tmp_path / "mt_bench"
-    found = run(target, settings, folder)
+    found = TASK.run(target, settings, folder)
 
     records = read_lines(folder / "judgements.jsonl")
     assert len(records) == 2 * 2 * len(QUESTIONS)
@@ -178,7 +178,7 @@ def test_both_sides_answer_both_turns_and_each_answer_gets_its_judgement(
             assert turn_2["sampling"]["temperature"] == temperatures[question["category"]]
 
     asked, before = len(server.bodies), (folder / "answers.jsonl").read_bytes()
-    assert run(target, settings, folder) == found
+    assert TASK.run(target, settings, folder) == found
     assert len(server.bodies) == asked and (folder / "answers.jsonl").read_bytes() == before
 
 
@@ -193,7 +193,7 @@ def test_a_temperature_of_ones_own_goes_before_the_benchmarks(
             "mt_bench": settings.mt_bench.model_copy(update={"limit": 1}),
         }
     )
-    found = run(target, settings, tmp_path / "mt_bench")
+    found = TASK.run(target, settings, tmp_path / "mt_bench")
     assert found["questions"] == 1 and found["figures"]["score"]["adapter"]["value"] == 8.0
     assert {one["sampling"]["temperature"] for one in read_lines(tmp_path / "mt_bench" / "answers.jsonl")} == {0.0}
 
@@ -206,14 +206,14 @@ def test_a_real_server_judges_from_end_to_end(
         mt_bench={"questions": str(questions), "limit": 2}, generation={"max_new_tokens": 4},
         judge={"endpoint": served, "model": str(chat_model), "attempts": 1, "max_new_tokens": 6},
     )  # fmt: skip
-    found = run(target, settings, tmp_path / "mt_bench")
+    found = TASK.run(target, settings, tmp_path / "mt_bench")
     assert found["judged"] == {side: {"judgements": 4, "unparsed": 4, "asked_again": 0} for side in ("base", "adapter")}
     assert found["figures"]["unparsed"]["adapter"]["value"] == 1.0
     shown = json.loads(to_json(found))["figures"]["score"]
     assert shown["base"]["value"] is None and shown["verdict"] is None
     (warning,) = warnings("mt_bench", found, "runs/a/evaluation/mt_bench")
     assert warning == (
-        "mt_bench: 8 of 8 verdicts of the judge could not be read, so that its figures say little; the commonest reason, 8 times: "
+        "mt_bench: 8 of 8 verdicts of the judge could not be parsed, so its figures say little; most common reason (8 times): "
         "cut off before [RESULT] (evaluation.judge.max_new_tokens=6). See runs/a/evaluation/mt_bench/judgements.jsonl"
     )
     records = read_lines(tmp_path / "mt_bench" / "judgements.jsonl")

@@ -1,6 +1,7 @@
-"""Answers of a model behind an OpenAI-compatible server: vLLM, `transformers serve`, llama.cpp, or a provider.
+"""Answers from an OpenAI-compatible server: vLLM, `transformers serve`, llama.cpp, or a provider.
 
-The key comes from an environment variable and goes into the request's header; it is written nowhere.
+The key is read from an environment variable and sent in the request's header. It is never written to a file or a
+message.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -19,27 +21,30 @@ import httpx
 from distft.config.evaluation import Judge
 from distft.console import say
 from distft.distributed.world import World
-from distft.errors import JudgeError
+from distft.errors import DistftError, JudgeError
 from distft.evaluation.generate import Answer, Item, Message, item_seed
 
-_LONGEST_WAIT_S = 60.0
+_MAX_BACKOFF_S = 60.0
+_MAX_RETRY_AFTER_S = 600.0
 _CONNECT_S = 10.0
-_LOOK_S = 3.0
-"""How long a server may take to show that it is there."""
-_BUSY = 429
+_PROBE_S = 3.0
+_TOO_MANY_REQUESTS = 429
+_REPORTED_ATTEMPT = 2
+"""Retries are reported from this attempt on: trouble that passes by itself is no news."""
 
 
 def unreachable(judge: Judge) -> list[str]:
-    """In a line why no request would reach `judge.endpoint`; none where something answers there, whatever it says, or takes longer.
+    """Why no request would reach `judge.endpoint`, in at most one line.
 
-    It is asked once for its list of models.
+    The server is asked once for its list of models. Any response counts as reachable, and so does a server that
+    accepts the connection but takes long to respond.
     """
     try:
         url = httpx.URL((judge.endpoint or "").rstrip("/") + "/models")
     except httpx.InvalidURL as error:
-        return [f"is no address: {error}"]
+        return [f"is not a URL: {error}"]
     try:
-        httpx.get(url, headers=_headers(judge), timeout=_LOOK_S)
+        httpx.get(url, headers=_headers(_key(judge)), timeout=_PROBE_S)
     except httpx.ReadTimeout:
         return []
     except httpx.HTTPError as error:
@@ -48,118 +53,167 @@ def unreachable(judge: Judge) -> list[str]:
 
 
 def without_secrets(url: httpx.URL) -> httpx.URL:
-    """As it may be shown: what stands before an @ is a secret."""
+    """The URL without user name and password."""
     return url.copy_with(userinfo=b"")
 
 
-class Endpoint:
-    """`POST {endpoint}/chat/completions`, with up to `concurrency` requests under way at once over all processes."""
+@dataclass
+class Client:
+    """POSTs completion requests to `url`, up to `concurrency` at once, and retries those that fail for the moment."""
 
-    def __init__(self, judge: Judge, world: World) -> None:
-        assert judge.endpoint is not None
-        self.judge = judge
-        self.url = httpx.URL(judge.endpoint.rstrip("/") + "/chat/completions")
-        self.shown = str(without_secrets(self.url))
-        self.threads = max(1, judge.concurrency // world.world_size)
-        self._speaking, self._said = threading.Lock(), ""
+    url: httpx.URL
+    name: str
+    """The server in messages, such as `the judge at http://…`."""
+    error: type[DistftError]
+    """What is raised if a request fails for good."""
+    concurrency: int
+    retries: int
+    timeout_s: float
+    key: str | None = None
+    remedy: str = ""
+    """Ends the message after the last retry."""
+    remedy_for: Callable[[int], str] = lambda status: ""
+    """Ends the message if the server rejects a request, by HTTP status."""
+    trust_env: bool = True
+    """Use the proxies that the environment names."""
+    _speaking: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _last_said: str = field(default="", repr=False)
 
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """The address is no part of it: the same model elsewhere gives the same judgement."""
-        return {"engine": "endpoint", "model": self.judge.model, "revision": self.judge.revision}
+    def complete(self, bodies: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Answer]]:
+        """The index of each request with its answer, in the order in which they arrive.
 
-    def prompt(self, messages: Sequence[Message]) -> str:
-        """One user's turn as it is, a conversation as JSON: the server knows the template."""
-        return messages[0]["content"] if len(messages) == 1 else json.dumps(messages)
-
-    def write(self, items: Sequence[Item]) -> Iterator[tuple[int, Answer]]:
-        """Raises:
-        JudgeError: the server cannot be reached, refuses, or answers something else.
+        Raises:
+            DistftError: an `error`: the server cannot be reached, rejects a request, or does not respond as expected.
         """
-        if not items:
+        if not bodies:
             return
-        headers = _headers(self.judge)
-        timeout = httpx.Timeout(self.judge.timeout_s, connect=min(_CONNECT_S, self.judge.timeout_s))
-        over = threading.Event()
-        with httpx.Client(headers=headers, timeout=timeout) as client, ThreadPoolExecutor(self.threads) as pool:
-            asked = {pool.submit(self._ask, client, item, over): index for index, item in enumerate(items)}
+        stop = threading.Event()
+        client = httpx.Client(
+            headers=_headers(self.key),
+            timeout=httpx.Timeout(self.timeout_s, connect=min(_CONNECT_S, self.timeout_s), pool=None),
+            limits=httpx.Limits(max_connections=self.concurrency),
+            trust_env=self.trust_env,
+        )
+        with client, ThreadPoolExecutor(self.concurrency) as pool:
+            requests = {pool.submit(self._post, client, body, stop): index for index, body in enumerate(bodies)}
             try:
-                for future in as_completed(asked):
-                    yield asked[future], future.result()
-            finally:  # one has failed, or nobody wants the rest: no request waits for its next try
-                over.set()
+                for future in as_completed(requests):
+                    yield requests[future], future.result()
+            finally:  # after a failure, or if the caller stops early, no request waits for its next retry
+                stop.set()
                 pool.shutdown(cancel_futures=True)
 
-    def _ask(self, client: httpx.Client, item: Item, over: threading.Event) -> Answer:
-        sampling = item.sampling
-        body: dict[str, Any] = {
-            "model": self.judge.model, "messages": list(item.messages), "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature, "seed": item_seed(sampling, self.prompt(item.messages)),
-        }  # fmt: skip
-        if sampling.temperature > 0 and sampling.top_p < 1:
-            body["top_p"] = sampling.top_p
-        for attempt in range(self.judge.retries + 1):
-            asked_to_wait = None
+    def _post(self, client: httpx.Client, body: Mapping[str, Any], stop: threading.Event) -> Answer:
+        for attempt in range(self.retries + 1):
+            retry_after = None
             try:
                 response = client.post(self.url, json=body)
             except httpx.TransportError as error:
-                problem = f"no answer ({type(error).__name__}: {error})"
+                problem = f"no response ({type(error).__name__}: {error})"
             except httpx.HTTPError as error:
-                raise JudgeError(f"the judge at {self.shown} cannot be asked: {error}") from error
+                raise self.error(f"the request to {self.name} failed: {error}") from error
             else:
                 if response.is_success:
                     return self._answer(response)
-                problem = f"{response.status_code} {response.reason_phrase}: {self._start(response)}"
-                if response.status_code != _BUSY and response.status_code < 500:
-                    raise JudgeError(
-                        f"the judge at {self.shown} refuses: {problem}{self._remedy(response.status_code)}"
-                    )
-                asked_to_wait = _retry_after(response)
-            if attempt < self.judge.retries:
-                wait = min(2.0**attempt, _LONGEST_WAIT_S) if asked_to_wait is None else asked_to_wait
-                if attempt == 2:  # one that passes by itself is no news
-                    self._say(f"the judge at {self.shown}: {problem}; asked again in {wait:.0f} s")
-                if over.wait(wait):
+                problem = f"{response.status_code} {response.reason_phrase}: {self._excerpt(response)}"
+                if response.status_code != _TOO_MANY_REQUESTS and response.status_code < 500:
+                    remedy = self.remedy_for(response.status_code)
+                    raise self.error(f"{self.name} rejected the request: {problem}{remedy}")
+                retry_after = _retry_after(response)
+            if attempt < self.retries:
+                wait = min(2.0**attempt, _MAX_BACKOFF_S) if retry_after is None else retry_after
+                if attempt == _REPORTED_ATTEMPT:
+                    self._say(f"{self.name}: {problem}; retrying in {wait:.0f} s")
+                if stop.wait(wait):
                     break
-        tried = "once" if self.judge.retries == 0 else f"{self.judge.retries + 1} times"
-        raise JudgeError(
-            f"the judge at {self.shown} does not judge, tried {tried}: {problem}; is the server up, and is "
-            "evaluation.judge.endpoint its base URL (http://HOST:PORT/v1)? What is judged is kept: start again to go on"
-        )
+        attempts = f"{self.retries + 1} attempt{'s' if self.retries else ''}"
+        raise self.error(f"{self.name} did not answer in {attempts}: {problem}{self.remedy}")
 
     def _say(self, line: str) -> None:
-        """Once, for the threads meet the same trouble together."""
+        """Say it once: all threads meet the same trouble at the same time."""
         with self._speaking:
-            if line != self._said:
+            if line != self._last_said:
                 say(line)
-            self._said = line
+            self._last_said = line
 
     def _answer(self, response: httpx.Response) -> Answer:
         try:
             record = response.json()
             choice = record["choices"][0]
-            text = choice["message"]["content"] or ""
-            tokens = (record.get("usage") or {}).get("completion_tokens") or 0
-            # A lone surrogate is JSON, but no text that can be written.
-            return Answer(
-                str(text).encode("utf-8", "replace").decode(), int(tokens), choice.get("finish_reason") != "length"
-            )
+            text = str((choice["message"]["content"] if "message" in choice else choice["text"]) or "")
+            tokens = int((record.get("usage") or {}).get("completion_tokens") or 0)
+            # JSON can hold a lone surrogate, which UTF-8 cannot.
+            return Answer(text.encode("utf-8", "replace").decode(), tokens, choice.get("finish_reason") != "length")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise JudgeError(
-                f"{self.shown} does not answer as an OpenAI-compatible server does: {self._start(response)}"
-            ) from error
+            address, excerpt = without_secrets(self.url), self._excerpt(response)
+            raise self.error(f"{address} does not respond like an OpenAI-compatible server: {excerpt}") from error
 
-    def _start(self, response: httpx.Response) -> str:
-        """The beginning of what the server says; some repeat the key."""
-        key, text = _key(self.judge), " ".join(response.text.split())
-        return (text.replace(key, "…") if key else text)[:300]
+    def _excerpt(self, response: httpx.Response) -> str:
+        """The beginning of the response, without the key, which some servers repeat."""
+        text = " ".join(response.text.split())
+        return (text.replace(self.key, "…") if self.key else text)[:300]
 
-    def _remedy(self, status: int) -> str:
+
+class JudgeServer:
+    """A judge behind `{endpoint}/chat/completions`. `judge.concurrency` is shared by all processes."""
+
+    def __init__(self, judge: Judge, world: World) -> None:
+        assert judge.endpoint is not None
+        self.judge = judge
+        url = httpx.URL(judge.endpoint.rstrip("/") + "/chat/completions")
+        self.address = str(without_secrets(url))
+        self._client = Client(
+            url,
+            f"the judge at {self.address}",
+            JudgeError,
+            concurrency=max(1, judge.concurrency // world.world_size),
+            retries=judge.retries,
+            timeout_s=judge.timeout_s,
+            key=_key(judge),
+            remedy=(
+                "; is the server up, and is evaluation.judge.endpoint its base URL (http://HOST:PORT/v1)? Finished "
+                "judgements are kept: run the same command to continue"
+            ),
+            remedy_for=self._remedy_for,
+        )
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Without the address: the same model elsewhere gives the same judgement."""
+        return {"engine": "endpoint", "model": self.judge.model, "revision": self.judge.revision}
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """A single user turn as it is, a conversation as JSON: only the server knows the template."""
+        return messages[0]["content"] if len(messages) == 1 else json.dumps(messages)
+
+    def write(self, items: Sequence[Item]) -> Iterator[tuple[int, Answer]]:
+        """Raises:
+        JudgeError: the server cannot be reached, rejects a request, or does not respond as expected.
+        """
+        return self._client.complete([self._body(item) for item in items])
+
+    def _body(self, item: Item) -> dict[str, Any]:
+        sampling = item.sampling
+        body: dict[str, Any] = {
+            "model": self.judge.model,
+            "messages": list(item.messages),
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "seed": item_seed(sampling, self.prompt(item.messages)),
+        }
+        if sampling.temperature > 0 and sampling.top_p < 1:
+            body["top_p"] = sampling.top_p
+        return body
+
+    def _remedy_for(self, status: int) -> str:
         if status in (401, 403):
-            known = "its key is not accepted" if _key(self.judge) else "no key was sent"
+            known = "the key was not accepted" if _key(self.judge) else "no key was sent"
             return f" ({known}: set the environment variable {self.judge.api_key_env})"
         if status == 404:
-            return " (evaluation.judge.endpoint is the base URL, which mostly ends in /v1; evaluation.judge.model is a name that the server knows)"
+            return (
+                " (evaluation.judge.endpoint must be the base URL, which usually ends in /v1, and "
+                "evaluation.judge.model a name that the server knows)"
+            )
         return ""
 
 
@@ -167,13 +221,12 @@ def _key(judge: Judge) -> str | None:
     return os.environ.get(judge.api_key_env) or None
 
 
-def _headers(judge: Judge) -> dict[str, str]:
-    key = _key(judge)
+def _headers(key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that the server asks to wait: a number, or a date."""
+    """The Retry-After header in seconds; it is a number or a date."""
     value = response.headers.get("retry-after", "")
     try:
         seconds = float(value)
@@ -182,4 +235,4 @@ def _retry_after(response: httpx.Response) -> float | None:
             seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
         except (ValueError, TypeError):
             return None
-    return min(max(seconds, 0.0), 10 * _LONGEST_WAIT_S)
+    return min(max(seconds, 0.0), _MAX_RETRY_AFTER_S)

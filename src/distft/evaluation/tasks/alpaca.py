@@ -1,15 +1,16 @@
-"""Answers beside those of a reference, as AlpacaEval pairs them (Li et al. 2023, https://github.com/tatsu-lab/alpaca_eval).
+"""Answers compared with a reference's, paired as in AlpacaEval (Li et al. 2023,
+https://github.com/tatsu-lab/alpaca_eval).
 
-`judge.mode: absolute` grades each answer by itself: the higher grade wins, and no order of the two can matter. `pairwise` asks which of
-the two is better, once in each order: a judge that takes the same place both times has said nothing, which is a tie. Outputs are
-written in AlpacaEval's format, for its own tool.
+`judge.mode: absolute` grades each answer individually: the higher grade wins, and order cannot matter. `pairwise` asks
+which of the two is better, once in each order: a judge that prefers the same position both times has said nothing,
+which is a tie. Outputs are also written in the format of AlpacaEval's own tool.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,23 +18,24 @@ from typing import Any, Literal
 import numpy as np
 
 from distft.config.evaluation import Evaluation
+from distft.config.recipe import Recipe
 from distft.distributed.collectives import together
 from distft.errors import DataError
-from distft.evaluation.engines.transformers import engine_of
-from distft.evaluation.generate import Answer, Item, Sampling, generate
+from distft.evaluation.engines.choose import choose_engine
+from distft.evaluation.generate import Answer, Item, Sampling, describe_answers, generate
 from distft.evaluation.judge import Judgement, Question, count, judge_all, out_of_ten, reasons
-from distft.evaluation.metrics import Floats
-from distft.evaluation.scores import described, mean_of_known, paired, paired_shares, share
+from distft.evaluation.metrics import Floats, mean_estimate, mean_figure, share_figure, unparsed_figure
 from distft.evaluation.target import SideName, Target
+from distft.evaluation.tasks import InputFile, Task
 from distft.files import write_atomically
 
 Outcome = Literal["win", "tie", "loss", "unparsed"]
 POINTS: Mapping[Outcome, float] = {"win": 1.0, "tie": 0.5, "loss": 0.0, "unparsed": float("nan")}
 _WON = {
-    "absolute": ("win_rate", "AlpacaEval pairs won, graded one by one"),
-    "pairwise": ("preferred_rate", "AlpacaEval pairs won, asked which is better in both orders"),
+    "absolute": ("win_rate", "AlpacaEval pairs won, graded individually"),
+    "pairwise": ("preferred_rate", "AlpacaEval pairs won, compared in both orders"),
 }
-"""Name and title of the share of pairs won, for each mode of the judge: the two are not the same figure."""
+"""Name and title of the share of pairs won in each mode of the judge: the two are different figures."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,62 @@ class Pair:
 
 @dataclass(frozen=True)
 class Judged:
-    """An answer's outcome against the reference's output. `scores` are out of 10, the answer's and the reference's, None where there is
-    no grade; `places` are the verdicts of the two orders (A is what stood first), None where there are none or where one is unparsed."""
+    """An answer's outcome against the reference's output."""
 
     outcome: Outcome
     scores: tuple[float | None, float | None] = (None, None)
+    """The scores of answer and reference out of 10; None without a grade."""
     places: tuple[str, str] | None = None
+    """The verdicts in the two orders (A is the first answer); None in absolute mode, or if one is unparsed."""
+
+
+class AlpacaTask(Task):
+    """Answer and judge, on both sides.
+
+    `figures`: win_rate in absolute mode, preferred_rate in pairwise mode (a tie is half a win), score (mean out of 10,
+    only in absolute mode) and unparsed (share of the verdicts). `outcomes` counts each side's wins, ties, losses and
+    pairs without a verdict; `position` says how much the position of an answer mattered.
+    """
+
+    files = (InputFile("alpaca.path", "instructions and outputs in AlpacaEval's format"),)
+    judged = True
+
+    def reads(self, recipe: Recipe) -> Mapping[str, Callable[[], object]]:
+        path = recipe.evaluation.alpaca.path or ""
+        return {"evaluation.alpaca.path": lambda: read_pairs(Path(path))}
+
+    def run(self, target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
+        """Raises:
+        DataError: the pairs cannot be read.
+        JudgeError: the judge cannot be loaded or reached.
+        """
+        path = Path(settings.alpaca.path or "")
+        pairs = together(target.world, lambda: read_pairs(path, settings.alpaca.limit))
+        answers = {side: _answer(target, settings, side, pairs, folder) for side in target.sides}
+        ask = _in_both_orders if settings.judge.mode == "pairwise" else _individually
+        asked = [question for side in target.sides for question in ask(side, pairs, answers[side])]
+        judgements = judge_all(asked, target, settings, folder)
+        size = 2 * len(pairs)
+        by_side: dict[SideName, list[Judgement]] = {
+            side: judgements[number * size : (number + 1) * size] for number, side in enumerate(target.sides)
+        }
+        if target.world.is_main:
+            for side in target.sides:
+                generator = f"{target.recipe.model.name} ({side})"
+                _write(folder / f"outputs_{side}.json", generator, pairs, answers[side])
+        described = {side: describe_answers(answers[side]) for side in target.sides}
+        return summarise(by_side, settings) | {"answers": described}
+
+
+TASK = AlpacaTask()
 
 
 def read_pairs(path: Path, limit: int | None = None) -> list[Pair]:
-    """The first `limit` entries of a file in AlpacaEval's format: JSON, or JSON lines, of instruction, output, perhaps dataset.
+    """The first `limit` entries of a file in AlpacaEval's format: JSON or JSON lines of instruction, output and,
+    optionally, dataset.
 
     Raises:
-        DataError: the file cannot be read, or an entry is no such pair.
+        DataError: the file cannot be read, or an entry is not a pair.
     """
     try:
         text = path.expanduser().read_text(encoding="utf-8")
@@ -73,49 +118,22 @@ def read_pairs(path: Path, limit: int | None = None) -> list[Pair]:
         if not isinstance(record, dict) or not all(
             isinstance(record.get(key), str) for key in ("instruction", "output")
         ):
-            raise DataError(f"{path}, entry {number}: AlpacaEval's format has the texts `instruction` and `output`")
+            raise DataError(f"{path}, entry {number}: AlpacaEval's format needs the texts `instruction` and `output`")
     if not records:
-        raise DataError(f"{path} has no entry")
+        raise DataError(f"{path} has no entries")
     return [Pair(one["instruction"], one["output"], str(one.get("dataset") or path.stem)) for one in records[:limit]]
 
 
-def run(target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
-    """Answer and judge, on both sides. All ranks enter, and all get the result.
-
-    `figures`: win_rate in absolute mode, preferred_rate in pairwise mode (a tie is half a win), score (mean out of 10; in absolute mode) and
-    unparsed (share of the verdicts). `outcomes` counts each side's wins, ties, losses and pairs without a verdict, `position` says how much the place of an answer mattered.
-
-    Raises:
-        DataError: the pairs cannot be read.
-        JudgeError: the judge cannot be had.
-    """
-    pairs = together(target.world, lambda: read_pairs(Path(settings.alpaca.path or ""), settings.alpaca.limit))
-    answers = {side: _answered(target, settings, side, pairs, folder) for side in target.sides}
-    ask = _both_orders if settings.judge.mode == "pairwise" else _both_alone
-    asked = [question for side in target.sides for question in ask(side, pairs, answers[side])]
-    judgements = judge_all(asked, target, settings, folder)
-    size = 2 * len(pairs)
-    by_side: dict[SideName, list[Judgement]] = {
-        side: judgements[number * size : (number + 1) * size] for number, side in enumerate(target.sides)
-    }
-    if target.world.is_main:
-        for side in target.sides:
-            _write(folder / f"outputs_{side}.json", f"{target.recipe.model.name} ({side})", pairs, answers[side])
-    return result(by_side, settings) | {"answers": {side: described(answers[side]) for side in target.sides}}
-
-
-def _answered(
-    target: Target, settings: Evaluation, side: SideName, pairs: Sequence[Pair], folder: Path
-) -> list[Answer]:
+def _answer(target: Target, settings: Evaluation, side: SideName, pairs: Sequence[Pair], folder: Path) -> list[Answer]:
     section = settings.generation
     sampling = Sampling(section.max_new_tokens, section.temperature or 0.0, section.top_p, settings.seed)
     items = [Item(({"role": "user", "content": pair.instruction},), sampling) for pair in pairs]
     with target.side(side):
-        return generate(engine_of(target, settings, side), items, target.world, folder / "answers.jsonl", side)
+        return generate(choose_engine(target, settings, side), items, target.world, folder / "answers.jsonl", side)
 
 
-def _both_alone(side: SideName, pairs: Sequence[Pair], answers: Sequence[Answer]) -> list[Question]:
-    """The grade of each answer, and of the reference's output (which is asked for once, whatever the number of sides)."""
+def _individually(side: SideName, pairs: Sequence[Pair], answers: Sequence[Answer]) -> list[Question]:
+    """The grade of each answer and of the reference's output (whose grade is cached: both sides share it)."""
     return [
         Question(pair.instruction, (text.strip(),), {"side": side, "index": index, "of": of})
         for index, (pair, answer) in enumerate(zip(pairs, answers, strict=True))
@@ -123,7 +141,7 @@ def _both_alone(side: SideName, pairs: Sequence[Pair], answers: Sequence[Answer]
     ]
 
 
-def _both_orders(side: SideName, pairs: Sequence[Pair], answers: Sequence[Answer]) -> list[Question]:
+def _in_both_orders(side: SideName, pairs: Sequence[Pair], answers: Sequence[Answer]) -> list[Question]:
     return [
         Question(pair.instruction, texts, {"side": side, "index": index, "first": first})
         for index, (pair, answer) in enumerate(zip(pairs, answers, strict=True))
@@ -135,7 +153,7 @@ def _both_orders(side: SideName, pairs: Sequence[Pair], answers: Sequence[Answer
 
 
 def judged(first: Judgement, second: Judgement) -> Judged:
-    """From two grades (of the answer and of the reference's output) or two preferences (the answer first, then second)."""
+    """From two grades (answer, reference) or two preferences (answer first, answer second)."""
     if first.value is None or second.value is None:
         return Judged("unparsed", (out_of_ten(first.value), out_of_ten(second.value)))
     if isinstance(first.value, int) and isinstance(second.value, int):
@@ -145,8 +163,8 @@ def judged(first: Judgement, second: Judgement) -> Judged:
     return Judged("tie" if places[0] == places[1] else "win" if places == ("A", "B") else "loss", places=places)
 
 
-def result(judgements: Mapping[SideName, Sequence[Judgement]], settings: Evaluation) -> dict[str, Any]:
-    """From the judgements of each side, two for each pair in order, to the figures."""
+def summarise(judgements: Mapping[SideName, Sequence[Judgement]], settings: Evaluation) -> dict[str, Any]:
+    """The figures from the judgements of each side, two per pair, in order."""
     found = {
         side: [judged(*two) for two in zip(given[::2], given[1::2], strict=True)] for side, given in judgements.items()
     }
@@ -154,14 +172,16 @@ def result(judgements: Mapping[SideName, Sequence[Judgement]], settings: Evaluat
     unparsed = {side: count(given)["unparsed"] / len(given) for side, given in judgements.items()}
     name, title = _WON[settings.judge.mode]
     figures = {
-        name: paired_shares(points, title=title, form=".1%"),
-        "unparsed": share(unparsed, "AlpacaEval verdicts that could not be read", len(next(iter(judgements.values())))),
+        name: share_figure(points, title=title, form=".1%"),
+        "unparsed": unparsed_figure(
+            unparsed, "AlpacaEval verdicts that could not be parsed", len(next(iter(judgements.values())))
+        ),
     }
     reference = None
     if settings.judge.mode == "absolute":
         scores = {side: _scores(all_, 0) for side, all_ in found.items()}
-        figures["score"] = paired(scores, title="AlpacaEval score out of 10", form=".2f")
-        reference = mean_of_known(_scores(found["base"], 1)).value
+        figures["score"] = mean_figure(scores, title="AlpacaEval score out of 10", form=".2f")
+        reference = mean_estimate(_scores(found["base"], 1)).value
     return {
         "figures": figures,
         "outcomes": {side: _counts(all_) for side, all_ in found.items()},
@@ -185,8 +205,8 @@ def _scores(found: Sequence[Judged], which: int) -> Floats:
 
 
 def _position(found: Sequence[Judged]) -> dict[str, Any] | None:
-    """How often the answer that stood first was preferred (1/2 where the place does not matter), and how many pairs got the same place
-    in both orders. None in absolute mode, in which an answer has no place."""
+    """How often the first answer was preferred (1/2 if position does not matter), and how many pairs got the same
+    position in both orders. None in absolute mode, in which an answer has no position."""
     places = [one.places for one in found if one.places is not None]
     if not places:
         return None
@@ -198,7 +218,7 @@ def _position(found: Sequence[Judged]) -> dict[str, Any] | None:
 
 
 def _write(path: Path, generator: str, pairs: Sequence[Pair], answers: Sequence[Answer]) -> None:
-    """A model's outputs as AlpacaEval reads them."""
+    """Write a model's outputs in AlpacaEval's format."""
     records = [
         {
             "instruction": pair.instruction,

@@ -1,51 +1,102 @@
-"""Academic benchmarks by lm-evaluation-harness, base against adapter: what was gained, what was forgotten, and what is chance.
+"""Academic benchmarks by lm-evaluation-harness: what the fine-tune gained, what it forgot, and what is chance.
 
-The model is handed to lm-eval as it is loaded, the adapter on it through PEFT. Every process takes its share of the documents.
+lm-eval gets the loaded model, with the adapter on it through PEFT. Every process scores its share of the documents.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import distributed
 
-from distft import upstream_api
+from distft import hub, upstream_api
 from distft.config.evaluation import Evaluation, LmEval
+from distft.config.recipe import Recipe
 from distft.config.validation import nearest
+from distft.distributed.collectives import broadcast, gather
 from distft.distributed.world import World
 from distft.errors import DataError
-from distft.evaluation.metrics import Estimate, apart_in_pairs, compared
+from distft.evaluation.metrics import Estimate, apart_in_pairs, figure_of
 from distft.evaluation.target import SideName, Target
+from distft.evaluation.tasks import InputFile, Task
 
 Results = Mapping[str, Any]
+"""What lm-eval's `simple_evaluate` returns."""
 
 
-def run(target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
-    """lm-eval's tasks for both sides, with its own result files in `folder`/<side>/. All ranks enter.
+class LmEvalTask(Task):
+    """lm-eval's own figures for both sides, with its result files in `folder`/<side>/.
 
-    What was answered already is found in its caches of answers, one a side, rank and adapter.
-
-    `look` says beforehand whether lm-eval has the tasks.
+    Answers are cached by lm-eval, one database per side, adapter and rank.
     """
-    section = settings.lm_eval
-    found: dict[SideName, Results] = {side: _evaluate(target, side, settings, folder) for side in target.sides}
-    result: dict[str, Any] = {}
-    if target.world.is_main:
-        result = {
-            "figures": figures(found), "tasks": section.tasks, "limit": section.limit, "seed": settings.seed,
-            "results": {side: results["results"] for side, results in found.items()},
-            "versions": found["base"]["versions"], "num_fewshot": found["base"]["n-shot"],
-        }  # fmt: skip
-    shared = [result]
-    if target.world.world_size > 1:
-        distributed.broadcast_object_list(shared, src=0)
-    return shared[0]
+
+    files = (InputFile("lm_eval.include_path", "a folder of task files", required=False),)
+    packages: ClassVar = {"lm_eval": "lm-eval"}
+
+    def reads(self, recipe: Recipe) -> Mapping[str, Callable[[], object]]:
+        return {"evaluation.lm_eval.tasks": lambda: load_benchmarks(recipe.evaluation.lm_eval)}
+
+    def fetch(self, recipe: Recipe) -> list[str]:
+        section = recipe.evaluation.lm_eval
+        load_benchmarks(section)
+        return [f"the documents of lm-eval's {', '.join(section.tasks)}: in the cache of datasets"]
+
+    def not_fetched(self, recipe: Recipe) -> list[str]:
+        with hub.offline():
+            try:
+                load_benchmarks(recipe.evaluation.lm_eval)
+            except DataError as error:
+                return [f"{str(error).splitlines()[0]}; {hub.remedy(recipe)}"]
+        return []
+
+    def run(self, target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
+        found: dict[SideName, Results] = {side: _evaluate(target, side, settings, folder) for side in target.sides}
+        result: dict[str, Any] = {}
+        if target.world.is_main:
+            result = {
+                "figures": figures(found),
+                "tasks": settings.lm_eval.tasks,
+                "limit": settings.lm_eval.limit,
+                "seed": settings.seed,
+                "results": {side: results["results"] for side, results in found.items()},
+                "versions": found["base"]["versions"],
+                "num_fewshot": found["base"]["n-shot"],
+            }
+        return broadcast(result, target.world)
+
+
+TASK = LmEvalTask()
+
+
+def load_benchmarks(section: LmEval) -> None:
+    """Load the benchmarks once, so that anything missing is found before a model is loaded.
+
+    Raises:
+        DataError: lm-eval does not know a benchmark, or its documents cannot be loaded.
+    """
+    manager = _manager(section)
+    unknown = [name for name in section.tasks if name not in manager.all_tasks]
+    if unknown:
+        hints = "; ".join(hint for name in unknown if (hint := nearest(name, manager.all_tasks)))
+        raise DataError(
+            f"lm-eval does not know {', '.join(unknown)}{f' ({hints})' if hints else ''}; `lm-eval ls tasks` lists its "
+            "tasks, and evaluation.lm_eval.include_path=FOLDER adds yours"
+        )
+    try:
+        manager.load(section.tasks)
+    except Exception as error:  # datasets, the hub's client and YAML raise many kinds; all mean the same here
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"a task of {', '.join(section.tasks)} cannot be loaded: {reason}\n"
+            "  its documents come from the hub: run distft fetch with the same arguments on a machine with a "
+            "connection, or give task files with local documents (evaluation.lm_eval.include_path)"
+        ) from error
 
 
 def _manager(section: LmEval) -> Any:
@@ -54,36 +105,10 @@ def _manager(section: LmEval) -> Any:
 
 @functools.cache
 def _index(include_path: str | None) -> Any:
-    """lm-eval's tasks by their names: it reads thousands of files for it."""
+    """lm-eval's index of its tasks; building it reads thousands of files."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)
-
-
-def look(section: LmEval) -> None:
-    """Load the tasks once, so that what is missing is said before the model works.
-
-    Raises:
-        DataError: lm-eval does not know a task, or its documents cannot be had.
-    """
-    manager = _manager(section)
-    unknown = [name for name in section.tasks if name not in manager.all_tasks]
-    if unknown:
-        near = "; ".join(hint for name in unknown if (hint := nearest(name, manager.all_tasks)))
-        raise DataError(
-            f"lm-eval knows no task {', '.join(unknown)}{f' ({near})' if near else ''}; `lm-eval ls tasks` lists them, and evaluation.lm_eval.include_path=FOLDER adds yours"
-        )
-    try:
-        manager.load(section.tasks)
-    except (
-        Exception
-    ) as error:  # datasets, the hub client and YAML raise many kinds; all mean that the task cannot be had
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"a task of {', '.join(section.tasks)} cannot be loaded: {reason}\n"
-            "  its documents come from the hub: distft fetch, with the same words, on a machine with a connection, or give task files with "
-            "local documents (evaluation.lm_eval.include_path)"
-        ) from error
 
 
 def _evaluate(target: Target, side: SideName, settings: Evaluation, folder: Path) -> Results:
@@ -92,16 +117,24 @@ def _evaluate(target: Target, side: SideName, settings: Evaluation, folder: Path
     from lm_eval.loggers import EvaluationTracker
 
     section, seed = settings.lm_eval, settings.seed
-    place = folder / side
-    place.mkdir(parents=True, exist_ok=True)
-    tracker = EvaluationTracker(output_path=str(place))
+    output = folder / side
+    output.mkdir(parents=True, exist_ok=True)
+    tracker = EvaluationTracker(output_path=str(output))
     with target.side(side) as model:
         results = simple_evaluate(
-            model=_lm(model, target.tokenizer, target.world, section), tasks=list(section.tasks), num_fewshot=section.num_fewshot,
-            limit=section.limit, task_manager=_manager(section), log_samples=True, evaluation_tracker=tracker,
+            model=_language_model(model, target.tokenizer, target.world, section),
+            tasks=list(section.tasks),
+            num_fewshot=section.num_fewshot,
+            limit=section.limit,
+            task_manager=_manager(section),
+            log_samples=True,
+            evaluation_tracker=tracker,
             use_cache=str(folder / "answers" / f"{side}-{target.identity[side]}-{section.max_length or 'all'}"),
-            random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-        )  # fmt: skip
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
     if results is None:
         return {}
     samples = results.pop("samples")
@@ -111,30 +144,24 @@ def _evaluate(target: Target, side: SideName, settings: Evaluation, folder: Path
     return {**results, "samples": samples}
 
 
-def _lm(model: Any, tokenizer: Any, world: World, section: LmEval) -> Any:
-    """lm-eval's view of a loaded model, as one of the processes of `world`: by itself lm-eval takes such a model for one process."""
+def _language_model(model: Any, tokenizer: Any, world: World, section: LmEval) -> Any:
+    """lm-eval's wrapper of the model, as one process of `world`. lm-eval itself takes a loaded model for a single
+    process."""
     from lm_eval.models.huggingface import HFLM
 
-    class Shared(HFLM):  # type: ignore[misc]
+    class DistributedLM(HFLM):  # type: ignore[misc]
         def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-            if world.world_size == 1:
-                return tensor
-            parts: list[Any] = [None] * world.world_size
-            distributed.all_gather_object(parts, tensor.cpu())
-            return torch.stack(parts)
+            return tensor if world.world_size == 1 else torch.stack(gather(tensor.cpu(), world))
 
         def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-            if world.world_size == 1:
-                return [obj]
-            parts: list[Any] = [None] * world.world_size
-            distributed.all_gather_object(parts, obj)
+            parts = gather(obj, world)
             return parts if world.rank == dst else None
 
         def barrier(self) -> None:
             if world.world_size > 1:
                 distributed.barrier()
 
-    lm = Shared(
+    lm = DistributedLM(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=section.batch_size,
@@ -146,75 +173,90 @@ def _lm(model: Any, tokenizer: Any, world: World, section: LmEval) -> Any:
 
 
 def figures(found: Mapping[SideName, Results]) -> dict[str, Any]:
-    """Every metric of every task and group, both sides, and their difference over pairs of the same document where the metric is a mean
-    over documents (Newcombe's interval where each is right or wrong, else Student's); else as that of two independent figures. Those of a group's parts are marked as `detail`, which reports leave out."""
+    """Every metric of every task and group, for both sides and their difference.
+
+    If a metric is a mean over documents, the difference is taken over pairs of the same document: with Newcombe's
+    interval if each document is right or wrong, Student's otherwise. Other metrics are compared as two independent
+    estimates. The parts of a group are marked as `detail`, which reports leave out.
+    """
     base, adapter = found["base"], found.get("adapter")
     made: dict[str, Any] = {}
     parts = {leaf for below in base.get("group_subtasks", {}).values() for leaf in below}
     for task, values in base["results"].items():
         for key in values:
-            name, _, chosen = key.partition(",")
-            if not chosen or name.endswith("_stderr") or not isinstance(values[key], int | float):
+            name, _, filtered = key.partition(",")
+            if not filtered or name.endswith("_stderr") or not isinstance(values[key], int | float):
                 continue
-            sides = [_estimate(results, task, name, chosen) for results in (base, adapter) if results]
-            pairs = None if adapter is None else _difference(base, adapter, task, name, chosen, sides[0], sides[1])
-            title = f"{task}: {name}" + ("" if chosen == "none" else f" ({chosen})")
+            metric = _Metric(task, name, filtered)
+            one = metric.estimate(base)
+            other = None if adapter is None else metric.estimate(adapter)
+            difference = None
+            if adapter is not None and other is not None:
+                difference = metric.difference(base, adapter, one, other)
             higher = base["higher_is_better"].get(task, {}).get(name, True)
-            made[f"{task}/{name}" + ("" if chosen == "none" else f"/{chosen}")] = compared(
-                sides[0], sides[1] if len(sides) > 1 else None, pairs, title=title, better="lower" if higher is False else "higher",
+            figure = figure_of(
+                one,
+                other,
+                difference,
+                title=f"{task}: {name}" + ("" if filtered == "none" else f" ({filtered})"),
+                better="lower" if higher is False else "higher",
                 count=_count(base, task),
-            ) | ({"detail": True} if task in parts else {})  # fmt: skip
+            )
+            if task in parts:
+                figure["detail"] = True
+            made[f"{task}/{name}" + ("" if filtered == "none" else f"/{filtered}")] = figure
     return made
 
 
-def _estimate(results: Results, task: str, name: str, chosen: str) -> Estimate:
-    """lm-eval's figure; its interval from lm-eval's standard error, or Wilson's where the figure is the share of right documents."""
-    figures = results["results"][task]
-    value, error = float(figures[f"{name},{chosen}"]), figures.get(f"{name}_stderr,{chosen}")
-    documents = [*(_values(results, task, name, chosen) or {}).values()]
-    if documents and set(documents) <= {0.0, 1.0} and abs(value - float(np.mean(documents))) < 1e-9:
-        return Estimate.proportion(value, len(documents))
-    return Estimate.normal(value, error) if isinstance(error, int | float) else Estimate(value, math.nan, math.nan)
+class _Metric:
+    """A metric of a task or group, computed on the answers that passed one of lm-eval's filters."""
+
+    def __init__(self, task: str, name: str, filtered: str) -> None:
+        self.task, self.name, self.filtered = task, name, filtered
+
+    def estimate(self, results: Results) -> Estimate:
+        """lm-eval's value, with Wilson's interval if it is the share of right documents, else from lm-eval's standard
+        error."""
+        values = results["results"][self.task]
+        value, error = float(values[f"{self.name},{self.filtered}"]), values.get(f"{self.name}_stderr,{self.filtered}")
+        documents = [*(self.documents(results) or {}).values()]
+        if documents and set(documents) <= {0.0, 1.0} and abs(value - float(np.mean(documents))) < 1e-9:
+            return Estimate.proportion(value, len(documents))
+        return Estimate.normal(value, error) if isinstance(error, int | float) else Estimate(value, math.nan, math.nan)
+
+    def difference(self, base: Results, adapter: Results, one: Estimate, other: Estimate) -> Estimate:
+        values, others = self.documents(base), self.documents(adapter)
+        if values is not None and others is not None and values.keys() == others.keys() and len(values) > 1:
+            before = np.array([values[document] for document in values])
+            after = np.array([others[document] for document in values])
+            if np.allclose((before.mean(), after.mean()), (one.value, other.value), rtol=0, atol=1e-6):
+                if {*values.values(), *others.values()} <= {0.0, 1.0}:
+                    return apart_in_pairs(before, after)
+                return Estimate.student(after - before)
+        value = other.value - one.value
+        width = math.hypot(*((side.high - side.low) / 2 for side in (one, other)))
+        return Estimate(value, value - width, value + width)
+
+    def documents(self, results: Results) -> dict[tuple[str, Any], float] | None:
+        """The metric of each document; None if it is not a number."""
+        found: dict[tuple[str, Any], float] = {}
+        for leaf in _leaves(results, self.task):
+            for sample in results["samples"].get(leaf, []):
+                if sample["filter"] != self.filtered:
+                    continue
+                value = sample.get(self.name)
+                if not isinstance(value, int | float | np.floating | np.integer):
+                    return None
+                found[leaf, sample["doc_id"]] = float(value)
+        return found or None
 
 
 def _leaves(results: Results, task: str) -> list[str]:
-    """The tasks of a group, those of its groups as well; of a task, itself."""
+    """The tasks of a group and of its groups; a task itself."""
     below: Sequence[str] = results.get("group_subtasks", {}).get(task, [])
     return [leaf for name in below for leaf in _leaves(results, name)] if below else [task]
 
 
 def _count(results: Results, task: str) -> int:
-    return sum(
-        int(results["n-samples"][leaf]["effective"]) for leaf in _leaves(results, task) if leaf in results["n-samples"]
-    )
-
-
-def _values(results: Results, task: str, name: str, chosen: str) -> dict[tuple[str, Any], float] | None:
-    """The metric of each document; None where it is no number."""
-    found: dict[tuple[str, Any], float] = {}
-    for leaf in _leaves(results, task):
-        for sample in results["samples"].get(leaf, []):
-            if sample["filter"] != chosen:
-                continue
-            value = sample.get(name)
-            if not isinstance(value, int | float | np.floating | np.integer):
-                return None
-            found[leaf, sample["doc_id"]] = float(value)
-    return found or None
-
-
-def _difference(
-    base: Results, adapter: Results, task: str, name: str, chosen: str, one: Estimate, other: Estimate
-) -> Estimate:
-    values, others = _values(base, task, name, chosen), _values(adapter, task, name, chosen)
-    if values is not None and others is not None and values.keys() == others.keys() and len(values) > 1:
-        differences = np.array([others[document] - values[document] for document in values])
-        means = float(np.mean([*values.values()])), float(np.mean([*others.values()]))
-        if np.allclose(means, (one.value, other.value), rtol=0, atol=1e-6):
-            if set(values.values()) | set(others.values()) <= {0.0, 1.0}:
-                sides = (np.array([found[document] for document in values]) for found in (values, others))
-                return apart_in_pairs(*sides)
-            return Estimate.student(differences)
-    widths = [(side.high - side.low) / 2 for side in (one, other)]
-    value, width = other.value - one.value, math.hypot(*widths)
-    return Estimate(value, value - width, value + width)
+    counts = results["n-samples"]
+    return sum(int(counts[leaf]["effective"]) for leaf in _leaves(results, task) if leaf in counts)

@@ -1,13 +1,15 @@
-"""MT-Bench (Zheng et al. 2023, https://arxiv.org/abs/2306.05685): two turns a question, each answer judged by itself.
+"""MT-Bench (Zheng et al. 2023, https://arxiv.org/abs/2306.05685): two turns per question, each answer judged
+individually.
 
-The score of a question is the mean of its turns, and that of a side the mean over questions, out of 10 (twice the grade). Answers are also
-written as FastChat's tools read them.
+The score of a question is the mean of its turns, and that of a side the mean over questions, out of 10 (twice the
+grade). Answers are also written in the format of FastChat's tools.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,29 +17,37 @@ from typing import Any
 import numpy as np
 
 from distft.config.evaluation import Evaluation
+from distft.config.recipe import Recipe
 from distft.distributed.collectives import together
 from distft.errors import DataError
-from distft.evaluation.engines.transformers import engine_of
-from distft.evaluation.generate import Answer, Item, Message, Sampling, generate
+from distft.evaluation.engines.choose import choose_engine
+from distft.evaluation.generate import Answer, Item, Message, Sampling, describe_answers, generate
 from distft.evaluation.judge import Judgement, Question, count, judge_all, out_of_ten, reasons
-from distft.evaluation.metrics import Floats
-from distft.evaluation.scores import described, mean_of_known, paired, share
+from distft.evaluation.metrics import Floats, mean_estimate, mean_figure, unparsed_figure
 from distft.evaluation.target import SideName, Target
+from distft.evaluation.tasks import InputFile, Task
 from distft.files import write_atomically
 
 TEMPERATURE = {
-    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1,
-}  # fmt: skip
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
 """Sampling temperature by category, as the benchmark defines it (FastChat's fastchat/llm_judge/common.py)."""
 OTHER_TEMPERATURE = 0.7
-"""That of a category which the benchmark does not have (FastChat's gen_model_answer.py)."""
+"""The temperature of categories that are not in the benchmark (FastChat's gen_model_answer.py)."""
 TURNS = 2
 _KEYS = ("question_id", "category", "turns")
 
 
 @dataclass(frozen=True)
 class TwoTurns:
-    """A question. `reference` holds an answer to each turn, or nothing."""
+    """A question. `reference` has an answer to each turn, or is empty."""
 
     id: int | str
     category: str
@@ -47,13 +57,13 @@ class TwoTurns:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one side: a score out of 10 for each question and turn, [questions, turns], NaN where the verdict could not be read."""
+    """The scores of one side out of 10, [questions, turns]; NaN if the verdict could not be parsed."""
 
     turns: Floats
 
     @property
     def samples(self) -> Floats:
-        """The mean of a question's turns, of those that have a score."""
+        """The mean over the turns of a question that have a score, [questions]."""
         known = np.isfinite(self.turns)
         counts: Floats = known.sum(axis=1, dtype=np.float64)
         means: Floats = np.where(known, self.turns, 0.0).sum(axis=1) / np.maximum(counts, 1.0)
@@ -61,11 +71,53 @@ class Scores:
         return means
 
 
+class MtBenchTask(Task):
+    """Answer and judge, on both sides.
+
+    `figures`: score, turn_1, turn_2 (means out of 10) and unparsed (share of the verdicts). `categories`: the number of
+    questions of each and each side's score.
+    """
+
+    files = (InputFile("mt_bench.questions", "a file of questions in MT-Bench's format"),)
+    judged = True
+
+    def reads(self, recipe: Recipe) -> Mapping[str, Callable[[], object]]:
+        questions = recipe.evaluation.mt_bench.questions or ""
+        return {"evaluation.mt_bench.questions": lambda: read_questions(Path(questions))}
+
+    def run(self, target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
+        """Raises:
+        DataError: the questions cannot be read.
+        JudgeError: the judge cannot be loaded or reached.
+        """
+        path = Path(settings.mt_bench.questions or "")
+        questions = together(target.world, lambda: read_questions(path, settings.mt_bench.limit))
+        answers = {side: _answer(target, settings, side, questions, folder) for side in target.sides}
+        asked = [question for side in target.sides for question in _to_judge(side, questions, answers[side])]
+        judgements = judge_all(asked, target, settings, folder)
+        size = TURNS * len(questions)
+        by_side: dict[SideName, list[Judgement]] = {
+            side: judgements[number * size : (number + 1) * size] for number, side in enumerate(target.sides)
+        }
+        if target.world.is_main:
+            for side in target.sides:
+                model = f"{target.recipe.model.name} ({side})"
+                _write(folder / f"answers_{side}.jsonl", model, questions, answers[side])
+        described = {
+            side: describe_answers([answer for turns in answers[side] for answer in turns]) for side in target.sides
+        }
+        return summarise(questions, by_side, settings) | {"answers": described}
+
+
+TASK = MtBenchTask()
+
+
 def read_questions(path: Path, limit: int | None = None) -> list[TwoTurns]:
-    """The first `limit` questions of a file in MT-Bench's format: JSON lines of question_id, category, turns, perhaps reference.
+    """The first `limit` questions of a file in MT-Bench's format: JSON lines of question_id, category, turns and,
+    optionally, reference.
 
     Raises:
-        DataError: the file cannot be read, or a line is no such question.
+        DataError: the file cannot be read, or a line is not a question.
     """
     try:
         text = path.expanduser().read_text(encoding="utf-8")
@@ -74,11 +126,11 @@ def read_questions(path: Path, limit: int | None = None) -> list[TwoTurns]:
     found = [
         _question(line, f"{path}, line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()
     ]
-    twice = {question.id for question in found if sum(other.id == question.id for other in found) > 1}
-    if twice or not found:
-        raise DataError(
-            f"{path}: " + (f"question_id {', '.join(map(str, twice))} stands there twice" if twice else "no question")
-        )
+    if not found:
+        raise DataError(f"{path} has no questions")
+    counts = Counter(question.id for question in found)
+    if twice := [str(number) for number, times in counts.items() if times > 1]:
+        raise DataError(f"{path} has question_id {', '.join(twice)} more than once")
     return found[:limit]
 
 
@@ -86,51 +138,25 @@ def _question(line: str, where: str) -> TwoTurns:
     try:
         record = json.loads(line)
         if isinstance(record, dict) and (lacking := [key for key in _KEYS if key not in record]):
-            raise DataError(f"{where} has no {', '.join(lacking)}: a question of MT-Bench has {', '.join(_KEYS)}")
+            raise DataError(f"{where} lacks {', '.join(lacking)}: a question of MT-Bench has {', '.join(_KEYS)}")
         turns, reference = record["turns"], record.get("reference") or []
         question = TwoTurns(record["question_id"], record["category"], tuple(turns), tuple(reference))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where} is no question of MT-Bench, a JSON object of {', '.join(_KEYS)}: {error}") from error
+        keys = ", ".join(_KEYS)
+        raise DataError(f"{where} is not a question of MT-Bench, a JSON object with {keys}: {error}") from error
     texts = [question.category, *question.turns, *question.reference]
     if len(question.turns) != TURNS or not all(isinstance(one, str) for one in texts) or isinstance(turns, str):
-        raise DataError(f"{where}: a question has a category and {TURNS} turns, all of them text")
+        raise DataError(f"{where}: a question needs a category and {TURNS} turns, all of them text")
     return question
 
 
-def run(target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
-    """Answer and judge, on both sides. All ranks enter, and all get the result.
-
-    `figures`: score, turn_1, turn_2 (means out of 10) and unparsed (share of the verdicts). `categories`: each with the count of its
-    questions and each side's score.
-
-    Raises:
-        DataError: the questions cannot be read.
-        JudgeError: the judge cannot be had.
-    """
-    path = Path(settings.mt_bench.questions or "")
-    questions = together(target.world, lambda: read_questions(path, settings.mt_bench.limit))
-    answers = {side: _answered(target, settings, side, questions, folder) for side in target.sides}
-    asked = [question for side in target.sides for question in _to_judge(side, questions, answers[side])]
-    judgements = judge_all(asked, target, settings, folder)
-    size = TURNS * len(questions)
-    by_side: dict[SideName, list[Judgement]] = {
-        side: judgements[number * size : (number + 1) * size] for number, side in enumerate(target.sides)
-    }
-    if target.world.is_main:
-        for side in target.sides:
-            _write(folder / f"answers_{side}.jsonl", f"{target.recipe.model.name} ({side})", questions, answers[side])
-    return result(questions, by_side, settings) | {
-        "answers": {side: described([answer for pair in answers[side] for answer in pair]) for side in target.sides}
-    }
-
-
-def _answered(
+def _answer(
     target: Target, settings: Evaluation, side: SideName, questions: Sequence[TwoTurns], folder: Path
 ) -> list[tuple[Answer, ...]]:
-    """Both answers to each question; the second turn sees the first and the answer to it."""
+    """The answers to each question. The second turn sees the first one and the answer to it."""
     said: list[tuple[Answer, ...]] = [() for _ in questions]
     with target.side(side):
-        engine = engine_of(target, settings, side)
+        engine = choose_engine(target, settings, side)
         for turn in range(TURNS):
             items = [
                 Item(_conversation(question, given), _sampling(question.category, settings))
@@ -155,7 +181,8 @@ def _sampling(category: str, settings: Evaluation) -> Sampling:
 
 
 def _to_judge(side: SideName, questions: Sequence[TwoTurns], answers: Sequence[Sequence[Answer]]) -> list[Question]:
-    """A question to the judge for each turn, in the order of the questions; for the second the conversation so far is the instruction."""
+    """A question to the judge for each turn, in order. For the second turn the instruction is the conversation so
+    far."""
     found = []
     for question, given in zip(questions, answers, strict=True):
         for turn, answer in enumerate(given):
@@ -174,10 +201,10 @@ def _instruction(question: TwoTurns, given: Sequence[Answer], turn: int) -> str:
     )
 
 
-def result(
+def summarise(
     questions: Sequence[TwoTurns], judgements: Mapping[SideName, Sequence[Judgement]], settings: Evaluation
 ) -> dict[str, Any]:
-    """From the judgements of each side, two for each question in order, to the figures."""
+    """The figures from the judgements of each side, one per question and turn, in order."""
     scores = {side: Scores(_matrix(found)) for side, found in judgements.items()}
     samples = {side: one.samples for side, one in scores.items()}
     named = {"score": ("MT-Bench score out of 10", samples)} | {
@@ -189,13 +216,13 @@ def result(
     unparsed = {side: count(found)["unparsed"] / len(found) for side, found in judgements.items()}
     return {
         "figures": {
-            **{name: paired(values, title=title, form=".2f") for name, (title, values) in named.items()},
-            "unparsed": share(unparsed, "MT-Bench verdicts that could not be read", TURNS * len(questions)),
+            **{name: mean_figure(values, title=title, form=".2f") for name, (title, values) in named.items()},
+            "unparsed": unparsed_figure(unparsed, "MT-Bench verdicts that could not be parsed", TURNS * len(questions)),
         },
         "categories": {
             name: {
                 "count": int(member.sum()),
-                **{side: asdict(mean_of_known(values[member])) for side, values in samples.items()},
+                **{side: asdict(mean_estimate(values[member])) for side, values in samples.items()},
             }
             for name, member in members.items()
         },
@@ -203,7 +230,7 @@ def result(
         "judge": settings.judge.model_dump(include={"model", "max_new_tokens"}) | {"mode": "absolute"},
         "judged": {side: count(found) for side, found in judgements.items()},
         "reasons": reasons(judgements.values()),
-    }  # fmt: skip
+    }
 
 
 def _matrix(judgements: Sequence[Judgement]) -> Floats:
@@ -212,7 +239,7 @@ def _matrix(judgements: Sequence[Judgement]) -> Floats:
 
 
 def _write(path: Path, model: str, questions: Sequence[TwoTurns], answers: Sequence[Sequence[Answer]]) -> None:
-    """As FastChat's tools read answers."""
+    """Write answers in the format of FastChat's tools."""
     records = (
         {
             "question_id": question.id,

@@ -1,4 +1,4 @@
-"""The reviews that are classified: which rows, what the model is given of them, and how it may go on."""
+"""The reviews to classify: which rows, how they become prompts, and the label words that may follow."""
 
 from __future__ import annotations
 
@@ -28,24 +28,28 @@ class Review:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is given, as tokens, and those of each label word after it (at least one each)."""
+    """The tokens given to the model, and those of each label word after them (at least one each)."""
 
     prefix: list[int]
     continuations: list[list[int]]
 
 
 def words_of(recipe: Recipe) -> list[str]:
-    """The word that stands for each class number."""
+    """The label word of each class number.
+
+    Raises:
+        DataError: they are not two or more different words.
+    """
     form = format_of(recipe.data)
     known = form if form is not None and form.review else KNOWN_DATASETS["imdb"].format
     words = recipe.evaluation.imdb.label_words or known.label_words
     if len({word.strip().lower() for word in words}) < max(len(words), 2):
-        raise DataError(f"the label words {words} are not two or more that differ; set evaluation.imdb.label_words")
+        raise DataError(f"the label words {words} are not two or more different words; set evaluation.imdb.label_words")
     return words
 
 
 def source_of(recipe: Recipe) -> Path | HubSplit | None:
-    """Where the reviews come from; None where they are the recipe's own held-out rows."""
+    """Where the reviews come from; None if they are the recipe's own held-out rows."""
     settings, form = recipe.evaluation.imdb, format_of(recipe.data)
     if settings.path is not None:
         return Path(settings.path).expanduser()
@@ -55,11 +59,13 @@ def source_of(recipe: Recipe) -> Path | HubSplit | None:
 
 
 def load(recipe: Recipe, classes: int) -> list[Review]:
-    """The rows to classify, in the order of their source: of the file that the settings name, else the recipe's held-out rows where
-    its data are reviews, else IMDB's split on the hub.
+    """The rows to classify, in the order of their source.
+
+    They come from the file that the settings name; without one, from the recipe's held-out rows if its data are
+    reviews, and otherwise from IMDB's split on the hub.
 
     Raises:
-        DataError: they cannot be had, or are not reviews with classes below `classes`.
+        DataError: they cannot be loaded, or are not reviews with classes below `classes`.
     """
     settings, form, source = recipe.evaluation.imdb, format_of(recipe.data), source_of(recipe)
     text, label = settings.text, settings.label
@@ -77,34 +83,32 @@ def load(recipe: Recipe, classes: int) -> list[Review]:
     found = []
     for number, row in enumerate(rows):
         if not isinstance(row[text], str):
-            raise DataError(f"row {number} of {where} has no text in its column {text}: {str(row)[:200]}")
+            raise DataError(f"row {number} of {where} has no text in column {text}: {str(row)[:200]}")
         if not isinstance(row[label], int) or not 0 <= row[label] < classes:
             words = ", ".join(f"{number} for {word!r}" for number, word in enumerate(words_of(recipe)))
             raise DataError(
-                f"row {number} of {where} has {str(row[label])[:40]!r} in its column {label}, where labels are class numbers: {words}\n"
-                "  other words, or more: evaluation.imdb.label_words=[WORD,WORD]"
+                f"row {number} of {where} has {str(row[label])[:40]!r} in column {label}, which must hold class "
+                f"numbers: {words}\n  for other classes: evaluation.imdb.label_words=[WORD,WORD]"
             )
         found.append(Review(number, row[text], row[label]))
     return found
 
 
-def chosen(recipe: Recipe, found: Sequence[Review], classes: int) -> list[Review]:
-    """Of the rows that `load` gives, the subset that the settings ask for.
+def select(recipe: Recipe, found: Sequence[Review], classes: int) -> list[Review]:
+    """The subset of the loaded rows that the settings ask for.
 
     Raises:
-        DataError: none is left.
+        DataError: it is empty.
     """
     settings = recipe.evaluation.imdb
     rows = subset(found, settings.subset, settings.balanced, recipe.evaluation.seed, classes)
     if not rows:
-        raise DataError(
-            "no review is left to classify; one of the classes may have no row (evaluation.imdb.balanced=false)"
-        )
+        raise DataError("no reviews are left to classify; a class may have no rows (evaluation.imdb.balanced=false)")
     return rows
 
 
 def _held_out(recipe: Recipe) -> list[Mapping[str, Any]]:
-    """The rows that the prepared test split is made of."""
+    """The raw rows of the prepared test split."""
     raw, *official = map(read_source, data_sources(recipe.data))
     apply = formatter(recipe)
     kept = [row for row in (official[0] if official else raw) if apply(row) is not None]
@@ -112,8 +116,10 @@ def _held_out(recipe: Recipe) -> list[Mapping[str, Any]]:
 
 
 def subset(reviews: Sequence[Review], size: int | None, balanced: bool, seed: int, classes: int) -> list[Review]:
-    """`size` of them (all where None) drawn by `seed`, in their own order; `balanced`: as many of each class, so at most `size` and at
-    most the rarest class has for each."""
+    """`size` reviews (all if None) drawn by `seed`, in their original order.
+
+    If `balanced`, the same number of each class, which the rarest class limits.
+    """
     order = np.random.default_rng(seed).permutation(len(reviews)).tolist()
     if balanced:
         of_class = [[i for i in order if reviews[i].label == label] for label in range(classes)]
@@ -123,10 +129,10 @@ def subset(reviews: Sequence[Review], size: int | None, balanced: bool, seed: in
 
 
 def prompt_of(review: str, words: Sequence[str], tokenizer: Any, max_length: int | None) -> Prompt:
-    """The review in IMDB's template, tokenised in one piece with each word, as in training; a longer one than `max_length` tokens is
-    cut at its end, for all words alike.
+    """The review in IMDB's template, tokenised together with each word, as in training.
 
-    Where a tokenizer draws the end of the prompt into a word, that token is the continuation's.
+    Reviews are truncated at their end to `max_length` tokens, the same for all words. If a tokenizer merges the end of
+    the prompt with a word, the merged token belongs to the continuation.
     """
     example = format_review(review, "", completion_only=True)
     tail_from = example.tail_from or 0
@@ -146,7 +152,7 @@ def prompt_of(review: str, words: Sequence[str], tokenizer: Any, max_length: int
     if max_length is not None:
         over = (
             len(prefix) + max(map(len, continuations)) + 1 - max_length
-        )  # one for the end of the sequence, as in training
+        )  # 1 for the end of the sequence, as in training
         tail = next(place for place, (_, end) in enumerate(encoded["offset_mapping"][0]) if end > tail_from)
         if over > 0:
             prefix = prefix[: max(tail - over, 0)] + prefix[tail:]

@@ -1,0 +1,133 @@
+"""What `distft evaluate` was asked to do: a run folder, or a model and perhaps an adapter, and settings."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distft.config.recipe import Recipe, load_recipe
+from distft.config.validation import COMMAND_LINE
+from distft.data.formats import data_faults
+from distft.errors import Fault, LaunchError, RunFolderError
+from distft.evaluation import preflight
+from distft.runs.folder import RunFolder
+
+Check = Callable[[Recipe], list[Fault]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate, and where the results go."""
+
+    recipe: Recipe
+    folder: RunFolder
+    """Takes the results."""
+    result: Path | None
+    """The folder of the adapter, or of the whole model if all parameters were trained; None to evaluate a base
+    alone."""
+
+    @classmethod
+    def of(cls, words: Sequence[str], *, preflight_checks: bool = True) -> Request:
+        """Parse `RUN key.path=value …`, or `model=PATH adapter=PATH key.path=value …`.
+
+        With `preflight_checks`, also check everything that the tasks will read or contact, short of loading a model.
+
+        Raises:
+            LaunchError: neither a run nor a model is named, or both are.
+            RunFolderError: the run has no result, or the folder is not a run folder.
+            RecipeError: the recipe or its overrides have faults, or the model or a task lacks something.
+        """
+        runs = [word for word in words if "=" not in word]
+        given = {key: text for key, _, text in (word.partition("=") for word in words) if key in ("model", "adapter")}
+        rest = [word for word in words if "=" in word and word.partition("=")[0] not in given]
+        if len(runs) + ("model" in given) != 1 or (runs and given):
+            raise LaunchError(
+                "say what to evaluate: a run folder (runs/NAME), or model=NAME_OR_FOLDER and, optionally, adapter=FOLDER"
+            )
+        checks = (preflight.base_faults, preflight.faults) if preflight_checks else ()
+        if runs:
+            return cls._of_run(Path(runs[0]), rest, checks)
+        return cls._of_model(given["model"], given.get("adapter"), rest, checks)
+
+    @classmethod
+    def _of_run(cls, path: Path, words: Sequence[str], checks: Sequence[Check]) -> Request:
+        folder = RunFolder(path)
+        if not folder.recipe.is_file():
+            raise RunFolderError(_not_a_run(path))
+        result = next((place for place in (folder.adapter, folder.model) if place.is_dir()), None)
+        if result is None:
+            raise RunFolderError(f"{path} has neither adapter/ nor model/: {_unfinished(folder)}")
+        return cls(_load([f"recipe={folder.recipe.absolute()}", *words], checks), folder, result)
+
+    @classmethod
+    def _of_model(cls, model: str, adapter: str | None, words: Sequence[str], checks: Sequence[Check]) -> Request:
+        """With the recipe of the adapter's run if it lies in one; otherwise the model unquantised, in bf16."""
+        result = None if adapter is None else Path(adapter).expanduser()
+        if result is not None and not (result / "adapter_config.json").is_file():
+            raise RunFolderError(f"{adapter} is not an adapter folder (adapter_config.json is missing)")
+        named = f"model.name={json.dumps(model)}"
+        if result is not None and RunFolder(result.parent).recipe.is_file():
+            folder = RunFolder(result.parent)
+            return cls(_load([f"recipe={folder.recipe.absolute()}", named, *words], checks), folder, result)
+        plain = [
+            "recipe=tiny",
+            named,
+            "model.dtype=bfloat16",
+            "quantization=null",
+            "training.max_length=1024",
+            "tracking.report_to=[]",
+        ]
+        recipe = _load([*plain, *words], (_perplexity_needs_data, *checks))
+        name = "-".join(["evaluate", *(Path(part).name for part in (model, adapter) if part)])
+        return cls(recipe, RunFolder(Path(recipe.run.dir).expanduser() / name), result)
+
+
+def _not_a_run(path: Path) -> str:
+    if path.is_dir():
+        return f"{path} is not a run folder (recipe.yaml is missing)"
+    siblings = {recipe.parent.name: str(recipe.parent) for recipe in sorted(path.parent.glob("*/recipe.yaml"))}
+    if close := difflib.get_close_matches(path.name, siblings, n=1):
+        hint = f"did you mean {siblings[close[0]]}?"
+    else:
+        hint = f"run folders there: {', '.join(siblings.values())}" if siblings else "distft train creates one"
+    return f"run folder {path} does not exist ({hint})"
+
+
+def _unfinished(folder: RunFolder) -> str:
+    """Why a run has no result yet, and how to get one."""
+    if folder.is_held():
+        return "the run has not finished; wait for it"
+    started = folder.read_environment()
+    command = shlex.join(["distft", "train", *(started.get("command") or ["", f"recipe={folder.recipe}"])[1:]])
+    where = started.get("working_folder")
+    place = "" if where in (None, str(Path.cwd())) else f" in {where}"
+    return f"the run has not finished; resume it with {command}{place}"
+
+
+def _perplexity_needs_data(recipe: Recipe) -> list[Fault]:
+    """A model alone comes without data, and those of the recipe `tiny` are not what the user means."""
+    if "perplexity" not in recipe.evaluation.tasks or recipe.source.of("data.name") == COMMAND_LINE:
+        return []
+    remedy = "data.name=FILE data.format.text=COLUMN, or a data set's name"
+    return [Fault(COMMAND_LINE, "data.name", "is required: which text should perplexity be measured on?", remedy)]
+
+
+def _load(words: Sequence[str], checks: Sequence[Check]) -> Recipe:
+    """Load the recipe; perplexity is the task if it names none."""
+
+    def with_task(recipe: Recipe) -> Recipe:
+        if recipe.evaluation.tasks:
+            return recipe
+        section = recipe.evaluation.model_copy(update={"tasks": ["perplexity"]})
+        return recipe.model_copy(update={"evaluation": section})
+
+    def faults(recipe: Recipe) -> list[Fault]:
+        # Misspelt tasks are dropped before this point; perplexity is not what the user meant then.
+        misspelt = not recipe.evaluation.tasks and recipe.source.of("evaluation.tasks") == COMMAND_LINE
+        return [fault for check in checks for fault in check(recipe if misspelt else with_task(recipe))]
+
+    return with_task(load_recipe(words, checks=(data_faults, faults)))
