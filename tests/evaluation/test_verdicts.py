@@ -100,7 +100,7 @@ UNPARSED = [
     ("[RESULT] 4 [RESULT] 5", "conflicting results: 4, 5"),
     ("[RESULT] 4\nOn reflection:\n[RESULT] 2", "conflicting results: 4, 2"),
     ("[RESULT] 4.5 … rounded: [RESULT] 4", "conflicting results: 4.5, 4"),
-    ("[RESULT] 3 [RESULT] 4 [RESULT] 3", "differ"),
+    ("[RESULT] 3 [RESULT] 4 [RESULT] 3", "conflicting"),
 ]
 
 
