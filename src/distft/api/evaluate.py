@@ -41,7 +41,7 @@ def evaluate(
         DistftError: the evaluation failed.
     """
     quiet_libraries()
-    from distft.evaluation.run import Request
+    from distft.evaluation.request import Request
     from distft.hardware import visible_devices
     from distft.launch.local import EVALUATION, Node
     from distft.launch.local import run as launch

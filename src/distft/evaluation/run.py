@@ -90,8 +90,8 @@ def _lock(folder: RunFolder, world: World) -> FileLock:
             except Timeout:
                 raise RunFolderError(f"another process is evaluating {folder.path}; wait for it") from None
 
-from distft.runs.wandb import closing_wandb, log_evaluation
-from distft.text import shorten
+    together(world, acquire)
+    return lock
 
 
 def _run_task(task: TaskName, request: Request, target: Target) -> dict[str, Any]:
