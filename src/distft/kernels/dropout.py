@@ -1,9 +1,11 @@
-"""LoRA's dropout, and the two small products beside it, each in one pass over the large tensor; in Triton on GPUs, in PyTorch elsewhere.
+"""LoRA dropout and the small products next to it, each in one pass over the large tensor (Triton on GPUs, else
+PyTorch).
 
-The places that fall out are a function of the seed, the row and the column alone, so that a backward finds those of its forward and
-nothing is kept in between. On GPUs they come from Philox (Salmon et al. 2011, doi:10.1145/2063384.2063405) of seven rounds, the fewest
-that pass its authors' tests, of which one call serves eight values: drawing is what costs here, not memory. A value has 16 bits of it,
-so that the probability there is `p` to 1/131,072.
+The mask depends only on the seed, the row and the column, so the backward regenerates it and nothing is kept.
+
+On GPUs it comes from Philox with seven rounds, the fewest that pass its authors' tests (Salmon et al. 2011,
+doi:10.1145/2063384.2063405). Random numbers, not memory, are the bottleneck here, so one call serves eight values with
+16 bits each; the dropout probability is therefore accurate to 1/131,072.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from distft.kernels.elementwise import on_triton
 try:
     import triton
     import triton.language as tl
-except ImportError:  # PyTorch's CPU builds come without
+except ImportError:  # not part of PyTorch's CPU builds
     triton = None
 
 
 def dropout(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-    """x [rows, columns] with each value zeroed with probability `p`, the others divided by 1 - p."""
+    """d(x): x [rows, columns] with each value zeroed with probability `p`, and the others divided by 1 - p."""
     if p == 0:
         return x
     if not on_triton(x):
@@ -34,26 +36,34 @@ def dropout(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     rows, span = 8, 128
-    _dropout[_grid(x, rows, span)](x, out, *_drawing(x, p, seed), ROWS=rows, SPAN=span, num_warps=4)
+    _dropout[_grid(x, rows, span)](x, out, *_mask_arguments(x, p, seed), ROWS=rows, SPAN=span, num_warps=4)
     return out
 
 
 def dropped_product(x: torch.Tensor, a: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-    """dropout(x) aᵀ [rows, rank] of x [rows, columns] and a [rank, columns]."""
+    """d(x) aᵀ [rows, rank], for x [rows, columns] and a [rank, columns]."""
     if p == 0 or not _fits(x, a):
         return dropout(x, p, seed) @ a.t()
     x, a, rank = x.contiguous(), a.contiguous(), a.shape[0]
     out = x.new_empty(x.shape[0], rank)
     rows, span = _tile(rank)
     _dropped_product[(triton.cdiv(x.shape[0], rows),)](
-        x, a, out, *_drawing(x, p, seed), rank, ROWS=rows, SPAN=span, RANK=_padded(rank), num_warps=4 if rank <= 64 else 8,
-        num_stages=3 if rank <= 128 else 2,  # what 99 KB of shared memory, a consumer's card, hold
-    )  # fmt: skip
+        x,
+        a,
+        out,
+        *_mask_arguments(x, p, seed),
+        rank,
+        ROWS=rows,
+        SPAN=span,
+        RANK=_padded(rank),
+        num_warps=4 if rank <= 64 else 8,
+        num_stages=3 if rank <= 128 else 2,  # fits into the 99 KB of shared memory of a consumer GPU
+    )
     return out
 
 
 def add_dropped_product(out: torch.Tensor, low: torch.Tensor, a: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-    """`out` [rows, columns], to which dropout(low a) of low [rows, rank] and a [rank, columns] was added in place."""
+    """Add d(low a) to `out` [rows, columns] in place, for low [rows, rank] and a [rank, columns]; returns `out`."""
     if p == 0:
         return out.addmm_(low, a)
     if not (_fits(out, a) and out.is_contiguous()):
@@ -61,18 +71,18 @@ def add_dropped_product(out: torch.Tensor, low: torch.Tensor, a: torch.Tensor, p
     low, a, rank = low.contiguous(), a.contiguous(), a.shape[0]
     rows, span = _tile(rank)
     _add_dropped_product[_grid(out, rows, span)](
-        out, low, a, *_drawing(out, p, seed), rank, ROWS=rows, SPAN=span, RANK=_padded(rank), num_warps=4
+        out, low, a, *_mask_arguments(out, p, seed), rank, ROWS=rows, SPAN=span, RANK=_padded(rank), num_warps=4
     )
     return out
 
 
 def _tile(rank: int) -> tuple[int, int]:
-    """Rows and columns of what a program of the products holds at once: the fastest of those tried on an H200."""
+    """Rows and columns per program of the products: the fastest of those measured on an H200."""
     return (32, 128) if rank <= 64 else (64, 64)
 
 
 def _fits(large: torch.Tensor, a: torch.Tensor) -> bool:
-    """Whether the products run in Triton: in types that tensor cores multiply unrounded, and with a rank whose tile fits."""
+    """Whether the products can run in Triton: tensor cores must support the type, and a tile of this rank must fit."""
     return on_triton(large) and large.dtype == a.dtype in (torch.bfloat16, torch.float16) and a.shape[0] <= 256
 
 
@@ -84,8 +94,8 @@ def _grid(x: torch.Tensor, rows: int, span: int) -> tuple[int, int]:
     return triton.cdiv(x.shape[0], rows), triton.cdiv(x.shape[1], span)
 
 
-def _drawing(x: torch.Tensor, p: float, seed: int) -> tuple[Any, ...]:
-    """Rows, columns, seed, the least of 65,536 numbers that stays, and the factor of what stays."""
+def _mask_arguments(x: torch.Tensor, p: float, seed: int) -> tuple[Any, ...]:
+    """Rows, columns, seed, the smallest of 65,536 random numbers that keeps a value, and the factor for kept values."""
     least = round(p * 65536)
     return *x.shape, seed, least, 65536 / (65536 - least)
 
@@ -94,8 +104,8 @@ if triton is not None:
 
     @triton.jit
     def _kept(seed, row, column, columns, least, SPAN: tl.constexpr):
-        """Of the tile [rows, SPAN] that starts in `column`: what stays."""
-        calls = (columns + 7) // 8  # of a row
+        """The mask of the tile [rows, SPAN] that starts at `column`: true for values that are kept."""
+        calls = (columns + 7) // 8  # per row
         first, second, third, fourth = tl.randint4x(
             seed, row[:, None] * calls + (column // 8 + tl.arange(0, SPAN // 8))[None, :], n_rounds=7
         )
@@ -115,7 +125,7 @@ if triton is not None:
     @triton.jit
     def _dropped_product(
         x, a, out, rows, columns, seed, least, factor, rank, ROWS: tl.constexpr, SPAN: tl.constexpr, RANK: tl.constexpr
-    ):  # fmt: skip
+    ):
         row, low = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANK)
         total = tl.zeros((ROWS, RANK), tl.float32)
         for start in range(0, columns, SPAN):
@@ -133,15 +143,25 @@ if triton is not None:
 
     @triton.jit
     def _add_dropped_product(
-        out, low, a, rows, columns, seed, least, factor, rank, ROWS: tl.constexpr, SPAN: tl.constexpr, RANK: tl.constexpr
-    ):  # fmt: skip
+        out,
+        low,
+        a,
+        rows,
+        columns,
+        seed,
+        least,
+        factor,
+        rank,
+        ROWS: tl.constexpr,
+        SPAN: tl.constexpr,
+        RANK: tl.constexpr,
+    ):
         row, start, inner = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * SPAN, tl.arange(0, RANK)
         column = start + tl.arange(0, SPAN)
         of_low = low + row.to(tl.int64)[:, None] * rank + inner[None, :]
         left = tl.load(of_low, mask=(row < rows)[:, None] & (inner < rank)[None, :], other=0.0)
-        right = tl.load(
-            a + inner[:, None] * columns + column[None, :], mask=(inner < rank)[:, None] & (column < columns)[None, :], other=0.0
-        )  # fmt: skip
+        of_a = a + inner[:, None] * columns + column[None, :]
+        right = tl.load(of_a, mask=(inner < rank)[:, None] & (column < columns)[None, :], other=0.0)
         value = tl.where(_kept(seed, row, start, columns, least, SPAN), tl.dot(left, right) * factor, 0.0)
         at = row.to(tl.int64)[:, None] * columns + column[None, :]
         inside = (row < rows)[:, None] & (column < columns)[None, :]

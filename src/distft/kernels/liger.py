@@ -1,4 +1,5 @@
-"""liger-kernel's RMSNorm and rotary embedding, with PyTorch's own RMSNorm where that is as exact and cheaper to launch."""
+"""liger-kernel's RMSNorm and rotary embedding, with PyTorch's own RMSNorm where that is as exact and cheaper to
+launch."""
 
 from __future__ import annotations
 

@@ -1,13 +1,23 @@
-"""The autograd nodes of `distft.models.fused_lora`: linears of one input with their LoRA adapters, and a gated MLP, whole or in tiles of tokens.
+"""Autograd nodes for linears with LoRA adapters (Hu et al. 2021, arXiv:2106.09685), alone, in groups, or as a whole
+MLP.
 
-y = W x + s B A x, with the small product added in place as one operation; what shares an input shares A x; the gradients of the
-input are summed in place; and an MLP keeps no activation that its backward can make again.
+Notation, for a linear with weight W [out, in], adapter A [r, in] and B [out, r], and scaling s:
+
+    y  = W x + s B A x
+    dx = Wᵀ dy + Aᵀ dl     with l = A x and dl = s Bᵀ dy
+    dA = dl xᵀ
+    dB = s dy lᵀ
+
+With LoRA dropout, the adapter reads d(x) instead of x. The same random mask is applied again in the backward.
+
+Small products are added to large ones in place, linears with the same input share A x and accumulate dx in place, and
+the MLP recomputes its inner activations in the backward. `distft.models.fused_lora` puts these nodes into a model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +30,19 @@ from distft.kernels.elementwise import dequantize, swiglu, swiglu_backward
 
 @dataclass(frozen=True)
 class Spec:
-    """What a node needs of a linear beside its tensors: LoRA's scaling, and the state of 4-bit weights or the module of 8-bit
-    ones (which have no weight and no bias among the tensors)."""
+    """What a node needs to know about a linear besides its tensors."""
 
     scaling: float
+    """LoRA's scaling s."""
     quant_state: Any
+    """bitsandbytes' QuantState of 4-bit weights; None otherwise."""
     dtype: torch.dtype
+    """Type of the products."""
     int8: Any = None
+    """bitsandbytes' module of 8-bit weights; its weight and bias are not among the tensors."""
 
     def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """W x + bias [tokens, out], by LLM.int8()'s own product where the weights are such."""
+        """W x + bias [tokens, out] for x [tokens, in]; 8-bit weights use LLM.int8()'s own product."""
         out: torch.Tensor
         if self.int8 is not None:
             out = self.int8(x)
@@ -40,8 +53,8 @@ class Spec:
         return out
 
     def dense(self, weight: torch.Tensor) -> torch.Tensor:
-        """The frozen weight [out, in]."""
-        if self.int8 is not None:  # as bitsandbytes' own backward: Dettmers et al. 2022 (arXiv:2208.07339)
+        """The frozen weight, dequantised [out, in]."""
+        if self.int8 is not None:  # as in bitsandbytes' own backward (Dettmers et al. 2022, arXiv:2208.07339)
             state = self.int8.state
             codes: torch.Tensor = state.CB.to(self.dtype)
             return codes.mul_(state.SCB.unsqueeze(1) / 127)
@@ -50,7 +63,7 @@ class Spec:
 
 @dataclass
 class Group:
-    """Linears with one input. `tensors` holds weight, bias, A [r, in] and B [out, r] of each, one after the other."""
+    """Linears that share their input. `tensors` holds weight, bias, A [r, in] and B [out, r] of each in turn."""
 
     specs: tuple[Spec, ...]
     tensors: Sequence[Any]
@@ -65,18 +78,19 @@ class Group:
         self.ranks = [b.shape[1] for b in self.b]
 
     def forward(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Of x [tokens, in] the outputs [tokens, out] of each linear, and A x [tokens, sum of the ranks]."""
+        """The output [tokens, out] of each linear for x [tokens, in], and A x [tokens, sum of ranks]."""
         low, outputs = self.low(x), []
-        for spec, weight, bias, b, part in zip(self.specs, self.weights, self.biases, self.b, torch.split(low, self.ranks, 1), strict=True):  # fmt: skip
+        parts = torch.split(low, self.ranks, 1)
+        for spec, weight, bias, b, part in zip(self.specs, self.weights, self.biases, self.b, parts, strict=True):
             outputs.append(spec.product(x, weight, bias).addmm_(part, b.t(), alpha=spec.scaling))
         return outputs, low
 
     def low(self, x: torch.Tensor) -> torch.Tensor:
-        """A x [tokens, sum of the ranks]."""
+        """A d(x) [tokens, sum of ranks]."""
         return dropped_product(x, self.a, self.p, self.seed)
 
     def grad_input(self, grads: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of x and of A x from those of the outputs."""
+        """The gradients dx [tokens, in] and dl [tokens, sum of ranks], from the gradients of the outputs."""
         grad_low = torch.cat(
             [_scaled_product(grad, b, spec.scaling) for grad, b, spec in zip(grads, self.b, self.specs, strict=True)], 1
         )
@@ -89,7 +103,7 @@ class Group:
     def grad_adapters(
         self, x: torch.Tensor, low: torch.Tensor, grads: Sequence[torch.Tensor], grad_low: torch.Tensor
     ) -> list[torch.Tensor | None]:
-        """Gradients in the order of `tensors`: none for weights and biases, which are frozen."""
+        """The gradients in the order of `tensors`; None for the frozen weights and biases."""
         grad_a = torch.split(grad_low.t() @ dropout(x, self.p, self.seed), self.ranks)
         found: list[torch.Tensor | None] = []
         for number, part in enumerate(torch.split(low, self.ranks, 1)):
@@ -100,15 +114,17 @@ class Group:
 
 
 def _scaled_product(one: torch.Tensor, other: torch.Tensor, scaling: float) -> torch.Tensor:
-    """scaling · one @ other, as one operation."""
+    """scaling · one @ other in a single operation."""
     return torch.addmm(one.new_empty(()), one, other, beta=0, alpha=scaling)
 
 
 class LoraLinears(torch.autograd.Function):
-    """x [..., in] -> [..., out] of each linear of a group."""
+    """x [..., in] → [..., out] for each linear of a group."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, origin: Origin, specs: tuple[Spec, ...], p: float, seed: int, *tensors: Any) -> Any:  # fmt: skip
+    def forward(
+        ctx: Any, x: torch.Tensor, origin: Origin, specs: tuple[Spec, ...], p: float, seed: int, *tensors: Any
+    ) -> Any:
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1])
             outputs, low = Group(specs, tensors, p, seed).forward(rows)
@@ -120,7 +136,7 @@ class LoraLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         kept, low, *tensors = ctx.saved_tensors
-        rows = remade(ctx.origin, kept, ctx.shape)
+        rows = recompute_input(ctx.origin, kept, ctx.shape)
         group = Group(ctx.specs, tensors, ctx.p, ctx.seed)
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         grad_x, grad_low = group.grad_input(flat)
@@ -129,7 +145,10 @@ class LoraLinears(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Mlp:
-    """down(silu(gate(x)) · up(x)): its linears in this order, dropout's rates and seeds of x and of the hidden activation."""
+    """down(silu(gate(x)) · up(x)) (SwiGLU: Shazeer 2020, arXiv:2002.05202), with the linears in this order.
+
+    `p` and `seeds` are the dropout rates and seeds for x and for the hidden activation.
+    """
 
     specs: tuple[Spec, ...]
     p: tuple[float, float]
@@ -137,7 +156,7 @@ class Mlp:
     tensors: Sequence[Any]
 
     def groups(self, number: int = 0) -> tuple[Group, Group]:
-        """Gate and up, and down; each tile of tokens drops places of its own."""
+        """The group of gate and up, and the group of down. Each tile, by its `number`, has its own dropout masks."""
         return (
             Group(self.specs[:2], self.tensors[:8], self.p[0], self.seeds[0] + number),
             Group(self.specs[2:], self.tensors[8:], self.p[1], self.seeds[1] + number),
@@ -145,10 +164,16 @@ class Mlp:
 
     @staticmethod
     def backward(
-        pair: Group, down: Group, rows: torch.Tensor, low: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, low_down: torch.Tensor,
+        pair: Group,
+        down: Group,
+        rows: torch.Tensor,
+        low: torch.Tensor,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        low_down: torch.Tensor,
         grad: torch.Tensor,
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:  # fmt: skip
-        """The gradients of x and of the adapters from that of the output."""
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """The gradients of x and of the adapters, from the gradient of the output."""
         grad_hidden, grad_low_down = down.grad_input([grad])
         grad_gate, grad_up, hidden = swiglu_backward(grad_hidden, gate, up)
         of_down = down.grad_adapters(hidden, low_down, [grad], grad_low_down)
@@ -158,12 +183,18 @@ class Mlp:
 
 
 class LoraMlp(torch.autograd.Function):
-    """The MLP of x [..., in]; silu(gate) · up is made again in the backward and not kept."""
+    """The MLP of x [..., in]; the backward recomputes silu(gate) · up instead of keeping it."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, origin: Origin, specs: tuple[Spec, ...], p: tuple[float, float], seeds: tuple[int, int], *tensors: Any
-    ) -> Any:  # fmt: skip
+        ctx: Any,
+        x: torch.Tensor,
+        origin: Origin,
+        specs: tuple[Spec, ...],
+        p: tuple[float, float],
+        seeds: tuple[int, int],
+        *tensors: Any,
+    ) -> Any:
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1])
             pair, down = Mlp(specs, p, seeds, tensors).groups()
@@ -177,7 +208,7 @@ class LoraMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         kept, low, gate, up, low_down, *tensors = ctx.saved_tensors
-        rows = remade(ctx.origin, kept, ctx.shape)
+        rows = recompute_input(ctx.origin, kept, ctx.shape)
         grad_x, of_adapters = Mlp.backward(
             *Mlp(ctx.specs, ctx.p, ctx.seeds, tensors).groups(),
             rows,
@@ -191,19 +222,26 @@ class LoraMlp(torch.autograd.Function):
 
 
 class TiledLoraMlp(torch.autograd.Function):
-    """The same `tile` tokens at a time, of which nothing is kept but x: for a layer that is computed again in the backward.
+    """The MLP, `tile` tokens at a time and keeping only x: for a layer that is recomputed in the backward.
 
-    There the second forward has nothing to do (without `whole` what comes back has the shape alone, and nothing looks at it),
-    and the backward makes each tile's gate and up once.
+    The recomputing forward (`whole=False`) has nothing to compute: it returns an uninitialised tensor of the right
+    shape, which nothing reads. The backward computes gate and up of each tile once.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, origin: Origin, whole: bool, tile: int, specs: tuple[Spec, ...], p: tuple[float, float],
-        seeds: tuple[int, int], *tensors: Any,
-    ) -> Any:  # fmt: skip
+        ctx: Any,
+        x: torch.Tensor,
+        origin: Origin,
+        whole: bool,
+        tile: int,
+        specs: tuple[Spec, ...],
+        p: tuple[float, float],
+        seeds: tuple[int, int],
+        *tensors: Any,
+    ) -> Any:
         rows = x.reshape(-1, x.shape[-1])
-        tile = math.ceil(len(rows) / max(math.ceil(len(rows) / tile), 1))  # tiles of one size
+        tile = math.ceil(len(rows) / max(math.ceil(len(rows) / tile), 1))  # equal tiles
         out = torch.empty_like(rows)
         if whole:
             with torch.autocast(x.device.type, enabled=False):
@@ -221,7 +259,7 @@ class TiledLoraMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         kept, *tensors = ctx.saved_tensors
-        rows, grad = remade(ctx.origin, kept, ctx.shape), grad.reshape(-1, grad.shape[-1])
+        rows, grad = recompute_input(ctx.origin, kept, ctx.shape), grad.reshape(-1, grad.shape[-1])
         mlp = Mlp(ctx.specs, ctx.p, ctx.seeds, tensors)
         total: list[torch.Tensor | None] = []
         grad_x = torch.empty_like(rows)
@@ -242,18 +280,23 @@ class TiledLoraMlp(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an input comes from: `norm`, of `source`, where it is a frozen norm's output. Then the norm's input is kept in its
-    place, which the norm's own backward keeps anyway."""
+    """Where the input x of a node comes from: x = norm(source), if it is the output of a frozen norm.
 
-    norm: Any = None
+    Then the node keeps `source` instead of x, which costs no memory, because the norm's own backward keeps it anyway.
+    """
+
+    norm: Callable[[torch.Tensor], torch.Tensor] | None = None
     source: torch.Tensor | None = None
 
     def kept(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the node keeps for its backward in place of its flattened input `rows`."""
         return rows if self.source is None else self.source
 
 
-def remade(norm: Any, kept: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """The input [tokens, in] from what `Origin.kept` gave."""
+def recompute_input(
+    norm: Callable[[torch.Tensor], torch.Tensor] | None, kept: torch.Tensor, shape: torch.Size
+) -> torch.Tensor:
+    """The input x [tokens, in] from what `Origin.kept` returned; `shape` is that of x before it was flattened."""
     if norm is not None:
         with torch.no_grad():
             kept = norm(kept).to(kept.dtype)

@@ -11,9 +11,9 @@ from torch import nn
 def subclass_in_place(module: nn.Module, mixin: type) -> None:
     """Make `module` an instance of a subclass of its class in which the methods of `mixin` come first.
 
-    The module keeps its name, parameters, buffers and hooks, so checkpoints, PEFT and the sharding strategies see what they
-    saw before (FSDP2's `fully_shard` changes classes in the same way). A `forward` that a library has set on the instance
-    would hide the mixin's, and is removed.
+    The module keeps its name, parameters, buffers and hooks, so checkpoints, PEFT and the sharding strategies see what
+    they saw before (FSDP2's `fully_shard` changes classes in the same way). A `forward` that a library has set on the
+    instance would hide the mixin's, and is removed.
     """
     vars(module).pop("forward", None)
     cls: Any = type(module)

@@ -34,8 +34,8 @@ _SMALL = 1 << 16
 def set_up_checkpointing(model: Any, recipe: Recipe, strategy: Strategy, tokens: int | None) -> int | None:
     """Set up activation checkpointing for micro-batches of at most `tokens` tokens, if it is done layer by layer.
 
-    With `tokens=None` (unknown, during the search for a micro-batch size) it uses as little memory as possible. All ranks
-    enter.
+    With `tokens=None` (unknown, during the search for a micro-batch size) it uses as little memory as possible. All
+    ranks enter.
 
     Returns:
         The number of checkpointed layers, the same on all ranks; None if the trainer does the checkpointing.
@@ -96,9 +96,9 @@ def layers_to_checkpoint(model: Any, tokens: int, free: int, trainable: int, *, 
     """The smallest number of layers to checkpoint for a micro-batch of `tokens` tokens to fit into `free` bytes.
 
     The estimate, in the dtype of the base model: a layer keeps its input, queries, keys, values, attention output, the
-    input of its MLP, and gate and up. A checkpointed layer keeps only its input (nothing with `offload`), but one of them
-    at a time holds everything and its gradients. Each of the `trainable` parameters takes 12 bytes, for its gradient and
-    AdamW's two states, and the head's tile of logits 0.5 GiB.
+    input of its MLP, and gate and up. A checkpointed layer keeps only its input (nothing with `offload`), but one of
+    them at a time holds everything and its gradients. Each of the `trainable` parameters takes 12 bytes, for its
+    gradient and AdamW's two states, and the head's tile of logits 0.5 GiB.
     """
     config, layers = model.config.get_text_config(), len(layers_of(model))
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -128,7 +128,8 @@ class _Parked:
 class HostMemory:
     """Saved-tensor hooks that park tensors of the forward in pinned host memory until the backward needs them.
 
-    Both copies overlap with computation: while the backward works on one layer, the tensor of the layer before it returns.
+    Both copies overlap with computation: while the backward works on one layer, the tensor of the layer before it
+    returns.
     """
 
     def __init__(self) -> None:

@@ -44,8 +44,8 @@ def keep_adapter_in_fp32(model: Any, recipe: Recipe, strategy: Strategy) -> None
     """Cast the trainable parameters to fp32 master weights, after TRL has cast them to bf16 for a quantised base.
 
     bf16 rounds away updates smaller than 1/256 of a weight, and fp16's loss scaler cannot handle bf16 gradients at all.
-    Products are computed in the type of the base either way (by the fused nodes, or under autocast), so fp32 costs no time.
-    With AdamW, it costs 12 more bytes per parameter of the adapter.
+    Products are computed in the type of the base either way (by the fused nodes, or under autocast), so fp32 costs no
+    time. With AdamW, it costs 12 more bytes per parameter of the adapter.
     """
     if recipe.lora is None or strategy.keeps_adapter_in_base_dtype(recipe):
         return

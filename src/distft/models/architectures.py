@@ -2,8 +2,8 @@
 
 Replacing a module's forward is correct only if the forward computes what its submodules suggest. Falcon-H1's MLP, for
 example, has Llama's linears and multiplies their outputs by constants. So the classes whose computation is known are
-listed here, and `tests/models/test_architectures.py` checks each against the installed transformers. A model that is not
-listed trains correctly, but a little slower: its linears are fused one by one.
+listed here, and `tests/models/test_architectures.py` checks each against the installed transformers. A model that is
+not listed trains correctly, but a little slower: its linears are fused one by one.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def is_gated_mlp(module: nn.Module) -> bool:
 
 
 def is_pre_norm(layer: nn.Module) -> bool:
-    """Whether `layer` is x += attention(norm(x)); x += mlp(norm(x)), so that nothing in its backward needs the output of
-    its MLP, and its norms feed its attention and its MLP alone."""
+    """Whether `layer` is x += attention(norm(x)); x += mlp(norm(x)), so that nothing in its backward needs the output
+    of its MLP, and its norms feed its attention and its MLP alone."""
     return _name(layer) in _LAYERS and {name for name, _ in layer.named_children()} == _PRE_NORM
 
 

@@ -1,4 +1,4 @@
-"""Which weights a run starts from, whatever their folder is called and however many files they lie in."""
+"""A digest of model weights, independent of the name of their folder and of how they are split into files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""The files that transformers looks for: all tensors, or which file has which tensor."""
+"""The file names that transformers looks for: one file with all tensors, or the index of several."""
 
 
 def files(folder: Path) -> set[str]:
-    """The files in `folder` that transformers would load weights from, there or not; empty where nothing says which."""
+    """The weight files that transformers would load from `folder`, whether or not they exist.
+
+    Empty if there is neither a single file nor an index.
+    """
     if (folder / WHOLE).is_file():
         return {WHOLE}
     index = folder / INDEX
@@ -24,12 +27,15 @@ def files(folder: Path) -> set[str]:
 
 
 def digest(name: str, revision: str | None = None) -> str | None:
-    """16 hex digits of the weights of `name`, a folder or a model in the hub's cache: of every tensor's name, type, shape and middle row, so that
-    it takes no longer than opening the files, and that any training of all weights, or an adapter merged into them, changes it. None where
-    there are no safetensors under the usual names, or the cache says no more where they are."""
+    """A digest (16 hex digits) of the weights of `name`, a folder or a model in the hub's cache.
+
+    It covers the name, type, shape and middle row of every tensor: it takes no longer than opening the files, yet full
+    fine-tuning or a merged adapter changes it. None if there are no safetensors files under the usual names, or the
+    model is not in the cache.
+    """
     place = Path(name)
     if not place.is_dir():
-        try:  # without patterns it would ask for every file of the repository, also those that nobody loads
+        try:  # without patterns, it would require every file of the repository, even unused ones
             place = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
         except LocalEntryNotFoundError:
             return None
@@ -45,7 +51,7 @@ def digest(name: str, revision: str | None = None) -> str | None:
 def _samples(path: Path) -> dict[str, bytes]:
     samples = {}
     with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 (it is no mapping)
+        for key in file.keys():  # noqa: SIM118 (not a mapping)
             part = file.get_slice(key)
             shape = part.get_shape()
             middle = shape[0] // 2 if shape else 0

@@ -1,15 +1,15 @@
 """LoRA linears fused into one autograd node per group: queries, keys and values; a whole MLP; or a single linear.
 
-PEFT computes y = W x + s B A x as separate operations, each of which reads and writes the whole activation. The nodes in
-`distft.kernels.lora` add the small product in place, compute A x once for all linears that share the input x, accumulate
-the gradients of x in place, and recompute the inner activations of an MLP. The gradients are those of PEFT's modules;
-the tests check them in float64.
+PEFT computes y = W x + s B A x as separate operations, each of which reads and writes the whole activation. The nodes
+in `distft.kernels.lora` add the small product in place, compute A x once for all linears that share the input x,
+accumulate the gradients of x in place, and recompute the inner activations of an MLP. The gradients are those of PEFT's
+modules; the tests check them in float64.
 
-`fuse` gives the modules subclasses of their own classes (`FusedLinear`, `FusedMLP`, `TrackedNorm`); parameters and names
-stay as they are.
+`fuse` gives the modules subclasses of their own classes (`FusedLinear`, `FusedMLP`, `TrackedNorm`); parameters and
+names stay as they are.
 
-One difference remains: with LoRA dropout, the linears of a group drop the same elements of their input, where PEFT draws
-a mask for each.
+One difference remains: with LoRA dropout, the linears of a group drop the same elements of their input, where PEFT
+draws a mask for each.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def fuse(model: nn.Module) -> dict[str, int]:
 def keeps_int8_products(model: nn.Module) -> bool:
     """Whether a forward keeps 8-bit products alive that activation checkpointing cannot see.
 
-    bitsandbytes' own node of an 8-bit linear holds them outside of autograd's saved tensors. Only reentrant checkpointing,
-    whose first forward builds no graph, releases them.
+    bitsandbytes' own node of an 8-bit linear holds them outside of autograd's saved tensors. Only reentrant
+    checkpointing, whose first forward builds no graph, releases them.
     """
     fused: set[int] = set()
     for module in model.modules():
@@ -76,8 +76,8 @@ def keeps_int8_products(model: nn.Module) -> bool:
 
 
 def _fits(module: Any) -> bool:
-    """Whether `module` is a LoRA linear with one adapter, over a frozen dense, 4-bit or 8-bit linear, that uses no feature
-    which only PEFT's own forward implements."""
+    """Whether `module` is a LoRA linear with one adapter, over a frozen dense, 4-bit or 8-bit linear, that uses no
+    feature which only PEFT's own forward implements."""
     from peft.tuners import lora
 
     kinds = [lora.Linear, *(getattr(lora, name) for name in ("Linear4bit", "Linear8bitLt") if hasattr(lora, name))]
@@ -97,7 +97,8 @@ def _fits(module: Any) -> bool:
 
 
 class LinearGroup:
-    """LoRA linears with the same input. The first to be called computes the outputs of all; the others pick theirs up."""
+    """LoRA linears with the same input. The first to be called computes the outputs of all; the others pick theirs
+    up."""
 
     def __init__(self, members: list[Any]) -> None:
         self.members = members

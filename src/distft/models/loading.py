@@ -159,7 +159,7 @@ def _from_pretrained(cls: Any, name: str, what: str, **options: Any) -> Any:
             raise ModelError(f"cannot load a {what} from the folder {name}: {text.splitlines()[0]}") from error
         if "gated" in text.lower() or "401" in text or "403" in text:
             raise ModelError(
-                f"{name} is gated: accept its licence on its page on the hub, then run `hf auth login` (or set HF_TOKEN)"
+                f"{name} is gated: accept its licence on its hub page, then run `hf auth login` (or set HF_TOKEN)"
             ) from error
         if missing:
             raise ModelError(

@@ -1,6 +1,7 @@
-"""The embedded default model: a Llama of 2 million parameters and its tokenizer, built from text that ships with distft.
+"""The embedded default model `tiny`: a Llama of 2 million parameters, with its own tokenizer.
 
-Built and briefly pre-trained at first use (a minute or less on two CPU cores), then kept in the user's cache.
+It is built from text that ships with distft and pre-trained briefly on first use (a minute or less on two CPU cores),
+then kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ BATCH = 16
 
 
 def tiny_model() -> Path:
-    """Folder of the tiny model, in the format of `from_pretrained`.
+    """The folder of the tiny model, for `from_pretrained`.
 
-    Built by the first process that comes; the others wait at a file lock, in no collective.
+    The first process to ask builds it; the others wait for a file lock rather than in a collective.
     """
     corpus = packaged("assets/tiny_corpus.txt").read_text(encoding="utf-8")
     recipe = f"{VOCABULARY} {CONTEXT} {STEPS} {BATCH} {_config_text()}"
@@ -34,9 +35,14 @@ def tiny_model() -> Path:
 
 
 _SHAPE = {
-    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": False,
-}  # fmt: skip
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}
 
 
 def _config_text() -> str:
@@ -49,7 +55,7 @@ def _build(corpus: str, folder: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    say("building the tiny model (once; a minute or less on two cores)")
+    say("building the tiny model (once; takes a minute or less on two cores)")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -66,29 +72,31 @@ def _build(corpus: str, folder: Path) -> None:
     )
     tokens = [token for text in _documents(corpus) for token in (1, *tokenizer.encode(text).ids, 2)]
     threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)  # the other processes of the launch wait for this one
+    torch.set_num_threads(os.cpu_count() or 1)  # the other processes are waiting
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = LlamaConfig(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2, **_SHAPE)
         model = LlamaForCausalLM(config)
         loss = _pretrain(model, torch.tensor(tokens))
     torch.set_num_threads(threads)
-    say(
-        f"tiny model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} tokens of text, loss {loss:.2f}"
-    )
+    size = sum(parameter.numel() for parameter in model.parameters())
+    say(f"tiny model: {size:,} parameters, {len(tokens):,} tokens of text, loss {loss:.2f}")
     model.save_pretrained(folder)
     wrapped.save_pretrained(folder)
 
 
 def _documents(corpus: str) -> list[str]:
-    """The paragraphs, and every third once more as the answer to an instruction: an adapter cannot teach a base tokens
-    that its frozen output layer has never seen, and the instruction marks are such tokens."""
+    """The paragraphs, and every third one again as the response to an instruction.
+
+    Without the latter, the frozen output layer would never have seen the tokens of the instruction template, and an
+    adapter could not learn to produce them.
+    """
     paragraphs = corpus.split("\n\n")
     return paragraphs + [f"### Instruction:\nTell me something.\n\n### Response:\n{text}" for text in paragraphs[::3]]
 
 
 def _pretrain(model: torch.nn.Module, tokens: torch.Tensor) -> float:
-    """Next-token training on random windows of the text, on the CPU; the mean loss of the last 20 steps."""
+    """Train on random windows of the text, on the CPU; returns the mean loss of the last 20 steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=STEPS, pct_start=0.1)
     losses: list[float] = []
