@@ -1,8 +1,8 @@
 """Every private name of another library that distft uses or overrides, and the functions through which it does so.
 
-A private name can disappear in any release. Assigning to one that is gone, or overriding a hook that is no longer called,
-raises nothing: the run just becomes slower or wrong. `check` therefore compares `PRIVATE_NAMES` with what is installed:
-training calls it before it loads anything, and every function below checks the names it needs on first use.
+A private name can disappear in any release. Assigning to one that is gone, or overriding a hook that is no longer
+called, raises nothing: the run just becomes slower or wrong. `check` therefore compares `PRIVATE_NAMES` with what is
+installed: training calls it before it loads anything, and every function below checks the names it needs on first use.
 
 Public but undocumented names whose loss would be silent are listed as well. This module imports no library until a
 function needs it.
@@ -35,7 +35,7 @@ class PrivateName:
     `owner` is the module, or `module:Class`, that has the name. `use` says how distft depends on it:
 
     - `call`: it is called or read, and must accept `parameters`;
-    - `override`: a subclass defines it, so it must exist, accept `parameters`, and still be called by the owner's module;
+    - `override`: a subclass defines it, so it must exist, accept `parameters`, and be called by the owner's module;
     - `replace`: its global in the owner's module is replaced, so the module must still look it up there;
     - `attribute`: the owner's module sets it on instances, so that no class has it.
 

@@ -71,7 +71,7 @@ def test_a_nan_stops_all_ranks_and_names_step_rank_and_samples(kind: str, cursed
     assert ended.code == 1, ended.stderr[-3000:]
     cause = ended.folder.read_summary()["cause"]
     assert cause.startswith("BadNumbersError: step 3: the loss of micro-batch 2 of 2 on rank 1 is nan. "), cause
-    named = re.search(r"Samples of the train split in it: ([\d,]+); look", cause)
+    named = re.search(r"Its samples in the train split: ([\d,]+); to see", cause)
     assert named is not None and len(named[1].split(",")) == MICRO and str(number) in named[1].split(",")
     assert "run.on_bad_numbers=skip" in ended.stderr
     assert manifest.newest(ended.folder.checkpoints) == (ended.folder.checkpoints / "checkpoint-2", [])

@@ -64,7 +64,7 @@ def test_a_full_disk_costs_the_new_checkpoint_and_never_the_last_good_one(
     assert manifest.fault(folder.checkpoints / "checkpoint-2") is None
     for step in (4, 6):
         assert f"checkpoint-{step} was not saved: No space left on device (rank 0)" in ended.stderr
-    assert "MiB too little. The last good one is checkpoint-2" in ended.stderr
+    assert "MiB too little. The last complete one is checkpoint-2" in ended.stderr
 
 
 def test_a_result_that_finds_no_room_is_saved_by_the_same_command_later(disk: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_write_that_fails_in_the_middle_leaves_no_half_and_no_rank_waiting(
     assert list(folder.checkpoints.iterdir()) == []
     for step in (2, 4, 6):
         assert f"checkpoint-{step} was not saved: " in ended.stderr
-    assert "There is no other one" in ended.stderr
+    assert "There is no other checkpoint" in ended.stderr
     assert [record["step"] for record in folder.read_metrics()] == [1, 2, 3, 4, 5, 6]
 
 
@@ -116,7 +116,8 @@ def test_records_wait_while_the_disk_is_full(disk: Path) -> None:
     from distft.config.schema import Batching
     from distft.data.batch_plan import Plan
     from distft.distributed.world import World
-    from distft.training.metrics import Telemetry, Work
+    from distft.training.metrics import Telemetry
+    from distft.training.throughput import Work
 
     resize(disk, 1)
     folder = RunFolder(disk)

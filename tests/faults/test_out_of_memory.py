@@ -98,12 +98,12 @@ def test_one_rank_out_of_memory_restarts_all_with_half_the_micro_batch(
     (fault,) = folder.read_faults()
     assert (fault["rank"], fault["step"], fault["micro_batch"], fault["asked_bytes"]) == (1, 3, 4, 4 << 50)
     assert fault["cause"].startswith(
-        "OutOfMemory: out of memory on rank 1 with a micro-batch of 4 samples: 4,194,304.00 GiB were asked for"
+        "OutOfMemory: out of memory on rank 1 with a micro-batch of 4 samples: tried to allocate 4,194,304.00 GiB"
     )
     summary = folder.read_summary()
     assert (summary["status"], summary["restarts"], summary["global_batch_size"]) == ("finished", 1, 16)
     assert (summary["micro_batch"], summary["gradient_accumulation_steps"]) == (2, 4)
-    line = "micro-batch 2 instead of 4, and as much more accumulation: rank 1 ran out of memory with 4 after step 3"
+    line = "micro-batch 2 instead of 4, with correspondingly more accumulation: rank 1 ran out of memory with 4 after step 3"
     assert line in ended.stderr and line in summary["changed_for_you"]
     assert "after step 2" in ended.stderr, "from the last checkpoint"
     assert [record["step"] for record in folder.read_metrics() if "loss" in record] == [1, 2, 3, 4, 5, 6]
@@ -115,7 +115,7 @@ def test_under_a_bare_launcher_the_same_command_goes_on_with_half(whole: tuple[s
     place = site(tmp_path, 1, 3, (4,))
     ended = go(tmp_path, *KINDS[kind], site=place, launcher=True)
     assert ended.code == 1
-    assert "goes on from its last checkpoint with a micro-batch of 2 samples and the same global batch" in ended.stderr
+    assert "resumes from its last checkpoint with a micro-batch of 2 samples and the same global batch" in ended.stderr
     again = go(tmp_path, *KINDS[kind], site=place, launcher=True)
     assert again.code == 0, again.stderr[-3000:]
     assert again.folder.read_summary()["micro_batch"] == 2
@@ -125,7 +125,7 @@ def test_under_a_bare_launcher_the_same_command_goes_on_with_half(whole: tuple[s
 def test_where_no_restart_is_allowed_none_is_promised(tmp_path: Path) -> None:
     ended = go(tmp_path, "run.max_restarts=0", "quantization=null", nproc=1, site=site(tmp_path, 0, 0, (4,)))
     assert ended.code == 1
-    assert "No restart is allowed (run.max_restarts: 0); one would take a micro-batch of 2 samples" in ended.stderr
+    assert "Restarts are disabled (run.max_restarts: 0); one would use a micro-batch of 2 samples" in ended.stderr
     assert "goes on" not in ended.stderr
 
 
@@ -137,7 +137,7 @@ def test_what_nothing_mends_ends_once_and_names_cheaper_recipes(tmp_path: Path) 
         "the second start refuses on all ranks"
     )
     assert "out of memory on rank 1 with a micro-batch of 1" in ended.stderr
-    assert "By estimate tiny takes" in ended.stderr
+    assert "By estimate, tiny takes" in ended.stderr
     assert "not started again: " in ended.stderr
 
 
@@ -232,7 +232,7 @@ def test_a_full_gpu_halves_the_micro_batch_until_it_fits(nproc: int, tmp_path: P
     assert faults
     for fault in faults:
         assert re.search(
-            r"GiB were asked for, .* are free( \([\d.]+ GiB too little\)|, in pieces too small for it)\. The run",
+            r"tried to allocate .* are free( \([\d.]+ GiB short\)|, but fragmented)\. The run",
             fault["cause"],
         ), fault
     assert summary["micro_batch"] == 256 // nproc // 2 ** len(faults)

@@ -29,7 +29,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(
     process.send_signal(signal.SIGTERM)
     ended = finish(process, tmp_path)
     assert ended.code == 75, ended.stderr[-3000:]
-    assert "the same command goes on from there" in ended.stderr
+    assert "The same command resumes from it" in ended.stderr
     checkpoint, skipped = manifest.newest(folder.checkpoints)
     assert checkpoint is not None and not skipped
     stopped = manifest.step_of(checkpoint)

@@ -1,4 +1,4 @@
-"""Packs change nothing but speed: the same loss and gradients as padded rows, and no sample sees another."""
+"""Packing changes only speed: loss and gradients equal those of padded rows, and no sample sees another."""
 
 from __future__ import annotations
 
@@ -7,55 +7,57 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PrinterCallback
+from transformers import AutoModelForCausalLM
 
 from distft.config.recipe import load_recipe
 from distft.data.batch_plan import Plan
 from distft.data.formats import data_faults
-from distft.data.loader import Collator, trained_positions
+from distft.data.loader import Collator
 from distft.data.prepare import lengths_of, prepare_data
 from distft.data.tokenize import IGNORED
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import choose
 from distft.distributed.world import World
 from distft.models import attention
-from distft.models.adapter import keep_adapter_in_fp32
 from distft.models.loading import load_model, load_tokenizer
 from distft.runs.folder import RunFolder
-from distft.training.checkpoints import Checkpoints
+from distft.training.arguments import training_arguments
 from distft.training.nonfinite import BadNumbers
-from distft.training.trainer import Trainer, sft_config
+from distft.training.trainer import Trainer, build_trainer
 
 # The loss on the responses alone, so that the samples' trained lengths differ (1 to 60 tokens).
 RECIPE = (
-    "recipe=tiny", "strategy=single", "quantization=null", "lora.lora_dropout=0", "training.completion_only_loss=true",
-    "data.max_samples=40", "batching.global_batch_size=32",
-)  # fmt: skip
+    *("recipe=tiny", "strategy=single", "quantization=null", "lora.lora_dropout=0"),
+    *("training.completion_only_loss=true", "data.max_samples=40", "batching.global_batch_size=32"),
+)
 PADDED, PACKED = ("batching.micro_batch=4",), ("batching.micro_batch_tokens=300",)
 
 
 def trainer_of(tmp_path: Path, *overrides: str) -> Trainer:
-    """A trainer as `distft.train` builds it, over an adapter that has learned something: B is not zero."""
+    """The trainer of a run, over an adapter that has learned something: B is not zero."""
     recipe = load_recipe([*RECIPE, *overrides], checks=(data_faults,))
     strategy = choose(recipe, World(), {}, Launcher())
     tokenizer = load_tokenizer(recipe)
     splits = prepare_data(recipe, tokenizer)
     plan = Plan(lengths_of(splits.train), recipe.batching, recipe.run.seed)
-    accumulation = plan.accumulation(1, 1)
     model = load_model(recipe, strategy)
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    folder = RunFolder(tmp_path)
-    trainer = Trainer(
-        model=model, args=sft_config(recipe, strategy, folder, accumulation), processing_class=tokenizer, plan=plan,
-        numbers=BadNumbers(recipe, folder, World(), plan), checkpoints=Checkpoints(folder, strategy, None, dict),
-        skips_spare_rounds=strategy.skips_spare_rounds, train_dataset=splits.train, eval_dataset=splits.validation,
-    )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    keep_adapter_in_fp32(model, recipe, strategy)
-    return trainer
+    arguments = training_arguments(recipe, strategy, RunFolder(tmp_path), plan.accumulation(1, 1))
+    return build_trainer(
+        recipe,
+        strategy,
+        model,
+        arguments,
+        plan,
+        tokenizer,
+        splits,
+        callbacks=[],
+        changed=lambda line: None,
+        numbers=BadNumbers(recipe, RunFolder(tmp_path), World(), plan),
+    )
 
 
 def first_step(trainer: Trainer) -> tuple[float, dict[str, torch.Tensor], list[dict[str, Any]]]:
@@ -73,7 +75,7 @@ def first_step(trainer: Trainer) -> tuple[float, dict[str, torch.Tensor], list[d
 
 
 def error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Of all gradients together, relative in norm."""
+    """The relative error of all gradients together, by norm."""
     assert set(found) == set(expected) and expected
     differences, norms = zip(
         *(((found[name] - tensor).norm(), tensor.norm()) for name, tensor in expected.items()), strict=True
@@ -95,7 +97,7 @@ def test_packed_and_padded_steps_have_the_same_loss_and_gradients(kernels: str, 
         first_step(trainer_of(tmp_path, f"model.kernels={kernels}", "model.attn_implementation=sdpa", *way))
         for way in (PADDED, PACKED)
     )
-    assert sum((batch["attention_mask"] == 0).sum() for batch in padded[2]) > 0, "there is padding to do without"
+    assert sum((batch["attention_mask"] == 0).sum() for batch in padded[2]) > 0, "the padded rows have padding"
     assert all(batch["input_ids"].shape[0] == 1 for batch in packed[2])
     assert len(packed[2]) < len(padded[2])
     assert packed[0] == pytest.approx(padded[0], rel=1e-5)
@@ -104,7 +106,7 @@ def test_packed_and_padded_steps_have_the_same_loss_and_gradients(kernels: str, 
         assert error({name: packed[1][name]}, {name: tensor}) < 1e-4, name
 
 
-def test_a_spare_pack_weighs_nothing(tmp_path: Path) -> None:
+def test_an_empty_pack_contributes_nothing(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, *PACKED)
     _, gradients, batches = first_step(trainer)
     before = {name: tensor.clone() for name, tensor in gradients.items()}
@@ -117,9 +119,7 @@ def test_a_spare_pack_weighs_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", [PADDED, (*PACKED, "training.pad_to_multiple_of=16")], ids=["padded", "packed"])
-def test_the_head_sees_the_trained_tokens_alone_and_the_loss_is_that_of_all(
-    way: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_the_head_computes_only_trained_tokens_with_the_same_loss(way: tuple[str, ...], tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, *way)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     everything = {key: value for key, value in batch.items() if key not in ("scored", "targets")}
@@ -133,11 +133,11 @@ def test_the_head_sees_the_trained_tokens_alone_and_the_loss_is_that_of_all(
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert error(gradients[1], gradients[0]) < 1e-5
     trained = int((batch["labels"][:, 1:] != IGNORED).sum())
-    assert 0 < trained <= batch["targets"].shape[1] < batch["labels"].numel(), "the prompts are left out"
+    assert 0 < trained <= batch["targets"].shape[1] < batch["labels"].numel(), "the prompts are excluded"
     assert int((batch["targets"] != IGNORED).sum()) == trained
 
 
-def test_an_evaluation_of_packs_is_that_of_padded_rows(tmp_path: Path) -> None:
+def test_packs_evaluate_to_the_same_loss_as_padded_rows(tmp_path: Path) -> None:
     losses = [
         trainer_of(tmp_path, "data.validation_fraction=0.4", *way).evaluate()["eval_loss"] for way in (PADDED, PACKED)
     ]
@@ -145,7 +145,12 @@ def test_an_evaluation_of_packs_is_that_of_padded_rows(tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
-# ---- one sample and the others ---------------------------------------------------------------------------------------
+def test_batches_are_padded_to_the_recipe_s_multiple(tmp_path: Path) -> None:
+    *_, batches = first_step(trainer_of(tmp_path, "training.pad_to_multiple_of=16", *PADDED))
+    assert {batch["input_ids"].shape[1] % 16 for batch in batches} == {0}
+
+
+# ---- samples do not see each other -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -158,7 +163,7 @@ def samples(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def changed(samples: list[dict[str, list[int]]], number: int) -> list[dict[str, list[int]]]:
-    """`samples` with every token but the first of one of them replaced by another."""
+    """`samples`, with every token but the first of one of them replaced."""
     ids = samples[number]["input_ids"]
     other = {**samples[number], "input_ids": [ids[0], *((token + 97) % 2_000 + 3 for token in ids[1:])]}
     return [*samples[:number], other, *samples[number + 1 :]]
@@ -183,7 +188,7 @@ def test_changing_a_sample_changes_no_other_sample_s_logits(
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_a_sample_has_the_logits_in_a_pack_that_it_has_alone(
+def test_a_sample_has_the_same_logits_in_a_pack_as_alone(
     implementation: str, tiny: Path, samples: list[dict[str, list[int]]]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation=implementation)
@@ -191,62 +196,6 @@ def test_a_sample_has_the_logits_in_a_pack_that_it_has_alone(
         with torch.no_grad():
             alone = model(input_ids=torch.tensor([sample["input_ids"]])).logits[0]
         torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
-
-
-# ---- the rows of a micro-batch ---------------------------------------------------------------------------------------
-
-ROWS = [
-    {"input_ids": [5, 6, 2], "labels": [IGNORED, 6, 2]},
-    {"input_ids": [7, 2], "labels": [IGNORED, 2]},
-]
-
-
-def test_a_pack_is_one_row_with_the_bounds_of_its_samples() -> None:
-    batch = Collator(0, packed=True)(ROWS)
-    assert batch["input_ids"].tolist() == [[5, 6, 2, 7, 2]]
-    assert batch["labels"].tolist() == [[IGNORED, 6, 2, IGNORED, 2]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
-    assert (batch["cu_seq_lens_q"].tolist(), batch["max_length_q"]) == ([0, 3, 5], 3)
-    assert "attention_mask" not in batch
-
-
-@pytest.mark.parametrize(
-    ("labels", "multiple", "positions", "targets"),
-    [
-        ([[IGNORED, 6, 2, IGNORED, 2]], 1, [0, 1, 3], [6, 2, 2]),
-        ([[IGNORED, 6, 2, IGNORED, 2]], 4, [0, 1, 3, 0], [6, 2, 2, IGNORED]),
-        ([[IGNORED, 5, 6], [7, 8, IGNORED]], 1, [0, 1, 3], [5, 6, 8]),  # of a row's first token nothing is asked
-        ([[IGNORED, IGNORED]], 1, [0], [IGNORED]),
-        ([[IGNORED, IGNORED]], 4, [0] * 4, [IGNORED] * 4),
-    ],
-)
-def test_the_positions_that_the_loss_looks_at(
-    labels: list[list[int]], multiple: int, positions: list[int], targets: list[int]
-) -> None:
-    found = trained_positions(torch.tensor(labels), multiple)
-    assert (found[0].tolist(), found[1].tolist()) == (positions, [targets])
-
-
-def test_padding_weighs_nothing_and_can_be_to_a_multiple() -> None:
-    assert Collator(0, packed=False)(ROWS)["input_ids"].tolist() == [[5, 6, 2], [7, 2, 0]]
-    batch = Collator(0, packed=False, multiple=4)(ROWS)
-    assert batch["input_ids"].tolist() == [[5, 6, 2, 0], [7, 2, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, 6, 2, IGNORED], [IGNORED, 2, IGNORED, IGNORED]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
-    batch = Collator(0, packed=True, multiple=4)(ROWS)
-    assert batch["labels"].tolist() == [[IGNORED, 6, 2, IGNORED, 2, *[IGNORED] * 3]]
-    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 8], "what fills up a pack is one more sample"
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_no_rows_make_one_token_that_the_loss_does_not_look_at(packed: bool) -> None:
-    batch = Collator(3, packed=packed)([])
-    assert (batch["input_ids"].tolist(), batch["labels"].tolist()) == ([[3]], [[IGNORED]])
-
-
-def test_the_recipe_s_multiple_reaches_the_rows(tmp_path: Path) -> None:
-    *_, batches = first_step(trainer_of(tmp_path, "training.pad_to_multiple_of=16", *PADDED))
-    assert {batch["input_ids"].shape[1] % 16 for batch in batches} == {0}
 
 
 # ---- on a GPU, in bf16 with the variable-length kernel ---------------------------------------------------------------
@@ -260,7 +209,7 @@ GPU = (
 
 
 @pytest.mark.gpu
-def test_packs_in_bf16_are_as_near_to_fp32_as_padded_rows(tmp_path: Path) -> None:
+def test_packs_in_bf16_are_as_close_to_fp32_as_padded_rows(tmp_path: Path) -> None:
     exact, padded, packed = (
         first_step(trainer_of(tmp_path, *overrides))
         for overrides in (

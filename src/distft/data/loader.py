@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderShard
-from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from distft.data.batch_plan import Plan, RankBatches
 from distft.data.tokenize import IGNORED
 
 
@@ -78,23 +76,20 @@ class DataWait:
 
 
 def build_loader(
-    samples: Dataset,
-    plan: Plan,
-    collator: Collator,
-    rank: int,
-    world_size: int,
-    accumulation: int,
+    samples: Any,
+    batches: Iterable[list[int]],
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
     device: torch.device,
     workers: int,
 ) -> DataLoaderShard:
-    """The micro-batches that `plan` assigns to `rank`; each moves to `device` during the computation of the previous
-    one."""
+    """Load the micro-batches with these indices into `samples`; each moves to `device` while the previous one is
+    computed."""
     return DataLoaderShard(
         samples,
         device=device,
         _non_blocking=True,
-        batch_sampler=RankBatches(plan, rank, world_size, accumulation),
-        collate_fn=collator,
+        batch_sampler=batches,
+        collate_fn=collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
     )

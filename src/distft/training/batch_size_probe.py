@@ -1,7 +1,7 @@
-"""The largest micro-batch that fits, found before the run by processes that do nothing else: `distft.training.batch_size_worker`.
+"""Find the largest micro-batch that fits, before the run, in processes of `distft.training.batch_size_worker`.
 
-Each rank starts one of them, and they form a group of their own. So it works under every launcher, a rank that runs out of
-memory breaks nothing but the trial, and what the trial took of the GPU is given back with its process.
+Each rank starts one process, and they form a process group of their own. This works under every launcher, running out
+of memory breaks nothing but the probe, and the GPU memory is released with the process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from distft.hardware import GIB
 
 @dataclass(frozen=True)
 class Trial:
-    """One micro-batch tried: what it took on the worst rank, and what it may take there without the margin, in bytes."""
+    """One micro-batch: its peak memory on the rank with the least room, and the limit there, in bytes."""
 
     micro_batch: int
     peak_bytes: float
@@ -44,7 +44,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Probe:
-    """What the trial found: the micro-batches that were tried, smallest first, and how an allocation failed, if one did."""
+    """The result: the micro-batches that were tried, smallest first, and the error of a failed allocation, if any."""
 
     trials: tuple[Trial, ...]
     failed: str | None = None
@@ -59,17 +59,17 @@ class Probe:
 
 
 def probe(recipe: Path, world: World, environment: Mapping[str, str]) -> Probe:
-    """Try out the micro-batches of the recipe in the file `recipe`. All ranks enter, and get the same answer.
+    """Measure the micro-batches of the recipe in the file `recipe`. All ranks enter, and get the same result.
 
     Raises:
-        DistftError: the trial failed for another reason than memory.
+        DistftError: the probe failed for a reason other than memory.
     """
     port = broadcast(free_port(), world)
     with tempfile.TemporaryDirectory(prefix="distft-probe-") as name:
         results = Path(name) / "results.jsonl"
         with (Path(name) / "log").open("w+") as log:
-            code = _run([sys.executable, "-m", "distft.training.batch_size_worker", str(results), f"recipe={recipe}"],
-                        _environment(environment, port), log, world, f"distft/probe/{port}")  # fmt: skip
+            command = [sys.executable, "-m", "distft.training.batch_size_worker", str(results), f"recipe={recipe}"]
+            code = _run(command, _environment(environment, port), log, world, f"distft/probe/{port}")
             log.seek(0)
             ended = log.read()[-2000:] if code > 0 else None
         lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
@@ -80,28 +80,29 @@ def probe(recipe: Path, world: World, environment: Mapping[str, str]) -> Probe:
     crashed = next((text for found, text in everywhere if text is not None), None)
     if crashed is not None and failed is None:
         raise DistftError(
-            f"batching.micro_batch=auto: the trial of micro-batches failed; give a number instead. Its last words:\n{crashed}"
+            f"batching.micro_batch=auto: the search for the largest micro-batch failed; set a number instead. It "
+            f"ended with:\n{crashed}"
         )
     return Probe(trials, failed)
 
 
 def free_port() -> int:
-    """A TCP port that is free on this machine now."""
+    """Return a TCP port that is free on this machine at the moment."""
     with socket.socket() as free:
         free.bind(("", 0))
         return int(free.getsockname()[1])
 
 
 def _environment(environment: Mapping[str, str], port: int) -> dict[str, str]:
-    """Ours, for a group beside the run's: its own port, and none of the launcher's means to watch it."""
+    """This process's environment for a second group: another port, and nothing by which the launcher monitors it."""
     kept = {key: value for key, value in environment.items() if not key.startswith("TORCHELASTIC_") and key != OUTCOME}
     return {**kept, "MASTER_PORT": str(port)}
 
 
 def _run(command: list[str], environment: Mapping[str, str], log: Any, world: World, key: str) -> int:
-    """Run this rank's process of the trial until it ends (its exit code) or that of another rank has failed (-1)."""
+    """Run this rank's process. Return its exit code, or -1 as soon as another rank's has failed."""
     store = upstream_api.default_store() if world.world_size > 1 else None
-    # The trial ends when its standard input does: with this process, however that ends.
+    # The process ends when its standard input is closed, and so with this one, however this one ends.
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=dict(environment))
     try:
         while child.poll() is None:

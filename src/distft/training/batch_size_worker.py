@@ -1,50 +1,51 @@
-"""python -m distft.training.batch_size_worker RESULTS recipe=…: how much memory each micro-batch takes, tried out. `distft.training.batch_size_probe` starts it.
+"""python -m distft.training.batch_size_worker RESULTS recipe=…: measure how much memory each micro-batch takes.
 
-One process for each of the run's, in a group of their own: what they took is given back when they end, an allocator that
-has failed among it. Each micro-batch that divides the global batch is taken through two forward and backward passes and
-an optimizer step, smallest first, with the longest samples of the data; the next one is left out where the line through
-the last two does not leave the margin free. RESULTS gets a JSON line for each from rank 0.
+`distft.training.batch_size_probe` starts one process per rank, in a process group of their own, so that everything they
+take is released when they end, even by an allocator that has failed. Every micro-batch that divides the global batch
+runs two forward and backward passes and an optimizer step on the longest samples, smallest first. A size is skipped if
+the line through the last two says that it would not leave the margin free. Rank 0 appends a JSON line per size to
+RESULTS.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback
-from trl import SFTTrainer
+from torch.utils.data import Dataset
+from transformers import TrainerCallback
 
-from distft.config.recipe import load_recipe
+from distft.config.recipe import Recipe, load_recipe
 from distft.data.batch_plan import Plan
-from distft.data.loader import Collator
-from distft.data.prepare import lengths_of, prepare_data
+from distft.data.loader import build_loader
 from distft.distributed.collectives import reduce
 from distft.distributed.launcher_args import Launcher
-from distft.distributed.strategies import choose
+from distft.distributed.strategies import Strategy
 from distft.distributed.supervisor import end_with_parent
 from distft.distributed.world import World
 from distft.hardware import GIB, limit_gpu
 from distft.models.activation_checkpointing import set_up_checkpointing
-from distft.models.adapter import keep_adapter_in_fp32
-from distft.models.loading import load_model, load_tokenizer
+from distft.models.loading import load_model
 from distft.runs.folder import RunFolder
+from distft.training.arguments import training_arguments
 from distft.training.oom import MARGIN, device_memory, is_out_of_memory
-from distft.training.trainer import InTime, sft_config
+from distft.training.setup import TrainingData, setup_data, setup_strategy
+from distft.training.trainer import Trainer, build_trainer, collator
 
 PASSES = 2
-"""Micro-batches of a step: from the second on, the gradients of the first take memory as well."""
+"""Micro-batches per step: from the second one on, the gradients of the first take memory as well."""
 
 
 class Budget:
-    """Memory of this process: the most that was taken since the last `start`, and what it may take, in bytes."""
+    """The memory of this process: its peak since the last `start`, and what it may take, in bytes."""
 
     def __init__(self, world: World, limit_gib: float | None) -> None:
         self._gpu = torch.cuda.is_available()
@@ -60,7 +61,7 @@ class Budget:
             torch.cuda.reset_peak_memory_stats()
 
     def taken(self) -> tuple[float, float]:
-        """The peak, and what it may be: on a GPU without what others hold of it, both without the margin."""
+        """Return the peak and its limit: the total minus the margin and, on a GPU, minus what other processes hold."""
         if not self._gpu:
             unit = 1 if sys.platform == "darwin" else 1024
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, self._total * (1 - MARGIN)
@@ -69,20 +70,49 @@ class Budget:
         return torch.cuda.max_memory_reserved(), min(total - others, self._total) - MARGIN * self._total
 
 
-class Growing(SFTTrainer):  # type: ignore[misc]
-    """Trains on the heaviest micro-batch of each size in turn, `PASSES` of them a step; the first size twice, for the
-    optimizer has its states from then on."""
+class HeaviestBatches(Dataset[dict[str, Any]]):
+    """Collated micro-batches of the longest samples: `PASSES` of each size.
 
-    def __init__(self, *args: Any, plan: Plan, sizes: Sequence[int], **kwargs: Any) -> None:
-        self._batches = [plan.longest(size) for size in (sizes[0], *sizes) for _ in range(PASSES)]
+    The first size comes twice, because the optimizer has its states only after a step.
+    """
+
+    def __init__(
+        self, samples: Any, plan: Plan, sizes: Sequence[int], collator_of: Callable[[int], Callable[..., Any]]
+    ) -> None:
+        self._samples = samples
+        self._batches = [(plan.longest(size), collator_of(size)) for size in (sizes[0], *sizes) for _ in range(PASSES)]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rows, collate = self._batches[index]
+        batch: dict[str, Any] = collate([self._samples[row] for row in rows])
+        return batch
+
+
+class ProbeTrainer(Trainer):
+    """The trainer of a run, except that its micro-batches are the given ones and not those of the plan."""
+
+    def __init__(self, *args: Any, micro_batches: HeaviestBatches, **kwargs: Any) -> None:
+        self._micro_batches = micro_batches
         super().__init__(*args, **kwargs)
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
+    def get_train_dataloader(self) -> Any:
+        one_by_one = [[index] for index in range(len(self._micro_batches))]
+        return build_loader(self._micro_batches, one_by_one, _only, self.args.device, self.args.dataloader_num_workers)
+
+    def _rounds(self) -> int:
+        return PASSES
+
+
+def _only(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    (batch,) = batches
+    return batch
 
 
 class Measure(TrainerCallback):  # type: ignore[misc]
-    """Writes what each size took, and ends the trial where a size did not fit or the next would not. All ranks agree."""
+    """Record what each size took. All ranks stop at the first size that does not fit, or before one that would not."""
 
     def __init__(self, sizes: Sequence[int], budget: Budget, world: World, results: Path) -> None:
         self._sizes, self._budget, self._world, self._results = sizes, budget, world, results
@@ -97,61 +127,85 @@ class Measure(TrainerCallback):  # type: ignore[misc]
         size = self._sizes[state.global_step - 2]
         peak, limit = self._budget.taken()
         over, peak = reduce([peak - limit, peak], "max", self._world)
-        limit = peak - over  # of the rank with the least to spare
+        limit = peak - over  # of the rank with the least room
         self._tried.append((size, peak))
         if self._world.is_main:
             with self._results.open("a") as file:
                 file.write(json.dumps({"micro_batch": size, "peak_bytes": peak, "limit_bytes": limit}) + "\n")
         following = self._sizes[state.global_step - 1 : state.global_step]
-        if peak > limit or not following or self._line(following[0]) > limit:
+        if peak > limit or not following or self._predicted(following[0]) > limit:
             control.should_training_stop = True
 
-    def _line(self, size: int) -> float:
-        """What `size` would take by the line through the last two that were tried."""
+    def _predicted(self, size: int) -> float:
+        """Extrapolate the bytes that `size` takes from the last two sizes; 0 if fewer were tried."""
         if len(self._tried) < 2:
             return 0.0
         (first, low), (second, high) = self._tried[-2:]
         return high + (high - low) / (second - first) * (size - second)
 
 
-def trial(results: Path, arguments: Sequence[str]) -> None:
+def probe_recipe(arguments: Sequence[str]) -> Recipe:
+    """The recipe at the smallest micro-batch, without evaluation, saving and logging."""
     quiet = ("eval_strategy", "save_strategy", "logging_strategy")
-    recipe = load_recipe([*arguments, *(f"training.{name}=no" for name in quiet)]).with_micro_batch(1)
-    world = World.from_environment(os.environ)
-    how = choose(recipe, world, os.environ, Launcher())
-    how.configure(os.environ)
-    how.accumulate(os.environ, PASSES)
-    tokenizer = load_tokenizer(recipe)
-    splits = prepare_data(recipe, tokenizer)
-    plan = Plan(lengths_of(splits.train), recipe.batching, recipe.run.seed)
-    sizes = plan.sizes(world.world_size)
-    config = sft_config(recipe, how, RunFolder(results.parent / "run"), PASSES)
-    config.max_steps = 1 + len(sizes)
+    return load_recipe([*arguments, *(f"training.{name}=no" for name in quiet)]).with_micro_batch(1)
+
+
+def setup_probe(
+    recipe: Recipe,
+    strategy: Strategy,
+    data: TrainingData,
+    folder: RunFolder,
+    callbacks: Callable[[Sequence[int]], Sequence[TrainerCallback]],
+) -> Trainer:
+    """Build the trainer that runs every micro-batch; `callbacks` are those for the sizes to try."""
+    plan = Plan(data.lengths, recipe.batching, recipe.run.seed)
+    sizes = plan.sizes(strategy.world.world_size)
+    arguments = training_arguments(recipe, strategy, folder, PASSES)
+    arguments.max_steps = 1 + len(sizes)
+    model = load_model(recipe, strategy)
+    set_up_checkpointing(model, recipe, strategy, None)
+    batches = HeaviestBatches(
+        data.splits.train,
+        plan,
+        sizes,
+        lambda size: collator(recipe.with_micro_batch(size), strategy, data.tokenizer),
+    )
+    return build_trainer(
+        recipe,
+        strategy,
+        model,
+        arguments,
+        plan,
+        data.tokenizer,
+        data.splits,
+        callbacks=callbacks(sizes),
+        changed=lambda line: None,
+        create=functools.partial(ProbeTrainer, micro_batches=batches),
+    )
+
+
+def probe(results: Path, arguments: Sequence[str]) -> None:
+    """Run every micro-batch and write what it took to `results`. All ranks enter."""
+    recipe = probe_recipe(arguments)
+    strategy = setup_strategy(recipe, Launcher())
+    data = setup_data(recipe, strategy)
     limit_gpu(recipe.batching.memory_limit_gib)
-    budget = Budget(world, recipe.batching.memory_limit_gib)
-    model = load_model(recipe, how)
-    set_up_checkpointing(model, recipe, how, None)
-    trainer = Growing(
-        model=model, args=config, processing_class=tokenizer, plan=plan, sizes=sizes, train_dataset=splits.train,
-        data_collator=Collator(tokenizer.pad_token_id, packed=recipe.batching.micro_batch_tokens is not None),
-        callbacks=[InTime(how, recipe.batching.memory_limit_gib, lambda _: None), Measure(sizes, budget, world, results)],
-    )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    keep_adapter_in_fp32(model, recipe, how)
-    trainer.train()
+    budget = Budget(strategy.world, recipe.batching.memory_limit_gib)
+    folder = RunFolder(results.parent / "run")
+    setup_probe(recipe, strategy, data, folder, lambda sizes: [Measure(sizes, budget, strategy.world, results)]).train()
 
 
 def main() -> int:
     end_with_parent()
     results = Path(sys.argv[1])
     try:
-        trial(results, sys.argv[2:])
+        probe(results, sys.argv[2:])
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         with results.open("a") as file:
             file.write(json.dumps({"failed": str(error).strip().splitlines()[0]}) + "\n")
-        os._exit(1)  # an orderly end would wait for the others
+        os._exit(1)  # an orderly exit would wait for the other ranks
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that verify, and the final artefacts: saved on rank 0 from what all ranks gathered, read back, compared."""
+"""Checkpoints with a manifest, and the final result: gathered from all ranks, saved, read back and compared."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from distft.runs.folder import RunFolder
 
 
 def save_result(model: Any, recipe: Recipe, strategy: Strategy, folder: RunFolder) -> Path:
-    """Save the adapter (or the whole model where there is none) and check what is on disk. All ranks enter.
+    """Save the adapter, or the whole model if there is none, and check what is on disk. All ranks enter.
 
     Returns:
-        The folder written: `adapter/`, which plain PEFT loads, or `model/`, which plain transformers loads.
+        The folder: `adapter/`, which PEFT loads, or `model/`, which transformers loads.
 
     Raises:
-        InvariantError: what was read back is not what was gathered.
+        InvariantError: what was read back differs from what was gathered.
         StorageError: the disk is full.
     """
     gathered = strategy.gather(model)
@@ -46,24 +46,24 @@ def _write(model: Any, gathered: Mapping[str, torch.Tensor], recipe: Recipe, tar
     needed = sum(tensor.nbytes for tensor in gathered.values())
     try:
         expected = _save(model, gathered, recipe, target)
-    except Exception as error:  # each library has its own
+    except Exception as error:  # each library raises its own
         why = disk_full_reason(error)
         if why is None:
             raise
         shutil.rmtree(target, ignore_errors=True)
         raise StorageError(
-            f"training is done, but its result cannot be saved: {why}; {free_space(target.parent, needed)}. "
-            "Free some space and give the same command: it goes on from the last checkpoint"
+            f"training has finished, but its result cannot be saved: {why}; {free_space(target.parent, needed)}. "
+            "Free some space and run the same command again: it resumes from the last checkpoint"
         ) from error
     if len(expected) != len(gathered):
-        raise InvariantError(f"{len(gathered)} tensors were trained, {len(expected)} of them found for saving")
+        raise InvariantError(f"{len(gathered)} tensors were trained, but only {len(expected)} would be saved")
     compare(expected, read_tensors(target))
 
 
 def _save(model: Any, gathered: Mapping[str, torch.Tensor], recipe: Recipe, target: Path) -> Mapping[str, torch.Tensor]:
-    """Write the result to `target` and return what should now stand there."""
+    """Write the result to `target` and return the tensors that the files should now hold."""
     if recipe.lora is not None:
-        # Embeddings that are trained stand among the gathered; asking for them would reach for the hub.
+        # Trained embeddings are among the gathered tensors; saving them by this option would query the hub.
         expected = get_peft_model_state_dict(model, state_dict=gathered, save_embedding_layers=False)
         model.save_pretrained(str(target), state_dict=gathered, safe_serialization=True, save_embedding_layers=False)
     else:
@@ -74,15 +74,15 @@ def _save(model: Any, gathered: Mapping[str, torch.Tensor], recipe: Recipe, targ
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the safetensors files in `folder`."""
+    """Read all tensors of the safetensors files in `folder`."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
-    """Equal names, types, shapes and bits.
+    """Check that two sets of tensors have the same names, types, shapes and bits.
 
     Raises:
-        InvariantError: naming the first tensor that differs.
+        InvariantError: names the first tensor that differs.
     """
     if missing := sorted(set(expected) - set(found)):
         raise InvariantError(f"{len(missing)} of {len(expected)} tensors are not in the saved file, {missing[0]} first")
@@ -93,12 +93,12 @@ def compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tens
 
 
 class Checkpoints(TrainerCallback):  # type: ignore[misc]
-    """Saves checkpoints that are whole or none: the trainer's files of all ranks, then a manifest; then old ones are retired.
+    """Saves complete checkpoints only: the trainer's files of all ranks, then a manifest; then deletes old checkpoints.
 
-    Reading the files back for their hashes goes on beside the training, and is over before the next save and the last step.
-    Where the disk is full no file of the new one stays, the older ones are left alone, and the run goes on to its next
-    save. `last` is the step of the newest that was written. `carried()` gives the facts that a resumed run needs and the
-    trainer does not keep.
+    A thread reads the files back for their hashes while training continues; it finishes before the next save and before
+    training ends. If the disk is full, the new checkpoint's files are removed, older ones are kept, and the run
+    continues to its next save. `last` is the step of the newest checkpoint. `carried()` returns what a resumed run
+    needs and the trainer does not save.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._folder, self._strategy, self._keep, self._carried = folder, strategy, keep, carried
         self.last: int | None = None
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix="distft-manifest")
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="distft-manifest")
         self._closing: tuple[int, int, Future[None]] | None = None
 
     def save(self, state: Any, model: Any, optimizer: Any, write: Callable[[], None]) -> None:
-        """Save what `write` writes as the checkpoint of the trainer's `state`. All ranks enter."""
+        """Save the files that `write` creates as the checkpoint of the trainer's `state`. All ranks enter."""
         self._settle()
         step, parent, world = state.global_step, self._folder.checkpoints, self._strategy.world
         needed = self._strategy.checkpoint_bytes(model, optimizer)
@@ -121,7 +121,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
                 if shutil.disk_usage(parent).free < needed:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        # No rank that fails leaves the others waiting in the next.
+        # A rank that fails must not leave the others waiting in the next collective.
         fault = self._anywhere(reserve) or self._anywhere(write)
         if fault is None:
             self.last = step
@@ -131,10 +131,13 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             self._give_up(step, fault, needed)
             return
         facts = {
-            "step": step, "epoch": state.epoch, "world_size": world.world_size, "format": self._strategy.checkpoint_format,
+            "step": step,
+            "epoch": state.epoch,
+            "world_size": world.world_size,
+            "format": self._strategy.checkpoint_format,
             "carried": self._carried(),
-        }  # fmt: skip
-        self._closing = step, needed, self._beside.submit(self._close, step, facts)
+        }
+        self._closing = step, needed, self._background.submit(self._close, step, facts)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._settle()
@@ -144,7 +147,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         manifest.retire(self._folder.checkpoints, self._keep)
 
     def _settle(self) -> None:
-        """Wait for the last checkpoint to be closed; what went wrong there is raised here, unless the disk was full."""
+        """Wait until the last checkpoint has its manifest, and raise what failed there, unless the disk was full."""
         if self._closing is None:
             return
         (step, needed, closing), self._closing = self._closing, None
@@ -157,21 +160,22 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             self._give_up(step, why, needed)
 
     def _give_up(self, step: int, why: str, needed: int) -> None:
-        """Remove what has been written of a checkpoint of `needed` bytes, and say so."""
+        """Remove what was written of a checkpoint of `needed` bytes, and say so."""
         target = self._folder.checkpoints / f"checkpoint-{step}"
         shutil.rmtree(target, ignore_errors=True)
         good, _ = manifest.newest(self._folder.checkpoints)
-        kept = f"The last good one is {good.name}" if good else "There is no other one"
+        kept = f"The last complete one is {good.name}" if good else "There is no other checkpoint"
         say(
-            f"warning: {target.name} was not saved: {why}; {free_space(target.parent, needed)}. {kept}. Free some space; the run goes on, and the next save tries again"
+            f"warning: {target.name} was not saved: {why}; {free_space(target.parent, needed)}. {kept}. "
+            "Free some space: the run continues, and will try again at the next save"
         )
 
     def _anywhere(self, part: Callable[[], None]) -> str | None:
-        """Do `part` on every rank; where the disk was full on any, how the first of them put it, on all."""
+        """Run `part` on every rank. If the disk was full on any, return the lowest rank's reason on all."""
         fault: str | None = None
         try:
             part()
-        except (Exception, CheckpointException) as error:  # each library has its own, and torch's is no Exception
+        except (Exception, CheckpointException) as error:  # each library raises its own, and torch's is no Exception
             why = disk_full_reason(error)
             if why is None or not self._strategy.meets_after_failed_write:
                 raise

@@ -1,4 +1,4 @@
-"""What every run proves about its model: before step 1 that it is what the recipe asks for, after an update that it moved.
+"""What every run proves about its model: that it is what the recipe asks for, and that an update moves it.
 
 All ranks must call these functions. If one rank finds a fault, all ranks raise.
 """
@@ -19,7 +19,7 @@ from distft.errors import InvariantError
 
 
 def check_prepared(model: nn.Module, recipe: Recipe, strategy: Strategy, trainable: int) -> None:
-    """Check, before step 1, that the model is what the recipe asks for; `trainable` is its number of trainable parameters.
+    """Check, before step 1, that the model is what the recipe asks for and has `trainable` trainable parameters.
 
     Raises:
         InvariantError: on every rank, with what the lowest failing rank has found.
@@ -67,7 +67,10 @@ def check_updated(model: nn.Module, strategy: Strategy, before: Mapping[str, int
     watched = [name for name in after if "lora_B" in name] or list(after)
     fault = None
     if all(before[name] == after[name] for name in watched):
-        fault = f"no trainable tensor moved in an update with learning rate {learning_rate:g}: no gradient reaches {watched[0]}"
+        fault = (
+            f"no trainable tensor moved in an update with learning rate {learning_rate:g}: "
+            f"no gradient reaches {watched[0]}"
+        )
     _raise_everywhere(fault, strategy)
     for rank, other in enumerate(gather(after, strategy.world)):
         differing = next((name for name in after if other[name] != after[name]), None)

@@ -1,8 +1,8 @@
-"""The output head on the trained tokens alone, without a wait for the device.
+"""Run the output head on the trained tokens only, without waiting for the device.
 
-TRL's fused head finds the positions to score with a mask, on the device: the host waits until it knows how many there are, and
-each step brings matrix products of a new shape, for which cuBLAS looks up a kernel for milliseconds. The collator, on the host,
-knows the positions before the batch leaves for the device (`distft.data.loader.trained_positions`).
+TRL's fused head selects the positions to score with a mask on the device. The host then waits to learn how many there
+are, and every step has matrix products of a new shape, for which cuBLAS looks up a kernel for milliseconds. The
+collator knows the positions on the host, before the batch is sent to the device (`data.loader.trained_positions`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import nn
 from distft import upstream_api
 
 
-class Selection:
-    """Lets the backbone of a causal language model hand only chosen positions to the head that TRL has put on it."""
+class TrainedPositions:
+    """Lets the backbone of a causal language model pass only chosen positions to the head that TRL has put on it."""
 
     def __init__(self, model: Any) -> None:
         self._positions: torch.Tensor | None = None
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # what PEFT has wrapped
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside PEFT's wrapper
         causal.base_model.register_forward_hook(self._select)
         upstream_api.select_tokens_on_host()
 
@@ -31,6 +31,6 @@ class Selection:
             output.last_hidden_state, self._positions = hidden.index_select(0, self._positions)[None], None
         return output
 
-    def of_next_call(self, positions: torch.Tensor) -> None:
-        """The next call of the model hands on `positions` [n] of its flattened rows: a hidden state of [1, n, width]."""
+    def select_in_next_call(self, positions: torch.Tensor) -> None:
+        """Pass on only `positions` [n] of the flattened rows in the next call: a hidden state of [1, n, width]."""
         self._positions = positions

@@ -1,4 +1,4 @@
-"""How much memory a recipe takes on a device, before anything is loaded: from the shape of the base model alone."""
+"""Estimate the memory that a recipe takes on a device from the shape of its base model, without loading it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from distft.models.loading import model_path
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _FIXED = GIB
-"""CUDA kernels, libraries' workspaces and communication buffers."""
+"""CUDA kernels, workspaces of libraries, and communication buffers."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a base model decides how much memory it takes. `linears` has the name, inputs and outputs of each linear
-    layer but the output head; `parameters` counts all, the head and the embeddings too."""
+    """The sizes of a base model that decide its memory.
+
+    `linears` has the name, inputs and outputs of every linear layer except the output head. `parameters` counts all,
+    including the head and the embeddings.
+    """
 
     parameters: int
     linears: tuple[tuple[str, int, int], ...]
@@ -32,7 +35,7 @@ class Shape:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Shape:
-        """The shape of the recipe's base, without its weights."""
+        """Build the recipe's base model without weights, and measure it."""
         section = recipe.model
         config = AutoConfig.from_pretrained(
             model_path(recipe), revision=section.revision, trust_remote_code=section.trust_remote_code
@@ -49,20 +52,22 @@ class Shape:
         return cls(model.num_parameters(), linears, text.num_hidden_layers, text.hidden_size)
 
     def adapter(self, lora: dict[str, Any]) -> int:
-        """Parameters of a LoRA adapter."""
+        """Return the number of parameters of a LoRA adapter."""
         targets, rank = lora.get("target_modules"), lora.get("r", 8)
         return sum(rank * (i + o) for name, i, o in self.linears if targets == "all-linear" or name in (targets or ()))
 
 
 def device_bytes(recipe: Recipe, shape: Shape, strategy: Strategy, micro_batch: int, tokens: int) -> int:
-    """About how many bytes training takes on each device, with samples of `tokens` tokens.
+    """Estimate the bytes that training takes on each device, with samples of `tokens` tokens.
 
-    Weights: quantised linear layers take bits / 8 bytes (4-bit ones and their constants 0.516 with double quantisation,
-    0.5625 without), all else that of model.dtype; divided by the processes where the strategy shards them, and then two
-    whole layers at a time. What is trained: weights, gradients and two AdamW states (of one byte each in an 8-bit
-    optimizer, none on the device in a paged one), fp32 for an adapter, model.dtype for a whole model. Activations of a
-    layer: 34 bytes a token and hidden unit in 16 bits (Korthikanti et al. 2022, arXiv:2205.05198, section 4.1, without
-    attention scores), for every layer, or with activation checkpointing for one, and 2 bytes for the input of each.
+    - Weights: quantised linear layers take bits / 8 bytes (with constants, 0.516 in 4 bits with double quantisation and
+      0.5625 without), everything else the size of `model.dtype`. A strategy that shards them divides this by the number
+      of processes and holds two whole layers at a time.
+    - Trained tensors: weights, gradients and two AdamW states (one byte each in an 8-bit optimizer, none on the device
+      in a paged one), in fp32 for an adapter and in `model.dtype` for a whole model.
+    - Activations: 34 bytes per token, hidden unit and layer in 16 bits (Korthikanti et al. 2022, arXiv:2205.05198,
+      section 4.1, without attention scores). With activation checkpointing, this applies to one layer, plus 2 bytes for
+      the input of each.
     """
     world, width = strategy.world.world_size, _BYTES[recipe.model.dtype]
     linear = sum(i * o for _, i, o in shape.linears)
@@ -93,8 +98,11 @@ def device_bytes(recipe: Recipe, shape: Shape, strategy: Strategy, micro_batch: 
 def cheaper(
     recipe: Recipe, others: Sequence[Recipe], shape: Shape, strategy: Strategy, tokens: int, room: int
 ) -> list[tuple[str, int]]:
-    """Of `others`, those that would fit into `room` bytes with the base model and the processes of `recipe` at micro-batch
-    1 and are cheaper than it, with their bytes; the dearest, which changes least, first."""
+    """Return which of `others` take less memory than `recipe` and fit into `room` bytes, with their bytes.
+
+    All are estimated at micro-batch 1, with the base model and the processes of `recipe`. The largest comes first,
+    because it changes least.
+    """
     ours = device_bytes(recipe, shape, strategy, 1, tokens)
     sizes = {
         other.source.name: device_bytes(other, shape, strategy_for(other, strategy.world, strategy.on_gpu), 1, tokens)

@@ -1,6 +1,6 @@
-"""What a run says about itself while it trains: loss, samples/s, tokens/s, MFU, memory, energy.
+"""What a run measures about itself: loss, samples/s, tokens/s, MFU, memory and energy.
 
-All ranks measure and reduce; rank 0 alone writes metrics.jsonl, the console and the trackers.
+All ranks measure and reduce; only rank 0 writes metrics.jsonl, the console and the trackers.
 """
 
 from __future__ import annotations
@@ -28,97 +28,27 @@ from distft.distributed.world import World
 from distft.files import disk_full_reason
 from distft.hardware import GIB, EnergyMeter, device_flops
 from distft.runs.folder import RunFolder
-
-
-def model_flops_per_token(parameters: int, *, frozen_base: bool) -> float:
-    """4·N for a frozen base with an adapter (forward 2·N, backward through the activations 2·N), 6·N for full training.
-
-    N leaves out the input embeddings. Kaplan et al. 2020 (arXiv:2001.08361), section 2.1; recomputation does not count.
-    """
-    return (4 if frozen_base else 6) * float(parameters)
-
-
-@dataclass(frozen=True)
-class Work:
-    """FLOPs of a token: those that the model asks for, and those that recomputation adds."""
-
-    model: float
-    recomputed: float = 0.0
-
-    @classmethod
-    def of(cls, model: float, recomputed_parameters: int) -> Work:
-        """A second forward through so many parameters is 2 FLOPs for each."""
-        return cls(model, 2.0 * recomputed_parameters)
-
-    def utilisation(self, tokens_per_second: float, flops: float) -> tuple[float, float]:
-        """MFU and HFU: the FLOPs of the model, or of the model and of recomputed layers, over what the devices could do at `flops` FLOP/s
-        together. Chowdhery et al. 2022 (arXiv:2204.02311), appendix B; Korthikanti et al. 2022 (arXiv:2205.05198), section 5."""
-        share = tokens_per_second / flops
-        return share * self.model, share * (self.model + self.recomputed)
-
-
-@dataclass(frozen=True)
-class Window:
-    """A stretch of training: the wall-clock that it trained (evaluation and saving left out), its steps, samples and tokens, and the
-    joules of all GPUs (None: not counted)."""
-
-    seconds: float = 0.0
-    steps: int = 0
-    samples: int = 0
-    tokens: int = 0
-    joules: float | None = None
-
-    def __add__(self, other: Window) -> Window:
-        joules = [each.joules for each in (self, other) if each.joules is not None]
-        return Window(
-            self.seconds + other.seconds, self.steps + other.steps, self.samples + other.samples, self.tokens + other.tokens,
-            sum(joules) if joules else None,
-        )  # fmt: skip
-
-    def rates(self, world_size: int, work: Work, flops: float | None) -> dict[str, float | None]:
-        """samples/s and tokens/s over all processes, tokens/s of one, and MFU and HFU where the device (`flops` FLOP/s) is known."""
-        if self.seconds <= 0:
-            return dict.fromkeys(("samples_per_second", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "hfu"))
-        tokens = self.tokens / self.seconds
-        mfu, hfu = work.utilisation(tokens, world_size * flops) if flops else (None, None)
-        return {
-            "samples_per_second": self.samples / self.seconds,
-            "tokens_per_second": tokens,
-            "tokens_per_second_per_gpu": tokens / world_size,
-            "mfu": mfu,
-            "hfu": hfu,
-        }
-
-    def energy(self, idle_watts: float | None) -> dict[str, float | None]:
-        """J a sample and a step, and the share of the energy that the idle devices (`idle_watts` together) would have drawn as well."""
-        if self.joules is None or self.joules <= 0 or not self.samples:
-            return dict.fromkeys(("joules_per_sample", "joules_per_step", "energy_idle_share"))
-        return {
-            "joules_per_sample": self.joules / self.samples,
-            "joules_per_step": self.joules / self.steps,
-            "energy_idle_share": None if idle_watts is None else min(idle_watts * self.seconds / self.joules, 1.0),
-        }
-
+from distft.training.throughput import Window, Work
 
 _RANKS_LISTED = 64
-"""Up to so many ranks each one's memory stands in metrics.jsonl; above that the worst one's alone."""
+"""Log per-rank memory up to this many ranks; beyond that, only the worst."""
 
 
 @dataclass
 class Telemetry(TrainerCallback):  # type: ignore[misc]
-    """The trainer's callback that measures; it stands before the trackers, so that they log what it adds."""
+    """Measures a run, and adds the figures to the trainer's logs; the trackers must come after it."""
 
     folder: RunFolder
     recipe: Recipe
     world: World
     plan: Plan
-    """Says how many samples and tokens a number of optimizer steps has seen: TRL's count loses ranks in an epoch's last batch."""
+    """Counts the samples and tokens of a step: TRL's own count loses ranks in the last batch of an epoch."""
     work: Work
     profiled: Callable[[int], bool] = lambda step: False
-    """Whether a step ran under the profiler. Its time is not that of the others; windows end where such steps begin and end."""
+    """Whether a step runs under the profiler, so that its time is left out."""
     waits: DataWait = field(default_factory=DataWait)
     resumed: Mapping[str, Any] = field(default_factory=dict)
-    """What `carried` said when the checkpoint was saved that the run goes on from."""
+    """What `carried` returned when the checkpoint that the run resumes from was saved."""
     steps_total: int = 0
     whole: Window = field(default_factory=Window)
     _window: Window = field(default_factory=Window)
@@ -143,26 +73,31 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         self._flops = device_flops()
         if self.resumed:
             self.whole = Window(**self.resumed["whole"])
-            losses = self.resumed["losses"]  # None of NaN, which JSON does not have
+            losses = self.resumed["losses"]  # None if it was NaN, which JSON lacks
             self._losses = math.nan if losses is None else losses
             self._evaluating_s, self._saving_s = self.resumed["evaluating_s"], self.resumed["saving_s"]
             self.waits.seconds += self.resumed["waited_s"]
 
     def carried(self) -> dict[str, Any]:
-        """What a run that goes on from here has to know, so that its figures are of all its steps and not of the last ones alone."""
+        """Return what a resumed run needs so that its figures cover all steps, not only those since the resume."""
         return {
-            "whole": dataclasses.asdict(self.whole), "losses": self._losses, "evaluating_s": self._evaluating_s, "saving_s": self._saving_s,
-            "waited_s": self.waits.seconds, "trained_s": self._trained_s, "energy_j": self._energy_j,
-        }  # fmt: skip
+            "whole": dataclasses.asdict(self.whole),
+            "losses": self._losses,
+            "evaluating_s": self._evaluating_s,
+            "saving_s": self._saving_s,
+            "waited_s": self.waits.seconds,
+            "trained_s": self._trained_s,
+            "energy_j": self._energy_j,
+        }
 
     @property
     def _trained_s(self) -> float:
-        """Seconds of training until now, those of earlier starts as well; not what came after the checkpoint that the run went on from."""
+        """Seconds of training so far, including those before a resume, up to the checkpoint."""
         return float(time.perf_counter() - self._started + self.resumed.get("trained_s", 0.0))
 
     @property
     def mean_loss(self) -> float | None:
-        """Of all steps until the last log, one of which comes with the last step and with every save."""
+        """Mean over all steps until the last log; the last step and every save are logged."""
         return self._losses / self._step_logged if self._step_logged else None
 
     # Trainer's events -------------------------------------------------------------------------------------------------
@@ -185,7 +120,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         self._lap()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # A window of the rates ends with the warm-up, which they leave out, and with the last step, which they do not.
+        # End a window after the warm-up, which the rates exclude, and after the last step, which they include.
         control.should_log |= state.global_step in (self._warmup, state.max_steps)
         self._pause(control)
         if self._bar is not None:
@@ -202,7 +137,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Counts what is done inside, after the training, as saving."""
+        """Count the time of the block, after training, as saving."""
         self._lap()
         yield
         self._saving_s += self._lap().seconds
@@ -231,7 +166,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------------------------------
 
     def _write(self, *records: dict[str, Any]) -> None:
-        """Append records to metrics.jsonl; where the disk is full, keep them for the next time."""
+        """Append records to metrics.jsonl, or keep them for the next call if the disk is full."""
         self._unwritten += records
         try:
             self.folder.append_metrics(*self._unwritten)
@@ -240,13 +175,17 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
             if why is None:
                 raise
             if len(self._unwritten) == len(records):  # the first time
-                say(f"warning: {self.folder.metrics} cannot be written ({why}); its records are kept until it can")
+                say(
+                    f"warning: {self.folder.metrics} cannot be written ({why}); records are kept in memory until it can"
+                )
             return
         self._unwritten.clear()
 
     def _pause(self, control: Any) -> None:
-        """End a stretch of training where something else comes next. Before a save or the end that is a log too, so that what has been
-        logged until then is all that came before it."""
+        """End a stretch of training if something else follows.
+
+        A save or the end of training is logged first, so that the log covers everything before it.
+        """
         control.should_log |= control.should_save or control.should_training_stop
         if control.should_log or control.should_evaluate:
             if torch.cuda.is_available():
@@ -255,12 +194,12 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
 
     @property
     def _warmup(self) -> int:
-        """The last of the steps that the run's rates leave out after each of its starts; at least one step is always measured."""
+        """The last step after this start that the rates exclude; at least one step is always measured."""
         warm = self._began_at + self.recipe.tracking.throughput_warmup_steps
         return min(warm, max(self.steps_total - 1, 0))
 
     def _lap(self) -> Window:
-        """Seconds and joules of this process's GPU since the last call."""
+        """Return the seconds, and the joules of this process's GPU, since the last call."""
         now, joules = time.perf_counter(), self._energy.joules() if self._energy else None
         used = None if joules is None else joules - (self._joules or 0.0)
         lap = Window(now - self._clock, joules=used)
@@ -268,17 +207,20 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         return lap
 
     def _add_rates(self, step: int, logs: dict[str, Any]) -> None:
-        """Rates of the steps since the last log, and of the run without its first steps. All ranks enter."""
+        """Add the rates since the last log to `logs`, and the window to that of the whole run. All ranks enter."""
         samples, tokens = self.plan.samples_after(step), self.plan.tokens_after(step)
         logs.pop("num_tokens", None)
         window, self._window = self._window, Window()
         joules = reduce([window.joules or 0.0], "sum", self.world)[0]
         window = Window(
-            window.seconds, step - self._step_logged, samples - self.plan.samples_after(self._step_logged), tokens - self._tokens_logged,
+            window.seconds,
+            step - self._step_logged,
+            samples - self.plan.samples_after(self._step_logged),
+            tokens - self._tokens_logged,
             None if window.joules is None else joules,
-        )  # fmt: skip
+        )
         if self.profiled(step):
-            window = Window()  # its rates would be the profiler's
+            window = Window()  # the profiler slows it down
         elif self._step_logged >= self._warmup:
             self.whole += window
         self._losses += logs["loss"] * (step - self._step_logged)
@@ -288,14 +230,14 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         logs["energy_j"] = self.energy()
 
     def energy(self) -> float | None:
-        """Joules that the GPUs of all ranks have used since training began. All ranks enter."""
+        """Return the joules that the GPUs of all ranks have used since training began. All ranks enter."""
         joules = self._energy.joules() if self._energy else None
         total = float(reduce([joules or 0.0], "sum", self.world)[0]) + (self.resumed.get("energy_j") or 0.0)
         self._energy_j = total if joules is not None else None
         return self._energy_j
 
     def memory(self) -> dict[str, float | None]:
-        """Peak allocated and reserved GPU memory and host RSS of the worst rank, in GiB. All ranks enter."""
+        """Return the peak GPU memory (allocated, reserved) and host RSS of the worst rank, in GiB. All ranks enter."""
         on_gpu = torch.cuda.is_available()
         numbers = [
             torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0,
@@ -309,19 +251,29 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         if self.world.world_size > _RANKS_LISTED:
             self._by_rank = {}
         return {
-            "peak_memory_gib": worst[0] if on_gpu else None, "peak_reserved_gib": worst[1] if on_gpu else None, "host_rss_gib": worst[2],
-        }  # fmt: skip
+            "peak_memory_gib": worst[0] if on_gpu else None,
+            "peak_reserved_gib": worst[1] if on_gpu else None,
+            "host_rss_gib": worst[2],
+        }
 
     def figures(self) -> dict[str, Any]:
-        """The run's figures for its summary. All ranks enter."""
+        """Return the run's figures for `summary.json`, by the keys of `runs.figures`. All ranks enter."""
         waited, evaluating, saving = reduce([self.waits.seconds, self._evaluating_s, self._saving_s], "max", self.world)
         return {
-            "train_time_s": self.train_time_s, "samples": self.plan.samples_after(self._step_logged), "tokens": self._tokens_logged,
-            "energy_j": self.energy(), "idle_watts": self._idle_watts, **self.whole.energy(self._idle_watts),
-            "measured_steps": self.whole.steps, "step_time_s": self.whole.seconds / self.whole.steps if self.whole.steps else None,
-            "data_wait_s": waited, "evaluation_time_s": evaluating, "saving_time_s": saving,
-            **self.whole.rates(self.world.world_size, self.work, self._flops), **self.memory(),
-        }  # fmt: skip
+            "train_time_s": self.train_time_s,
+            "samples": self.plan.samples_after(self._step_logged),
+            "tokens": self._tokens_logged,
+            "energy_j": self.energy(),
+            "idle_watts": self._idle_watts,
+            **self.whole.energy(self._idle_watts),
+            "measured_steps": self.whole.steps,
+            "step_time_s": self.whole.seconds / self.whole.steps if self.whole.steps else None,
+            "data_wait_s": waited,
+            "evaluation_time_s": evaluating,
+            "saving_time_s": saving,
+            **self.whole.rates(self.world.world_size, self.work, self._flops),
+            **self.memory(),
+        }
 
     def _show(self, logs: dict[str, Any]) -> None:
         if self._bar is None:
@@ -340,5 +292,5 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
 
 
 def perplexity(loss: float) -> float:
-    """exp of a mean negative log-likelihood in nats; infinity where that overflows."""
+    """Return exp of a mean negative log-likelihood in nats, or infinity if that overflows."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -1,4 +1,4 @@
-"""NaN and infinite losses and gradients: judged once a step, on all ranks alike, and named with the samples behind them."""
+"""Find NaN and infinite losses and gradients once per step, alike on all ranks, and report the samples behind them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from distft.runs.folder import RunFolder
 from distft.text import shorten
 
 IN_A_ROW = 10
-"""Steps that may be skipped one after another; where no step is good any more, the run has nothing to go on with."""
-_SHOWN = 8  # samples that a message names
+"""Consecutive skipped steps that end the run: its weights no longer give finite numbers."""
+_LISTED = 8
+"""Samples and losses that a message lists."""
 
 
 @dataclass
 class BadNumbers:
-    """Whether a step's losses and gradient norm are finite, and what to do where they are not (`run.on_bad_numbers`).
+    """Checks whether a step's losses and gradient norm are finite, and acts on `run.on_bad_numbers` if not.
 
-    The losses stay on the device until the step's gradients are whole; then one small gather tells every rank the losses of
-    all, so that all of them decide alike. Where bad numbers stop the run, nothing waits for that: the numbers are looked at a
-    step later, or before anything of their step is saved, logged or evaluated (`settle`). Only to skip a step must the device
-    be waited for in each. `skipped` counts the steps of the run that were left out.
+    The losses stay on the device until the step's gradients are complete. One small gather then gives all ranks the
+    losses of all, so that they decide alike. If non-finite numbers stop the run, nothing waits for the device: they are
+    checked a step later, or before anything of their step is saved, logged or evaluated (`settle`). Only skipping needs
+    the answer in the same step. `skipped` counts the skipped steps of the run.
     """
 
     recipe: Recipe
@@ -43,16 +44,17 @@ class BadNumbers:
     _waiting: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
 
     def watch(self, loss: torch.Tensor) -> None:
-        """Take the loss of one micro-batch of this rank, on its device."""
+        """Remember the loss of one micro-batch of this rank; it stays on the device."""
         self._losses.append(loss.detach().float())
 
     def may_update(self, step: int, norm: torch.Tensor | float | None, accelerator: Accelerator) -> bool:
-        """Whether optimizer step `step` (from 1) may update the weights. All ranks enter, with the norm that all share.
+        """Return whether optimizer step `step` (from 1) may update the weights. All ranks enter, with the shared norm.
 
-        Under fp16 an infinite norm is the loss scaler's way to find its scale, and bad only where that has come to its end.
+        Under fp16, infinite norms are how the loss scaler finds its scale; they count only once the scale is below 1.
 
         Raises:
-            BadNumbersError: on every rank, where the recipe says stop (of the step before) or the last steps were all skipped.
+            BadNumbersError: on every rank, if the recipe says to stop (for the previous step) or too many consecutive
+                steps were skipped.
         """
         self.settle()
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -69,10 +71,10 @@ class BadNumbers:
         return self._judge(step, everywhere)
 
     def settle(self) -> None:
-        """Look at the numbers of the last step, if that is still to be done. All ranks enter.
+        """Check the numbers of the last step, if that has not been done. All ranks enter.
 
         Raises:
-            BadNumbersError: on every rank, where they are bad.
+            BadNumbersError: on every rank, if they are not finite.
         """
         if self._waiting is not None:
             (step, everywhere, copied), self._waiting = self._waiting, None
@@ -88,22 +90,22 @@ class BadNumbers:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.recipe.run.on_bad_numbers == "stop":
             raise BadNumbersError(
-                f"{cause}\nNothing of this step is in a checkpoint. Mend or leave out these samples, or lower "
-                "training.learning_rate; run.on_bad_numbers=skip goes on without such steps",
+                f"{cause}\nNo checkpoint contains this step. Correct or remove these samples, or lower "
+                "training.learning_rate; with run.on_bad_numbers=skip, training continues without such steps",
                 {"samples": rows},
             )
         if self.in_a_row == IN_A_ROW:
             raise BadNumbersError(
-                f"{cause}\nThis was the {IN_A_ROW}th step in a row that was skipped; lower training.learning_rate, or take another model.dtype "
-                "than float16",
+                f"{cause}\nThis was the {IN_A_ROW}th consecutive step to be skipped; lower training.learning_rate, or "
+                "use a model.dtype other than float16",
                 {"samples": rows},
             )
         if self.world.is_main:
-            say(f"{cause}\n  The step was skipped: weights and optimizer states are as they were before it")
+            say(f"{cause}\n  The step was skipped; weights and optimizer states are unchanged")
         return False
 
     def _describe(self, step: int, everywhere: list[list[float]]) -> tuple[str, list[int]]:
-        """Which losses are bad, and the samples of their micro-batches; the whole global batch's where only the norm is."""
+        """Return which losses are not finite, and the samples behind them; all samples, if only the norm is not."""
         found, rows = [], []
         rounds = self.plan.micro_batches(step - 1, self.world.world_size)
         spare = len(everywhere[0]) - 1 - len(rounds)
@@ -113,18 +115,19 @@ class BadNumbers:
                     found.append(f"the loss of micro-batch {index + 1} of {len(values) - 1} on rank {rank} is {loss}")
                     rows += rounds[index - spare][rank]
         if not found:
-            found = [f"the gradient norm is {everywhere[0][-1]}, of finite losses"]
+            found = [f"all losses are finite, but the gradient norm is {everywhere[0][-1]}"]
             rows = self.plan.samples(step - 1).tolist()
-        shown = ",".join(map(str, rows[:_SHOWN]))
+        shown = ",".join(map(str, rows[:_LISTED]))
         recipe = shlex.quote(str(self.folder.recipe))
+        listed = shorten(map(str, rows), _LISTED, ",")
         return (
-            f"step {step}: {'; '.join(found[:_SHOWN])}. Samples of the train split in it: {shorten(map(str, rows), _SHOWN, ',')}; look at them with "
+            f"step {step}: {'; '.join(found[:_LISTED])}. Its samples in the train split: {listed}; to see them: "
             f"`distft data preview recipe={recipe} --rows {shown}`"
         ), rows
 
 
 def _on_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    """A copy in host memory, and what says that it is there; nothing waits for it here."""
+    """Start a copy to host memory; return it with the event that completes it (None if it is complete)."""
     if not tensor.is_cuda:
         return tensor, None
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

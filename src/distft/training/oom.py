@@ -1,7 +1,7 @@
-"""Out of memory: seen for what it is, and mended by a smaller micro-batch. The global batch never changes.
+"""Recognise out-of-memory errors, and restart with a smaller micro-batch. The global batch never changes.
 
-The rank that runs out says so in faults.jsonl and ends; the run's next start, by the elastic launcher or by the same
-command, reads that and takes half the micro-batch, and so twice the accumulation.
+The rank that runs out of memory records it in faults.jsonl and exits. The next start of the run, by the elastic
+launcher or by the same command, reads that and halves the micro-batch, which doubles the accumulation.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from distft.training.memory_estimate import Shape, cheaper, device_bytes
 T = TypeVar("T")
 
 MARGIN = 0.08
-"""Share of a device's memory that stays free: for fragmentation, and for what no probe sees."""
-_SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Share of a device's memory to leave free: for fragmentation, and for what no probe measures."""
+_OOM_MESSAGES = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is an allocator's, on a GPU or on the CPU."""
+    """Whether `error` comes from a memory allocator, of a GPU or of the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _OOM_MESSAGES)
 
 
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB}
@@ -51,13 +51,12 @@ _SIZE = rf"([\d.]+) ({'|'.join(_UNITS)})"
 
 
 def asked_bytes(error: BaseException) -> int | None:
-    """How much the allocation that failed asked for, where the message says it."""
+    """Return the size of the allocation that failed, if the message says it."""
     return _bytes(re.search(rf"[Tt]ried to allocate {_SIZE}", str(error)))
 
 
 def taken_bytes(error: BaseException) -> int | None:
-    """How much PyTorch had allocated when the allocation failed, where the message says it: some of it is free again by the time that
-    the error is caught."""
+    """Return what PyTorch had allocated at the failure, if the message says it; by now, some of it is free again."""
     return _bytes(re.search(rf"{_SIZE} is allocated by PyTorch", str(error)))
 
 
@@ -66,7 +65,7 @@ def _bytes(found: re.Match[str] | None) -> int | None:
 
 
 def device_memory(limit_gib: float | None = None) -> tuple[int, int]:
-    """Free and total bytes of this process's GPU within the limit, or of the machine where there is none."""
+    """Return the free and total bytes of this process's GPU, within the limit, or of the machine if it has no GPU."""
     if not torch.cuda.is_available():
         memory = psutil.virtual_memory()
         return memory.available, memory.total
@@ -76,14 +75,15 @@ def device_memory(limit_gib: float | None = None) -> tuple[int, int]:
     return min(free + unused, limit - torch.cuda.memory_allocated()), limit
 
 
-class Memory:
-    """Context of everything that takes memory. `recipe` is the run's, with the micro-batch that it trains with.
+class MemoryGuard:
+    """Settles the micro-batch of a run, and explains running out of memory.
 
-    Leaving it with an allocator's error raises OutOfMemory in its place, on the rank that met it.
+    `recipe` is that of the run, with its final micro-batch. Leaving the context with an allocator's error raises
+    OutOfMemory instead, on the rank that ran out.
     """
 
-    def __init__(self, recipe: Recipe, how: Strategy, lengths: Lengths, record: Record) -> None:
-        self._how, self._lengths, self._record = how, lengths, record
+    def __init__(self, recipe: Recipe, strategy: Strategy, lengths: Lengths, record: Record) -> None:
+        self._strategy, self._lengths, self._record = strategy, lengths, record
         self.recipe, self._limit_gib = recipe, recipe.batching.memory_limit_gib
         limit_gpu(self._limit_gib)
         self.recipe = self._after_faults(self._probed(recipe) if recipe.micro_batch_is_auto else recipe)
@@ -93,35 +93,39 @@ class Memory:
         return count(micro_batch, unit)
 
     def _smaller(self, micro_batch: int) -> int | None:
-        """The largest micro-batch that goes with the global batch and is at most half of `micro_batch`; of packs, half the tokens,
-        or those of the longest sample. None where there is none."""
+        """Return the largest micro-batch that divides the global batch and is at most half of `micro_batch`, or None.
+
+        For packs it is half the tokens, but at least those of the longest sample.
+        """
         size = self.recipe.batching.global_batch_size
         if self.recipe.batching.micro_batch_tokens is not None:
             longest = int(self._lengths.max())
             return max(micro_batch // 2, longest) if micro_batch > longest else None
         if size is None:
             return micro_batch // 2 or None
-        share = size // self._how.world.world_size
+        share = size // self._strategy.world.world_size
         return max((size for size in divisors(share) if size <= micro_batch // 2), default=None)
 
     def _probed(self, recipe: Recipe) -> Recipe:
-        """`recipe` with the largest micro-batch that fits: found once, and kept in the run folder for the run's later starts.
+        """Return `recipe` with the largest micro-batch that fits. The run folder keeps it for later starts of the run.
 
         Raises:
-            OutOfMemory: not even the smallest fits.
+            OutOfMemory: not even the smallest micro-batch fits.
         """
-        world, path = self._how.world, self._record.folder.probe
+        world, path = self._strategy.world, self._record.folder.probe
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         place = {"world_size": world.world_size, "device": device, "memory_limit_gib": recipe.batching.memory_limit_gib}
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if place.items() <= known.items():
             return recipe.with_micro_batch(known["micro_batch"])
         if world.is_main:
-            say("trying out which micro-batch fits, with the longest samples of the data")
+            say("measuring the largest micro-batch that fits, with the longest samples of the data")
         found = probe(self._record.folder.recipe, world, os.environ)
         if found.largest is None:
             raise OutOfMemory(
-                f"not even a micro-batch of one sample fits: {found}. {self.cheaper_recipes()}", place, restart=False
+                f"even a micro-batch of one sample does not fit: {found}. {self.cheaper_recipes()}",
+                place,
+                restart=False,
             )
         self._record.changed(f"micro-batch {found.largest} is the largest that fits: {found}")
         if world.is_main:
@@ -129,11 +133,10 @@ class Memory:
         return recipe.with_micro_batch(found.largest)
 
     def _after_faults(self, recipe: Recipe) -> Recipe:
-        """`recipe` with half the micro-batch that the run has run out of memory with, where it has.
+        """Return `recipe`, with half the micro-batch if an earlier start of the run ran out of memory.
 
         Raises:
-            OutOfMemory: there is no half, and the launcher has started the processes again all the same. All ranks come
-                here, so all of them end.
+            OutOfMemory: the micro-batch cannot be halved, but a launcher has restarted the processes. All ranks raise.
         """
         failed = [fault for fault in self._record.folder.read_faults() if "micro_batch" in fault]
         if not failed:
@@ -145,12 +148,12 @@ class Memory:
         if smaller is None or recipe.micro_batch <= smaller:
             return recipe
         self._record.changed(
-            f"micro-batch {smaller} instead of {recipe.micro_batch}, and as much more accumulation: rank {last['rank']} ran out of memory "
-            f"with {last['micro_batch']} after step {last['step']}"
+            f"micro-batch {smaller} instead of {recipe.micro_batch}, with correspondingly more accumulation: rank "
+            f"{last['rank']} ran out of memory with {last['micro_batch']} after step {last['step']}"
         )
         return recipe.with_micro_batch(smaller)
 
-    def __enter__(self) -> Memory:
+    def __enter__(self) -> MemoryGuard:
         return self
 
     def __exit__(
@@ -160,43 +163,46 @@ class Memory:
             return
         micro_batch = self.recipe.micro_batch
         smaller = self._smaller(micro_batch)
-        # The others come to hear of it at their next start, in `_after_faults`.
+        # The other ranks learn of it at their next start, in `_after_faults`.
         when, facts = f"with a micro-batch of {self._in_words(micro_batch)}", {"micro_batch": micro_batch}
         raise self._out_of_memory(error, when, self._remedy(smaller), facts, restart=True) from error
 
     def _remedy(self, smaller: int | None) -> str:
-        """What comes after going out of memory; `smaller` is the micro-batch that a restart would take, None where there is none."""
+        """Say what happens next; `smaller` is the micro-batch that a restart would use, or None if there is none."""
         if smaller is None:
             return self.cheaper_recipes()
         if self.recipe.run.max_restarts == 0:
-            return f"No restart is allowed (run.max_restarts: 0); one would take a micro-batch of {self._in_words(smaller)}"
+            return (
+                f"Restarts are disabled (run.max_restarts: 0); one would use a micro-batch of {self._in_words(smaller)}"
+            )
         return (
-            f"The run goes on from its last checkpoint with a micro-batch of {self._in_words(smaller)} and the same global batch: by itself "
-            "where distft train started it, else with the same command"
+            f"The run resumes from its last checkpoint with a micro-batch of {self._in_words(smaller)} and the same "
+            "global batch: automatically under `distft train`, otherwise when you run the same command again"
         )
 
     def _out_of_memory(
         self, error: BaseException, when: str, remedy: str, facts: Mapping[str, Any], *, restart: bool
     ) -> OutOfMemory:
-        """`error` in words: where, how much was missing, what to do."""
+        """Turn `error` into a message: where it happened, how much memory was missing, and what to do."""
         free, total = device_memory(self._limit_gib)
         asked, taken = asked_bytes(error), taken_bytes(error)
         if taken is not None:
             free = max(min(free, total - taken), 0)
         if asked is not None and asked > free:
-            missing = f" ({(asked - free) / GIB:,.2f} GiB too little)"
+            missing = f" ({(asked - free) / GIB:,.2f} GiB short)"
         else:
-            missing = "" if asked is None or taken is None else ", in pieces too small for it"
-        wanted = "an allocation failed" if asked is None else f"{asked / GIB:,.2f} GiB were asked for"
+            missing = "" if asked is None or taken is None else ", but fragmented"
+        wanted = "an allocation failed" if asked is None else f"tried to allocate {asked / GIB:,.2f} GiB"
         place = "GPU" if torch.cuda.is_available() else "machine"
         return OutOfMemory(
-            f"out of memory on rank {self._how.world.rank} {when}: {wanted}, {free / GIB:,.2f} of the {place}'s {total / GIB:,.2f} GiB are "
-            f"free{missing}. {remedy}",
-            {**facts, "asked_bytes": asked, "free_bytes": free, "total_bytes": total}, restart=restart,
-        )  # fmt: skip
+            f"out of memory on rank {self._strategy.world.rank} {when}: {wanted}, and {free / GIB:,.2f} of the "
+            f"{place}'s {total / GIB:,.2f} GiB are free{missing}. {remedy}",
+            {**facts, "asked_bytes": asked, "free_bytes": free, "total_bytes": total},
+            restart=restart,
+        )
 
     def load(self, work: Callable[[], T]) -> T:
-        """What loads the weights; no micro-batch mends an error here.
+        """Return `work()`, which loads the weights; no smaller micro-batch would help here.
 
         Raises:
             OutOfMemory: the weights do not fit.
@@ -211,20 +217,37 @@ class Memory:
             ) from error
 
     def cheaper_recipes(self) -> str:
-        """The shipped recipes that would fit by the estimate, in words."""
+        """Say which of the shipped recipes should fit, by the estimate."""
         recipe, (_, total) = self.recipe, device_memory(self._limit_gib)
         tokens = int(self._lengths.max())
+        same = [
+            f"{key}={value}"
+            for key, value in {
+                "model.name": recipe.model.name,
+                "model.tokenizer": recipe.model.tokenizer,
+                "data.name": recipe.data.name,
+                "data.path": recipe.data.path,
+            }.items()
+            if value
+        ]
         others = []
         for name in list_recipes(Path.cwd()):
-            same = [f"{key}={value}" for key, value in (("model.name", recipe.model.name), ("model.tokenizer", recipe.model.tokenizer),
-                                                        ("data.name", recipe.data.name), ("data.path", recipe.data.path)) if value]  # fmt: skip
-            with contextlib.suppress(RecipeError):  # not all go with every model and data set
+            with contextlib.suppress(RecipeError):  # not every recipe suits every model and data set
                 others.append(load_recipe([f"recipe={name}", *same], checks=(strategy_faults,)))
         shape = Shape.of(recipe)
-        ours = device_bytes(recipe, shape, self._how, 1, tokens)
-        found = cheaper(recipe, others, shape, self._how, tokens, int(total * (1 - MARGIN)))
-        estimate = f"By estimate {recipe.source.name} takes {ours / GIB:,.1f} GiB with samples of {tokens} tokens, one at a time"
+        ours = device_bytes(recipe, shape, self._strategy, 1, tokens)
+        found = cheaper(recipe, others, shape, self._strategy, tokens, int(total * (1 - MARGIN)))
+        estimate = (
+            f"By estimate, {recipe.source.name} takes {ours / GIB:,.1f} GiB with samples of {tokens} tokens, "
+            "one at a time"
+        )
         if not found:
-            return f"{estimate}; no shipped recipe would fit with this model. Take shorter samples (training.max_length), a smaller model, or more GPUs"
+            return (
+                f"{estimate}; no shipped recipe would fit with this model. Use shorter samples (training.max_length), "
+                "a smaller model, or more GPUs"
+            )
         listed = "; ".join(f"recipe={name} ({size / GIB:,.1f} GiB)" for name, size in found)
-        return f"{estimate}. These would fit with the same model: {listed}. Shorter samples (training.max_length) take less as well"
+        return (
+            f"{estimate}. These should fit with the same model: {listed}. Shorter samples (training.max_length) "
+            "also take less"
+        )

@@ -1,8 +1,8 @@
-"""Where the time of a step goes: `tracking.profile_steps: 3` puts `profile.json` into the run folder.
+"""Where the time of a step goes: `tracking.profile_steps: 3` writes `profile.json` into the run folder.
 
-The steps after the warm-up run under torch.profiler. What the device did is laid out on one line of time, each moment counted
-once: for computation where any runs, else for communication (the exposed part of it), else for copies, else as idle. On a CPU
-the device is the process itself: operators are its computation, and what Python does between them is idle time.
+The steps after the warm-up run under torch.profiler. Every moment of the device's time counts once: as computation if
+any runs, else as (exposed) communication, else as copying, else as idle. On a CPU the device is the process itself:
+operators are its computation, and the time that Python spends between them is idle time.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from distft.files import to_json, write_atomically
 from distft.runs.folder import RunFolder
 
 KINDS = ("compute", "communication", "copy")
-"""From the one that hides the others to the one that hides none."""
+"""In order of precedence: each hides those after it."""
 _COMMUNICATION = ("nccl", "gloo:", "c10d::")
 _COPY = ("memcpy", "memset", "[memory]")
 _PRODUCTS = (
-    "gemm", "gemv", "nvjet", "cutlass", "flash", "fmha", "attention", "splitk", "aten::mm", "aten::bmm", "aten::addmm", "aten::matmul",
-    "aten::linear", "aten::baddbmm",
-)  # fmt: skip
-"""Parts of the names of matrix products: cuBLAS's and CUTLASS's kernels, attention (which is two products), and PyTorch's operators."""
+    *("gemm", "gemv", "nvjet", "cutlass", "splitk"),  # kernels of cuBLAS and CUTLASS
+    *("flash", "fmha", "attention"),  # two products each
+    *("aten::mm", "aten::bmm", "aten::addmm", "aten::matmul", "aten::linear", "aten::baddbmm"),
+)
+"""Parts of the names of matrix products."""
 _LISTED = 15
 
 
 @dataclass(frozen=True)
 class Activity:
-    """Something that the device did, from `start` to `end` in seconds on any one clock."""
+    """One activity of the device, from `start` to `end` in seconds on any one clock."""
 
     name: str
     start: float
@@ -55,13 +56,16 @@ class Activity:
 
     @property
     def is_product(self) -> bool:
-        """Whether it is a matrix product: the computation that arithmetic can bound. The rest reads and writes more than it computes."""
+        """Whether it is a matrix product, which arithmetic can bound; other computation is bound by memory."""
         return self.kind == "compute" and any(part in self.name.lower() for part in _PRODUCTS)
 
 
 def shares(activities: Iterable[Activity], seconds: float) -> dict[str, float]:
-    """Of `seconds` in which `activities` ran: `compute_s`, `communication_exposed_s`, `copy_exposed_s` and `idle_s`, which add up
-    to it; `communication_s`, hidden or not; and `products_s`, the part of the computation in which matrix products ran."""
+    """Split the `seconds` in which `activities` ran.
+
+    `compute_s`, `communication_exposed_s`, `copy_exposed_s` and `idle_s` add up to them. Also returns
+    `communication_s`, hidden or not, and `products_s`, the part of the computation in matrix products.
+    """
     activities = list(activities)
     products = _covered([(activity.start, activity.end) for activity in activities if activity.is_product])
     spans: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
@@ -70,14 +74,17 @@ def shares(activities: Iterable[Activity], seconds: float) -> dict[str, float]:
     alone = {kind: _covered(spans[kind]) for kind in KINDS}
     until = [_covered([span for kind in KINDS[: number + 1] for span in spans[kind]]) for number in range(len(KINDS))]
     return {
-        "compute_s": until[0], "communication_exposed_s": until[1] - until[0], "copy_exposed_s": until[2] - until[1],
-        "idle_s": max(seconds - until[2], 0.0), "communication_s": alone["communication"],
+        "compute_s": until[0],
+        "communication_exposed_s": until[1] - until[0],
+        "copy_exposed_s": until[2] - until[1],
+        "idle_s": max(seconds - until[2], 0.0),
+        "communication_s": alone["communication"],
         "products_s": products,
-    }  # fmt: skip
+    }
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Length of the union of `spans`."""
+    """Return the length of the union of `spans`."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(end - max(start, reached), 0.0)
@@ -86,7 +93,7 @@ def _covered(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def longest(activities: Iterable[Activity], seconds: float) -> list[dict[str, Any]]:
-    """What took most, by name: its share of `seconds` and how often it ran."""
+    """Return the activities that took longest, by name: their share of `seconds` and how often they ran."""
     spent: dict[str, list[float]] = defaultdict(list)
     for activity in activities:
         spent[activity.name].append(activity.end - activity.start)
@@ -95,17 +102,18 @@ def longest(activities: Iterable[Activity], seconds: float) -> list[dict[str, An
 
 
 class Profile(TrainerCallback):  # type: ignore[misc]
-    """Profiles `tracking.profile_steps` steps after those of the warm-up, or fewer, so that one step at least is left to be timed. It
-    stands before the telemetry, whose windows end where the profiled steps begin and end. All ranks take part."""
+    """Profiles `tracking.profile_steps` steps after the warm-up, or fewer, to leave at least one step for timing.
+
+    It must come before the telemetry, whose windows end where the profiled steps begin and end. All ranks take part.
+    """
 
     def __init__(self, folder: RunFolder, recipe: Recipe, world: World, waits: DataWait) -> None:
         self._folder, self._world, self._waits = folder, world, waits
         self._wanted, self._warmup = recipe.tracking.profile_steps, max(recipe.tracking.throughput_warmup_steps, 1)
-        self._first, self._steps = 0, 0  # the step before the profiled ones, and how many they are
+        self._first, self._steps = 0, 0  # the step before the profiled ones, and their number
         self._profiler: Any = None
-        self._measured: tuple[float, float] | None = (
-            None  # seconds of the profiled steps, and of them waiting for batches
-        )
+        # Seconds of the profiled steps, and the seconds of these that were spent waiting for batches.
+        self._measured: tuple[float, float] | None = None
 
     def covers(self, step: int) -> bool:
         """Whether `step` runs under the profiler."""
@@ -115,9 +123,7 @@ class Profile(TrainerCallback):  # type: ignore[misc]
         self._first = state.global_step + self._warmup
         self._steps = max(min(self._wanted, state.max_steps - self._first - 1), 0)
         if self._wanted and not self._steps and self._world.is_main:
-            say(
-                f"no profile: of {state.max_steps} steps none is left for it after {self._first} of warm-up and one that is timed"
-            )
+            say(f"no profile: {state.max_steps} steps leave none for it, after {self._first} for warm-up and 1 to time")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._steps and self._profiler is None and state.global_step == self._first:
@@ -130,7 +136,7 @@ class Profile(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._steps and state.global_step in (self._first, self._first + self._steps):
-            control.should_log = True  # a window of the rates ends here
+            control.should_log = True  # end a window of the rates here
         if self._profiler is not None and state.global_step == self._first + self._steps:
             self._measured = self._now() - self._clock, self._waits.seconds - self._waited
             self._profiler.stop()
@@ -141,21 +147,23 @@ class Profile(TrainerCallback):  # type: ignore[misc]
         return time.perf_counter()
 
     def close(self) -> None:
-        """Stop a profiler that still runs, for the training ended within its steps: a process that ends under it crashes."""
+        """Stop a profiler that still runs because training ended early: a process that exits under it crashes."""
         if self._profiler is not None and self._measured is None:
             self._profiler.stop()
             self._profiler = None
 
     def write(self) -> None:
-        """Write profile.json, after the training: to read what was recorded takes seconds. Nothing where no step was profiled. All
-        ranks enter."""
+        """Write profile.json if any step was profiled. All ranks enter.
+
+        Call it after training, because reading what was recorded takes seconds.
+        """
         if self._measured is None:
             return
         seconds, waited = self._measured
-        # As recorded: `events()` would first make a tree of Python objects of them, which takes 40 times as long (40 s of half a million).
+        # Raw events: `profiler.events()` builds a tree of Python objects, in 40 times the time (40 s for 500,000).
         events = [event for event in upstream_api.profiler_events(self._profiler) if not event.is_user_annotation()]
         device = "CUDA" if any(event.device_type().name == "CUDA" for event in events) else "CPU"
-        # From the first on: nanoseconds since 1970 are too long for a float.
+        # Count from the first event: nanoseconds since 1970 exceed the precision of a float.
         begin = min((event.start_ns() for event in events), default=0)
         found = [
             Activity(event.name(), (event.start_ns() - begin) / 1e9, (event.end_ns() - begin) / 1e9)
@@ -163,10 +171,12 @@ class Profile(TrainerCallback):  # type: ignore[misc]
             if event.device_type().name == device
         ]
         mine: dict[str, Any] = {
-            "rank": self._world.rank, "step_time_s": seconds / self._steps,
-            **{key: value / self._steps for key, value in shares(found, seconds).items()}, "data_wait_s": waited / self._steps,
+            "rank": self._world.rank,
+            "step_time_s": seconds / self._steps,
+            **{key: value / self._steps for key, value in shares(found, seconds).items()},
+            "data_wait_s": waited / self._steps,
             "longest": longest(found, seconds),
-        }  # fmt: skip
+        }
         ranks = gather(mine, self._world)
         if self._world.is_main:
             steps = [self._first + 1, self._first + self._steps]
@@ -182,5 +192,6 @@ class Profile(TrainerCallback):  # type: ignore[misc]
             }
             line = ", ".join(f"{label} {worst[key] / worst['step_time_s']:.1%}" for label, key in parts.items())
             say(
-                f"profile of steps {steps[0]} to {steps[1]}, the rank that was idle most: {line}; {self._folder.profile}"
+                f"profile of steps {steps[0]} to {steps[1]}, of the rank with the most idle time: {line}; "
+                f"{self._folder.profile}"
             )

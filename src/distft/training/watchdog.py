@@ -1,8 +1,8 @@
-"""A run looks after itself: each rank has a thread that sees when the run stands still or a neighbour has died.
+"""A thread in every rank that notices when the run hangs or another rank on the node dies.
 
-Collectives make all ranks wait for the slowest, so every rank stands still when one does. Each then writes its Python stacks
-into the run folder; who does not, or has come less far than the others, is the one they wait for. Then all processes
-end, and the launcher starts them again.
+Collectives make all ranks wait for the slowest, so if one hangs, all do. Each rank then writes its Python stacks into
+the run folder. A rank that does not, or that has made less progress than the others, is the one they wait for. All
+processes then exit, and the launcher starts them again.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from distft.distributed.world import World
 from distft.errors import DistftError, Interrupted, RankLost, UserError
 from distft.runs.record import Record
 
-SPOKEN = (0, UserError.exit_code, Interrupted.exit_code)
-"""Exit codes of a neighbour that has said what there was to say."""
+REPORTED = (0, UserError.exit_code, Interrupted.exit_code)
+"""Exit codes of a neighbour that has reported its own end."""
 GRACE_S = 5.0
-"""How long the others of a rank that died or hangs have for an orderly end."""
+"""Seconds that the other ranks have for an orderly exit after one has died or hung."""
 _HEAD = "rank {rank} (pid {pid} on {host}): step {step}, batch {micro}"
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
-    """Heartbeat and watcher of one rank. All ranks enter the context together.
+class Watchdog(TrainerCallback):  # type: ignore[misc]
+    """Heartbeat and watchdog thread of one rank. All ranks enter the context together.
 
-    A heartbeat is the place that this rank has come to, (complete steps, things begun after them: micro-batches, batches of an
-    evaluation, a save): two numbers that the thread looks at now and then. It costs the training no time and no look at the
-    device. `hang_timeout_s` counts from the first complete step.
+    The heartbeat is this rank's progress: complete steps, and what was begun since (micro-batches, evaluation batches,
+    a save). The thread polls these two numbers, so training pays nothing for it and never waits for the device.
+    `hang_timeout_s` applies from the first complete step on.
 
-    Leaving the context raises RankLost in place of the error that a neighbour's death made here.
+    Leaving the context raises RankLost instead of the error that a neighbour's death has caused here.
     """
 
     def __init__(self, world: World, record: Record, hang_timeout_s: float) -> None:
@@ -76,7 +76,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     # Context ----------------------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         here = (socket.gethostname(), os.getpid())
         self._neighbours = {
             rank: pid
@@ -86,24 +86,24 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._descriptors = {os.pidfd_open(pid): rank for rank, pid in self._neighbours.items()}
         self._record.folder.stacks.mkdir(exist_ok=True)
         self._stacks: IO[str] = self._file(self._world.rank).open("a", encoding="utf-8")
-        faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)  # for a rank that cannot do it by itself
+        faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)  # for a rank that cannot do it itself
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:  # a dead neighbour breaks a collective here a moment before or after the thread sees it
+        if error is not None:  # a neighbour's death may break a collective here before the thread notices it
             foreign = isinstance(error, Exception) and not isinstance(error, DistftError) and self._neighbours
             self._found.wait(1.0 if foreign else 0.0)
         self._closed.set()
         self._thread.join(timeout=2 * self._interval)
         faulthandler.unregister(signal.SIGUSR2)
         self._stacks.close()
-        with contextlib.suppress(OSError):  # another rank has removed it, or the whole folder is gone
+        with contextlib.suppress(OSError):  # another rank may have removed it, or the whole folder
             if self._file(self._world.rank).stat().st_size == 0:
                 self._file(self._world.rank).unlink()
-            self._record.folder.stacks.rmdir()  # stays where it holds something
+            self._record.folder.stacks.rmdir()  # fails if it is not empty
         for descriptor in self._descriptors:
             os.close(descriptor)
         if error is not None and self._lost is not None:
@@ -124,29 +124,28 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             if not self._armed or self._place != seen:
                 seen, idle = self._place, 0.0
                 continue
-            idle += min(now - before, 1.0)  # a time in which this process itself was stopped does not count
+            idle += min(now - before, 1.0)  # do not count time in which this process itself was stopped
             if idle > self._timeout or (idle > self._timeout / 2 and self._places()):
                 self._end_hang(idle)
 
     def _neighbour_ended(self, rank: int) -> None:
         code = exit_code(self._neighbours[rank])
-        if code in SPOKEN or self._closed.is_set():
+        if code in REPORTED or self._closed.is_set():
             return
         how = "died" if code is None else f"failed (exit code {code})"
         if code is not None and code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
             if code == -signal.SIGKILL:
-                how += " (the kernel does that where the machine's memory is full)"
+                how += " (the kernel does this when the machine runs out of memory)"
         self._lost = RankLost(rank, f"rank {rank} {how} after step {self._record.step}")
         self._found.set()
-        if not self._closed.wait(GRACE_S):  # stuck in a collective that nobody will ever complete
+        if not self._closed.wait(GRACE_S):  # stuck in a collective that will never complete
             self._end(self._lost, speak=self._world.rank == min(set(range(self._world.world_size)) - {rank}))
 
     def _end_hang(self, idle: float) -> None:
         step, micro = self._place
-        self._stacks.write(_HEAD.format(
-            rank=self._world.rank, pid=os.getpid(), host=socket.gethostname(), step=step, micro=micro
-        ) + f"\nno progress for {idle:.0f} s, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")  # fmt: skip
+        head = _HEAD.format(rank=self._world.rank, pid=os.getpid(), host=socket.gethostname(), step=step, micro=micro)
+        self._stacks.write(f"{head}\nno progress for {idle:.0f} s, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         self._stacks.flush()
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         deadline = time.monotonic() + max(GRACE_S, 2 * self._interval)
@@ -159,13 +158,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if silent:
             what += f"{_named(silent)} did not answer"
         elif behind:
-            what += f"{_named(behind)} did not come as far as the others"
+            what += f"{_named(behind)} made less progress than the others"
         else:
             what += f"{_named(sorted(places))} stopped at the same place"
         first = self._world.rank == min(places)
         lost = silent or behind or sorted(places)
         error = RankLost(
-            lost[0] if len(lost) == 1 else None, f"{what}; the Python stacks of all are in {self._record.folder.stacks}"
+            lost[0] if len(lost) == 1 else None,
+            f"{what}; the Python stacks of all ranks are in {self._record.folder.stacks}",
         )
         if IN_PROCESS in os.environ:  # the process is the caller's, who can interrupt the run
             say(str(error))
@@ -178,7 +178,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._end(error, speak=first)
 
     def _wake_and_kill(self, rank: int) -> None:
-        """Have a neighbour that does not run write its stacks, then end it; a launcher's SIGTERM would not reach it."""
+        """Make a stopped neighbour write its stacks, then kill it; a launcher's SIGTERM would not reach it."""
         with contextlib.suppress(ProcessLookupError):
             pid = self._neighbours[rank]
             with self._file(rank).open("a", encoding="utf-8") as file:
@@ -189,7 +189,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             os.kill(pid, signal.SIGKILL)
 
     def _end(self, error: RankLost, *, speak: bool) -> None:
-        """End this process, whose main thread will not come back from where it waits."""
+        """End this process, whose main thread is stuck."""
         self._record.close(error)
         if speak:
             say(str(error))
@@ -199,7 +199,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         return self._record.folder.stacks / f"rank{rank}.txt"
 
     def _places(self) -> dict[int, tuple[int, int]]:
-        """Where the ranks stand that have written their stacks since this watch began."""
+        """Return the progress of every rank that has written its stacks since this watchdog started."""
         found = {}
         for rank in range(self._world.world_size):
             with contextlib.suppress(OSError):
@@ -216,7 +216,7 @@ def _named(ranks: list[int]) -> str:
 
 
 def exit_code(pid: int) -> int | None:
-    """How the process `pid` ended, as `subprocess` counts (below 0: by a signal); None where its parent has already asked."""
+    """Return the exit code of process `pid`, negative for a signal, or None if its parent has already reaped it."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:

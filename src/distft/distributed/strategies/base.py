@@ -43,7 +43,7 @@ class Strategy:
     """What each process holds only a part of: `weights`, `optimizer` (gradients and states)."""
     buffer_bytes: ClassVar[int] = 0
     """What the sharding library allocates on each device for its own buffers."""
-    skips_spare_rounds: ClassVar[bool] = True
+    skips_empty_rounds: ClassVar[bool] = True
     """Whether a round of gradient accumulation without a sample may be skipped."""
     gathers_in_submodules: ClassVar[bool] = False
     """Whether a parameter is gathered by a hook of the module that owns it, so that each module must be called."""

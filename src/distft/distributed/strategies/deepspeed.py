@@ -25,7 +25,7 @@ _VARIABLES = {
 class DeepSpeed(Strategy):
     """What ZeRO-2 and ZeRO-3 have in common."""
 
-    skips_spare_rounds = False  # DeepSpeed counts the rounds itself
+    skips_empty_rounds = False  # DeepSpeed counts the rounds itself
     meets_after_failed_write = False  # its ranks wait for each other between writes
 
     @classmethod

@@ -1,0 +1,72 @@
+"""Callbacks around the first step: invariants, FSDP2's prefetching, and the loss on the held-out split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from distft.config.recipe import Recipe
+from distft.console import say
+from distft.distributed.strategies import Strategy
+from distft.training import invariants
+from distft.training.nonfinite import BadNumbers
+
+if TYPE_CHECKING:
+    from distft.training.trainer import Trainer
+
+
+class Invariants(TrainerCallback):  # type: ignore[misc]
+    """Checks the prepared model before step 1, and its adapter after the first update. If one rank fails, all stop."""
+
+    def __init__(self, strategy: Strategy, recipe: Recipe, trainable: int, numbers: BadNumbers) -> None:
+        self._strategy, self._recipe, self._trainable, self._numbers = strategy, recipe, trainable, numbers
+        self._before: dict[str, int] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        invariants.check_prepared(model, self._recipe, self._strategy, self._trainable)
+        self._before = invariants.fingerprint(model)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
+        self._learning_rate = max(lr_scheduler.get_last_lr()) if lr_scheduler is not None else 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self._before is not None and self._learning_rate > 0 and not self._numbers.in_a_row:
+            invariants.check_updated(model, self._strategy, self._before, self._learning_rate)
+            self._before = None
+
+
+class FSDPPrefetch(TrainerCallback):  # type: ignore[misc]
+    """Lets FSDP2 gather layers ahead of time, and reports to `record` what that changes; no-op for other strategies."""
+
+    def __init__(self, strategy: Strategy, memory_limit_gib: float | None, record: Callable[[str], None]) -> None:
+        self._strategy, self._limit_gib, self._record = strategy, memory_limit_gib, record
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        note = self._strategy.prefetch(model, self._limit_gib)
+        if note:
+            self._record(note)
+            if self._strategy.world.is_main:
+                say(note)
+
+
+class HeldOutLoss(TrainerCallback):  # type: ignore[misc]
+    """Measures the loss on the held-out split before the first step, unless a resumed run has it in `before`."""
+
+    def __init__(self, samples: Any, before: float | None) -> None:
+        self._samples, self.before = samples, before
+        self._trainer: Trainer | None = None
+
+    def attach(self, trainer: Trainer) -> None:
+        """Measure with `trainer`, which can only be built once its callbacks are."""
+        self._trainer = trainer
+
+    def measure(self) -> float:
+        """Return the mean negative log-likelihood of the held-out split, in nats per token. All ranks enter."""
+        assert self._trainer is not None
+        return float(self._trainer.evaluate(self._samples, metric_key_prefix="test")["test_loss"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.before is None:
+            self.before = self.measure()

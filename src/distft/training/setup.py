@@ -1,0 +1,204 @@
+"""The stages of a run up to its trainer; each needs the result of the one before, which fixes their order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trl import SFTConfig
+
+from distft import upstream_api
+from distft.config.recipe import Recipe
+from distft.console import say
+from distft.data.batch_plan import Lengths, Plan
+from distft.data.loader import DataWait
+from distft.data.prepare import Splits, first_samples, lengths_of, prepare_data
+from distft.distributed.collectives import together
+from distft.distributed.launcher_args import Launcher
+from distft.distributed.signals import STOP
+from distft.distributed.strategies import Strategy, choose
+from distft.distributed.supervisor import Launch
+from distft.distributed.tensors import whole_numel
+from distft.distributed.world import World
+from distft.models.activation_checkpointing import set_up_checkpointing
+from distft.models.digest import digest
+from distft.models.loading import load_model, load_tokenizer, model_path
+from distft.models.parameters import non_embedding_parameters, recomputed_parameters
+from distft.runs.logs import rank_log
+from distft.runs.record import Record
+from distft.runs.trackers import trackers
+from distft.runs.wandb import closing_wandb
+from distft.training.arguments import training_arguments
+from distft.training.callbacks import HeldOutLoss, Invariants
+from distft.training.checkpoints import Checkpoints
+from distft.training.metrics import Telemetry
+from distft.training.nonfinite import BadNumbers
+from distft.training.oom import MemoryGuard
+from distft.training.profiler import Profile
+from distft.training.stopping import StopTogether
+from distft.training.throughput import Work, model_flops_per_token
+from distft.training.trainer import Trainer, build_trainer
+from distft.training.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The tokenizer, the tokenised splits, and the number of tokens of each training sample."""
+
+    tokenizer: Any
+    splits: Splits
+    lengths: Lengths
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run whose folder, log, watchdog and memory guard are active. `recipe` has its final micro-batch."""
+
+    recipe: Recipe
+    strategy: Strategy
+    data: TrainingData
+    record: Record
+    watchdog: Watchdog
+    memory: MemoryGuard
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """The model with its adapter, and what follows from it and from the plan of micro-batches."""
+
+    model: Any
+    arguments: SFTConfig
+    plan: Plan
+    trainable: int
+    work: Work
+
+
+@dataclass(frozen=True)
+class Training:
+    """The trainer, and those of its callbacks whose results the end of a run needs."""
+
+    trainer: Trainer
+    stop: StopTogether
+    profile: Profile
+    telemetry: Telemetry
+    numbers: BadNumbers
+    checkpoints: Checkpoints
+    held_out: HeldOutLoss
+
+
+def setup_strategy(recipe: Recipe, launcher: Launcher) -> Strategy:
+    """Choose the strategy and configure this process for it.
+
+    Raises:
+        UserError: the recipe, the launcher and the devices do not fit together.
+    """
+    world = replace(World.from_environment(os.environ), timeout_s=recipe.training.get("ddp_timeout", World.timeout_s))
+    strategy = choose(recipe, world, os.environ, launcher)
+    recipe.check_division(world.world_size)
+    strategy.configure(os.environ)
+    STOP.deferred = world.world_size > 1
+    return strategy
+
+
+def setup_data(recipe: Recipe, strategy: Strategy) -> TrainingData:
+    """Load the tokenizer, then read and tokenise the data. All ranks enter."""
+    tokenizer = together(strategy.world, lambda: load_tokenizer(recipe))
+    splits = together(strategy.world, lambda: prepare_data(recipe, tokenizer))
+    return TrainingData(tokenizer, splits, lengths_of(splits.train))
+
+
+@contextmanager
+def open_run(recipe: Recipe, strategy: Strategy, data: TrainingData) -> Iterator[OpenRun]:
+    """Claim or resume the run folder, start what watches the run, and settle the micro-batch. All ranks enter."""
+    with (
+        closing_wandb(),
+        Record.open(recipe, strategy, Path.cwd(), data_digest=data.splits.report.digest) as record,
+        rank_log(record.folder, strategy.world),
+        Watchdog(strategy.world, record, recipe.run.hang_timeout_s) as watchdog,
+        MemoryGuard(recipe, strategy, data.lengths, record) as memory,
+    ):
+        yield OpenRun(memory.recipe, strategy, data, record, watchdog, memory)
+
+
+def setup_model(run: OpenRun) -> PreparedModel:
+    """Plan the micro-batches, then load the model and its adapter. All ranks enter."""
+    recipe, strategy, record, world = run.recipe, run.strategy, run.record, run.strategy.world
+    plan = Plan(run.data.lengths, recipe.batching, recipe.run.seed)
+    accumulation = together(world, lambda: plan.accumulation(world.world_size, recipe.epochs(plan.steps)))
+    arguments = training_arguments(recipe, strategy, record.folder, accumulation)
+    model = together(world, lambda: run.memory.load(lambda: load_model(recipe, strategy)))
+    checkpointed = set_up_checkpointing(model, recipe, strategy, plan.heaviest_tokens)
+    trainable = sum(whole_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    record.note(
+        **recipe.batching.sizes(),
+        gradient_accumulation_steps=accumulation,
+        trainable_parameters=trainable,
+        parameters=sum(map(whole_numel, model.parameters())),
+        attn_implementation=upstream_api.attn_implementation(model.config),
+        checkpointed_layers=checkpointed,
+        weights_digest=digest(model_path(recipe), recipe.model.revision) if world.is_main else None,
+    )
+    if world.is_main:
+        for line in [*run.data.splits.report.lines(), *record.lines()]:
+            say(line)
+    work = Work.of(
+        model_flops_per_token(non_embedding_parameters(model), frozen_base=recipe.lora is not None),
+        recomputed_parameters(model, by_trainer=bool(arguments.gradient_checkpointing)),
+    )
+    return PreparedModel(model, arguments, plan, trainable, work)
+
+
+def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
+    """Build the trainer with its callbacks, which continue from what a checkpoint has carried over."""
+    recipe, strategy, record, world = run.recipe, run.strategy, run.record, run.strategy.world
+    folder, plan, splits = record.folder, prepared.plan, run.data.splits
+    carried = record.place.carried
+    measured = carried.get("telemetry", {})
+
+    waits = DataWait()
+    profile = Profile(folder, recipe, world, waits)
+    telemetry = Telemetry(folder, recipe, world, plan, prepared.work, profile.covers, waits, measured)
+    numbers = BadNumbers(recipe, folder, world, plan, carried.get("skipped_steps", 0))
+    held_out = HeldOutLoss(first_samples(splits.test, recipe.evaluation.max_samples), carried.get("before"))
+    stop = StopTogether(
+        world,
+        Launch.of(os.environ).began,
+        recipe.run.max_time_s,
+        recipe.run.train_time_s,
+        measured.get("trained_s", 0.0),
+    )
+
+    def to_carry() -> dict[str, Any]:
+        return {"before": held_out.before, "skipped_steps": numbers.skipped, "telemetry": telemetry.carried()}
+
+    checkpoints = Checkpoints(folder, strategy, recipe.training.get("save_total_limit"), to_carry)
+    evaluates = recipe.evaluation.before_and_after and splits.test is not None
+    trainer = build_trainer(
+        recipe,
+        strategy,
+        prepared.model,
+        prepared.arguments,
+        plan,
+        run.data.tokenizer,
+        splits,
+        callbacks=[
+            Invariants(strategy, recipe, prepared.trainable, numbers),
+            stop,
+            profile,  # before the telemetry, whose windows end where profiled steps begin and end
+            telemetry,  # before the trackers, which log what it adds
+            *trackers(recipe, folder, world),
+            *([held_out] if evaluates else []),
+            checkpoints,
+            run.watchdog,
+        ],
+        changed=record.changed,
+        numbers=numbers,
+        checkpoints=checkpoints,
+        waits=waits,
+    )
+    held_out.attach(trainer)
+    return Training(trainer, stop, profile, telemetry, numbers, checkpoints, held_out)
