@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import datasets
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -22,12 +21,10 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from distft.config.files import list_recipes
 from distft.config.recipe import Recipe
-from distft.data.prepare import prepare_data
 from distft.data.sources import HubSplit, data_sources, read_source
 from distft.errors import DataError, ModelError
-from distft.models import digest as weights
-from distft.models.loading import load_tokenizer
-from distft.models.tiny import tiny_model
+from distft.models.digest import WHOLE
+from distft.models.digest import files as weight_files
 
 _TEXTS = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 _WEIGHTS = "model*.safetensors"
@@ -44,6 +41,9 @@ def fetch(recipe: Recipe) -> list[str]:
         ModelError: the hub cannot be reached or does not have the model, it is gated, or comes without safetensors.
         DataError: the data cannot be had or used as asked.
     """
+    from distft.data.prepare import prepare_data  # these imports take seconds, and `missing` does without them
+    from distft.models.loading import load_tokenizer
+
     lines = fetch_model(recipe)
     splits = prepare_data(recipe, load_tokenizer(recipe))
     lines += map(fetch_data, data_sources(recipe.data))
@@ -54,6 +54,8 @@ def fetch(recipe: Recipe) -> list[str]:
 
 def fetch_model(recipe: Recipe, role: str = "") -> list[str]:
     """The part of `fetch` that concerns model and tokenizer; `role` is what the lines add to the name."""
+    from distft.models.tiny import tiny_model
+
     lines = []
     for name, parts in _repositories(recipe).items():
         folder = tiny_model() if name == "tiny" else _local(name) or _download(recipe, name, parts)
@@ -93,22 +95,21 @@ def missing_model(recipe: Recipe, role: str = "", *, hub: bool = True) -> list[s
     """The part of `missing` that concerns model and tokenizer; `role` is what the lines add to the name. Without `hub` what the hub may
     have is left out: folders alone are looked at."""
     found = []
-    with offline():
-        for name, parts in _repositories(recipe).items():
-            if name == "tiny":
-                continue  # built where it is not there
-            local = _local(name)
-            if local is None and not hub and _may_be_on_hub(name):
-                continue
-            folder = local or _cached(recipe, name)
-            what = " and ".join(parts)
-            if folder is not None:
-                mend = "copy it whole" if local else remedy(recipe)
-                found += [f"{name} lacks {part} in {folder}; {mend}" for part in _lacking(folder, parts)]
-            elif not _may_be_on_hub(name):
-                found.append(f"there is no folder {name} ({what}){role}")
-            else:
-                found.append(f"the {what} {name}{role} is not in the cache; {remedy(recipe)}")
+    for name, parts in _repositories(recipe).items():
+        if name == "tiny":
+            continue  # built where it is not there
+        local = _local(name)
+        if local is None and not hub and _may_be_on_hub(name):
+            continue
+        folder = local or _cached(recipe, name)
+        what = " and ".join(parts)
+        if folder is not None:
+            mend = "copy it whole" if local else remedy(recipe)
+            found += [f"{name} lacks {part} in {folder}; {mend}" for part in _lacking(folder, parts)]
+        elif not _may_be_on_hub(name):
+            found.append(f"there is no folder {name} ({what}){role}")
+        else:
+            found.append(f"the {what} {name}{role} is not in the cache; {remedy(recipe)}")
     return found
 
 
@@ -190,7 +191,7 @@ def _lacking(folder: Path, parts: Sequence[str]) -> list[str]:
     """What is not in `folder` of its parts, by file. A link of the cache to a file that is gone counts as none."""
     wanted = {"config.json"} if "model" in parts else set()
     if "model" in parts:
-        wanted |= weights.files(folder) or {weights.WHOLE}
+        wanted |= weight_files(folder) or {WHOLE}
     found = [name for name in sorted(wanted) if not (folder / name).is_file()]
     if "tokenizer" in parts and not any((folder / name).is_file() for name in _TOKENIZERS):
         found.append(_TOKENIZERS[0])
@@ -200,6 +201,8 @@ def _lacking(folder: Path, parts: Sequence[str]) -> list[str]:
 @contextmanager
 def offline() -> Iterator[None]:
     """The hub's clients as HF_HUB_OFFLINE=1 makes them; they read it once, when they are imported."""
+    import datasets
+
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:

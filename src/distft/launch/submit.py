@@ -12,7 +12,6 @@ from distft.config.recipe import Recipe
 from distft.config.schema import Slurm
 from distft.errors import Fault, LaunchError, RecipeError
 from distft.experiments.expand import Experiment
-from distft.hub import missing
 from distft.launch.slurm import Job, Jobs, report_script, script, template
 
 DISTFT = (sys.executable, "-m", "distft.cli")
@@ -120,6 +119,8 @@ def _check(recipes: Sequence[Recipe]) -> None:
     """Nothing that would end the jobs at their start, after they have waited in the queue."""
     for recipe in recipes:
         recipe.check_division(recipe.slurm.nodes * _processes(recipe.slurm))
+    from distft.hub import missing  # imports the hub's client
+
     # Jobs run with the hub offline. What a container holds cannot be seen from here.
     offline = recipes[0].slurm.environment.get("HF_HUB_OFFLINE", "1") != "0" and recipes[0].slurm.container is None
     if offline and (lacking := list(dict.fromkeys(line for recipe in recipes for line in missing(recipe)))):

@@ -6,7 +6,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
@@ -49,6 +48,8 @@ def digest(name: str, revision: str | None = None) -> str | None:
 
 
 def _samples(path: Path) -> dict[str, bytes]:
+    import torch
+
     samples = {}
     with safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 (not a mapping)

@@ -14,7 +14,7 @@ from torch import nn
 from distft.config.recipe import Recipe
 from distft.distributed.collectives import first_failure, gather
 from distft.distributed.strategies import Strategy
-from distft.distributed.tensors import checksum, local_part, whole_numel, whole_tensors
+from distft.distributed.tensors import checksum, is_packed, is_partitioned, whole_numel, whole_tensors
 from distft.errors import InvariantError
 
 
@@ -33,17 +33,16 @@ def _prepared_fault(model: nn.Module, recipe: Recipe, strategy: Strategy, traina
     offloads = strategy.offloads_parameters(os.environ)
     for name, parameter in model.named_parameters():
         found += whole_numel(parameter) if parameter.requires_grad else 0
-        partitioned = hasattr(parameter, "ds_id")
         if parameter.is_meta:
             return f"parameter {name} is on the meta device: its weights were never loaded"
         if fault := strategy.parameter_fault(name, parameter):
             return fault
-        if strategy.on_gpu and parameter.device.type == "cpu" and not partitioned and not offloads:
+        if strategy.on_gpu and parameter.device.type == "cpu" and not (offloads or is_partitioned(parameter)):
             return f"parameter {name} is on the CPU, and this run trains on a GPU"
         if (
             not parameter.requires_grad
             and parameter.is_floating_point()
-            and type(local_part(parameter)).__name__ != "Params4bit"
+            and not is_packed(parameter)
             and parameter.dtype not in allowed
         ):
             return f"parameter {name} is {parameter.dtype}; the recipe's model.dtype is {recipe.model.dtype}"

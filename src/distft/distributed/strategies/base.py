@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from distft import upstream_api
 from distft.config.files import read_yaml
@@ -22,6 +19,10 @@ from distft.distributed.tensors import local_part, whole_tensors
 from distft.distributed.world import World
 from distft.errors import Fault
 from distft.paths import packaged
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ class Strategy:
 
     def checkpoint_bytes(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Estimate the size on disk of a checkpoint's trainable weights and optimizer states. All ranks must call it."""
+        import torch
+
         tensors = [p for p in model.parameters() if p.requires_grad]
         states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
         local = sum(local_part(tensor).nbytes for tensor in (*tensors, *states))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, MutableMapping
-from typing import Any, Self
-
-import torch
+from typing import TYPE_CHECKING, Any, Self
 
 from distft.config.recipe import Recipe
 from distft.config.schema import StrategyName
 from distft.distributed.strategies.base import Strategy, as_variable, fault
 from distft.distributed.world import World
 from distft.errors import Fault, LaunchError
+
+if TYPE_CHECKING:
+    import torch
 
 _VARIABLES = {
     "deepspeed_config_file": "CONFIG_FILE",
@@ -62,6 +63,8 @@ class DeepSpeed(Strategy):
 
     def cast_dtypes(self, recipe: Recipe) -> frozenset[torch.dtype]:
         """The dtype of mixed precision, which DeepSpeed casts the whole model to."""
+        import torch
+
         types = {"no": (), "bf16": (torch.bfloat16,), "fp16": (torch.float16,)}
         return frozenset(types[recipe.mixed_precision])
 

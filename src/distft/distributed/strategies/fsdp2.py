@@ -10,10 +10,7 @@ import functools
 import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Self
 
 from distft import upstream_api
 from distft.config.recipe import Recipe
@@ -23,6 +20,9 @@ from distft.distributed.strategies.base import Strategy, as_variable, fault
 from distft.distributed.tensors import is_sharded
 from distft.distributed.world import World
 from distft.errors import Fault, LaunchError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PREFETCHED_LAYERS = 2
 """Number of layers that are gathered ahead of the one that is running."""
@@ -92,6 +92,8 @@ class FSDP2(Strategy):
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
     def prefetch(self, model: nn.Module, memory_limit_gib: float | None) -> str | None:
+        import torch
+
         prefetch(model)
         if not self.on_gpu or not self.may_keep_layers:
             return None
@@ -120,7 +122,7 @@ class FSDP2(Strategy):
 
 def layers_of(model: nn.Module) -> list[Any]:
     """Return the layers of a prepared model, each of which is sharded separately, in their order."""
-    # The import takes half a second, which commands that do not train should not pay.
+    from torch import nn
     from torch.distributed.fsdp import FSDPModule
 
     stacks = (m for m in model.modules() if isinstance(m, nn.ModuleList) and all(isinstance(x, FSDPModule) for x in m))
