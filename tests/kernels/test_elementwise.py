@@ -1,4 +1,4 @@
-"""The kernels against their definitions: PyTorch's versions on the CPU, Triton's on a GPU against bitsandbytes and float64."""
+"""The kernels against their definitions, bitsandbytes and float64: PyTorch's version on the CPU, Triton's on a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUANTISED = [
 ]
 SHAPES = [(64, 64), (192, 512), (100, 320), (1000, 4096)]
 ODD = [(3, 7), (129, 33), (1, 1)]
-"""Shapes of an odd number of values: the last byte holds one."""
+"""Shapes with an odd number of values: the last byte holds only one."""
 
 
 def quantised(shape: tuple[int, int], kind: str, nested: bool, storage: str, dtype: torch.dtype, device: str) -> Any:
@@ -32,7 +32,7 @@ def quantised(shape: tuple[int, int], kind: str, nested: bool, storage: str, dty
 
 
 def by_definition(packed: torch.Tensor, state: Any) -> torch.Tensor:
-    """Each value is its code's, times its block's scale; a nested scale is a code's value times its group's, plus the mean."""
+    """Value = code · scale of its block; with double quantisation, scale = code · scale of its group + mean."""
     bytes_ = packed.view(torch.uint8).flatten()
     codes = torch.stack([bytes_ >> 4, bytes_ & 15], 1).flatten()[: state.shape.numel()].long()
     scales = state.absmax
@@ -46,7 +46,7 @@ def by_definition(packed: torch.Tensor, state: Any) -> torch.Tensor:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("kind", "nested", "storage"), QUANTISED)
-def test_dequantised_weights_are_those_of_the_definition(
+def test_dequantised_weights_match_the_definition(
     kind: str, nested: bool, storage: str, dtype: torch.dtype, device: str
 ) -> None:
     for shape in SHAPES + (ODD if storage == "uint8" else []):
@@ -59,7 +59,7 @@ def test_dequantised_weights_are_those_of_the_definition(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kind", "nested", "storage"), QUANTISED)
-def test_dequantised_weights_are_bitsandbytes_own_to_the_bit(
+def test_dequantised_weights_are_bit_identical_to_those_of_bitsandbytes(
     kind: str, nested: bool, storage: str, dtype: torch.dtype
 ) -> None:
     for shape in [*SHAPES, (4096, 11008)]:
@@ -68,7 +68,7 @@ def test_dequantised_weights_are_bitsandbytes_own_to_the_bit(
 
 
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-"""Relative error in norm that rounding to each type may leave."""
+"""Tolerated relative error in norm, from rounding to each type."""
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ EXACT = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch
     ],
 )
 @pytest.mark.parametrize("shape", [(3, 5), (7, 1000), (2, 4097)])
-def test_swiglu_and_its_gradients_are_those_of_float64(shape: tuple[int, int], device: str, dtype: torch.dtype) -> None:
+def test_swiglu_and_its_gradients_match_float64(shape: tuple[int, int], device: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     grad, gate, up = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
     exact_gate, exact_up = (tensor.to(torch.float64, copy=True).requires_grad_() for tensor in (gate, up))
@@ -91,7 +91,7 @@ def test_swiglu_and_its_gradients_are_those_of_float64(shape: tuple[int, int], d
     expected = [hidden.detach(), exact_gate.grad, exact_up.grad, hidden.detach()]
     forward = swiglu(gate, up)
     of_gate, of_up, again = swiglu_backward(grad, gate, up)
-    assert torch.equal(again, forward), "the backward makes the very activation of the forward"
+    assert torch.equal(again, forward), "the backward must recompute exactly the activation of the forward"
     for found, exact in zip([forward, of_gate, of_up, again], expected, strict=True):
         assert exact is not None and found.dtype == dtype
         assert (found.double() - exact).norm() <= EXACT[dtype] * exact.norm()

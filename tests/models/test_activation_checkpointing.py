@@ -1,4 +1,4 @@
-"""Activation checkpointing by layer changes no gradient, makes again only what is needed, and takes as few layers as fit."""
+"""Checkpointing by layer changes no gradient, recomputes only what is needed, and uses as few layers as possible."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ LAYERS = 4
 def model_of(device: str, dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, vocab_size=100
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+    )
     model = get_peft_model(
         LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     )
@@ -52,7 +57,7 @@ def test_checkpointing_changes_no_gradient(count: int, offload: bool, reentrant:
     assert not any(layer.gradient_checkpointing for layer in layers_of(model))
 
 
-def test_the_last_product_of_a_checkpointed_layer_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_product_of_a_checkpointed_layer_is_not_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     made = 0
     forward = lora_nodes.Group.forward
 
@@ -72,17 +77,17 @@ def test_the_last_product_of_a_checkpointed_layer_is_not_made_again(monkeypatch:
     assert made == groups * LAYERS + (groups - 1) * LAYERS
 
 
-def test_as_few_layers_as_fit_are_checkpointed() -> None:
+def test_as_few_layers_as_possible_are_checkpointed() -> None:
     model = model_of("cpu", torch.float32)
     room = [layers_to_checkpoint(model, 4_096, free, trainable=1_000) for free in range(2**29, 2**30, 2**22)]
     assert room == sorted(room, reverse=True)
-    # One alone gains nothing: when it is computed again, all that it would have kept is there beside the others'.
+    # Checkpointing a single layer saves nothing: during its recomputation, all its activations exist anyway.
     assert set(room) == {0, *range(2, LAYERS + 1)}
     assert layers_to_checkpoint(model, 8_192, 2**30, 1_000) >= layers_to_checkpoint(model, 4_096, 2**30, 1_000)
 
 
 @pytest.mark.gpu
-def test_inputs_that_wait_in_host_memory_come_back_as_they_were() -> None:
+def test_offloaded_inputs_come_back_unchanged() -> None:
     model = model_of("cuda", torch.float32)
     kept = gradients(model)
     checkpoint_layers(model, LAYERS, offload=True)

@@ -1,4 +1,4 @@
-"""Attention over packs: which implementation a run takes, and PyTorch's variable-length kernel against a block mask."""
+"""Which attention a run uses, and PyTorch's variable-length kernel against SDPA with a block mask."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distft.models.attention import VARLEN, choose, kernel, varlen_attention
 PACKED = "batching.micro_batch_tokens=512"
 BF16 = "model.dtype=bfloat16"
 FAST = "flash_attention_2" if is_flash_attn_2_available() else None
-"""What goes first on a GPU where it is installed."""
+"""Preferred on a GPU, if it is installed."""
 
 
 @pytest.mark.parametrize(
@@ -28,38 +28,38 @@ FAST = "flash_attention_2" if is_flash_attn_2_available() else None
         ((BF16,), False, "sdpa"),
         ((BF16, PACKED), True, FAST or VARLEN),
         ((BF16,), True, FAST or "sdpa"),
-        ((PACKED,), True, "sdpa"),  # fp32, which the fast ones do not take
+        ((PACKED,), True, "sdpa"),  # fp32, which the fast kernels do not support
         ((PACKED, "model.attn_implementation=eager"), False, "eager"),
         ((BF16, PACKED, "model.attn_implementation=sdpa"), True, "sdpa"),
     ],
 )
-def test_auto_takes_the_fastest_that_fits(overrides: tuple[str, ...], on_gpu: bool, expected: str) -> None:
+def test_auto_picks_the_fastest_suitable_kernel(overrides: tuple[str, ...], on_gpu: bool, expected: str) -> None:
     assert choose(load_recipe(overrides), LlamaConfig(), on_gpu=on_gpu) == expected
 
 
 @pytest.mark.parametrize(("dtype", "on_gpu"), [("bfloat16", False), ("float32", True)], ids=["CPU", "fp32"])
-def test_the_kernel_where_it_cannot_run_is_refused(dtype: str, on_gpu: bool) -> None:
+def test_varlen_is_refused_where_it_cannot_run(dtype: str, on_gpu: bool) -> None:
     recipe = load_recipe([f"model.dtype={dtype}", PACKED, "model.attn_implementation=varlen"])
-    with pytest.raises(ModelError, match="take sdpa, or auto"):
+    with pytest.raises(ModelError, match="use sdpa or auto"):
         choose(recipe, LlamaConfig(), on_gpu=on_gpu)
 
 
-WANTING = [
+UNSUPPORTED = [
     (LlamaConfig(attention_dropout=0.1), "attention dropout"),
     (Gemma2Config(), "soft-capping"),
     (LlamaConfig(hidden_size=4096, num_attention_heads=8), "heads of size 512"),
 ]
 
 
-@pytest.mark.parametrize(("config", "lacking"), WANTING, ids=[name for _, name in WANTING])
-def test_a_model_that_wants_what_the_kernel_lacks_takes_another(config: Any, lacking: str) -> None:
+@pytest.mark.parametrize(("config", "feature"), UNSUPPORTED, ids=[name for _, name in UNSUPPORTED])
+def test_a_model_that_needs_an_unsupported_feature_gets_another_kernel(config: Any, feature: str) -> None:
     assert choose(load_recipe([BF16, PACKED]), config, on_gpu=True) == (FAST or "sdpa")
-    with pytest.raises(ModelError, match=f"has no {lacking}, which tiny wants; take sdpa, or auto"):
+    with pytest.raises(ModelError, match=f"does not support {feature}, which tiny needs; use sdpa or auto"):
         choose(load_recipe([BF16, PACKED, "model.attn_implementation=varlen"]), config, on_gpu=True)
 
 
 def heads(tokens: int, query: int = 4, key: int = 2, size: int = 32, rows: int = 1, device: str = "cpu") -> Any:
-    """Queries, keys and values as transformers gives them: [rows, heads, tokens, head size]."""
+    """Queries, keys and values as transformers passes them: [rows, heads, tokens, head size]."""
     torch.manual_seed(0)
     return [torch.randn(rows, count, tokens, size, device=device) for count in (query, key, key)]
 
@@ -67,14 +67,14 @@ def heads(tokens: int, query: int = 4, key: int = 2, size: int = 32, rows: int =
 @pytest.mark.parametrize(
     ("rows", "options", "problem"),
     [
-        (2, {"attention_mask": None}, "one packed row"),
-        (1, {"attention_mask": torch.ones(1, 8)}, "one packed row"),
-        (1, {"attention_mask": None, "dropout": 0.1}, "no dropout"),
-        (1, {"attention_mask": None, "softcap": 30.0}, "no soft-capping"),
+        (2, {"attention_mask": None}, "single packed row"),
+        (1, {"attention_mask": torch.ones(1, 8)}, "single packed row"),
+        (1, {"attention_mask": None, "dropout": 0.1}, "supports neither dropout"),
+        (1, {"attention_mask": None, "softcap": 30.0}, "nor soft-capping"),
     ],
     ids=["rows", "mask", "dropout", "soft-capping"],
 )
-def test_what_the_kernel_cannot_do_is_refused(rows: int, options: dict[str, Any], problem: str) -> None:
+def test_unsupported_inputs_are_refused(rows: int, options: dict[str, Any], problem: str) -> None:
     with pytest.raises(ModelError, match=problem):
         varlen_attention(torch.nn.Identity(), *heads(8, rows=rows), **options)
 
@@ -83,7 +83,7 @@ LENGTHS = [1, 7, 64, 130, 3]
 
 
 def by_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], window: int | None = None) -> Any:
-    """SDPA in float64 with a mask that is causal within each sample, back `window` tokens at most."""
+    """SDPA in float64 with a mask that is causal within each sample and reaches back fewer than `window` tokens."""
     sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
     place = torch.arange(len(sample), device=q.device)
     back = place[:, None] - place[None, :]
@@ -93,9 +93,11 @@ def by_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [LENGTHS, [205]], ids=["several samples", "one"])
-@pytest.mark.parametrize("key_heads", [2, 4], ids=["grouped queries", "as many keys"])
+@pytest.mark.parametrize("key_heads", [2, 4], ids=["grouped queries", "one key per query"])
 @pytest.mark.parametrize("window", [None, 20, 4096])
-def test_varlen_attention_is_sdpa_with_a_block_mask(lengths: list[int], key_heads: int, window: int | None) -> None:
+def test_varlen_attention_matches_sdpa_with_a_block_mask(
+    lengths: list[int], key_heads: int, window: int | None
+) -> None:
     """Values and gradients, within the error of bf16."""
     if window == 20 and "window_size" not in inspect.signature(kernel()).parameters:
         pytest.skip(f"the kernel of PyTorch {torch.__version__} has no sliding window")
@@ -105,10 +107,8 @@ def test_varlen_attention_is_sdpa_with_a_block_mask(lengths: list[int], key_head
     ]
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
-    found, _ = varlen_attention(
-        torch.nn.Identity(), *inputs, None, scaling=64**-0.5, sliding_window=window, cu_seq_lens_q=bounds,
-        max_length_q=max(lengths),
-    )  # fmt: skip
+    options = {"sliding_window": window, "cu_seq_lens_q": bounds, "max_length_q": max(lengths)}
+    found, _ = varlen_attention(torch.nn.Identity(), *inputs, None, scaling=64**-0.5, **options)
     expected = by_mask(*exact, lengths, window).transpose(1, 2)
     weights = torch.randn_like(expected)
     found.backward(weights.to(found.dtype))
@@ -119,7 +119,7 @@ def test_varlen_attention_is_sdpa_with_a_block_mask(lengths: list[int], key_head
 
 
 @pytest.mark.gpu
-def test_a_row_without_bounds_is_one_sample() -> None:
+def test_a_row_without_boundaries_is_one_sample() -> None:
     inputs = [tensor.to(torch.bfloat16) for tensor in heads(50, size=64, device="cuda")]
     bounds = torch.tensor([0, 50], dtype=torch.int32, device="cuda")
     without, _ = varlen_attention(torch.nn.Identity(), *inputs, None)

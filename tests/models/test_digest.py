@@ -1,4 +1,4 @@
-"""That the digest of base weights knows weights again, and tells them from others."""
+"""The digest recognises the same weights, and distinguishes different ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from distft.models.digest import INDEX, digest
 
 
-def test_the_same_weights_under_another_name_and_in_more_files_are_known_again(tiny: Path, tmp_path: Path) -> None:
+def test_the_digest_ignores_the_folder_and_the_number_of_files(tiny: Path, tmp_path: Path) -> None:
     moved, divided = tmp_path / "moved", tmp_path / "divided"
     shutil.copytree(tiny, moved)
     AutoModelForCausalLM.from_pretrained(moved).save_pretrained(divided, max_shard_size="3MB")
@@ -23,7 +23,7 @@ def test_the_same_weights_under_another_name_and_in_more_files_are_known_again(t
     assert len(found) == 1 and len(found.pop() or "") == 16
 
 
-def test_an_adapter_that_was_merged_and_another_type_are_other_weights(tiny: Path, tmp_path: Path) -> None:
+def test_a_merged_adapter_and_another_dtype_change_the_digest(tiny: Path, tmp_path: Path) -> None:
     base = str(tiny)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=1, target_modules=["v_proj"]))
     for name, parameter in model.named_parameters():
@@ -40,6 +40,6 @@ def test_tensors_of_any_shape_and_type_are_read(tensor: torch.Tensor, tmp_path: 
     assert digest(str(tmp_path)) is not None
 
 
-def test_where_nothing_says_which_weights_they_are_there_is_none(tmp_path: Path) -> None:
+def test_without_weights_or_an_index_there_is_no_digest(tmp_path: Path) -> None:
     assert digest(str(tmp_path)) is None
     assert digest("nobody/has-this-in-a-cache") is None

@@ -1,4 +1,4 @@
-"""How a base model is loaded: what quantisation does to its modules and to what they compute."""
+"""Loading, merging and checkpointing quantised models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distft.models.loading import load_model
 
 FOUR = ["quantization.load_in_4bit=true"]
 EIGHT = ["quantization.load_in_4bit=false", "quantization.load_in_8bit=true"]
-UNPACKED = [*FOUR, "quantization.dequantize_at_load=true"]
+DEQUANTISED = [*FOUR, "quantization.dequantize_at_load=true"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def kinds(model: Any) -> set[str]:
 
 
 def learn(model: Any) -> list[torch.Tensor]:
-    """The logits, and the gradients of all adapters."""
+    """The logits, and the gradients of the adapter."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -51,9 +51,9 @@ def learn(model: Any) -> list[torch.Tensor]:
     return [out.logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
-def test_weights_that_are_unpacked_at_load_compute_what_4_bits_do() -> None:
+def test_weights_dequantised_at_load_compute_what_4_bit_weights_do() -> None:
     packed, _, _ = loaded(*FOUR)
-    dense, recipe, strategy = loaded(*UNPACKED)
+    dense, recipe, strategy = loaded(*DEQUANTISED)
     assert "Linear4bit" in kinds(packed) and kinds(dense) == {"Linear"}
     assert recipe.bits == 16 and not getattr(dense, "is_loaded_in_4bit", False)
     keep_adapter_in_fp32(dense, recipe, strategy)
@@ -62,12 +62,12 @@ def test_weights_that_are_unpacked_at_load_compute_what_4_bits_do() -> None:
     assert len(found) == len(expected) > 10 and all(tensor.abs().sum() > 0 for tensor in expected)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
     plain, _, _ = loaded("quantization=null")
-    assert not torch.equal(learn(plain)[0], expected[0]), "4 bits are not the weights as they were"
+    assert not torch.equal(learn(plain)[0], expected[0]), "4-bit weights must differ from the original ones"
 
 
-def test_a_merge_of_weights_that_were_unpacked_at_load_is_that_of_4_bits(tmp_path: Any) -> None:
+def test_merging_does_not_depend_on_dequantisation_at_load(tmp_path: Any) -> None:
     model, packed, _ = loaded(*FOUR)
-    _, unpacked, _ = loaded(*UNPACKED)
+    _, unpacked, _ = loaded(*DEQUANTISED)
     learn(model)
     model.save_pretrained(tmp_path / "adapter")
     found = []
@@ -78,8 +78,8 @@ def test_a_merge_of_weights_that_were_unpacked_at_load_is_that_of_4_bits(tmp_pat
 
 
 @pytest.mark.parametrize(("kernels", "reentrant"), [("auto", False), ("plain", True)])
-def test_8_bit_products_are_let_go_by_checkpointing(kernels: str, reentrant: bool) -> None:
-    """bitsandbytes' own nodes keep theirs beside what non-reentrant checkpointing knows of."""
+def test_checkpointing_releases_8_bit_products(kernels: str, reentrant: bool) -> None:
+    """bitsandbytes' own nodes keep theirs where non-reentrant checkpointing cannot see them."""
     model, recipe, strategy = loaded(*EIGHT, f"model.kernels={kernels}", "training.gradient_checkpointing=true")
     assert "Linear8bitLt" in kinds(model) and keeps_int8_products(model) == reentrant
     expected = learn(model)
@@ -92,7 +92,7 @@ def test_8_bit_products_are_let_go_by_checkpointing(kernels: str, reentrant: boo
 
 
 def nodes(last: Any) -> set[str]:
-    """The names of all nodes of the graph that ends in `last`."""
+    """The names of all nodes in the graph that ends in `last`."""
     found, waiting = set(), [last]
     while waiting:
         node = waiting.pop()
