@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# Every visible GPU of this machine: launch/all_gpus.sh recipe=fsdp_bf16 training.learning_rate=2e-4
+# Train on every visible GPU of this machine: launch/all_gpus.sh recipe=fsdp_bf16 training.learning_rate=2e-4
 exec accelerate launch -m distft.train "$@"

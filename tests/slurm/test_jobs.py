@@ -177,7 +177,7 @@ def test_the_time_limit_sends_the_job_back_until_the_work_is_done(
     assert cluster.wait(job, limit_s=2 * LIMIT_S) == "COMPLETED", printed(tmp_path)
     folder = run_of(tmp_path, job)
     assert folder.read_summary()["requeues"] >= 1
-    assert "back into the queue, 1 of 20" in printed(tmp_path)
+    assert "requeued, 1 of 20" in printed(tmp_path)
     assert_same(folder, whole(steps))
 
 
@@ -274,5 +274,5 @@ def test_a_mistake_ends_the_job_with_two(cluster: Cluster, tmp_path: Path) -> No
 
 def test_what_slurm_refuses_is_said(cluster: Cluster, tmp_path: Path) -> None:
     said = distft(cluster, tmp_path, "submit", "recipe=tiny", "slurm.partition=nowhere", check=False)
-    assert "SLURM refuses the job: sbatch: error: invalid partition specified: nowhere" in said
-    assert distft(cluster, tmp_path, "jobs") == "nothing was submitted from here (runs/jobs)\n"
+    assert "SLURM rejected the job: sbatch: error: invalid partition specified: nowhere" in said
+    assert distft(cluster, tmp_path, "jobs") == "no jobs were submitted from here (runs/jobs)\n"

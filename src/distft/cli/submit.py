@@ -29,6 +29,6 @@ def submit(options: argparse.Namespace) -> None:
 
 
 def jobs(options: argparse.Namespace) -> None:
-    from distft.launch.slurm import Jobs
+    from distft.launch.jobs import Jobs
 
     print("\n".join(Jobs.of(options.dir).table()))

@@ -1,4 +1,4 @@
-"""`distft submit`: from a recipe or an experiment to jobs, once everything that can be found wrong before the queue is right."""
+"""`distft submit`: jobs from a recipe or an experiment, after checking everything that can be checked before they queue."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from distft.config.recipe import Recipe
 from distft.config.schema import Slurm
 from distft.errors import Fault, LaunchError, RecipeError
 from distft.experiments.expand import Experiment
-from distft.launch.slurm import Job, Jobs, report_script, script, template
+from distft.launch.jobs import Jobs
+from distft.launch.slurm import Job, report_script, script, template
 
 DISTFT = (sys.executable, "-m", "distft.cli")
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What is handed to SLURM: one job, or an array of jobs and the job of its report. `strategies` are those of its runs."""
+    """What is handed to SLURM: a job, or an array of jobs with a job for their report.
+
+    `strategies` are those of its runs; `report` has the arguments of `distft report`.
+    """
 
     job: Job
     slurm: Slurm
@@ -29,80 +33,79 @@ class Submission:
 
     @classmethod
     def of_recipe(cls, recipe: Recipe, arguments: Sequence[str]) -> Submission:
-        """One job that runs `distft train` with `arguments`, which are those of `recipe`.
+        """One job that runs `distft train` with `arguments`, which `recipe` was loaded from.
 
         Raises:
-            RecipeError: slurm.array is set, or the global batch does not divide over the job's processes.
-            LaunchError: a file is missing that the job would need.
+            RecipeError: slurm.array is set, or the global batch does not divide among the job's processes.
+            LaunchError: a file that the job needs is missing.
         """
         if recipe.slurm.array is not None:
             where = recipe.source.of("slurm.array")
-            raise RecipeError(
-                [Fault(where, "slurm.array", "an array has the runs of an experiment", "experiment=NAME")]
-            )
+            raise RecipeError([Fault(where, "slurm.array", "only an experiment becomes an array", "experiment=NAME")])
         _check([recipe])
-        return cls(
-            Job(recipe.run.name, (tuple(arguments),)),
-            recipe.slurm,
-            Jobs.of(_runs(recipe)),
-            frozenset({recipe.strategy}),
-        )
+        job, jobs = Job(recipe.run.name, (tuple(arguments),)), Jobs.of(_runs(recipe))
+        return cls(job, recipe.slurm, jobs, frozenset({recipe.strategy}))
 
     @classmethod
     def of_experiment(cls, experiment: Experiment, arguments: Sequence[str]) -> Submission:
-        """One array job with a run of `experiment` each, and a job that reports on them; `arguments` are those of the experiment.
+        """An array job with one member per run, and a job that reports on them.
+
+        `arguments` are those that `experiment` was loaded from.
 
         Raises:
-            RecipeError, LaunchError: as for one recipe; or the runs ask for different nodes.
+            RecipeError: as for one recipe.
+            LaunchError: as for one recipe; or the runs ask for different resources.
         """
         recipes = [run.recipe for run in experiment.runs]
         first = recipes[0]
         if any(recipe.slurm != first.slurm or recipe.run.dir != first.run.dir for recipe in recipes):
             raise LaunchError(
-                f"the runs of {experiment.name} differ in their slurm section or run.dir, and the jobs of an array are alike; give "
-                "slurm.…=… for all of them on the command line"
+                f"the runs of {experiment.name} differ in their slurm section or run.dir, but all jobs of an array are "
+                "alike; give slurm.…=… for all of them on the command line"
             )
         _check(recipes)
         job = Job(experiment.name, tuple(run.arguments for run in experiment.runs), is_array=True)
         report = (*arguments, "--output", str(_runs(first) / f"{experiment.name}.md"))
-        return cls(job, first.slurm, Jobs.of(_runs(first)), frozenset(recipe.strategy for recipe in recipes), report)
+        strategies = frozenset(recipe.strategy for recipe in recipes)
+        return cls(job, first.slurm, Jobs.of(_runs(first)), strategies, report)
 
     @property
     def script(self) -> str:
         return script(self.slurm, self.job, self.jobs.path, DISTFT, template())
 
     def submit(self) -> list[str]:
-        """Hand the jobs to SLURM; lines that say what was submitted.
+        """Submit the jobs and return lines that describe them.
 
         Raises:
-            LaunchError: there is no SLURM here, or it refuses a job.
+            LaunchError: SLURM is not installed here, or it rejects a job.
         """
-        name, output, lines = self.job.name, self.jobs.path, self.notes
+        name, output = self.job.name, self.jobs.path
         number = self.jobs.submit(name, self.script)
         if self.report is None:
             file = output / f"{name}-{number}.out"
-            return [*lines, f"job {number}: {name}; its output: {file}; distft jobs shows where it is"]
+            return [*self.notes, f"job {number}: {name}; output: {file}; distft jobs shows its progress"]
         report = report_script(self.slurm, name, number, self.report, output, DISTFT)
         after = self.jobs.submit(f"{name}-report", report)
         files = output / f"{name}-{number}_*.out"
         return [
-            *lines, f"job {number}: {self._which()} of {name}; their output: {files}",
-            f"job {after}: the report, once they have ended: {self.report[-1]}; distft jobs shows where they are",
-        ]  # fmt: skip
+            *self.notes,
+            f"job {number}: {self._which()} of {name}; output: {files}",
+            f"job {after}: the report, once they have ended: {self.report[-1]}; distft jobs shows their progress",
+        ]
 
     @property
     def notes(self) -> list[str]:
-        """What is no mistake, and perhaps not meant."""
-        processes, lines = _processes(self.slurm), []
-        falling = self.strategies - {"single"}
-        if falling and processes * self.slurm.nodes == 1:
+        """What is allowed but may not be intended."""
+        processes, lines = _processes_per_node(self.slurm), []
+        distributed = self.strategies - {"single"}
+        if distributed and processes * self.slurm.nodes == 1:
             lines.append(
-                f"one process: {' and '.join(sorted(falling))} will fall back to single; slurm.gpus_per_node or slurm.processes_per_node"
-                " says how many there are"
+                f"one process: {' and '.join(sorted(distributed))} will fall back to single; set slurm.gpus_per_node or "
+                "slurm.processes_per_node for more"
             )
         if self.slurm.cpus_per_task is None and processes > 1:
             lines.append(
-                f"slurm.cpus_per_task is null: many clusters then give one core to the {processes} processes of a node"
+                f"slurm.cpus_per_task is null: many clusters then give one core to all {processes} processes of a node"
             )
         return lines
 
@@ -116,21 +119,26 @@ def _runs(recipe: Recipe) -> Path:
 
 
 def _check(recipes: Sequence[Recipe]) -> None:
-    """Nothing that would end the jobs at their start, after they have waited in the queue."""
-    for recipe in recipes:
-        recipe.check_division(recipe.slurm.nodes * _processes(recipe.slurm))
-    from distft.hub import missing  # imports the hub's client
+    """Check what would end the jobs right after they have waited in the queue.
 
-    # Jobs run with the hub offline. What a container holds cannot be seen from here.
+    Raises:
+        RecipeError: a global batch does not divide among the processes.
+        LaunchError: a file that a job needs is missing.
+    """
+    from distft.hub import missing  # the import takes a while
+
+    for recipe in recipes:
+        recipe.check_division(recipe.slurm.nodes * _processes_per_node(recipe.slurm))
+    # Jobs run with the hub offline. The files inside a container cannot be seen from here.
     offline = recipes[0].slurm.environment.get("HF_HUB_OFFLINE", "1") != "0" and recipes[0].slurm.container is None
     if offline and (lacking := list(dict.fromkeys(line for recipe in recipes for line in missing(recipe)))):
-        told = ["the job would run with the hub offline, and lack:", *(f"  {line}" for line in lacking)]
-        if any("distft fetch" in line for line in lacking):  # not a folder or a file that is named and not there
-            told.append("or set slurm.environment.HF_HUB_OFFLINE=\"'0'\" where nodes have a connection")
-        raise LaunchError("\n".join(told))
+        lines = ["the job would run with the hub offline, and these are missing:", *(f"  {line}" for line in lacking)]
+        if any("distft fetch" in line for line in lacking):  # not just a folder or file of the user's
+            lines.append("or set slurm.environment.HF_HUB_OFFLINE=\"'0'\" if the nodes have a connection")
+        raise LaunchError("\n".join(lines))
 
 
-def _processes(slurm: Slurm) -> int:
-    """Processes a node, as `distft train` will count them there."""
+def _processes_per_node(slurm: Slurm) -> int:
+    """Number of processes on a node, as `distft train` will count them there."""
     gpus = re.search(r"(?:^|,)gpu(?::[^:,]+)?:(\d+)", slurm.gres or "")
     return slurm.processes_per_node or slurm.gpus_per_node or (int(gpus[1]) if gpus else 1)
