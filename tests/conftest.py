@@ -15,7 +15,7 @@ from . import fork_server
 
 def pytest_configure(config: pytest.Config) -> None:
     """Caches for the whole session, set before `datasets` is imported and passed on to what the tests start."""
-    # The same as for runs (launch/local.py): the workers of pytest-xdist share the cores.
+    # The same as for runs (launch/command.py): the workers of pytest-xdist share the cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # The tiny model takes a minute to build, so its folder outlives the session.

@@ -43,8 +43,9 @@ def evaluate(
     quiet_libraries()
     from distft.evaluation.request import Request
     from distft.hardware import visible_devices
-    from distft.launch.local import EVALUATION, Node
+    from distft.launch.command import EVALUATION
     from distft.launch.local import run as launch
+    from distft.launch.node import Node
 
     named = {"model": model, "adapter": adapter}
     words = [] if run is None else [str(run.path if isinstance(run, Run) else run)]

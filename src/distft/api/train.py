@@ -45,7 +45,8 @@ def train(
         from distft.api.in_process import train_here
 
         return Run(train_here(words, loaded.run.max_restarts))
-    from distft.launch.local import Node, run
+    from distft.launch.local import run
+    from distft.launch.node import Node
 
     ended = run(words, processes, loaded.run.max_restarts, Node())
     raise_failure(ended)

@@ -30,7 +30,9 @@ def add_to(commands: Commands) -> None:
 def evaluate(options: argparse.Namespace) -> int:
     from distft.evaluation.request import Request
     from distft.hardware import visible_devices
-    from distft.launch.local import EVALUATION, Node, run
+    from distft.launch.command import EVALUATION
+    from distft.launch.local import run
+    from distft.launch.node import Node
 
     request = Request.of(options.overrides)  # find the user's mistakes before starting any process
     processes = options.nproc or max(visible_devices(), 1)

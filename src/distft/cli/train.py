@@ -22,7 +22,8 @@ def add_to(commands: Commands) -> None:
 
 
 def train(options: argparse.Namespace) -> int:
-    from distft.launch.local import Node, run
+    from distft.launch.local import run
+    from distft.launch.node import Node
 
     node = Node.of(options.nnodes, options.node_rank, options.rdzv)
     recipe = load(options.overrides)  # find the user's mistakes before starting any process
