@@ -158,9 +158,10 @@ def test_a_chart_has_the_categories_that_have_a_score() -> None:
     charts = evaluation_charts({"run": {"mt_bench": {"figures": {"score": score}, "categories": categories}}})
     whole, parts = charts
     assert whole.key == "evaluation_mt_bench" and parts.key == "evaluation_mt_bench_by_category"
-    assert parts.head == ("figure", "base", "adapter")
-    assert [row[0] for row in parts.rows] == ["math", "stem"], "of coding nothing is known"
-    assert "3.00" in parts.rows[0][1] and "5.00" in parts.rows[0][2] and "8.00" in parts.rows[1][2]
+    assert parts.table.heads == ["figure", "base", "adapter"]
+    assert [row[0] for row in parts.table.texts] == ["math", "stem"], "coding has no scores"
+    (math, stem) = parts.table.texts
+    assert "3.00" in math[1] and "5.00" in math[2] and "8.00" in stem[2]
 
 
 @pytest.mark.parametrize(("right", "count", "low", "high"), [(0, 6, 0.0, 0.39), (4, 6, 0.30, 0.903), (6, 6, 0.61, 1.0)])

@@ -137,7 +137,7 @@ def test_a_task_that_there_is_not_is_told(tasks: Path) -> None:
 
 
 def test_a_report_shows_groups_without_their_parts() -> None:
-    from distft.evaluation import summary
+    from distft.reports.sections import evaluation_table
 
     def of(task: str) -> dict[str, Any]:
         return {"alias": task, "acc,none": 0.5, "acc_stderr,none": 0.1}
@@ -150,6 +150,6 @@ def test_a_report_shows_groups_without_their_parts() -> None:
     assert {name: (figure["count"], figure.get("detail", False)) for name, figure in found.items()} == {
         "mmlu/acc": (7, False), "mmlu_law/acc": (7, True), "arc/acc": (9, False),
     }  # fmt: skip
-    shown = [row[1:6] for row in summary.rows({"run": {"lm_eval": {"figures": found}}})]
+    shown = [row[1:6] for row in evaluation_table({"run": {"lm_eval": {"figures": found}}}).texts]
     interval = "0.500 [0.304, 0.696]"
     assert shown == [["mmlu: acc", "7", interval, "–", "–"], ["arc: acc", "9", interval, "–", "–"]]

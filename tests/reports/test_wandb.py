@@ -15,7 +15,7 @@ from distft.files import to_json
 from distft.runs.folder import RunFolder
 
 from ..distributed.test_artefacts import wandb_records
-from .test_report import FIGURES
+from .conftest import SUMMARY
 
 EXPERIMENT = """
 base: tiny
@@ -37,16 +37,15 @@ def where(tmp_path: Path) -> Path:
         folder.recipe.write_text(run.recipe.to_yaml())
         folder.environment.write_text(to_json({"python": "3.11.7", "gpus": []}))
         folder.append_metrics({"step": 10, "loss": 2.25, "samples": 160, "tokens": 8000})
-        folder.write_summary({**FIGURES, "samples_per_second": 40.0 + number})
+        folder.write_summary({**SUMMARY, "samples_per_second": 40.0 + number})
     return tmp_path
 
 
 def report(where: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     known = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    return subprocess.run(
-        [sys.executable, "-m", "distft.cli", "report", "experiment=mine", *words], cwd=where, capture_output=True, text=True, timeout=200,
-        env={**known, "NETRC": str(where / "none"), **environment},
-    )  # fmt: skip
+    command = [sys.executable, "-m", "distft.cli", "report", "experiment=mine", *words]
+    variables = {**known, "NETRC": str(where / "none"), **environment}
+    return subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=200, env=variables)
 
 
 def test_the_report_is_a_run_in_the_group_of_the_experiment(where: Path) -> None:
@@ -58,8 +57,11 @@ def test_the_report_is_a_run_in_the_group_of_the_experiment(where: Path) -> None
     assert (run.run_group, run.job_type, run.display_name, run.project) == ("mine", "report", "mine-report", "distft")
     train = load_experiment(["experiment=mine"], folder=where).runs[0].recipe
     assert train.tracking.group == run.run_group
-    summary = {item.key or "/".join(item.nested_key): json.loads(item.value_json)
-               for record in records for item in record.summary.update}  # fmt: skip
+    summary = {
+        item.key or "/".join(item.nested_key): json.loads(item.value_json)
+        for record in records
+        for item in record.summary.update
+    }
     made = where / "made.json"
     assert report(where, "--output", str(made), WANDB_MODE="disabled").returncode == 0
     stored = json.loads(made.read_text())

@@ -14,7 +14,7 @@ from distft.errors import RunFolderError, StorageError
 from distft.files import to_json, write_atomically
 from distft.reports.history import History, distinct, find_log
 from distft.reports.html import histories, page
-from distft.reports.markdown import log_blocks, markdown
+from distft.reports.markdown import markdown
 from distft.reports.report import report as report_on_folders
 from distft.runs.folder import RunFolder
 from distft.text import shorten
@@ -48,8 +48,7 @@ class Report:
         Raises:
             StorageError: `path` cannot be written.
         """
-        parts = [markdown(self.runs) if self.runs is not None else f"# {self.title}\n"]
-        return _written("\n".join([*parts, *([log_blocks(self.logs)] if self.logs else [])]), path)
+        return _written(markdown(self.runs, self.logs, self.title), path)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON: every figure of every run, the comparison and its verdict.

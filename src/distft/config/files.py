@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def _read_files(
     origins: dict[str, str] = {}
     for path, content in reversed(chain):
         merged = _merge(merged, content)
-        for key in _leaves(content):
+        for key, _ in leaves(content):
             origins = {k: v for k, v in origins.items() if not related(k, key)} | {key: str(path)}
     name = chain[0][0].stem if chain else wanted
     return name, tuple(path for path, _ in reversed(chain)), merged, origins
@@ -156,9 +156,10 @@ def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
     tree[path[-1]] = value
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings, each with its dotted key."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value

@@ -14,6 +14,7 @@ import httpx
 from filelock import FileLock, Timeout
 
 from distft.config.evaluation import TaskName
+from distft.config.files import leaves
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.distributed.collectives import together
@@ -27,7 +28,6 @@ from distft.evaluation.target import Target
 from distft.evaluation.tasks import load_task
 from distft.files import to_json, write_atomically
 from distft.hardware import describe, visible_devices
-from distft.reports.results import leaves
 from distft.runs.folder import RunFolder
 from distft.runs.wandb import closing_wandb, log_evaluation
 from distft.text import shorten

@@ -19,9 +19,9 @@ PARTS = ("figures", "categories", "confusion", "unparsed", "outcomes", "position
 """The parts of a task's result that `summary.json` keeps and reports read. A task may return any of them."""
 NOTE = (
     "Base and adapter are measured on the same items. Intervals are 95%: Wilson's for shares, Student's for means, "
-    "the bootstrap's for F1 and perplexity. `gain` and `loss`: the interval of the difference excludes 0. "
-    "`inconclusive`: it contains 0, so the difference may be chance. `no difference`: both sides agree on every item. "
-    "`too few items`: fewer than 10 pairs, too few for a verdict."
+    "the bootstrap's for F1 and perplexity. gain and loss: the interval of the difference excludes 0. "
+    "inconclusive: it contains 0, so the difference may be chance. no difference: both sides agree on every item. "
+    "too few items: fewer than 10 pairs, too few for a verdict."
 )
 MODES = {"absolute": "graded individually", "pairwise": "compared in both orders"}
 """How the judge compares two answers, by `evaluation.judge.mode`."""
@@ -91,27 +91,6 @@ def _verdict(figure: Mapping[str, Any]) -> str | None:
     low, high = ((figure.get("difference") or {}).get(bound) for bound in ("low", "high"))
     wide = low is not None and high is not None and low < high
     return "inconclusive" if verdict == "no difference" and wide else verdict
-
-
-def head(evaluations: Mapping[str, Any]) -> list[str]:
-    """The header of the table of figures; the run's name is a column only if there are several runs."""
-    return [*(["run"] if len(evaluations) > 1 else []), "task", "figure", "items", *_SIDES, "difference", "verdict"]
-
-
-def rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """The rows under `head`, from the evaluation of each run."""
-    return [
-        [
-            *([run] if len(evaluations) > 1 else []),
-            task,
-            str(figure["title"]),
-            _UNKNOWN if figure["count"] is None else f"{figure['count']:,}",
-            *(shown(figure[side], figure["form"]) for side in (*_SIDES, "difference")),
-            figure["verdict"] or _UNKNOWN,
-        ]
-        for run, evaluation in evaluations.items()
-        for task, _, figure in figures(evaluation)
-    ]
 
 
 def shown(estimate: Estimate | None, form: str) -> str:

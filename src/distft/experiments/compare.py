@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from distft.config.files import leaves
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.errors import ExperimentError, Fault, Interrupted, MissingExtraError, RunFolderError
@@ -29,8 +30,8 @@ from distft.hardware import visible_devices
 from distft.reports.comparability import differences
 from distft.reports.html import histories, page
 from distft.reports.markdown import markdown
-from distft.reports.report import DAMAGED, NOT_THERE, Report, report_on_runs
-from distft.reports.results import Run, leaves, outcome, read_run
+from distft.reports.report import Report, report_on_runs
+from distft.reports.results import DAMAGED, NOT_THERE, Run, outcome, read_run
 from distft.reports.wandb import log_report
 from distft.runs.folder import RunFolder
 from distft.text import shorten

@@ -20,8 +20,7 @@ from distft.config.validation import COMMAND_LINE
 from distft.config.yaml import first_comment, parse_yaml
 from distft.errors import ExperimentError, Fault, RecipeError
 from distft.experiments.schema import Budget, Equal, ExperimentFile, find_experiment, read_experiment
-from distft.reports.comparability import BY_DEFAULT
-from distft.reports.report import LOSS_TOLERANCE
+from distft.reports.comparability import BY_DEFAULT, LOSS_TOLERANCE
 
 REPEATS = 5
 """Of each recipe, where recipes are compared without a file: so many find a difference of 5% in speed four times out of five with the noise

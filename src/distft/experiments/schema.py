@@ -12,7 +12,7 @@ from distft.config.section import Section
 from distft.config.validation import COMMAND_LINE, SECTIONS, Source, faults_of, nearest
 from distft.errors import ExperimentError, Fault, RecipeError
 from distft.paths import packaged
-from distft.reports.report import LOSS_TOLERANCE
+from distft.reports.comparability import LOSS_TOLERANCE
 
 Equal = Literal["samples", "order", "global_batch", "tokens", "base_weights", "loss"]
 

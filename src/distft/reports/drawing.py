@@ -1,4 +1,4 @@
-"""What all charts share: a drawing by matplotlib as SVG that a page puts in place. Its text is text, its ink the page's own."""
+"""Draws a chart with matplotlib as inline SVG: its text stays text, and its colours are those of the page."""
 
 from __future__ import annotations
 
@@ -10,43 +10,63 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distft.errors import MissingExtraError
+from distft.reports.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = tuple(f"#0a0b{number:02x}" for number in range(7))
-"""Stand in the drawing for the page's `--series-0` to `--series-6`, which are others on a dark ground than on a light one. Lines differ in
-their dashes as well, points in their marks."""
+"""Placeholders for the page's `--series-0` to `--series-6`, which depend on the colour scheme. Lines also differ in
+their dashes, points in their markers."""
 INK, GRID = "#010203", "#010204"
-"""Stand in the drawing for the page's `currentColor` and for its fainter lines."""
-NAMED = 4
-"""Curves, bars and points that a caption names; the table next to the chart lists all of them."""
+"""Placeholders for the page's `currentColor` and for its fainter lines."""
 LABEL = 22
-"""Characters of a line of a bar's label, so that it leaves room for the bar."""
+"""Characters in a line of a bar's label, so that it leaves room for the bar."""
 _STYLE: Any = {
-    "svg.fonttype": "none", "font.size": 9, "axes.edgecolor": GRID, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
-    "ytick.color": INK, "grid.color": GRID, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.linewidth": 0.5, "lines.linewidth": 1.6, "font.family": "sans-serif", "svg.hashsalt": "distft",
-}  # fmt: skip
+    "axes.edgecolor": GRID,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "grid.color": GRID,
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "distft",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing, what it shows in words, and its figures as a table."""
+    """A drawing, what it shows in words, and its data as a table."""
 
     key: str
     title: str
     description: str
     svg: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    table: Table
 
 
-def drawn(
-    key: str, draw: Callable[[Axes], None], legend: Sequence[str], name: Callable[[Axes], None] | None = None, rows: int = 0
-) -> str:  # fmt: skip
-    """The drawing with a legend of so many entries; `name` writes names into it once all has its place. Its ids begin with `key`, for those of
-    several drawings stand in one page. Of more than eight `rows` it is higher."""
+def draw_svg(
+    key: str,
+    draw: Callable[[Axes], None],
+    legend: Sequence[str],
+    label: Callable[[Axes], None] | None = None,
+    rows: int = 0,
+) -> str:
+    """The drawing as an SVG element whose ids begin with `key`, because a page has several.
+
+    `legend` has the entries of the legend, `label` adds labels once everything has its place, and `rows` is how many
+    bars there are: with more than eight, the drawing gets taller.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -60,10 +80,10 @@ def drawn(
         draw(axes)
         if len(legend) > 1:
             figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-        if name is not None:
+        if label is not None:
             figure.draw_without_rendering()
             figure.set_layout_engine("none")
-            name(axes)
+            label(axes)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()

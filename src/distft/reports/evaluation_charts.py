@@ -1,4 +1,4 @@
-"""The charts of evaluations: base and adapter side by side, with their intervals."""
+"""The charts of evaluations: base and adapter side by side, with their confidence intervals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distft.evaluation import summary
-from distft.reports.drawing import COLOURS, INK, LABEL, NAMED, Chart, drawn
+from distft.reports.charts import CAPTIONED
+from distft.reports.drawing import COLOURS, INK, LABEL, Chart, draw_svg
+from distft.reports.tables import Cell, Column, Estimate, Table
 from distft.text import shorten
 
 if TYPE_CHECKING:
@@ -15,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def evaluation_charts(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
-    """For each task, its figures of base and adapter as bars with their intervals, by the names of runs; figures of one unit together, and
-    categories of the task's items by themselves.
+    """The charts of each task, given the evaluations of runs by their names: one for the figures of the same unit, and
+    one for the categories of the task's items.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -25,7 +27,7 @@ def evaluation_charts(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Char
     for run, evaluation in evaluations.items():
         for task, name, figure in summary.figures(evaluation):
             if any((figure[side] or {}).get("value") is not None for side in ("base", "adapter")):
-                own = name if task == "perplexity" else figure["form"]  # perplexity and loss have no common scale
+                own = name if task == "perplexity" else figure["form"]  # perplexity and loss share no scale
                 label = figure["title"] if len(evaluations) == 1 else f"{run}, {figure['title']}"
                 grouped.setdefault((task, own), []).append((label, figure))
         for task, result in evaluation.items():
@@ -62,28 +64,36 @@ def _side_by_side(key: str, task: str, figures: Sequence[tuple[str, Mapping[str,
             known = [(row, figure[side]) for row, (_, figure) in enumerate(figures) if figure[side]]
             values = [estimate["value"] or 0.0 for _, estimate in known]
             bounds = [(_bound(estimate, "low"), _bound(estimate, "high")) for _, estimate in known]
+            below = [max(value - low, 0.0) for value, (low, _) in zip(values, bounds, strict=True)]
+            above = [max(high - value, 0.0) for value, (_, high) in zip(values, bounds, strict=True)]
             axes.barh(
-                [row + 0.38 * (number - (len(sides) - 1) / 2) for row, _ in known], values, height=0.36, label=side,
-                color=COLOURS[number], hatch=("", "//")[number], ecolor=INK, capsize=2,
-                xerr=[[max(value - low, 0.0) for value, (low, _) in zip(values, bounds, strict=True)],
-                      [max(high - value, 0.0) for value, (_, high) in zip(values, bounds, strict=True)]],
-            )  # fmt: skip
+                [row + 0.38 * (number - (len(sides) - 1) / 2) for row, _ in known],
+                values,
+                height=0.36,
+                label=side,
+                color=COLOURS[number],
+                hatch=("", "//")[number],
+                ecolor=INK,
+                capsize=2,
+                xerr=[below, above],
+            )
         axes.set_yticks(range(len(figures)), labels)
         axes.invert_yaxis()
 
-    rows = tuple((label, *(summary.shown(figure[side], figure["form"]) for side in sides)) for label, figure in figures)
-    told = shorten([f"{label}: {figure['verdict']}" for label, figure in figures if figure["verdict"]], NAMED, "; ")
-    return Chart(
-        key,
-        f"Evaluation: {task}",
-        f"With 95% intervals. {told}.".replace(" .", ""),
-        drawn(key, draw, sides),
-        ("figure", *sides),
-        rows,
+    columns = (Column("figure", "name"), *map(Column, sides))
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (label, *(_estimate(figure[side], figure["form"]) for side in sides)) for label, figure in figures
     )
+    verdicts = [f"{label}: {figure['verdict']}" for label, figure in figures if figure["verdict"]]
+    description = f"With 95% intervals. {shorten(verdicts, CAPTIONED, '; ')}." if verdicts else "With 95% intervals."
+    return Chart(key, f"Evaluation: {task}", description, draw_svg(key, draw, sides), Table(columns, rows))
+
+
+def _estimate(estimate: Mapping[str, Any] | None, form: str) -> Estimate | None:
+    return None if estimate is None else Estimate(estimate["value"], estimate["low"], estimate["high"], form)
 
 
 def _bound(estimate: Mapping[str, Any], which: str) -> float:
-    """A bound of an interval; the figure itself where it has none."""
+    """A bound of the interval, or the value itself if it has no interval."""
     bound = estimate[which]
     return float((estimate["value"] or 0.0) if bound is None or bound != bound else bound)

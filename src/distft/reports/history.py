@@ -1,4 +1,4 @@
-"""What runs logged, step by step: of run folders, and of anybody's transformers Trainer."""
+"""What was logged step by step, by runs of distft and by any transformers Trainer."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from distft.errors import RunFolderError
+from distft.runs.figures import Figure
 from distft.runs.folder import RunFolder
+from distft.text import count
 
 _LARGEST = 700.0
-"""No loss from here on has a perplexity that a float can hold."""
+"""The perplexity of a loss from here on overflows a float."""
 
 
 @dataclass(frozen=True)
 class History:
-    """The records of one run, oldest first, each with its `step`; `profile` is its profile.json. Runs of one `variant` are repeats. Of a log,
-    which has a `source`, `unread` counts its records without a step and `infinite` its values that are no numbers; both were left out."""
+    """The records of one run, oldest first, each with its `step`.
+
+    `profile` is its profile.json; runs of one `variant` are repeats. The log of another program has a `source`;
+    `unread` counts its records without a step and `infinite` its values that are not finite. Both were left out.
+    """
 
     name: str
     variant: str
@@ -33,10 +38,10 @@ class History:
 
     @classmethod
     def of_run(cls, folder: RunFolder, variant: str) -> History:
-        """Of a run folder.
+        """From a run folder.
 
         Raises:
-            RunFolderError: a file in it is damaged.
+            RunFolderError: a file in the folder is damaged.
         """
         try:
             records = folder.read_metrics()
@@ -47,32 +52,32 @@ class History:
 
     @classmethod
     def of_log(cls, path: Path) -> History:
-        """Of a `trainer_state.json`, or of a file that holds its `log_history` alone.
+        """From a `trainer_state.json`, or from a file with only its `log_history`.
 
         Raises:
-            RunFolderError: it is neither, or nothing in it has a step.
+            RunFolderError: the file is neither, or none of its records has a step.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise RunFolderError(f"{path} cannot be read as JSON: {error}") from error
+            raise RunFolderError(f"{path} is not readable JSON: {error}") from error
         listed = content.get("log_history") if isinstance(content, dict) else content
         if not isinstance(listed, list):
-            raise RunFolderError(f"{path} holds no log_history: a list of records, or a trainer_state.json")
+            raise RunFolderError(f"{path} has no log_history: expected a trainer_state.json or a list of records")
         if not listed:
-            raise RunFolderError(f"{path} holds an empty log_history: that Trainer has logged nothing (logging_steps)")
+            raise RunFolderError(f"{path} has an empty log_history: the Trainer logged nothing (see logging_steps)")
         numbers = [_numbers(record) for record in listed]
         records = [_record(record) for record in numbers if _step(record) is not None]
         if not records:
             raise RunFolderError(
-                f"none of the {len(listed)} records in {path} has a step, a whole number, so that nothing can be drawn"
+                f"{path} cannot be drawn: none of its {count(len(listed), 'record')} has a whole number as step"
             )
         infinite = sum(not math.isfinite(value) for record in numbers for value in record.values())
         name = _name(path)
         return cls(name, name, records, source=path, unread=len(listed) - len(records), infinite=infinite)
 
     def points(self, x: str, y: str) -> list[tuple[float, float]]:
-        """The values of two keys in the records that have both."""
+        """The values of two keys, from the records that have both."""
         return [
             (float(record[x]), float(record[y]))
             for record in self.records
@@ -81,30 +86,41 @@ class History:
 
     @property
     def final(self) -> dict[str, float]:
-        """The figures of a log that its end shows, by the keys of FINAL, those alone that it has."""
-        known = {key: [record[key] for record in self.records if key in record] for key in _LOGGED.values()}
-        losses = known["eval_loss"]
-        best = {"best_eval_loss": min(losses)} if losses else {}
-        last = {key: known[logged][-1] for key, logged in _LOGGED.items() if known[logged]}
-        found = {**last, "steps": max(known["step"]), **best}
-        return {key: found[key] for key, _, _ in FINAL if key in found}
+        """The figures at the end of a log, by the keys of FINAL; only those that it has."""
+        logged = {key: [record[key] for record in self.records if key in record] for key in _LOGGED.values()}
+        found = {key: logged[name][-1] for key, name in _LOGGED.items() if logged[name]}
+        found["steps"] = max(logged["step"])
+        if losses := logged["eval_loss"]:
+            found["best_eval_loss"] = min(losses)
+        return {figure.key: found[figure.key] for figure in FINAL if figure.key in found}
 
 
 FINAL = (
-    ("steps", "steps", ",.0f"), ("last_train_loss", "last train loss", ",.4f"), ("mean_train_loss", "mean train loss", ",.4f"),
-    ("best_eval_loss", "best eval loss", ",.4f"), ("last_eval_loss", "last eval loss", ",.4f"), ("last_perplexity", "last perplexity", ",.2f"),
-    ("train_runtime_s", "train time, s", ",.1f"), ("train_samples_per_second", "samples/s", ",.2f"),
-)  # fmt: skip
-"""Keys, titles and forms of the figures of a log."""
+    Figure(key="steps", label="steps", format=",.0f"),
+    Figure(key="last_train_loss", label="last train loss", format=",.4f"),
+    Figure(key="mean_train_loss", label="mean train loss", format=",.4f"),
+    Figure(key="best_eval_loss", label="best eval loss", format=",.4f"),
+    Figure(key="last_eval_loss", label="last eval loss", format=",.4f"),
+    Figure(key="last_perplexity", label="last perplexity", format=",.2f"),
+    Figure(key="train_runtime_s", label="train time", unit="s", format=",.1f"),
+    Figure(key="train_samples_per_second", label="samples/s", format=",.2f"),
+)
+"""The figures of the log of another program."""
 _LOGGED = {
-    "steps": "step", "last_train_loss": "loss", "mean_train_loss": "train_loss", "last_eval_loss": "eval_loss", "last_perplexity": "eval_perplexity",
-    "train_runtime_s": "train_runtime", "train_samples_per_second": "train_samples_per_second",
-}  # fmt: skip
-"""What transformers calls them in its records."""
+    "steps": "step",
+    "last_train_loss": "loss",
+    "mean_train_loss": "train_loss",
+    "last_eval_loss": "eval_loss",
+    "last_perplexity": "eval_perplexity",
+    "train_runtime_s": "train_runtime",
+    "train_samples_per_second": "train_samples_per_second",
+}
+"""The keys of transformers' records that they come from."""
 
 
 def find_log(path: Path) -> Path | None:
-    """The log that `path` is or, as a folder of a Trainer's output, holds: its own, or else the newest checkpoint's."""
+    """The log at `path`, or in a Trainer's output folder there: its own trainer_state.json, else the newest
+    checkpoint's."""
     if not path.is_dir():
         return path if path.is_file() and path.suffix == ".json" else None
     own = path / "trainer_state.json"
@@ -114,7 +130,7 @@ def find_log(path: Path) -> Path | None:
 
 
 def distinct(logs: Sequence[History]) -> list[History]:
-    """Each log once, called by its path where another has its name as well."""
+    """Each log once. Logs with the same name are called by their paths."""
     once = [*{log.source.resolve(): log for log in logs if log.source}.values()]
     names = [log.name for log in once]
     named = [log.name if names.count(log.name) == 1 else str(log.source) for log in once]
@@ -122,7 +138,8 @@ def distinct(logs: Sequence[History]) -> list[History]:
 
 
 def _name(path: Path) -> str:
-    """The folder of a `trainer_state.json`, of a checkpoint with the folder it is in; the stem of a file that has a name of its own."""
+    """The name of a log: that of its folder for a `trainer_state.json` (with its parent for a checkpoint), else its
+    stem."""
     folder = path.resolve().parent
     if path.stem != "trainer_state" or not folder.name:
         return path.stem
@@ -130,7 +147,7 @@ def _name(path: Path) -> str:
 
 
 def _numbers(record: Any) -> dict[str, float]:
-    """The values of a record that are numbers or texts of numbers; {} of what is no record."""
+    """The values of a record that are numbers or strings of numbers; {} if it is not a record."""
     found = {}
     for key, value in record.items() if isinstance(record, dict) else ():
         if isinstance(value, str):
@@ -147,7 +164,7 @@ def _step(record: Mapping[str, float]) -> int | None:
 
 
 def _record(numbers: Mapping[str, float]) -> dict[str, float]:
-    """What can be drawn of it, with the perplexity that belongs to its evaluation loss."""
+    """The finite values of a record, with the perplexity of its evaluation loss."""
     record = {key: value for key, value in numbers.items() if math.isfinite(value)} | {"step": _step(numbers) or 0}
     if "eval_loss" in record and record["eval_loss"] < _LARGEST:
         record.setdefault("eval_perplexity", math.exp(record["eval_loss"]))

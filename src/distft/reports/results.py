@@ -1,4 +1,4 @@
-"""What a run gave: its figures, by which names and in which form, and reading them from its folder. No torch.
+"""Reads run folders: the figures of a run, and the facts about how it was made. Imports no torch.
 
 read_run(RunFolder(Path("runs/a"))).figures["tokens_per_second"]
 """
@@ -6,85 +6,70 @@ read_run(RunFolder(Path("runs/a"))).figures["tokens_per_second"]
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distft.config.files import leaves
 from distft.config.yaml import parse_yaml
 from distft.errors import RunFolderError
 from distft.evaluation.summary import columns
 from distft.reports.bottleneck import Split
-from distft.reports.comparability import DATA, WEIGHTS
+from distft.runs.figures import FIGURES
 from distft.runs.folder import RunFolder
 
+SHOWN = tuple(figure for figure in FIGURES if figure.label and not figure.timing)
+"""The figures in the tables of runs and variants."""
+TIMES = tuple(figure for figure in FIGURES if figure.timing)
+"""The figures in the table of where the time goes."""
+LABELS = {figure.key: figure.label for figure in FIGURES}
 
-@dataclass(frozen=True)
-class Figure:
-    """A column: the key of a run's figures, its title with the unit, how it is written, and whether it is a speed, says how well a
-    task is solved (`quality`), or counts by tokens, so that it means something else with another tokenizer (`per_token`)."""
+DATA, WEIGHTS = "as run.data_digest", "as run.weights_digest"
+"""Facts that identify the texts and the base weights by content: file names say nothing about later writes."""
 
-    key: str
-    title: str
-    form: str
-    speed: bool = False
-    compared: bool = True
-    quality: bool = False
-    per_token: bool = False
+NOT_THERE = "missing"
+"""Status of a run that an experiment expects and of which nothing is known."""
+DAMAGED = "damaged"
+"""Status of a run whose folder cannot be read."""
 
-
-FIGURES = (
-    Figure("steps", "steps", ",.0f", compared=False),
-    Figure("measured_steps", "steps measured", ",.0f", compared=False),
-    Figure("samples", "samples", ",.0f", compared=False),
-    Figure("tokens", "tokens", ",.0f", compared=False),
-    Figure("train_loss", "mean train loss", ",.4f", per_token=True),
-    Figure("final_loss", "last train loss", ",.4f", per_token=True),
-    Figure("eval_loss_before", "eval loss before", ",.4f", compared=False),
-    Figure("eval_loss_after", "eval loss after", ",.4f", per_token=True),
-    Figure("perplexity_before", "perplexity before", ",.2f", compared=False),
-    Figure("perplexity_after", "perplexity after", ",.2f", per_token=True),
-    Figure("imdb_accuracy", "IMDB accuracy", ",.3f", quality=True),
-    Figure("imdb_f1", "IMDB F1", ",.3f", quality=True),
-    Figure("mt_bench_score", "MT-Bench, of 10", ",.2f", quality=True),
-    Figure("alpaca_win_rate", "AlpacaEval won by grades", ",.3f", quality=True),
-    Figure("alpaca_preferred_rate", "AlpacaEval won by preference", ",.3f", quality=True),
-    Figure("train_time_s", "train time, s", ",.1f", speed=True),
-    Figure("samples_per_second", "samples/s", ",.2f", speed=True),
-    Figure("tokens_per_second", "tokens/s", ",.0f", speed=True, per_token=True),
-    Figure("mfu", "MFU", ",.3f", speed=True),
-    Figure("hfu", "HFU", ",.3f", speed=True),
-    Figure("peak_memory_gib", "peak memory, GiB", ",.2f"),
-    Figure("host_rss_gib", "host memory, GiB", ",.2f", compared=False),
-    Figure("energy_j", "energy, J", ",.0f", speed=True),
-    Figure("joules_per_sample", "J a sample", ",.2f", speed=True),
-    Figure("joules_per_step", "J a step", ",.1f", compared=False),
-    Figure("energy_idle_share", "idle share of energy", ".0%", compared=False),
-    Figure("restarts", "restarts", ",.0f", compared=False),
+_KILLED = (
+    "no process writes to its folder any more; start it again with the same command to resume from the last checkpoint"
 )
-
-TIMES = (
-    Figure("step_time_s", "step, s", ",.3f"),
-    Figure("data_wait_s", "data wait, s", ",.2f"),
-    Figure("evaluation_time_s", "evaluation, s", ",.1f"),
-    Figure("saving_time_s", "saving, s", ",.1f"),
-)
-"""Figures of a run that stand in a table of their own, beside the split of a step."""
-
-_AS_RUN = (
-    "strategy", "world_size", "steps", "skipped_steps", "samples", "tokens", "global_batch_size", "global_batch_tokens",
-    "micro_batch", "micro_batch_tokens", "gradient_accumulation_steps", "checkpointed_layers", "attn_implementation",
-    "trainable_parameters", "parameters",
-)  # fmt: skip
 _AS_EVALUATED = {"name": "model", "dtype": "dtype", "bits": "bits"}
 _MACHINE = ("python", "cuda", "cpus", "packages", "gpus")
 
 
 @dataclass(frozen=True)
+class Spread:
+    """A figure of a variant over its finished runs: median, smallest and largest value, and the number of runs."""
+
+    median: float
+    least: float
+    greatest: float
+    runs: int
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Spread | None:
+        known = finite(values)
+        return cls(statistics.median(known), min(known), max(known), len(known)) if known else None
+
+
+def finite(values: Iterable[float | None]) -> list[float]:
+    """The values that are known and finite."""
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+@dataclass(frozen=True)
 class Run:
-    """One run folder as read. `figures` has every key of FIGURES and TIMES, None where unknown; `split` is that of its profile; `facts` what it was made with: the
-    recipe's values by their dotted keys, and under `as run.` and `machine.` what the summary and the environment say; `variant` is what its
-    experiment calls its variant, empty where it is of none."""
+    """A run folder as read.
+
+    `figures` has every key of SHOWN and TIMES, None if unknown. `split` comes from the profile. `facts` says how the
+    run was made: the recipe's values by their dotted keys and, under `as run.` and `machine.`, values of the summary
+    and the environment. `variant` is the experiment's name for its variant, empty outside an experiment.
+    """
 
     name: str
     path: str
@@ -104,84 +89,110 @@ class Run:
 
     @property
     def outcome(self) -> str:
-        """The status, or `out of memory`, which is a result as well: the run does not fit."""
+        """The status, or `out of memory`, which is a result too: the run does not fit."""
         return outcome(self.status, self.cause)
 
     @property
     def recorded(self) -> bool:
-        """Whether it has told how it was made. Of one that is not there, failed before it had a folder or is damaged, its recipe alone is known."""
+        """Whether the run recorded how it was made. If it failed before it had a folder or is damaged, only its recipe
+        is known."""
         return self.world_size is not None or self.status == "evaluated"
 
     @classmethod
     def unread(cls, path: Path, status: str, cause: str | None, recipe: Mapping[str, Any]) -> Run:
-        """One that is not `recorded`, with the values of the recipe that it was to be made with."""
-        unknown = dict.fromkeys(figure.key for figure in (*FIGURES, *TIMES))
-        return cls(path.name, str(path), status, cause, None, None, unknown, dict(leaves(recipe)))
+        """A run that is not `recorded`, with the values of its recipe."""
+        return cls(path.name, str(path), status, cause, None, None, _no_figures(), dict(leaves(recipe)))
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The part of `facts` that its recipe says."""
+        """The `facts` that come from its recipe."""
         return {key: value for key, value in self.facts.items() if not key.startswith(("as run.", "machine."))}
 
 
 def outcome(status: str, cause: str | None) -> str:
-    """How a run of this status and cause ended, as `Run.outcome` says it."""
+    """How a run with this status and cause ended (see `Run.outcome`)."""
     return "out of memory" if status == "failed" and (cause or "").startswith("OutOfMemory") else status
 
 
 def read_run(folder: RunFolder) -> Run:
-    """The run in `folder`, finished or not.
+    """Read the run in `folder`, finished or not.
 
     Raises:
-        RunFolderError: it is no run folder, or a file in it is damaged.
+        RunFolderError: `folder` is not a run folder, or a file in it is damaged.
     """
     if folder.results.is_file() and not folder.summary.is_file():
         return _evaluated(folder)
     summary = folder.read_summary()
-    recipe = _parsed(folder, folder.recipe.name, _whole_yaml)
+    recipe = _parsed(folder, folder.recipe.name, _complete_yaml)
     environment = _parsed(folder, folder.environment.name, json.loads) if folder.environment.is_file() else {}
     try:
         metrics = folder.read_metrics()
     except ValueError as error:
         raise RunFolderError(f"{folder.metrics} is damaged: {error}") from error
-    before, after = summary.get("eval_before") or {}, summary.get("eval_after") or {}
-    logged = {key: value for record in metrics for key, value in record.items() if value is not None}
-    # Until a run has finished its summary has no figures; how far it came stands in its log.
-    counts = {key: logged.get(key) if summary.get(key) is None else summary[key] for key in ("samples", "tokens")}
-    steps = logged.get("step") if summary.get("steps") is None else summary["steps"]
-    figures = {figure.key: summary.get(figure.key) for figure in (*FIGURES, *TIMES)} | counts | {
-        "steps": steps, "final_loss": logged.get("loss"),
-        "eval_loss_before": before.get("loss"), "eval_loss_after": after.get("loss"),
-        "perplexity_before": before.get("perplexity"), "perplexity_after": after.get("perplexity"),
-        **columns(summary.get("evaluation")),
-    }  # fmt: skip
     status, cause = str(summary.get("status")), summary.get("cause")
-    if status == "running" and not folder.is_held():  # SIGKILL and a lost machine leave no time to say so
-        status, cause = (
-            "killed",
-            "no process writes to its folder any more; the command that started it goes on from the last checkpoint",
-        )
-    as_run = _AS_RUN if status == "finished" else ("strategy", "world_size")
+    if status == "running" and not folder.is_held():  # SIGKILL and a lost machine leave no time to record the end
+        status, cause = "killed", _KILLED
+    return Run(
+        name=folder.name,
+        path=str(folder.path),
+        status=status,
+        cause=cause,
+        strategy=summary.get("strategy"),
+        world_size=summary.get("world_size"),
+        figures=_figures(summary, metrics),
+        facts=_facts(status, summary, recipe, environment),
+        split=_split(folder),
+        evaluation=summary.get("evaluation") or {},
+    )
+
+
+def _figures(summary: Mapping[str, Any], metrics: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    logged = {key: value for record in metrics for key, value in record.items() if value is not None}
+    found = _no_figures() | columns(summary.get("evaluation"))
+    for figure in (*SHOWN, *TIMES):
+        if figure.path is not None:
+            section, key = figure.path
+            found[figure.key] = (summary.get(section) or {}).get(key)
+        elif figure.task is None:
+            value = summary.get(figure.key)
+            # The summary has no figures before the run has finished; the log says how far it came.
+            found[figure.key] = logged.get(figure.logged) if value is None and figure.logged else value
+    return found
+
+
+def _facts(
+    status: str, summary: Mapping[str, Any], recipe: Mapping[str, Any], environment: Mapping[str, Any]
+) -> dict[str, Any]:
+    finished = status == "finished"
+    as_run = [
+        figure.key for figure in FIGURES if figure.fact and (finished or figure.key in ("strategy", "world_size"))
+    ]
     facts = dict(leaves(recipe)) | {f"as run.{key}": summary.get(key) for key in as_run}
     digests = {DATA: summary.get("data_digest"), WEIGHTS: summary.get("weights_digest")}
     facts |= {key: digest for key, digest in digests.items() if digest is not None}
-    facts |= leaves({key: environment.get(key) for key in _MACHINE}, "machine.")
-    return Run(
-        folder.name, str(folder.path), status, cause, summary.get("strategy"),
-        summary.get("world_size"), figures, facts, _split(folder), summary.get("evaluation") or {},
-    )  # fmt: skip
+    return facts | dict(leaves({key: environment.get(key) for key in _MACHINE}, "machine."))
 
 
 def _evaluated(folder: RunFolder) -> Run:
-    """A model that was evaluated as it came: `distft evaluate model=…` trains nothing, so there is no summary."""
+    """A model evaluated as it is: `distft evaluate model=…` trains nothing and writes no summary."""
     evaluation = _parsed(folder, folder.results.name, json.loads)
-    figures = dict.fromkeys(figure.key for figure in (*FIGURES, *TIMES)) | columns(evaluation)
     made: Mapping[str, Any] = next(iter(evaluation.values()), {})
     facts = {f"model.{key}": (made.get("settings") or {}).get(name) for key, name in _AS_EVALUATED.items()}
     return Run(
-        folder.name, str(folder.path), "evaluated", "nothing was trained here", None, None, figures,
-        facts | {"adapter": made.get("adapter")}, None, evaluation,
-    )  # fmt: skip
+        name=folder.name,
+        path=str(folder.path),
+        status="evaluated",
+        cause="evaluated without training",
+        strategy=None,
+        world_size=None,
+        figures=_no_figures() | columns(evaluation),
+        facts=facts | {"adapter": made.get("adapter")},
+        evaluation=evaluation,
+    )
+
+
+def _no_figures() -> dict[str, float | None]:
+    return dict.fromkeys(figure.key for figure in (*SHOWN, *TIMES))
 
 
 def _split(folder: RunFolder) -> Split | None:
@@ -193,8 +204,8 @@ def _split(folder: RunFolder) -> Split | None:
         raise RunFolderError(f"{folder.profile} is damaged: {error!r}") from error
 
 
-def _whole_yaml(text: str) -> Any:
-    """YAML that was cut off may still be YAML."""
+def _complete_yaml(text: str) -> Any:
+    """Parse YAML. A file that was cut off may still parse, so the end of the last line is checked."""
     if not text.endswith("\n"):
         raise ValueError("it is cut off within its last line")
     return parse_yaml(text)
@@ -204,16 +215,7 @@ def _parsed(folder: RunFolder, name: str, parse: Callable[[str], Any]) -> dict[s
     try:
         content = parse((folder.path / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunFolderError(f"{folder.path} holds no readable {name}: {error}") from error
+        raise RunFolderError(f"{folder.path} has no readable {name}: {error}") from error
     if not isinstance(content, dict):
-        raise RunFolderError(f"{folder.path / name} holds no mapping")
+        raise RunFolderError(f"{folder.path / name} is not a mapping")
     return content
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """The values of nested mappings by their dotted keys."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -1,7 +1,8 @@
-"""Every key of `summary.json` and every figure of a report, defined once: label, unit, format, and how it may be compared.
+"""Every key of `summary.json` and every figure of a report, defined once: label, unit, format, and how it may be
+compared.
 
-`runs.folder` writes the keys in this order, `reports` takes its columns from here. To add a figure, add it to FIGURES and
-have the training or an evaluation task measure it.
+`runs.folder` writes the keys in this order, `reports` takes its columns from here. To add a figure, add it to FIGURES
+and have the training or an evaluation task measure it.
 """
 
 from __future__ import annotations
