@@ -91,6 +91,14 @@ def test_the_module_imports_no_library() -> None:
     assert not {"torch", "transformers", "trl", "accelerate", "peft"} & set(ast.literal_eval(found))
 
 
+def test_training_checks_every_overridden_hook_before_it_loads_anything() -> None:
+    """`check` looks at imported modules only, so those that hold the hooks must be imported before `train` calls it."""
+    hooks = sorted({name.module for name in PRIVATE_NAMES if name.use in ("override", "replace")})
+    code = f"import sys; import distft.training.run; print([m for m in {hooks!r} if m not in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.splitlines()[-1] == "[]"
+
+
 # The sources use no private name that the list lacks ------------------------------------------------------------------
 
 

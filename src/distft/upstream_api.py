@@ -200,7 +200,7 @@ def _require(names: Iterable[PrivateName]) -> None:
                 f"distft uses it to {name.purpose}"
                 for name, problem in found
             )
-            + "\nInstall the versions that distft was tested with (`distft doctor` lists them), or a newer distft"
+            + "\nInstall the versions that this release of distft was tested with, or a newer release of distft"
         )
 
 
@@ -212,7 +212,7 @@ def _source(module: str) -> str:
 
 @functools.cache
 def _checked(name: str, owner: str | None = None) -> Any:
-    """The object behind a listed name of a module, once it is known to be as expected; the owner for an attribute."""
+    """Check a listed name, once per process, and return it if it belongs to a module, else its module."""
     (entry,) = (each for each in PRIVATE_NAMES if each.name == name and owner in (None, each.owner))
     _require([entry])
     module = importlib.import_module(entry.module)
@@ -354,6 +354,8 @@ def disable_avx512_repacking(module: Any) -> None:
     On CPUs with AVX512-BF16, bitsandbytes repacks the weights at the first evaluation, for a kernel without a gradient:
     every training step after that would be wrong, without an error.
     """
+    if "bitsandbytes.nn.modules" in sys.modules:
+        _checked("support_avx512bf16_for_cpu")
     if hasattr(module, "support_avx512bf16_for_cpu"):
         module.support_avx512bf16_for_cpu = False
 

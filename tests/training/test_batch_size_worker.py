@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from distft.config.recipe import Recipe, load_recipe
 from distft.distributed.launcher_args import Launcher
@@ -89,6 +91,25 @@ def test_the_search_takes_every_size_and_the_loss_of_the_run(tmp_path: Path) -> 
         assert torch.equal(*losses)
     probe.train()
     assert probe.state.global_step == 5
+
+
+def test_packs_of_every_size_are_padded_to_their_own_multiple(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the multiple depends on the size; here it does on a CPU, too."""
+    monkeypatch.setattr(
+        "distft.training.trainer.pad_multiple", lambda recipe, _: recipe.batching.micro_batch_tokens // 16
+    )
+    recipe = probe_recipe([*RECIPE, "batching.micro_batch_tokens=auto"])
+    strategy = setup_strategy(recipe, Launcher())
+    tried: list[int] = []
+
+    def callbacks(sizes: Sequence[int]) -> list[TrainerCallback]:
+        tried.extend(sizes)
+        return []
+
+    probe = setup_probe(recipe, strategy, setup_data(recipe, strategy), RunFolder(tmp_path), callbacks)
+    sizes = [size for size in (tried[0], *tried) for _ in range(PASSES)]
+    for size, batch in zip(sizes, probe.get_train_dataloader(), strict=True):
+        assert size >= 32 and batch["input_ids"].shape[1] % (size // 16) == 0
 
 
 def on_gpu(recipe: Recipe) -> Strategy:
