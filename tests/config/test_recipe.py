@@ -11,7 +11,8 @@ import yaml
 
 from distft.cli.main import main
 from distft.config.files import read_yaml
-from distft.config.recipe import Recipe, load_recipe, schema
+from distft.config.json_schema import json_schema as schema
+from distft.config.recipe import Recipe, load_recipe
 from distft.data.formats import data_faults
 from distft.distributed.strategies import strategy_faults
 from distft.errors import Fault, RecipeError
@@ -314,7 +315,7 @@ def test_a_recipe_of_the_working_folder_hides_a_shipped_one(tmp_path: Path) -> N
 
 def test_a_recipe_extends_one_other_and_that_one_none(tmp_path: Path) -> None:
     write(tmp_path / "recipes/mine.yaml", "extends: fsdp_bf16\n")
-    assert "that one none" in faults("recipe=mine", folder=tmp_path)["extends"].problem
+    assert "must not extend another" in faults("recipe=mine", folder=tmp_path)["extends"].problem
 
 
 def test_what_a_recipe_extends_stands_in_the_file_alone() -> None:
@@ -325,7 +326,7 @@ def test_what_a_recipe_extends_stands_in_the_file_alone() -> None:
 @pytest.mark.parametrize("text", ["lora: {r: 4, r: 8}", "strategy: ddp\nmodel: {name: tiny}\nstrategy: fsdp\n"])
 def test_a_key_that_stands_twice_is_a_fault_that_names_it(tmp_path: Path, text: str) -> None:
     write(tmp_path / "recipes/mine.yaml", text)
-    with pytest.raises(RecipeError, match=r"mine\.yaml: .*the key '(r|strategy)' stands there twice"):
+    with pytest.raises(RecipeError, match=r"mine\.yaml: .*the key '(r|strategy)' appears twice"):
         load("recipe=mine", folder=tmp_path)
 
 
@@ -428,7 +429,7 @@ def test_an_unknown_key_names_the_one_that_was_meant(key: str, hint: str) -> Non
 )
 def test_a_key_that_distft_owns_names_what_to_set_instead(key: str, instead: str) -> None:
     fault = faults(f"{key}=1")[key]
-    assert fault.problem == "is not set here"
+    assert fault.problem == "cannot be set here"
     assert instead in fault.hint
 
 
@@ -573,8 +574,8 @@ def test_what_is_counted_in_tokens_divides_for_any_number_of_processes(overrides
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        (("batching.global_batch_tokens=20000",), "give global_batch_size or global_batch_tokens, not both"),
-        (("batching.global_batch_size=null",), "give global_batch_size or global_batch_tokens, one of them"),
+        (("batching.global_batch_tokens=20000",), "set either global_batch_size or global_batch_tokens, not both"),
+        (("batching.global_batch_size=null",), "set either global_batch_size or global_batch_tokens; neither is set"),
     ],
     ids=["both", "neither"],
 )
@@ -584,7 +585,7 @@ def test_the_global_batch_is_counted_in_one_way(overrides: tuple[str, ...], prob
 
 def test_a_size_in_samples_beside_one_in_tokens_is_a_fault() -> None:
     fault = faults("recipe=ddp_qlora", "batching.micro_batch=4")["batching.micro_batch"]
-    assert "samples are packed" in fault.problem and fault.hint == "batching.micro_batch_tokens=null pads them"
+    assert "packs the samples" in fault.problem and fault.hint == "batching.micro_batch_tokens=null turns packing off"
 
 
 @pytest.mark.parametrize(

@@ -1,124 +1,149 @@
-"""The fields of PEFT and TRL: what is remembered of them checks as they do themselves, without their import."""
+"""The fields of PEFT and TRL: what is read from their source files is what the imported classes have."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import enum
+import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import typing
+from typing import Any, Literal
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from distft.config import upstream
-from distft.config.upstream import UPSTREAMS, Upstream, section_for, upstream_section
+from distft.config.upstream import CONFIGS, UPSTREAMS, Upstream, upstream_fields, upstream_section
+from distft.config.upstream_rules import DEFAULTS, OWNED, RANGES, UNITS
+from distft.errors import UpstreamError
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache of its own, in which nothing is remembered yet."""
-    monkeypatch.setenv("DISTFT_CACHE", str(tmp_path))
-    for cached in (upstream_section, upstream._remembered):
-        cached.cache_clear()
-    yield tmp_path
-    for cached in (upstream_section, upstream._remembered):
-        cached.cache_clear()
+def imported(section: Upstream) -> tuple[type[Any], dict[str, Any]]:
+    """The upstream class, and the type hints of the fields that a recipe may set."""
+    cls = getattr(importlib.import_module(CONFIGS[section].package), CONFIGS[section].name)
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls) if field.init and field.name not in OWNED[section]]
+    return cls, {name: hints[name] for name in names}
 
 
-def judged(model: Any, values: dict[str, Any]) -> list[tuple[Any, ...]]:
+def from_imported(section: Upstream) -> type[BaseModel]:
+    """The model of `upstream_section`, made from the imported class."""
+    typed: dict[str, Any] = {}
+    for name, hint in imported(section)[1].items():
+        enums = [one for one in typing.get_args(hint) if isinstance(one, type) and issubclass(one, enum.Enum)]
+        if enums:
+            hint = Literal[tuple(member.value for member in enums[0])]
+        typed[name] = (hint, Field(None, **RANGES[section].get(name, {})))
+    strict = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, protected_namespaces=())
+    return create_model(section, __config__=strict, **typed)
+
+
+def errors(model: type[BaseModel], values: dict[str, Any]) -> list[tuple[Any, ...]]:
     try:
         model.model_validate(values)
     except ValidationError as error:
-        return [(item["loc"], item["type"], item["msg"]) for item in error.errors()]
+        return [(item["loc"], item["msg"]) for item in error.errors()]
     return []
 
 
-VALUES: dict[Upstream, tuple[dict[str, Any], ...]] = {
-    "training": (
+VALUES: dict[Upstream, list[dict[str, Any]]] = {
+    "training": [
         {"learning_rate": 1e-4, "max_steps": 50, "optim": "adamw_torch", "bf16": True, "warmup_steps": 0.03},
-        {"learning_rate": "1e-4"}, {"optim": "adamw_torhc"}, {"bf16": 1}, {"evaluation_strategy": "no"}, {"eval_strategy": "never"},
-        {"max_length": None}, {"lr_scheduler_kwargs": {"num_cycles": 2}}, {"lr_scheduler_kwargs": [1]}, {"report_to": "wandb"},
-        {"logging_steps": 5}, {"logging_steps": "5"}, {"max_grad_norm": -1.0}, {"debug": "underflow_overflow"},
-    ),
-    "lora": (
-        {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "lora_dropout": 0.05, "bias": "none"}, {"target_modules": "all-linear"},
-        {"r": "eight"}, {"rank": 8}, {"r": 0}, {"bias": "some"}, {"layer_replication": [[0, 4], [2, 5]]}, {"rank_pattern": {"q": 4}},
-        {"init_lora_weights": "gaussian"}, {"init_lora_weights": 3}, {"loftq_config": {"loftq_bits": 4}}, {"eva_config": {"rho": 2.0}},
-        {"eva_config": {"rho": "two"}},
-    ),
-}  # fmt: skip
+        {"learning_rate": "1e-4"},
+        {"optim": "adamw_torhc"},
+        {"bf16": 1},
+        {"evaluation_strategy": "no"},
+        {"eval_strategy": "never"},
+        {"max_length": None},
+        {"lr_scheduler_kwargs": {"num_cycles": 2}},
+        {"lr_scheduler_kwargs": [1]},
+        {"report_to": "wandb"},
+        {"logging_steps": 5},
+        {"logging_steps": "5"},
+        {"max_grad_norm": -1.0},
+        {"debug": "underflow_overflow"},
+        {"debug": ["underflow_overflow"]},
+    ],
+    "lora": [
+        {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "lora_dropout": 0.05, "bias": "none"},
+        {"target_modules": "all-linear"},
+        {"r": "eight"},
+        {"rank": 8},
+        {"r": 0},
+        {"bias": "some"},
+        {"layer_replication": [[0, 4], [2, 5]]},
+        {"rank_pattern": {"q": 4}},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": 3},
+        {"loftq_config": {"loftq_bits": 4}},
+        {"eva_config": {"rho": 2.0}},
+        {"eva_config": None},
+        {"velora_config": {"num_groups": 8}},
+    ],
+}
 
 
-@pytest.mark.parametrize("name", UPSTREAMS)
-def test_what_is_remembered_judges_as_upstream_does(name: Upstream, cache: Path) -> None:
-    whole = upstream_section(name)
-    remembered = upstream._remembered(name)
-    assert remembered is not None
-    assert list(remembered[0].model_fields) == list(whole.model_fields)
-    verdicts = [judged(section_for(name, values), values) for values in VALUES[name]]
-    assert verdicts == [judged(whole, values) for values in VALUES[name]]
+@pytest.mark.parametrize("section", UPSTREAMS)
+def test_the_source_gives_the_fields_and_descriptions_of_the_imported_class(section: Upstream) -> None:
+    cls, hints = imported(section)
+    declared = {field.name: field for field in dataclasses.fields(cls)}
+    assert [field.name for field in upstream_fields(section)] == list(hints)
+    for field in upstream_fields(section):
+        text = " ".join(str(declared[field.name].metadata.get("help", "")).split())
+        assert field.description == text and text, field.name
+        if field.has_default:
+            factory = declared[field.name].default_factory
+            default = declared[field.name].default if factory is dataclasses.MISSING else factory()
+            assert field.default == default, field.name
+    assert [field.name for field in upstream_fields(section) if not field.has_default] in ([], ["optim"])
+
+
+@pytest.mark.parametrize("section", UPSTREAMS)
+def test_the_source_gives_a_model_that_judges_as_the_imported_class_does(section: Upstream) -> None:
+    model, oracle = upstream_section(section), from_imported(section)
+    verdicts = [errors(model, values) for values in VALUES[section]]
+    assert verdicts == [errors(oracle, values) for values in VALUES[section]]
     assert [] in verdicts and sum(map(bool, verdicts)) >= 4
-    foreign = remembered[1]
-    assert all(
-        section_for(name, values) is (whole if foreign & set(values) else remembered[0]) for values in VALUES[name]
-    )
-    assert foreign == {"debug"} if name == "training" else "loftq_config" in foreign and "r" not in foreign
 
 
-def test_a_recipe_is_checked_without_the_libraries_the_second_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("section", UPSTREAMS)
+def test_ranges_units_and_defaults_are_those_of_fields_that_exist(section: Upstream) -> None:
+    known = set(upstream_section(section).model_fields)
+    for table in (RANGES, UNITS, DEFAULTS):
+        assert set(table[section]) <= known
+    assert not set(OWNED[section]) & known
+
+
+def test_a_recipe_is_checked_without_importing_the_libraries() -> None:
     program = (
-        "import sys\nfrom distft.config.recipe import load_recipe\n"
-        "from distft.data.formats import data_faults\nfrom distft.distributed.strategies import strategy_faults\n"
-        "print(load_recipe(['recipe=ddp_qlora', *sys.argv[1:]], checks=(strategy_faults, data_faults)).lora['r'])\n"
+        "import sys\nfrom distft.config.recipe import load_recipe\nfrom distft.data.formats import data_faults\n"
+        "words = ['recipe=ddp_qlora', 'lora.r=8', 'training.max_steps=3', 'lora.loftq_config={}']\n"
+        "print(load_recipe(words, checks=[data_faults]).lora['r'], 'torch' in sys.modules)\n"
+        "from distft.distributed.strategies import strategy_faults\n"
+        "print(load_recipe(words, checks=[strategy_faults]).lora['r'])\n"
         "print(sorted({'peft', 'trl', 'transformers', 'bitsandbytes', 'accelerate'} & set(sys.modules)))"
     )
-
-    def loaded(*words: str) -> list[str]:
-        done = subprocess.run(
-            [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=200,
-            env={**os.environ, "DISTFT_CACHE": str(tmp_path)},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout.splitlines()
-
-    first = loaded("lora.r=8")
-    assert first[0] == "8" and "peft" in first[1]
-    assert loaded("lora.r=8") == ["8", "[]"]
-    assert "peft" in loaded("lora.loftq_config={}")[1], "a class of PEFT's own, which PEFT alone can check"
-    for file in tmp_path.glob("fields-*.json"):
-        file.write_text(file.read_text()[:100])  # torn
-    assert "peft" in loaded("lora.r=8")[1]
-    assert loaded("lora.r=8") == ["8", "[]"]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == ["8 False", "8", "[]"]
 
 
-@pytest.mark.parametrize("changed", ["version", "source", "owned"])
-def test_another_upstream_is_looked_at_anew(changed: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    upstream_section("lora")
-    assert upstream._remembered("lora") is not None
-    upstream._remembered.cache_clear()
-    if changed == "version":
-        monkeypatch.setattr(upstream.importlib.metadata, "version", lambda package: "0.0.1")
-    elif changed == "source":
-        monkeypatch.setattr(upstream, "_SOURCES", (*upstream._SOURCES, "peft/config.py"))
-    else:
-        monkeypatch.setitem(upstream.OWNED["lora"], "r", "somewhere else")
-    assert upstream._remembered("lora") is None
+@pytest.mark.parametrize("missing", ["file", "base class"])
+def test_another_layout_of_the_source_is_an_error_not_a_missing_field(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIGS["lora"]
+    files = ("peft/tuners/lora/gone.py",) if missing == "file" else config.files[:1]
+    monkeypatch.setitem(CONFIGS, "lora", dataclasses.replace(config, files=files))
+    upstream_fields.cache_clear()
+    with pytest.raises(UpstreamError, match=r"peft\.LoraConfig .*(gone\.py|PeftConfig).* in peft [\d.]+"):
+        upstream_fields("lora")
+    upstream_fields.cache_clear()
 
 
-def test_a_cache_that_cannot_be_written_changes_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocked = cache / "file"
-    blocked.write_text("in the way")
-    monkeypatch.setenv("DISTFT_CACHE", str(blocked))
-    assert "r" in section_for("lora", {"r": 8}).model_fields
-    assert upstream._remembered("lora") is None
-
-
-def test_what_is_written_down_holds_no_code(cache: Path) -> None:
-    for name in UPSTREAMS:
-        upstream_section(name)
-        for field, hint, help_text in json.loads(upstream._memory(name).read_text(encoding="utf-8")):
-            assert isinstance(field, str) and isinstance(help_text, str | None)
-            assert hint is None or upstream._written(upstream._read(hint)) == hint
+def test_the_classes_of_annotations_have_no_instances_in_a_file() -> None:
+    (error,) = errors(upstream_section("lora"), {"eva_config": {"rho": 2.0}})
+    assert error[1] == "Input should be an instance of EvaConfig"
+    assert upstream.upstream_section("lora").model_fields["loftq_config"].description

@@ -113,6 +113,6 @@ def test_a_job_without_a_time_limit_or_with_one_beyond_the_grace_period_is_valid
 
 def test_an_invalid_time_limit_is_rejected_with_the_valid_formats() -> None:
     with pytest.raises(
-        RecipeError, match=r"slurm.time: '4h' is not written as it has to be \(Time limit .*`hours:minutes:seconds`"
+        RecipeError, match=r"slurm.time: '4h' has the wrong format \(Time limit .*`hours:minutes:seconds`"
     ):
         load_recipe(["recipe=tiny", "slurm.time=4h"])

@@ -94,6 +94,6 @@ def validate(options: argparse.Namespace) -> int:
 
 
 def schema(options: argparse.Namespace) -> None:
-    from distft.config.recipe import schema
+    from distft.config.json_schema import json_schema
 
-    print(json.dumps(schema(), indent=2))
+    print(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,1 @@
+"""Recipes: their schema, files, overrides and validation. Imports neither torch nor TRL."""

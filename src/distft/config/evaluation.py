@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
+from pydantic.config import JsonDict
 
-from distft.config.section import DType, Section
+from distft.config.schema import SAMPLES, SECONDS, TOKENS, DType, Section
 
 TaskName = Literal["perplexity", "imdb", "lm_eval", "mt_bench", "alpaca"]
 TASKS: dict[TaskName, str] = {
@@ -18,124 +19,127 @@ TASKS: dict[TaskName, str] = {
 }
 """What each task measures, for `distft evaluate --help`. Their code is in `distft/evaluation/tasks/`, which says how to add one."""
 
+_QUESTIONS: JsonDict = {"unit": "questions"}
+_REQUESTS: JsonDict = {"unit": "requests"}
+
 
 class Imdb(Section):
-    """Classification of reviews by the words that stand for their classes."""
+    """Classification of reviews by label words."""
 
     path: str | None = None
-    """Local file or folder of reviews with classes. null: the recipe's held-out rows where its data are reviews, else IMDB's test
+    """Local file or folder of labelled reviews. null: the recipe's held-out split if its data are reviews, otherwise IMDB's test
     split on the hub."""
     split: str = "test"
-    """Split of the hub's IMDB."""
+    """Split of IMDB on the hub."""
     text: str = "text"
-    """Column of the reviews in `path`, or on the hub."""
+    """Column of the reviews, in `path` or on the hub."""
     label: str = "label"
-    """Column of the class numbers, 0 … n-1, in `path`, or on the hub."""
-    subset: int | None = Field(None, ge=1)
-    """Use this many rows, drawn by evaluation.seed; all where null."""
+    """Column of the class numbers, 0 … n-1, in `path` or on the hub."""
+    subset: int | None = Field(None, ge=1, json_schema_extra=SAMPLES)
+    """Use this many reviews, drawn with evaluation.seed; null for all."""
     balanced: bool = True
-    """Draw as many rows of every class (of `subset`, or of the rarest class); off: as they come."""
+    """Use equally many reviews of every class; `false` draws them as they come."""
     label_words: list[str] | None = None
-    """The word that stands for each class number; null for those of data.format."""
+    """The word for each class number; null for data.format.label_words."""
     positive: int = Field(1, ge=0)
-    """The class that precision, recall and F1 are of."""
+    """Class number that counts as positive in precision, recall and F1."""
     methods: list[Literal["logprob", "generation"]] = Field(["logprob", "generation"], min_length=1)
-    """`logprob` takes the word that is likeliest after the prompt; `generation` lets the model write and reads the word, and an answer
-    without one is wrong."""
-    max_new_tokens: int = Field(8, ge=1)
-    """Tokens that `generation` lets the model write."""
-    max_length: int | None = Field(None, ge=16)
-    """Tokens of prompt and word; a longer review is cut as in training. null: training.max_length."""
+    """`logprob` predicts the label word with the highest likelihood after the prompt; `generation` lets the model write and looks for
+    a label word, and an answer without one is wrong."""
+    max_new_tokens: int = Field(8, ge=1, json_schema_extra=TOKENS)
+    """Longest answer in `generation`."""
+    max_length: int | None = Field(None, ge=16, json_schema_extra=TOKENS)
+    """Longest prompt with its label word; longer reviews are truncated as in training. null: training.max_length."""
 
 
 class LmEval(Section):
     """Benchmarks of lm-evaluation-harness (`pip install 'distft[eval]'`)."""
 
     tasks: list[str] = ["mmlu", "arc_easy", "arc_challenge", "gsm8k"]
-    """Tasks and groups by lm-eval's names."""
+    """Tasks and task groups by their lm-eval names."""
     include_path: str | None = None
-    """Folder of task files of your own."""
-    limit: Annotated[int, Field(ge=1)] | None = None
-    """Take the first so many documents of every task; all where null."""
-    num_fewshot: int | None = Field(None, ge=0)
-    """Examples before every document; null for as many as each task says."""
-    batch_size: int = Field(8, ge=1)
-    """Requests that a device takes at once, padded."""
-    max_length: int | None = Field(None, ge=16)
-    """Tokens that the model sees of a request; null for all that it can."""
+    """Folder with your own task files."""
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, json_schema_extra=SAMPLES)
+    """Use only the first documents of each task; null for all."""
+    num_fewshot: int | None = Field(None, ge=0, json_schema_extra={"unit": "examples"})
+    """Examples before each document; null for the task's own number."""
+    batch_size: int = Field(8, ge=1, json_schema_extra=_REQUESTS)
+    """Requests that a device processes at once, padded."""
+    max_length: int | None = Field(None, ge=16, json_schema_extra=TOKENS)
+    """Longest context; null for the model's own limit."""
 
 
 class MtBench(Section):
-    """Two turns for each question, each answer judged by itself."""
+    """Two-turn questions whose answers are graded one by one."""
 
     questions: str | None = None
-    """File of questions in MT-Bench's format (JSON lines: question_id, category, turns)."""
-    limit: Annotated[int, Field(ge=1)] | None = None
-    """Take the first so many questions; all where null."""
+    """File of questions in MT-Bench's format (JSON Lines: question_id, category, turns)."""
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, json_schema_extra=_QUESTIONS)
+    """Use only the first questions; null for all."""
 
 
 class Alpaca(Section):
-    """Answers beside those of a reference, judged as judge.mode says."""
+    """Answers compared with those of a reference, judged as judge.mode says."""
 
     path: str | None = None
-    """File of instructions with reference outputs in AlpacaEval's format (JSON, or JSON lines: instruction, output)."""
-    limit: Annotated[int, Field(ge=1)] | None = None
-    """Take the first so many instructions; all where null."""
+    """File of instructions with reference outputs in AlpacaEval's format (JSON or JSON Lines: instruction, output)."""
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, json_schema_extra={"unit": "instructions"})
+    """Use only the first instructions; null for all."""
 
 
 class Generation(Section):
-    """How answers are written."""
+    """How the evaluated model writes answers."""
 
-    max_new_tokens: int = Field(512, ge=1)
-    """Tokens that an answer may have."""
-    batch_tokens: int = Field(16_384, ge=1)
-    """Tokens, of prompts and of what may be written, that a device takes at once; prompts of one length go together."""
+    max_new_tokens: int = Field(512, ge=1, json_schema_extra=TOKENS)
+    """Longest answer."""
+    batch_tokens: int = Field(16_384, ge=1, json_schema_extra=TOKENS)
+    """Tokens, prompts and longest answers together, that a device processes at once; a batch holds prompts of one length."""
     temperature: float | None = Field(None, ge=0)
-    """0 takes the likeliest token each time. null: what each task defines (MT-Bench by category), else 0."""
+    """Sampling temperature; 0 is greedy. null: what the task defines (MT-Bench: per category), otherwise 0."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Where sampled: draw from the likeliest tokens that have this probability together."""
+    """Nucleus sampling: sample from the most likely tokens whose probabilities add up to this."""
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """`auto` takes vLLM where it is installed, a GPU is there, and the base is not quantised, else transformers' generate. vLLM loads the
-    base a second time."""
+    """`auto` uses vLLM if it is installed, there is a GPU and the base is not quantised; otherwise generate() of transformers. vLLM
+    loads the base a second time."""
 
 
 class Judge(Section):
     """The model that judges, and how it is asked."""
 
     model: str = "prometheus-eval/prometheus-7b-v2.0"
-    """Hub id or folder of a causal language model (`tiny` for the embedded one); with `endpoint`, the name that the server knows."""
+    """Hub ID or folder of a causal language model (`tiny` for the embedded one); with `endpoint`, the server's name for the model."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit on the hub; null for the default branch."""
     endpoint: str | None = Field(None, pattern=r"^https?://\S+$")
-    """Base URL of an OpenAI-compatible server, `http://127.0.0.1:8000/v1` say; null: the model is loaded here."""
+    """Base URL of an OpenAI-compatible server, such as `http://127.0.0.1:8000/v1`; null loads the model locally."""
     mode: Literal["absolute", "pairwise"] = "absolute"
-    """How a pair is judged: `absolute` grades each answer by itself, and the higher grade wins; `pairwise` asks which is better, once in each
-    order. The two are different figures. MT-Bench's answers are graded in both modes."""
+    """How two answers are compared: `absolute` grades each by itself, and the higher grade wins; `pairwise` asks which is better,
+    once in each order. The two measure different things. MT-Bench's answers are graded in both modes."""
     temperature: float = Field(0.0, ge=0)
-    """Sampling temperature of the first attempt; 0 takes the likeliest token each time."""
+    """Sampling temperature of the first attempt; 0 is greedy."""
     retry_temperature: float = Field(0.7, gt=0)
-    """Sampling temperature, at the least, of the attempts after it: at 0 another seed would give the same text."""
+    """Minimum sampling temperature of later attempts: at 0, another seed would produce the same text."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Where sampled: draw from the likeliest tokens that have this probability together."""
-    max_new_tokens: int = Field(512, ge=1)
-    """Tokens that a judgement may have."""
+    """Nucleus sampling: sample from the most likely tokens whose probabilities add up to this."""
+    max_new_tokens: int = Field(512, ge=1, json_schema_extra=TOKENS)
+    """Longest judgement."""
     attempts: int = Field(3, ge=1)
-    """How often a judgement is asked for until it can be parsed; after that it counts as unparsed."""
+    """How often to ask for a judgement until one can be parsed; after that it counts as unparsed."""
     load_in_4bit: bool = False
     """Load a local judge in 4 bits."""
     dtype: DType = "bfloat16"
-    """Type of a local judge's weights, or of their products in 4 bits."""
+    """Data type of a local judge's weights or, in 4 bits, of its matrix products."""
     rubric: str | None = None
-    """Local file with a rubric of your own, plain text with a line for each grade of 1 to 5; null: distft's."""
+    """Local file with your own rubric: plain text with one line per grade from 1 to 5. null: distft's."""
     api_key_env: str = Field("OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    """With `endpoint`: name of the environment variable that holds the key; none is sent where it is not set. Never the key itself."""
-    concurrency: int = Field(8, ge=1)
-    """With `endpoint`: requests under way at once, over all processes."""
-    timeout_s: float = Field(300.0, gt=0)
-    """With `endpoint`: seconds to wait for an answer."""
+    """With `endpoint`: name of the environment variable that holds the API key. If it is unset, no key is sent. Never the key itself."""
+    concurrency: int = Field(8, ge=1, json_schema_extra=_REQUESTS)
+    """With `endpoint`: concurrent requests over all processes."""
+    timeout_s: float = Field(300.0, gt=0, json_schema_extra=SECONDS)
+    """With `endpoint`: how long to wait for an answer."""
     retries: int = Field(6, ge=0)
-    """With `endpoint`: how often a request is sent again that was refused for load (429), failed on the server (5xx) or got no
-    connection, after 1, 2, 4, … seconds (60 at the most), or what the server asks for."""
+    """With `endpoint`: how often to resend a request after rate limiting (429), a server error (5xx) or a failed connection. Waits 1,
+    2, 4, … seconds, at most 60, or as long as the server asks."""
 
 
 def _judge(value: Any) -> Any:
@@ -147,24 +151,24 @@ class Evaluation(Section):
 
     before_and_after: bool = True
     """Measure loss and perplexity on the held-out split before and after training."""
-    max_samples: int | None = Field(None, ge=1)
-    """Use at most this many samples of the validation and of the held-out split."""
+    max_samples: int | None = Field(None, ge=1, json_schema_extra=SAMPLES)
+    """Use at most this many samples of the validation split and of the held-out split; null for all."""
     tasks: list[TaskName] = []
-    """What `distft evaluate` measures, base and adapter side by side; `distft compare` does so after each run where tasks stand here.
-    None named: `distft evaluate` takes perplexity."""
+    """Tasks of `distft evaluate`, which measures base and adapter; [] for perplexity. `distft compare` runs them after each training
+    run."""
     seed: int = Field(42, ge=0, lt=2**32)
-    """Seed of the subsets, the bootstrap and the sampling."""
-    batch_tokens: int = Field(8_192, ge=1)
-    """Tokens, padding included, that a device scores at once."""
+    """Seed of subsets, bootstrap and sampling."""
+    batch_tokens: int = Field(8_192, ge=1, json_schema_extra=TOKENS)
+    """Tokens, with padding, that a device scores at once."""
     imdb: Imdb = Imdb()
-    """Classification of reviews."""
+    """Classification of reviews by label words."""
     lm_eval: LmEval = LmEval()
-    """Academic benchmarks."""
+    """Benchmarks of lm-evaluation-harness."""
     mt_bench: MtBench = MtBench()
-    """Two-turn questions."""
+    """Two-turn questions, graded."""
     alpaca: Alpaca = Alpaca()
-    """Answers beside a reference's."""
+    """Answers compared with a reference's."""
     generation: Generation = Generation()
-    """How answers are written."""
+    """How the evaluated model writes answers."""
     judge: Annotated[Judge, BeforeValidator(_judge, json_schema_input_type=Judge | str)] = Judge()
-    """Who judges: a hub id or folder alone, or a mapping."""
+    """The judge: a hub ID or folder alone, or a mapping."""

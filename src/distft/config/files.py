@@ -1,4 +1,4 @@
-"""A recipe's files and overrides: found, read and laid over one another, before what they say is checked."""
+"""Find a recipe's files, read them and merge them with the overrides; `distft.config.recipe` validates the result."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from distft.errors import Fault, RecipeError
 from distft.paths import packaged
 
 DEFAULT_RECIPE = "tiny"
-_SHORT = "evaluation.judge"  # where a name alone says which model it is
+_SHORT = "evaluation.judge"  # a name alone stands for its `model`
 
 
 def read_values(arguments: Sequence[str], folder: Path, faults: list[Fault]) -> tuple[dict[str, Any], Source]:
-    """The values that `arguments` ask for, as `load_recipe` takes them, and where each came from; what is wrong goes to `faults`.
+    """The merged values of files and overrides, and where each came from. Appends what is wrong to `faults`.
 
     Raises:
-        RecipeError: there is no such recipe, or a file cannot be read.
+        RecipeError: the recipe does not exist, or a file cannot be read.
     """
     overrides, wanted = _read_overrides(arguments, faults)
     name, files, merged, origins = _read_files(wanted, folder, faults)
@@ -35,7 +35,7 @@ def read_values(arguments: Sequence[str], folder: Path, faults: list[Fault]) -> 
 
 
 def related(key: str, other: str) -> bool:
-    """Whether one of two dotted keys is the other, or stands above it."""
+    """Whether two dotted keys are equal, or one contains the other."""
     return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
 
 
@@ -44,7 +44,7 @@ def recipe_folders(folder: Path) -> list[Path]:
 
 
 def list_recipes(folder: Path) -> dict[str, Path]:
-    """Every recipe by name; one in `folder`/recipes hides a shipped one."""
+    """Every recipe by name; one in `folder`/recipes hides a shipped recipe of the same name."""
     found: dict[str, Path] = {}
     for place in recipe_folders(folder):
         for path in sorted(place.glob("*.yaml")):
@@ -53,10 +53,10 @@ def list_recipes(folder: Path) -> dict[str, Path]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file.
+    """Read a YAML mapping from a file.
 
     Raises:
-        RecipeError: unreadable, not YAML, or not a mapping.
+        RecipeError: it is unreadable, not YAML, or not a mapping.
     """
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
@@ -75,7 +75,9 @@ def _read_overrides(arguments: Sequence[str], faults: list[Fault]) -> tuple[list
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or not key:
-            faults.append(Fault(COMMAND_LINE, argument, "expected key.path=value", "recipe=ddp_qlora lora.r=8, say"))
+            faults.append(
+                Fault(COMMAND_LINE, argument, "expected key.path=value", "for example recipe=ddp_qlora lora.r=8")
+            )
         elif key == "recipe":
             wanted = text
         else:
@@ -91,14 +93,18 @@ def _read_overrides(arguments: Sequence[str], faults: list[Fault]) -> tuple[list
 def _read_files(
     wanted: str, folder: Path, faults: list[Fault]
 ) -> tuple[str, tuple[Path, ...], dict[str, Any], dict[str, str]]:
-    """The recipe `wanted` merged over what it extends, and the file that each leaf key came from."""
+    """The recipe `wanted` merged over the one it extends, and the file that each leaf key came from."""
     chain: list[tuple[Path, dict[str, Any]]] = []
     path = _find(wanted, folder, folder, faults)
     while path is not None:
         if len(chain) == 2:
-            faults.append(Fault(str(chain[-1][0]), "extends", "a recipe extends one other, and that one none"))
+            faults.append(
+                Fault(
+                    str(chain[-1][0]), "extends", "a recipe may extend one other recipe, which must not extend another"
+                )
+            )
             break
-        content = _spelt_out(read_yaml(path))
+        content = _expand_judge(read_yaml(path))
         chain.append((path, content))
         base = content.pop("extends", None)
         if base is None:
@@ -114,28 +120,27 @@ def _read_files(
     return name, tuple(path for path, _ in reversed(chain)), merged, origins
 
 
-def _find(wanted: str, folder: Path, beside: Path, faults: list[Fault], where: str = COMMAND_LINE) -> Path | None:
-    """Path of the recipe that `wanted` names; None and a fault where there is none."""
+def _find(wanted: str, folder: Path, relative_to: Path, faults: list[Fault], where: str = COMMAND_LINE) -> Path | None:
+    """The path of the recipe `wanted`; None, after appending a fault, if it does not exist."""
     key = "recipe" if where == COMMAND_LINE else "extends"
     if "/" in wanted or wanted.endswith((".yaml", ".yml")):
-        path = beside / Path(wanted).expanduser()
+        path = relative_to / Path(wanted).expanduser()
         if path.is_file():
             return path
         faults.append(Fault(where, key, f"there is no file {wanted}"))
         return None
     known = list_recipes(folder)
-    if key == "extends" and known.get(wanted) == Path(where):  # of two recipes of one name, the shipped one
+    if key == "extends" and known.get(wanted) == Path(where):  # it extends the shipped recipe of its own name
         known = list_recipes(packaged("recipes").parent)
     if wanted in known:
         return known[wanted]
-    faults.append(
-        Fault(where, key, f"there is no recipe {wanted!r}", nearest(wanted, known) or f"there are: {', '.join(known)}")
-    )
+    hint = nearest(wanted, known) or f"known recipes: {', '.join(known)}"
+    faults.append(Fault(where, key, f"there is no recipe {wanted!r}", hint))
     return None
 
 
-def _spelt_out(content: dict[str, Any]) -> dict[str, Any]:
-    """A file's `evaluation.judge: NAME` as its model, so that what stands beside it is kept where recipes or overrides are merged."""
+def _expand_judge(content: dict[str, Any]) -> dict[str, Any]:
+    """Expand `evaluation.judge: NAME` to `{model: NAME}`, so that merging keeps the judge's other settings."""
     section = content.get("evaluation")
     if isinstance(section, dict) and isinstance(section.get("judge"), str):
         return {**content, "evaluation": {**section, "judge": {"model": section["judge"]}}}

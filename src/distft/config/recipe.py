@@ -1,11 +1,7 @@
-"""Recipes: from what files and overrides say to one frozen `Recipe`, or to all the faults at once.
-
-load_recipe(["recipe=ddp_qlora", "lora.r=8", "training.max_steps=50"])
-"""
+"""`load_recipe(["recipe=ddp_qlora", "lora.r=8"])`: from files and overrides to one frozen `Recipe`, or to all of its faults."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -16,31 +12,21 @@ from pydantic import Field, PrivateAttr, ValidationError, WithJsonSchema
 
 from distft.config.evaluation import Evaluation
 from distft.config.files import read_values, related
-from distft.config.schema import (
-    Batching,
-    Data,
-    Model,
-    Quantization,
-    Run,
-    Slurm,
-    StrategyName,
-    Tracking,
-)  # fmt: skip
-from distft.config.section import Section
-from distft.config.upstream import UPSTREAMS, section_for, upstream_section
-from distft.config.validation import COMMAND_LINE, Source, faults_of, place_of
+from distft.config.schema import Batching, Data, Model, Quantization, Run, Section, Slurm, StrategyName, Tracking
+from distft.config.upstream import UPSTREAMS, upstream_section
+from distft.config.validation import COMMAND_LINE, Source, faults_of, location_of
 from distft.config.yaml import dump_yaml
 from distft.errors import Fault, RecipeError
 from distft.text import count
 
 
 class Recipe(Section):
-    """One fine-tuning run. The one source of truth for what is learned; it says nothing of how many processes there are."""
+    """One fine-tuning run: the single source of truth for what is learned. The number of processes is not part of it."""
 
     run: Run = Run()
     """Which run this is and where its folder goes."""
     strategy: StrategyName
-    """How the work is spread: single, ddp, fsdp (FSDP2), zero2 or zero3 (DeepSpeed)."""
+    """How the work is distributed: single, ddp, fsdp (FSDP2), zero2 or zero3 (DeepSpeed)."""
     model: Model
     """The base model and its tokenizer."""
     quantization: Quantization | None = None
@@ -48,15 +34,15 @@ class Recipe(Section):
     lora: Annotated[dict[str, Any] | None, WithJsonSchema({})] = None
     """PEFT's LoraConfig; null for full fine-tuning."""
     data: Data
-    """What to train on, and how it is split."""
+    """The training data and its splits."""
     batching: Batching
-    """How many samples make an optimizer step, and how many fit on a device at once."""
+    """How many samples make up an optimizer step, and how many a device processes at once."""
     training: Annotated[dict[str, Any], WithJsonSchema({})] = Field(default_factory=dict)
     """TRL's SFTConfig."""
     evaluation: Evaluation = Evaluation()
     """The held-out split before and after training, and the tasks of `distft evaluate`."""
     tracking: Tracking = Tracking()
-    """Where figures go besides metrics.jsonl."""
+    """Where metrics go besides metrics.jsonl."""
     slurm: Slurm = Slurm()
     """The job of `distft submit`."""
 
@@ -68,41 +54,41 @@ class Recipe(Section):
 
     @property
     def bits(self) -> int:
-        """Bits that a weight of the base takes in memory: 4, 8 or 16 (not quantised, or unpacked at load)."""
+        """Bits per weight of the base in memory: 4, 8, or 16 if not quantised or dequantised at load."""
         return self.quantization.bits if self.quantization else 16
 
     @property
     def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:
-        """Of the training. TRL trains in bf16 where nothing is said; here the model's own type decides."""
+        """Mixed precision of the training. Where the recipe sets neither, TRL uses bf16; distft follows model.dtype."""
         if self.training.get("fp16"):
             return "fp16"
         return "bf16" if self.training.get("bf16", self.model.dtype == "bfloat16") else "no"
 
     @property
     def micro_batch(self) -> int:
-        """What a device takes at once: tokens where samples are packed, else samples; 1 while `auto` has not been settled, which
-        goes with every global batch."""
+        """What a device processes at once: tokens if samples are packed, otherwise samples. 1 until `auto` has been resolved,
+        because 1 divides every global batch."""
         size = self.batching.micro_batch_tokens or self.batching.micro_batch
         return 1 if size == "auto" else size
 
     @property
     def micro_batch_is_auto(self) -> bool:
-        """Whether the micro-batch is still to be found."""
+        """Whether the micro-batch has yet to be measured."""
         return (self.batching.micro_batch_tokens or self.batching.micro_batch) == "auto"
 
     def with_micro_batch(self, size: int) -> Recipe:
-        """The recipe with another `micro_batch`."""
+        """The recipe with a different micro-batch, in its own unit."""
         key = "micro_batch" if self.batching.micro_batch_tokens is None else "micro_batch_tokens"
         return self.model_copy(update={"batching": self.batching.model_copy(update={key: size})})
 
     def epochs(self, steps: int) -> int:
-        """Epochs, the last perhaps cut short, that training takes where an epoch has `steps` steps."""
+        """Number of epochs that training begins, with `steps` optimizer steps per epoch."""
         limit: int = self.training.get("max_steps", -1)
         epochs: float = self.training.get("num_train_epochs", 3.0)
         return math.ceil(limit / steps if limit > 0 else epochs)
 
     def check_division(self, world_size: int) -> None:
-        """A global batch of padded samples is the same work for every process.
+        """Check that a global batch of padded samples is the same work for every process.
 
         Raises:
             RecipeError: it does not divide; the message lists the micro-batches that do.
@@ -115,13 +101,14 @@ class Recipe(Section):
             hint = f"micro-batches that divide: {', '.join(map(str, divisors(share)))}"
         else:
             above = math.ceil(size / world_size) * world_size
-            near = [above] if share == 0 else [share * world_size, above]
-            hint = f"no micro-batch does; take another number of processes, or a global batch of {' or '.join(map(str, near))}"
-        raise RecipeError([Fault(
-            self.source.of("batching.micro_batch"), "batching.micro_batch",
+            near = " or ".join(map(str, [above] if share == 0 else [share * world_size, above]))
+            hint = f"no micro-batch does; change the number of processes, or use a global batch of {near}"
+        key = "batching.micro_batch"
+        problem = (
             f"a global batch of {size} samples does not divide into micro-batches of {micro} on "
-            f"{count(world_size, 'process')}", hint,
-        )])  # fmt: skip
+            f"{count(world_size, 'process')}"
+        )
+        raise RecipeError([Fault(self.source.of(key), key, problem, hint)])
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML that runs again as it is."""
@@ -135,21 +122,21 @@ def divisors(number: int) -> list[int]:
 def load_recipe(
     arguments: Sequence[str], *, checks: Iterable[Callable[[Recipe], list[Fault]]] = (), folder: Path | None = None
 ) -> Recipe:
-    """The recipe that `arguments` (`recipe=NAME key.path=value …`) ask for.
+    """Load the recipe that `arguments` (`recipe=NAME key.path=value …`) describe.
 
-    `recipe=` is a name (searched in `folder`/recipes, the working folder where it is None, then among the shipped ones)
-    or a path; without it the embedded `tiny`. A file may `extends:` one other. Values are read as YAML. `checks` find
-    faults in a whole recipe, impossible pairs say.
+    `recipe=` is a path or a name, looked up in `folder`/recipes (`folder` defaults to the working folder), then among the
+    shipped recipes; the default is the embedded `tiny`. A recipe file may `extends:` another. Override values are YAML.
+    `checks` find faults in the complete recipe, such as values that exclude each other.
 
     Raises:
-        RecipeError: all faults at once: unknown keys, wrong types, values out of range, impossible pairs.
+        RecipeError: all faults at once: unknown keys, wrong types, values out of range, impossible combinations.
     """
     faults: list[Fault] = []
     values, source = read_values(arguments, folder or Path.cwd(), faults)
     recipe = _validate(values, source, faults)
     if recipe is not None:
         recipe._source = source
-        known = [fault.key for fault in faults]  # what stands in place of a faulty value is no fault of the user's
+        known = [fault.key for fault in faults]  # a default replaced these values, so it is not the user's fault
         found = [fault for check in (recipe_faults, *checks) for fault in check(recipe)]
         faults += [fault for fault in found if not any(related(fault.key, key) for key in known)]
     if faults or recipe is None:
@@ -158,91 +145,71 @@ def load_recipe(
 
 
 def recipe_faults(recipe: Recipe) -> list[Fault]:
-    """Pairs of values that no strategy could make work."""
+    """Combinations of values that cannot work under any strategy."""
     found: list[Fault] = []
 
     def fault(key: str, problem: str, hint: str = "") -> None:
         found.append(Fault(recipe.source.of(key), key, problem, hint))
 
-    quantization, training = recipe.quantization, recipe.training
-    if quantization and quantization.load_in_4bit and quantization.load_in_8bit:
-        fault("quantization", "load_in_4bit and load_in_8bit exclude each other")
-    if quantization and quantization.dequantize_at_load and not quantization.load_in_4bit:
-        fault(
-            "quantization.dequantize_at_load", "there are no 4-bit weights to unpack", "set quantization.load_in_4bit"
-        )
-    if quantization and quantization.is_quantized and recipe.lora is None:
-        fault(
-            "lora",
-            f"{4 if quantization.load_in_4bit else 8}-bit weights cannot be trained without an adapter",
-            "add a lora section, or quantization=null",
-        )
-    if training.get("bf16") and training.get("fp16"):
-        fault("training.fp16", "bf16 and fp16 exclude each other")
-    if training.get("eval_strategy", "no") != "no" and recipe.data.validation_fraction == 0:
+    _check_precision(recipe, fault)
+    _check_batching(recipe, fault)
+    if recipe.training.get("eval_strategy", "no") != "no" and recipe.data.validation_fraction == 0:
         fault("training.eval_strategy", "there is no validation split to evaluate on", "set data.validation_fraction")
-    sizes = recipe.batching.global_batch_size, recipe.batching.global_batch_tokens
-    if (sizes[0] is None) == (sizes[1] is None):
-        fault("batching.global_batch_size", "give global_batch_size or global_batch_tokens, " + ("not both" if sizes[0] else "one of them"),
-              "set the other to null" if sizes[0] else "")  # fmt: skip
-    if recipe.model.attn_implementation == "varlen" and recipe.batching.micro_batch_tokens is None:
-        fault("model.attn_implementation", "varlen takes packs, and these micro-batches are padded",
-              "set batching.micro_batch_tokens, or take sdpa or auto")  # fmt: skip
-    asked = [recipe.source.of(f"batching.{key}") == COMMAND_LINE for key in ("micro_batch", "micro_batch_tokens")]
-    if asked == [True, False] and recipe.batching.micro_batch_tokens is not None:
-        fault("batching.micro_batch", "samples are packed by batching.micro_batch_tokens, and padded by micro_batch",
-              "batching.micro_batch_tokens=null pads them")  # fmt: skip
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.run.name):
         fault(
             "run.name",
             f"{recipe.run.name!r} is not a plain folder name",
-            "letters, digits, '.', '_' and '-'; folders go into run.dir",
+            "use letters, digits, '.', '_' and '-'; parent folders go into run.dir",
         )
     return found
 
 
-def schema() -> dict[str, Any]:
-    """JSON Schema of a recipe file, for an editor's YAML server; every field with its docstring."""
-    document = Recipe.model_json_schema()
-    document["title"] = "distft recipe"
-    document["required"] = []  # `extends` may supply any of them
-    document["properties"]["extends"] = {
-        "type": "string",
-        "description": "One other recipe, by name or path, that this one changes.",
-    }
-    for name in UPSTREAMS:
-        section = upstream_section(name).model_json_schema()
-        document["$defs"] |= section.pop("$defs", {})
-        help_text = document["properties"][name].get("description", "")
-        variants: list[dict[str, Any]] = [section] if name == "training" else [section, {"type": "null"}]
-        document["properties"][name] = {"description": help_text, "anyOf": variants}
-    for definition in document["$defs"].values():
-        definition.pop("required", None)
-    _sort_alternatives(document)
-    return document
+def _check_precision(recipe: Recipe, fault: Callable[..., None]) -> None:
+    quantization = recipe.quantization
+    if quantization and quantization.load_in_4bit and quantization.load_in_8bit:
+        fault("quantization", "load_in_4bit and load_in_8bit exclude each other")
+    if quantization and quantization.dequantize_at_load and not quantization.load_in_4bit:
+        fault(
+            "quantization.dequantize_at_load",
+            "there are no 4-bit weights to dequantise",
+            "set quantization.load_in_4bit",
+        )
+    if quantization and quantization.is_quantized and recipe.lora is None:
+        bits = 4 if quantization.load_in_4bit else 8
+        hint = "add a lora section, or quantization=null"
+        fault("lora", f"{bits}-bit weights cannot be trained without an adapter", hint)
+    if recipe.training.get("bf16") and recipe.training.get("fp16"):
+        fault("training.fp16", "bf16 and fp16 exclude each other")
 
 
-def _sort_alternatives(node: Any) -> None:
-    """Put every `anyOf` in one order: typing keeps one of two equal unions, and which one depends on what was imported."""
-    if isinstance(node, dict):
-        for value in node.values():
-            _sort_alternatives(value)
-        if "anyOf" in node:
-            node["anyOf"].sort(key=lambda option: json.dumps(option, sort_keys=True))
-    elif isinstance(node, list):
-        for value in node:
-            _sort_alternatives(value)
+def _check_batching(recipe: Recipe, fault: Callable[..., None]) -> None:
+    batching = recipe.batching
+    key = "batching.global_batch_size"
+    if batching.global_batch_size is not None and batching.global_batch_tokens is not None:
+        fault(key, "set either global_batch_size or global_batch_tokens, not both", "set the other to null")
+    if batching.global_batch_size is None and batching.global_batch_tokens is None:
+        fault(key, "set either global_batch_size or global_batch_tokens; neither is set")
+    if recipe.model.attn_implementation == "varlen" and batching.micro_batch_tokens is None:
+        hint = "set batching.micro_batch_tokens, or use sdpa or auto"
+        fault("model.attn_implementation", "varlen needs packed samples, and these micro-batches are padded", hint)
+    keys = ("micro_batch", "micro_batch_tokens")
+    if batching.micro_batch_tokens is not None and [
+        recipe.source.of(f"batching.{key}") == COMMAND_LINE for key in keys
+    ] == [True, False]:
+        hint = "batching.micro_batch_tokens=null turns packing off"
+        fault("batching.micro_batch", "has no effect: batching.micro_batch_tokens packs the samples", hint)
 
 
 def _validate(values: dict[str, Any], source: Source, faults: list[Fault]) -> Recipe | None:
-    """The recipe without its faulty keys, so that the pairs among the others can be checked as well; or None."""
+    """The recipe with its faulty keys left out, so that combinations of the others can still be checked; None if it is
+    too broken for that."""
     tree = dict(values)
     for name in UPSTREAMS:
         if isinstance(tree.get(name), dict):
             try:
-                section_for(name, tree[name]).model_validate(tree[name])
+                upstream_section(name).model_validate(tree[name])
             except ValidationError as error:
-                # null takes back a key that upstream does not let be null
+                # null resets a key to upstream's default, even one that upstream does not allow to be null
                 faults += [
                     fault for fault in faults_of(error, source, name) if not fault.problem.endswith(", got null")
                 ]
@@ -252,10 +219,10 @@ def _validate(values: dict[str, Any], source: Source, faults: list[Fault]) -> Re
         try:
             return Recipe.model_validate(tree)
         except ValidationError as error:
-            if attempt == 0:  # the second time, what is missing is what was dropped
+            if attempt == 0:  # keys that are missing in the second attempt were dropped after the first
                 faults += faults_of(error, source)
             for item in error.errors():
-                _drop(tree, place_of(item))
+                _drop(tree, location_of(item))
     return None
 
 

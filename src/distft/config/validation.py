@@ -1,4 +1,4 @@
-"""Where a recipe's values come from, and what pydantic finds wrong with them, in words that name that place."""
+"""Where a recipe's values come from, and pydantic's errors as faults that name the place."""
 
 from __future__ import annotations
 
@@ -13,27 +13,41 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from distft.config.evaluation import Evaluation
-from distft.config.schema import (
-    RENAMED,
-    Batching,
-    Data,
-    Model,
-    Quantization,
-    Run,
-    Slurm,
-    Tracking,
-)
-from distft.config.section import Section
-from distft.config.upstream import OWNED, UPSTREAMS, section_for
+from distft.config.schema import Batching, Data, Model, Quantization, Run, Section, Slurm, Tracking
+from distft.config.upstream import UPSTREAMS, upstream_section
+from distft.config.upstream_rules import OWNED
 from distft.errors import Fault
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 DERIVED = "derived"
 SECTIONS: dict[str, type[Section]] = {
-    "run": Run, "model": Model, "quantization": Quantization, "data": Data, "batching": Batching, "evaluation": Evaluation,
-    "tracking": Tracking, "slurm": Slurm,
-}  # fmt: skip
+    "run": Run,
+    "model": Model,
+    "quantization": Quantization,
+    "data": Data,
+    "batching": Batching,
+    "evaluation": Evaluation,
+    "tracking": Tracking,
+    "slurm": Slurm,
+}
+RENAMED: dict[str, str] = {
+    "evaluation_strategy": "training.eval_strategy",
+    "warmup_ratio": "training.warmup_steps, where a number below 1 is a ratio",
+    "no_cuda": "training.use_cpu",
+    "max_seq_length": "training.max_length",
+    "torch_dtype": "model.dtype",
+    "model_name_or_path": "model.name",
+    "dataset_name": "data.name",
+    "per_device_train_batch_size": "batching.micro_batch",
+    "alpha": "lora.lora_alpha",
+    "lr": "training.learning_rate",
+    "epochs": "training.num_train_epochs",
+    "rank": "lora.r",
+    "dropout": "lora.lora_dropout",
+    "load_in_4bit": "quantization.load_in_4bit",
+}
+"""Names that people know from older versions and other tools, and what they are called here."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class Source:
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, key: str) -> str:
-        """Origin of a dotted key: a file, `command line`, `derived`, or `default` (distft's own); of a section, its last."""
+        """Origin of a dotted key: a file, `command line`, `derived` or `default`; for a section, that of its last change."""
         below = [origin for name, origin in self.origins.items() if name.startswith(f"{key}.")]
         if below:
             return COMMAND_LINE if COMMAND_LINE in below else below[-1]
@@ -57,10 +71,10 @@ class Source:
 
 
 def faults_of(error: ValidationError, source: Source, section: str = "") -> list[Fault]:
-    """One fault a key: the alternatives of a union are errors of their own to pydantic."""
+    """One fault per key; pydantic reports one error for each alternative of a union."""
     found: dict[str, Fault] = {}
     for item in error.errors():
-        location = (section, item["loc"][0]) if section else place_of(item)
+        location = (section, item["loc"][0]) if section else location_of(item)
         fault = _fault(location, item, source)
         first = found.get(fault.key)
         if first is None:
@@ -72,14 +86,14 @@ def faults_of(error: ValidationError, source: Source, section: str = "") -> list
     return list(found.values())
 
 
-def place_of(error: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Where a pydantic error is, without the alternative of a union (`literal['auto']`) that it adds as a last key."""
+def location_of(error: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The path of a pydantic error, without a union's alternative (`literal['auto']`), which pydantic appends."""
     location = tuple(error["loc"])
     return location[:-1] if location and set(str(location[-1])) & set("-[") else location
 
 
 def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) -> Fault:
-    """A pydantic error in our words."""
+    """A pydantic error in distft's words."""
     key = ".".join(map(str, location))
     where, leaf = source.of(key), str(location[-1])
     if error["type"] == "missing":
@@ -88,20 +102,20 @@ def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) ->
     if error["type"] == "extra_forbidden":
         section = str(location[0]) if len(location) > 1 else ""
         if leaf in OWNED.get(section, {}):
-            return Fault(where, key, "is not set here", OWNED[section][leaf])
+            return Fault(where, key, "cannot be set here", OWNED[section][leaf])
         return Fault(where, key, "unknown key", _suggestion(leaf, section, _fields(location[:-1])))
-    expected = error["msg"].removeprefix("Input should be ")
     if error["type"] == "string_pattern_mismatch":
         field = _fields(location[:-1]).get(leaf)
-        told = (field.description or "") if field is not None else ""
-        return Fault(where, key, f"{error['input']!r} is not written as it has to be", told.strip())
+        description = (field.description or "") if field is not None else ""
+        return Fault(where, key, f"{error['input']!r} has the wrong format", description.strip())
+    expected = error["msg"].removeprefix("Input should be ")
     value = error["input"]
     got = "null" if value is None else f"{value!r} ({type(value).__name__})"
     return Fault(where, key, f"expected {expected}, got {got}")
 
 
 def _fields(location: Sequence[Any]) -> Mapping[str, FieldInfo]:
-    """The fields of the section at a place, of one within another as well; none where that is no section of distft's own."""
+    """The fields of one of distft's own sections, which may be nested; none for another place."""
     cls = SECTIONS.get(str(location[0])) if location else None
     for name in location[1:]:
         field = None if cls is None else cls.model_fields.get(str(name))
@@ -110,14 +124,14 @@ def _fields(location: Sequence[Any]) -> Mapping[str, FieldInfo]:
     return {} if cls is None else cls.model_fields
 
 
-def _suggestion(leaf: str, section: str, beside: Iterable[str]) -> str:
-    """What may be meant by an unknown key: one of those `beside` it first, for a section may stand within another."""
+def _suggestion(leaf: str, section: str, siblings: Iterable[str]) -> str:
+    """What an unknown key may mean: one of its `siblings` first, as sections may be nested."""
     names = field_names()
     if leaf == "extends":
-        return "it stands in a recipe file; on the command line, recipe=NAME takes a recipe"
+        return "extends belongs in a recipe file; on the command line, use recipe=NAME"
     if leaf in RENAMED:
         return f"it is {RENAMED[leaf]}"
-    near = nearest(leaf, beside) or nearest(leaf, names[section] if section in names else names[""])
+    near = nearest(leaf, siblings) or nearest(leaf, names[section] if section in names else names[""])
     if near:
         return near
     elsewhere = [f"{other}.{leaf}" for other, fields in names.items() if other and leaf in fields]
@@ -125,11 +139,11 @@ def _suggestion(leaf: str, section: str, beside: Iterable[str]) -> str:
 
 
 def field_names() -> dict[str, list[str]]:
-    """The fields of each section, and under `""` the sections."""
+    """The fields of each section; under `""` the sections."""
     names = {name: list(cls.model_fields) for name, cls in SECTIONS.items()}
     names[""] = [*names, "strategy", "lora", "training", "extends"]
     for upstream in UPSTREAMS:
-        names[upstream] = list(section_for(upstream).model_fields)
+        names[upstream] = list(upstream_section(upstream).model_fields)
     return names
 
 

@@ -1,4 +1,4 @@
-"""YAML as recipes are written in: PyYAML's safe reader and writer with YAML 1.2's scalars."""
+"""YAML for recipes: PyYAML's safe loader and dumper with the scalars of YAML 1.2, and without duplicate keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-_SCALARS = (  # YAML 1.2's core schema: `1e-4` is a number, `no`, `on`, `010` and `2026-01-31` are what they look like
+_SCALARS = (  # YAML 1.2's core schema: `1e-4` is a number, `no` and `on` are text, 010 is ten, 2026-01-31 is text
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
@@ -21,7 +21,7 @@ _SCALARS = (  # YAML 1.2's core schema: `1e-4` is a number, `no`, `on`, `010` an
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader with YAML 1.2's scalars and without duplicate keys."""
+    """The safe loader with YAML 1.2's scalars, which refuses duplicate keys."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 - as PyYAML declares it
 
@@ -30,12 +30,12 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands there twice", problem_mark=node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} appears twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML's safe dumper, quoting what `_Loader` would not read as text."""
+    """The safe dumper, which quotes text that `_Loader` would read as another type."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 - as PyYAML declares it
 
@@ -49,10 +49,10 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, by YAML 1.2's rules.
+    """Parse YAML by the rules of YAML 1.2.
 
     Raises:
-        ValueError: it is not valid YAML.
+        ValueError: `text` is not valid YAML.
     """
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
@@ -61,11 +61,11 @@ def parse_yaml(text: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """YAML text that `parse_yaml` reads back as the same value; mappings keep their order."""
+    """Write YAML that `parse_yaml` reads back as the same value; mappings keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def first_comment(text: str) -> str:
-    """The first comment of a YAML file that is not an editor's, or ""."""
+    """The first comment of a YAML file that is not for an editor, or ""."""
     comments = (line[2:] for line in text.splitlines() if line.startswith("# "))
     return next((comment for comment in comments if not comment.startswith("yaml-language-server")), "")

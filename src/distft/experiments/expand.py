@@ -154,7 +154,9 @@ def _of_recipes(recipes: Sequence[str], folder: Path) -> tuple[Path, ExperimentF
     if doubled:
         raise ExperimentError([Fault(COMMAND_LINE, name, "is named twice", "give each recipe once; --repeats says how often each runs")
                                for name in sorted(doubled)])  # fmt: skip
-    variants = {name: {"recipe": recipe} for name, recipe in zip(names, recipes, strict=True)}
+    variants: dict[str, dict[str, Any] | None] = {
+        name: {"recipe": recipe} for name, recipe in zip(names, recipes, strict=True)
+    }
     return folder / "-".join(names), ExperimentFile(variants=variants, repeats=REPEATS, equal=list(BY_DEFAULT))
 
 

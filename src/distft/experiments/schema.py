@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError
 
 from distft.config.files import read_yaml
-from distft.config.section import Section
+from distft.config.schema import Section
 from distft.config.validation import COMMAND_LINE, SECTIONS, Source, faults_of, nearest
 from distft.errors import ExperimentError, Fault, RecipeError
 from distft.paths import packaged

@@ -1,0 +1,110 @@
+"""What distft adds to the fields of `SFTConfig` and `LoraConfig`: which it sets itself, their ranges and their units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_OWNED_TRAINING = {
+    "set batching.micro_batch or batching.global_batch_size; the accumulation is derived": (
+        "per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size"
+    ),
+    "set run.dir, run.name or run.seed": "output_dir seed data_seed run_name resume_from_checkpoint",
+    "set strategy; accelerate_configs/ says how it shards": (
+        "fsdp fsdp_config deepspeed parallelism_config accelerator_config local_rank"
+    ),
+    "set tracking.report_to and tracking.project": "report_to project disable_tqdm",
+    "distft prepares the data itself: see data.format, training.max_length, training.completion_only_loss": (
+        "dataset_text_field dataset_kwargs chat_template_path assistant_only_loss truncation_mode eos_token pad_token "
+        "remove_unused_columns label_names"
+    ),
+    "the order of the samples depends on run.seed alone, so that it is the same for every world size": (
+        "train_sampling_strategy length_column_name shuffle_dataset dataloader_drop_last"
+    ),
+    "set batching.micro_batch_tokens, which packs whole samples up to that many tokens": (
+        "packing packing_strategy eval_packing padding_free"
+    ),
+    "set it in the model section": "model_init_kwargs trust_remote_code use_cache",
+    "the loss is always normalised over all trained tokens of the global batch": "average_tokens_across_devices",
+    "distft.train always trains": "do_train",
+    "set training.eval_strategy": "do_eval",
+    "set evaluation": "do_predict",
+    "not available in this version: the adapter of the last step is saved": "load_best_model_at_end",
+    "distft writes to the run folder; push runs/<name>/adapter with `hf upload`": (
+        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
+    ),
+}
+_OWNED_LORA = {
+    "distft sets it": (
+        "task_type peft_type inference_mode base_model_name_or_path peft_version auto_mapping runtime_config"
+    ),
+    "set model.revision": "revision",
+}
+
+OWNED: dict[str, dict[str, str]] = {
+    section: {field: instead for instead, fields in table.items() for field in fields.split()}
+    for section, table in (("training", _OWNED_TRAINING), ("lora", _OWNED_LORA))
+}
+"""Fields that a recipe does not set, each with what to set instead."""
+
+_POSITIVE, _NOT_NEGATIVE, _FRACTION = {"gt": 0}, {"ge": 0}, {"ge": 0, "lt": 1}
+RANGES: dict[str, dict[str, dict[str, Any]]] = {
+    "training": {
+        "num_train_epochs": _POSITIVE,
+        "logging_steps": _POSITIVE,
+        "eval_steps": _POSITIVE,
+        "save_steps": _POSITIVE,
+        "max_length": _POSITIVE,
+        "ddp_timeout": _POSITIVE,
+        "learning_rate": _NOT_NEGATIVE,
+        "weight_decay": _NOT_NEGATIVE,
+        "warmup_steps": _NOT_NEGATIVE,
+        "max_grad_norm": _NOT_NEGATIVE,
+        "adam_epsilon": _NOT_NEGATIVE,
+        "dataloader_num_workers": _NOT_NEGATIVE,
+        "neftune_noise_alpha": _NOT_NEGATIVE,
+        "eval_delay": _NOT_NEGATIVE,
+        "adam_beta1": _FRACTION,
+        "adam_beta2": _FRACTION,
+        "label_smoothing_factor": _FRACTION,
+        "max_steps": {"ge": -1},  # -1: as many as num_train_epochs takes
+    },
+    "lora": {"r": _POSITIVE, "lora_alpha": _POSITIVE, "lora_dropout": _FRACTION},
+}
+"""What upstream's types do not say. Upstream refuses some of these values after it has loaded the weights, and trains with
+the others: a negative `max_grad_norm` reverses the gradient, a `lora_alpha` of 0 learns nothing."""
+
+UNITS: dict[str, dict[str, str]] = {
+    "training": {
+        "num_train_epochs": "epochs",
+        "max_steps": "steps",
+        "warmup_steps": "steps, or a share of all steps below 1",
+        "logging_steps": "steps, or a share of all steps below 1",
+        "eval_steps": "steps, or a share of all steps below 1",
+        "save_steps": "steps, or a share of all steps below 1",
+        "eval_delay": "epochs or steps, as eval_strategy counts",
+        "eval_accumulation_steps": "batches",
+        "torch_empty_cache_steps": "steps",
+        "per_device_eval_batch_size": "samples",
+        "max_length": "tokens",
+        "pad_to_multiple_of": "tokens",
+        "save_total_limit": "checkpoints",
+        "dataset_num_proc": "processes",
+        "dataloader_num_workers": "processes",
+        "dataloader_prefetch_factor": "batches",
+        "ddp_bucket_cap_mb": "MB",
+        "ddp_timeout": "s",
+    },
+    "lora": {},
+}
+
+DEFAULTS: dict[str, dict[str, str]] = {
+    "training": {
+        "bf16": "true if model.dtype is bfloat16",
+        "per_device_eval_batch_size": "batching.micro_batch; 1 with packing",
+        "logging_nan_inf_filter": "false",
+        "dataloader_num_workers": "1 on a GPU, 0 on a CPU",
+        "pad_to_multiple_of": "with packing on a GPU: a 16th of batching.micro_batch_tokens, at most 512; otherwise null",
+    },
+    "lora": {},
+}
+"""Defaults, in words, that distft (`training.arguments`) sets in place of upstream's."""
