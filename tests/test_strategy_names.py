@@ -20,8 +20,8 @@ MODULES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob
 def branches(source: str) -> list[str]:
     """Places in `source` where a strategy's name decides something.
 
-    These are string constants in a comparison (`==`, `!=`, `in`), in the pattern of a `case`, or passed to startswith or
-    endswith. Names in types, tables, defaults and messages decide nothing.
+    These are string constants in a comparison (`==`, `!=`, `in`), in the pattern of a `case`, or passed to startswith
+    or endswith. Names in types, tables, defaults and messages decide nothing.
     """
     found = []
     for node in ast.walk(ast.parse(source)):

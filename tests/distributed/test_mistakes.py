@@ -88,7 +88,7 @@ def test_one_process_instead_of_two_is_not_silent(tmp_path: Path) -> None:
     command = [*ACCELERATE, "--cpu", "--num_processes", "2", "-m", "distft.train", "recipe=tiny"]
     ended = finish(start(command, tmp_path), tmp_path)
     assert ended.code != 0
-    assert "2 processes were asked for, but this run has 1" in ended.stderr
+    assert "2 processes were requested, but this run has 1" in ended.stderr
     assert "distft train recipe=tiny --nproc 2" in ended.stderr
     assert not (tmp_path / "runs").exists()
 

@@ -1,4 +1,4 @@
-"""This process's place among the processes, from the variables that each launcher sets; and speaking once."""
+"""The place of a process, from the variables that each launcher sets, and messages that are printed once per node."""
 
 from __future__ import annotations
 
@@ -14,21 +14,37 @@ from distft.distributed.world import World
 
 # What Slurm 23 sets in the batch script of `sbatch --nodes=2 --ntasks-per-node=8` …
 BATCH = {
-    "SLURM_JOB_ID": "4242", "SLURM_NTASKS": "16", "SLURM_NPROCS": "16", "SLURM_JOB_NUM_NODES": "2",
-    "SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
-}  # fmt: skip
+    "SLURM_JOB_ID": "4242",
+    "SLURM_NTASKS": "16",
+    "SLURM_NPROCS": "16",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_TASKS_PER_NODE": "8(x2)",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
 # … and in the tenth task of an `srun` in it.
 STEP = BATCH | {
-    "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "16",
-    "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
-}  # fmt: skip
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+}
 TORCHRUN = {
-    "RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "1",
-    "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500",
-}  # fmt: skip
+    "RANK": "9",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "16",
+    "LOCAL_WORLD_SIZE": "8",
+    "GROUP_RANK": "1",
+    "MASTER_ADDR": "10.0.0.7",
+    "MASTER_PORT": "29500",
+}
 
 
-def test_an_environment_that_says_nothing_is_one_process() -> None:
+def test_an_empty_environment_is_one_process() -> None:
     world = World.from_environment({})
     assert world == World(rank=0, local_rank=0, world_size=1, local_world_size=1, node=0)
     assert world.is_main
@@ -40,7 +56,7 @@ def test_torchrun_s_variables_are_read() -> None:
     assert not world.is_main
 
 
-def test_torchrun_goes_before_the_slurm_step_that_started_it() -> None:
+def test_torchrun_takes_precedence_over_the_slurm_step_that_started_it() -> None:
     # One srun task a node starts torchrun there, so the step counts nodes and torchrun counts processes.
     step = STEP | {
         "SLURM_PROCID": "1",
@@ -60,17 +76,17 @@ def test_accelerate_s_variables_for_one_process_are_one_process() -> None:
     )
 
 
-def test_accelerate_s_forked_workers_have_no_local_size_and_are_on_one_node() -> None:
+def test_workers_of_accelerate_s_notebook_launcher_are_on_one_node() -> None:
     # accelerate.notebook_launcher sets these three and no LOCAL_WORLD_SIZE.
     assert World.from_environment({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}) == World(1, 1, 2, 2, 0)
 
 
-def test_the_node_follows_from_the_rank_where_no_launcher_says_it() -> None:
+def test_the_node_is_derived_from_the_rank_if_the_launcher_does_not_set_it() -> None:
     environment = {key: value for key, value in TORCHRUN.items() if key != "GROUP_RANK"}
     assert World.from_environment(environment).node == 1
 
 
-def test_srun_s_tasks_are_processes() -> None:
+def test_the_tasks_of_srun_are_processes() -> None:
     assert World.from_environment(STEP) == World(rank=9, local_rank=1, world_size=16, local_world_size=8, node=1)
 
 
@@ -85,7 +101,7 @@ def test_a_slurm_step_of_one_task_is_one_process() -> None:
 @pytest.mark.parametrize(
     ("tasks", "sizes"), [("2,1", [2, 1]), ("4(x2),2", [4, 4, 2]), ("3,1(x2)", [3, 1, 1])], ids=lambda value: str(value)
 )
-def test_the_local_size_is_this_node_s_own_where_nodes_differ(tasks: str, sizes: list[int]) -> None:
+def test_the_local_size_is_that_of_this_node_even_if_nodes_differ(tasks: str, sizes: list[int]) -> None:
     found = []
     for node, size in enumerate(sizes):
         place = {
@@ -98,34 +114,37 @@ def test_the_local_size_is_this_node_s_own_where_nodes_differ(tasks: str, sizes:
     assert found == sizes
 
 
-def test_srun_s_place_is_exported_for_torch() -> None:
+def test_the_place_within_a_slurm_step_is_exported_for_torch() -> None:
     environment = dict(STEP)
     World.from_environment(environment).export(environment)
     assert {key: environment[key] for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")} == {
-        "RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8",
-    }  # fmt: skip
+        "RANK": "9",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "16",
+        "LOCAL_WORLD_SIZE": "8",
+    }
     assert environment["MASTER_ADDR"] and 1024 <= int(environment["MASTER_PORT"]) < 65_536
-    # What was exported is read back as the same place.
+    # The exported variables describe the same place.
     assert World.from_environment(environment) == World.from_environment(STEP)
 
 
-def test_all_tasks_of_a_step_export_one_meeting_place() -> None:
-    places = set()
+def test_all_tasks_of_a_step_export_the_same_address_and_port() -> None:
+    addresses = set()
     for task in ("0", "9"):
         environment = STEP | {"SLURM_PROCID": task}
         World.from_environment(environment).export(environment)
-        places.add((environment["MASTER_ADDR"], environment["MASTER_PORT"]))
-    assert len(places) == 1
+        addresses.add((environment["MASTER_ADDR"], environment["MASTER_PORT"]))
+    assert len(addresses) == 1
 
 
 @pytest.mark.parametrize("environment", [TORCHRUN, BATCH, {}], ids=["torchrun", "batch shell", "nothing"])
-def test_what_a_launcher_has_set_is_left_alone(environment: dict[str, str]) -> None:
+def test_variables_set_by_a_launcher_are_kept(environment: dict[str, str]) -> None:
     exported = dict(environment)
     World.from_environment(environment).export(exported)
     assert exported == environment
 
 
-# One launch of two workers that share this process as their parent, started again for each further attempt.
+# A launch of two workers with this process as their parent, restarted for each further attempt.
 LAUNCHER = """
 import os, subprocess, sys
 worker = "from os import environ; from distft.distributed.process import say_once; "
@@ -140,7 +159,7 @@ for attempt in range(int(sys.argv[1])):
 
 
 def launch(folder: Path, attempts: int = 1) -> list[str]:
-    """The lines on stderr of a launch. TMPDIR is the test's own, so that nothing stays behind."""
+    """The stderr lines of a launch. TMPDIR is the test's own, so that nothing is left behind."""
     environment = {**os.environ, "TMPDIR": str(folder)}
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHER, str(attempts)], env=environment, capture_output=True, text=True, check=True
@@ -148,19 +167,19 @@ def launch(folder: Path, attempts: int = 1) -> list[str]:
     return done.stderr.splitlines()
 
 
-def test_two_processes_of_one_launch_speak_once(tmp_path: Path) -> None:
+def test_two_processes_of_one_launch_print_once(tmp_path: Path) -> None:
     assert launch(tmp_path) == ["distft: no data"]
 
 
-def test_a_second_launch_speaks_again(tmp_path: Path) -> None:
+def test_a_second_launch_prints_again(tmp_path: Path) -> None:
     assert launch(tmp_path) + launch(tmp_path) == ["distft: no data"] * 2
 
 
-def test_a_restarted_attempt_of_one_launch_speaks_again(tmp_path: Path) -> None:
+def test_a_restarted_attempt_prints_again(tmp_path: Path) -> None:
     assert launch(tmp_path, attempts=3) == ["distft: no data"] * 3
 
 
-def test_one_process_alone_always_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_process_always_prints(capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         say_once("no data", World(), {})
     assert capsys.readouterr().err == "distft: no data\n" * 2

@@ -1,6 +1,6 @@
 """The batch scripts, compared with the files in `golden`, and what a `slurm` section may contain.
 
-To accept a change of the scripts, run DISTFT_GOLDEN=write python -m pytest tests/launch/test_slurm.py and read the diff.
+To accept a change, run DISTFT_GOLDEN=write python -m pytest tests/launch/test_slurm.py and read the diff.
 """
 
 from __future__ import annotations
@@ -19,14 +19,30 @@ GOLDEN = Path(__file__).parent / "golden"
 DISTFT = ("python", "-m", "distft.cli")
 PLAIN = ("recipe=fsdp_bf16", "slurm.nodes=2", "slurm.gpus_per_node=8", "slurm.time=04:00:00", "slurm.partition=gpu")
 WHOLE = (
-    "recipe=ddp_qlora", "slurm.account=lab-a", "slurm.partition=long,short", "slurm.qos=high", "slurm.nodes=4",
-    "slurm.gres=gpu:h100-47:2", "slurm.processes_per_node=2", "slurm.cpus_per_task=16", "slurm.mem=200G", "slurm.time=2-00",
-    "slurm.constraint=ib&h100", "slurm.exclude=n[7-9]", "slurm.reservation=course", "slurm.dependency=afterok:1234",
-    "slurm.container=registry.example.org#lab/distft:1.0", "slurm.container_mounts=[/models:/models]",
-    "slurm.modules=[cuda/13.0, nccl]", "slurm.setup=['source ~/venvs/distft/bin/activate', 'ulimit -n 65536']",
-    "slurm.environment={NCCL_DEBUG: WARN, TMPDIR: /local/a b}", "slurm.grace_s=300", "slurm.max_requeues=5",
-    "data.name=rows of ours.jsonl", "data.format.text=it's",
-)  # fmt: skip
+    "recipe=ddp_qlora",
+    "slurm.account=lab-a",
+    "slurm.partition=long,short",
+    "slurm.qos=high",
+    "slurm.nodes=4",
+    "slurm.gres=gpu:h100-47:2",
+    "slurm.processes_per_node=2",
+    "slurm.cpus_per_task=16",
+    "slurm.mem=200G",
+    "slurm.time=2-00",
+    "slurm.constraint=ib&h100",
+    "slurm.exclude=n[7-9]",
+    "slurm.reservation=course",
+    "slurm.dependency=afterok:1234",
+    "slurm.container=registry.example.org#lab/distft:1.0",
+    "slurm.container_mounts=[/models:/models]",
+    "slurm.modules=[cuda/13.0, nccl]",
+    "slurm.setup=['source ~/venvs/distft/bin/activate', 'ulimit -n 65536']",
+    "slurm.environment={NCCL_DEBUG: WARN, TMPDIR: /local/a b}",
+    "slurm.grace_s=300",
+    "slurm.max_requeues=5",
+    "data.name=rows of ours.jsonl",
+    "data.format.text=it's",
+)
 
 
 def scripts() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What the program that started this process was told, and whether that goes with the recipe."""
+"""The options of the launcher that started this process, and whether they agree with the recipe."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from distft.distributed.supervisor import NPROC
 from distft.distributed.world import World
 from distft.errors import LaunchError
 
-_TYPES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp"}
+_DISTRIBUTED_TYPES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp"}
+"""accelerate's `distributed_type` in a config file, and the strategy that it means."""
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """What the program that started this process was told: its `--config_file` and `--num_processes`."""
+    """The `--config_file` and `--num_processes` of the launcher that started this process; None if not given."""
 
     config_file: Path | None = None
     processes: int | None = None
 
     @classmethod
     def of_parent(cls) -> Launcher:
-        """Read from the parent's command line; empty where the parent is no launcher."""
+        """Read the parent's command line. Both options are None if the parent is not a launcher."""
         try:
             words = psutil.Process(os.getppid()).cmdline()
         except psutil.Error:
@@ -46,50 +47,54 @@ class Launcher:
         return cls(Path(file) if file else None, int(processes) if processes.isdigit() else None)
 
     def check_size(self, world: World, environment: Mapping[str, str], recipe: str) -> None:
-        """As many processes are here as were asked for.
+        """Check that as many processes are running as the user asked for.
 
         Raises:
-            LaunchError: there are others.
+            LaunchError: there are more or fewer.
         """
-        asked = int(environment.get(NPROC, "0")) or self.processes
-        if asked and asked != world.world_size:
+        requested = int(environment.get(NPROC, "0")) or self.processes
+        if requested and requested != world.world_size:
             raise LaunchError(
-                f"{asked} processes were asked for, but this run has {world.world_size}: accelerate starts one process where it is "
-                "told --cpu or finds no GPU\n  start them by: "
-                f"distft train recipe={recipe} --nproc {asked}\n  or: accelerate launch --multi_gpu --num_processes {asked} "
-                f"-m distft.train recipe={recipe}"
+                f"{requested} processes were requested, but this run has {world.world_size}: accelerate starts only "
+                "one with --cpu, or if it finds no GPU\n  start them with: "
+                f"distft train recipe={recipe} --nproc {requested}\n  or: accelerate launch --multi_gpu "
+                f"--num_processes {requested} -m distft.train recipe={recipe}"
             )
 
     def check_agrees(
         self, world: World, environment: Mapping[str, str], recipe: str, strategy: str, precision: str, command: str
     ) -> None:
-        """The recipe is the one source of truth: `recipe` says `strategy` and `precision`, and `command` runs it.
+        """Check that the launcher's options do not contradict the recipe, which is the only source of truth.
+
+        `recipe` is the recipe's name, `strategy` and `precision` are what it sets, and `command` runs it.
 
         Raises:
-            LaunchError: the launcher was told something else.
+            LaunchError: the launcher's options say something else.
         """
-        told: str | None = None
-        said = "the launcher"
+        launched = self._launched_strategy(environment)
+        source = "the launcher" if self.config_file is None else f"--config_file {self.config_file}"
+        if launched is not None and launched != strategy and not (world.world_size == 1 and launched == "single"):
+            raise LaunchError(
+                f"{source} says {launched}, the recipe {recipe} says {strategy}; the recipe decides, so leave out the "
+                f"config file:\n  {command}\nor change the recipe: {command} strategy=…"
+            )
+        mixed_precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+        if mixed_precision not in ("no", precision):
+            raise LaunchError(
+                f"{source} says mixed precision {mixed_precision}, the recipe {recipe} says {precision}; the recipe "
+                f"decides:\n  {command} training.{mixed_precision}=true\nor leave out --mixed_precision"
+            )
+
+    def _launched_strategy(self, environment: Mapping[str, str]) -> str | None:
+        """The strategy that the launcher's environment or config file asks for; None if neither says."""
         if environment.get("ACCELERATE_USE_FSDP") == "true":
-            told = "fsdp" if environment.get("FSDP_VERSION") == "2" else "FSDP version 1"
-        elif environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            told = f"zero{environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '?')}"
-        if self.config_file is not None:
-            said = f"--config_file {self.config_file}"
-            if told is None:
-                try:
-                    content = yaml.safe_load(self.config_file.read_text(encoding="utf-8")) or {}
-                except (OSError, yaml.YAMLError):
-                    content = {}
-                told = _TYPES.get(str(content.get("distributed_type", "NO")))
-        if told is not None and told != strategy and not (world.world_size == 1 and told == "single"):
-            raise LaunchError(
-                f"{said} says {told}, the recipe {recipe} says {strategy}; the recipe decides, so leave the config "
-                f"file out:\n  {command}\nor change the recipe: {command} strategy=…"
-            )
-        theirs = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-        if theirs not in ("no", precision):
-            raise LaunchError(
-                f"{said} says mixed precision {theirs}, the recipe {recipe} says {precision}; the recipe decides:\n  "
-                f"{command} training.{theirs}=true\nor leave --mixed_precision out"
-            )
+            return "fsdp" if environment.get("FSDP_VERSION") == "2" else "FSDP version 1"
+        if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            return f"zero{environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '?')}"
+        if self.config_file is None:
+            return None
+        try:
+            content = yaml.safe_load(self.config_file.read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError):
+            content = {}
+        return _DISTRIBUTED_TYPES.get(str(content.get("distributed_type", "NO")))

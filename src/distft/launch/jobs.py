@@ -57,8 +57,8 @@ class Jobs:
     def progress(self) -> list[dict[str, Any]]:
         """A record for each submitted job, and for each member of an array, oldest first.
 
-        Keys: `job`, `name`, `state` (SLURM's), `status` (the run's), `requeues`, `step`, `steps`, `loss`, `folder`; None
-        if unknown.
+        Keys: `job`, `name`, `state` (SLURM's), `status` (the run's), `requeues`, `step`, `steps`, `loss` and `folder`;
+        None if unknown.
         """
         submitted = self.submitted()
         known = states([record["job"] for record in submitted])
@@ -89,7 +89,7 @@ class Jobs:
 
 
 def states(jobs: Sequence[str]) -> dict[str, str]:
-    """SLURM's state of each job, and of each member of an array job (`12_3`). Jobs that SLURM has forgotten are left out.
+    """SLURM's state of each job and each member of an array job (`12_3`). Jobs that SLURM has forgotten are omitted.
 
     Raises:
         LaunchError: SLURM does not answer in time.

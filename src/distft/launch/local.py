@@ -32,7 +32,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: its exit code (0, 75, 2 or 1), its folder if it had one, and the error that ended it, if known."""
+    """How a run ended: its exit code (0, 75, 2 or 1), its folder if it has one, and the error behind it if known."""
 
     code: int
     folder: Path | None = None
@@ -84,7 +84,10 @@ def _start(command: Sequence[str], environment: Mapping[str, str], outcome: Path
     child = subprocess.Popen(command, start_new_session=True, env=environment, stdout=pipe, stderr=pipe)
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
-        """Send the signal to the workers, which save and stop together; torchrun would end them. A second Ctrl-C ends them."""
+        """Send the signal to the workers, which save and stop together; torchrun would end them.
+
+        A second Ctrl-C does end them.
+        """
         again = signum == signal.SIGINT and signum in passed
         passed.append(signum)
         (outcome / "stop").touch()

@@ -37,8 +37,8 @@ class Node:
         if count > 1 and not (host and port.isdigit() and 0 < int(port) < 2**16):
             got = f"; got {rendezvous}" if rendezvous else ""
             raise LaunchError(
-                f"--nnodes {count} needs --rdzv HOST:PORT, the same on every node: a name or address of node 0 that all "
-                f"nodes can reach, and a port that is free there{got}"
+                f"--nnodes {count} needs --rdzv HOST:PORT, the same on every node: a name or address of node 0 that "
+                f"all nodes can reach, and a port that is free there{got}"
             )
         return cls(count, rank, rendezvous)
 
@@ -68,7 +68,7 @@ class Node:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface of this machine that has `address`; None for loopback, which other machines cannot reach."""
+    """This machine's network interface with `address`; None for loopback, which other machines cannot reach."""
     with contextlib.suppress(OSError):
         address = socket.gethostbyname(address)
     for name, addresses in psutil.net_if_addrs().items():

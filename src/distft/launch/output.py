@@ -1,4 +1,4 @@
-"""Showing what a child process prints where this process prints: in a notebook that is not its file descriptors 1 and 2."""
+"""Printing a child's output to sys.stdout and sys.stderr, which in a notebook are not the descriptors 1 and 2."""
 
 from __future__ import annotations
 

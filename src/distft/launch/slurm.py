@@ -1,7 +1,7 @@
 """SLURM batch scripts: the text of a run's job as a pure function of its recipe.
 
-SLURM queues, starts, preempts and requeues. The script is `slurm/train.sbatch`, filled in. It runs `distft train` on each
-node, and torchrun's rendezvous connects the nodes.
+SLURM queues, starts, preempts and requeues. The script is `slurm/train.sbatch`, filled in. It runs `distft train` on
+each node, and torchrun's rendezvous connects the nodes.
 """
 
 from __future__ import annotations

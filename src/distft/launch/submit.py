@@ -1,4 +1,4 @@
-"""`distft submit`: jobs from a recipe or an experiment, after checking everything that can be checked before they queue."""
+"""`distft submit`: jobs from a recipe or an experiment, after every check that is possible before they queue."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ class Submission:
         distributed = self.strategies - {"single"}
         if distributed and processes * self.slurm.nodes == 1:
             lines.append(
-                f"one process: {' and '.join(sorted(distributed))} will fall back to single; set slurm.gpus_per_node or "
-                "slurm.processes_per_node for more"
+                f"one process: {' and '.join(sorted(distributed))} will fall back to single; set slurm.gpus_per_node "
+                "or slurm.processes_per_node for more"
             )
         if self.slurm.cpus_per_task is None and processes > 1:
             lines.append(

@@ -1,4 +1,4 @@
-"""How a run spreads its work over processes: one class per strategy. Nothing outside this package branches on a name."""
+"""How a run spreads its work over processes. Each strategy is a class; no module branches on a strategy's name."""
 
 from distft.distributed.strategies.base import Strategy
 from distft.distributed.strategies.selection import choose, strategy_faults, strategy_for

@@ -147,7 +147,7 @@ class Strategy:
         return "whole"
 
     def checkpoint_bytes(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Estimate the size on disk of a checkpoint's trainable weights and optimizer states. All ranks must call it."""
+        """Estimate how many bytes a checkpoint's weights and optimizer states take on disk. All ranks must call it."""
         import torch
 
         tensors = [p for p in model.parameters() if p.requires_grad]
@@ -156,7 +156,10 @@ class Strategy:
         return sum(gather(local, self.world)) if self.shards else local
 
     def gather(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Return every trainable tensor, unsharded, on the CPU of rank 0; an empty dict elsewhere. All ranks must call it."""
+        """Return every trainable tensor, unsharded and on the CPU, on rank 0. All ranks must call it.
+
+        Other ranks get an empty dict.
+        """
         return {
             name: tensor.detach().to("cpu", copy=True) for name, tensor in whole_tensors(model) if self.world.is_main
         }
@@ -164,7 +167,7 @@ class Strategy:
     # Invariants -------------------------------------------------------------------------------------------------------
 
     def parameter_fault(self, name: str, parameter: nn.Parameter) -> str | None:
-        """What is wrong with a parameter of a prepared model, as far as this strategy is concerned; None if nothing is."""
+        """What this strategy finds wrong with a parameter of a prepared model; None if it is as it should be."""
         return None
 
     def cast_dtypes(self, recipe: Recipe) -> frozenset[torch.dtype]:

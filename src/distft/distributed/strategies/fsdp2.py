@@ -148,8 +148,8 @@ def prefetch(model: nn.Module) -> None:
     """Issue the all-gather of each layer while the layer `PREFETCHED_LAYERS` before it runs, forward and backward.
 
     By default FSDP2 issues it when the host reaches the layer, which is early enough only if the host is ahead of the
-    device. With LoRA's many small operations it is not, and every layer waited for its weights: 3 ms for each layer of a
-    7B model on two H200. Prefetching costs the memory of that many gathered layers.
+    device. With LoRA's many small operations it is not, and every layer waited for its weights: 3 ms per layer of a 7B
+    model on two H200. Prefetching costs the memory of that many gathered layers.
     """
     layers = layers_of(model)
     for number, layer in enumerate(layers):

@@ -1,4 +1,4 @@
-"""The strategy of this process: the table of all strategies, and the checks that processes and devices fit the recipe."""
+"""Choosing the strategy of this process, and checking that processes and devices fit the recipe."""
 
 from __future__ import annotations
 

@@ -18,9 +18,8 @@ class Single(Strategy):
         if self.name == self.requested:
             return []
         device = "one GPU" if self.on_gpu else "the CPU"
-        return [
-            f"one process: falling back from {self.requested} to single on {device}; same global batch, same optimisation"
-        ]
+        fallback = f"one process: falling back from {self.requested} to single on {device}"
+        return [f"{fallback}; same global batch, same optimisation"]
 
     def configure(self, environment: MutableMapping[str, str]) -> None:
         for key in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
