@@ -1,11 +1,12 @@
 # make demo   sets up .venv and runs the main job: no GPU, no download of weights or data
-# make test   sets up .venv and runs the tests
+# make test   sets up .venv and runs the tests: half an hour on two cores
+# make test-quick  runs those that start no training: a few minutes
 # make test-faults  runs every pairing of a fault with a strategy: the better part of an hour
 # make docs   sets up .venv and builds the documentation site in build/docs; broken links are errors
-# make lint   sets up .venv and runs ruff and mypy
+# make lint   sets up .venv and runs ruff, mypy and import-linter
 # make clean  removes what these and builds leave behind (not runs/)
 
-.PHONY: demo test test-faults docs lint setup clean
+.PHONY: demo test test-quick test-faults docs lint setup clean
 
 # Two processes; one where there is exactly one GPU. Offline: a W&B key in the environment is not used.
 demo: export WANDB_MODE = offline
@@ -14,11 +15,14 @@ demo: setup
 	@n=$$(.venv/bin/python -c 'import torch; print(min(2, torch.cuda.device_count() or 2))'); set -x; \
 	  .venv/bin/distft train recipe=tiny --nproc $$n
 
-# Two files at a time: most tests start processes, and wait for them. The embedded model is built before, once: whoever came first would
-# build it while the other test takes half of the machine, and run into its limit.
+# The embedded model is built first, once: otherwise one worker would build it while the others wait for it.
 test: setup
 	@DISTFT_CACHE=.pytest_cache/distft .venv/bin/python -c 'from distft.models.tiny import tiny_model; tiny_model()'
-	@.venv/bin/python -m pytest -n 2 --dist loadfile
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup
+
+test-quick: setup
+	@DISTFT_CACHE=.pytest_cache/distft .venv/bin/python -c 'from distft.models.tiny import tiny_model; tiny_model()'
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not (thorough or slow)"
 
 test-faults: setup
 	@.venv/bin/python -m pytest -m "not gpu" tests/faults
@@ -31,6 +35,7 @@ lint: setup
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
 
 setup: .venv/installed
 
