@@ -18,11 +18,11 @@ demo: setup
 # The embedded model is built first, once: otherwise one worker would build it while the others wait for it.
 test: setup
 	@DISTFT_CACHE=.pytest_cache/distft .venv/bin/python -c 'from distft.models.tiny import tiny_model; tiny_model()'
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-quick: setup
 	@DISTFT_CACHE=.pytest_cache/distft .venv/bin/python -c 'from distft.models.tiny import tiny_model; tiny_model()'
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not (thorough or slow)"
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not (thorough or slow)"
 
 test-faults: setup
 	@.venv/bin/python -m pytest -m "not gpu" tests/faults

@@ -49,6 +49,39 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"needs {wanted} CUDA device{'s' if wanted > 1 else ''}, found {found}")
 
 
+SLOW = (
+    "api",
+    "distributed/test_a",
+    "distributed/test_g",
+    "distributed/test_m",
+    "distributed/test_p",
+    "distributed/test_s",
+    "distributed/test_two",
+    "docs",
+    "evaluation",
+    "experiments/test_compare",
+    "faults",
+    "slurm",
+    "test_hub",
+    "test_package",
+)
+"""Tests that train, evaluate or build something for longer than a few seconds, by the start of their path."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests, and keep those that share runs on one worker: the tests of a file, and all of `faults`.
+
+    The slow ones come first, so that the quick ones fill what is left of the time when a worker runs out of them.
+    """
+    here = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(here).as_posix()
+        item.add_marker(pytest.mark.xdist_group("faults" if path.startswith("faults/") else path))
+        if path.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data samples beside the checkout."""
