@@ -32,10 +32,8 @@ class TorchRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.dtype != x.dtype:
-            from liger_kernel.transformers.rms_norm import LigerRMSNorm
-
-            mixed: torch.Tensor = LigerRMSNorm.forward(self, x)
-            return mixed
+            out: torch.Tensor = super().forward(x)
+            return out
         # Autocast would return fp32; the kernel computes in fp32 internally either way.
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.variance_epsilon)

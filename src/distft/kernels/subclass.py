@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -12,12 +13,23 @@ def subclass_in_place(module: nn.Module, mixin: type) -> None:
     """Make `module` an instance of a subclass of its class in which the methods of `mixin` come first.
 
     The module keeps its name, parameters, buffers and hooks, so checkpoints, PEFT and the sharding strategies see what
-    they saw before (FSDP2's `fully_shard` changes classes in the same way). A `forward` that a library has set on the
-    instance would hide the mixin's, and is removed.
+    they saw before (FSDP2's `fully_shard` changes classes in the same way). If a library has set a `forward` on the
+    instance, as liger and accelerate do, that is what the mixin's `super().forward` calls.
     """
-    vars(module).pop("forward", None)
     cls: Any = type(module)
+    if "forward" in vars(module):
+        module._instance_forward = vars(module).pop("forward")
+        cls = _subclass(_InstanceForward, cls)
     module.__class__ = _subclass(mixin, cls)
+
+
+class _InstanceForward(nn.Module):
+    """Mixin that calls a `forward` which was set on the instance."""
+
+    _instance_forward: Callable[..., Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._instance_forward(*args, **kwargs)
 
 
 @functools.cache
