@@ -87,7 +87,7 @@ def test_a_listed_layer_adds_attention_and_mlp_of_norms(family: str) -> None:
     def constant(name: str, value: torch.Tensor) -> Any:
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             seen[name] = hidden_states
-            return (value, None) if name == "self_attn" or family == "gpt_oss" else value
+            return (value, None) if name == "self_attn" else value
 
         return forward
 
@@ -122,6 +122,24 @@ def test_an_unlisted_class_is_not_trusted() -> None:
             self.act_fn = nn.SiLU()
 
     assert not is_gated_mlp(LlamaMLP())
+
+
+def test_a_listed_class_whose_forward_has_changed_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp: Any = built("llama", "MLP")
+    layer: Any = built("llama", "DecoderLayer")
+    assert is_gated_mlp(mlp) and is_pre_norm(layer)
+    original, of_layer = type(mlp).forward, type(layer).forward
+    monkeypatch.setattr(type(mlp), "forward", lambda self, x: 1.5 * original(self, x))
+    assert not is_gated_mlp(mlp)
+    monkeypatch.setattr(type(layer), "forward", lambda self, *args, **kwargs: of_layer(self, *args, **kwargs).square())
+    assert not is_pre_norm(layer)
+
+
+def test_trying_a_module_out_changes_neither_it_nor_the_random_numbers() -> None:
+    layer: Any = built("llama", "DecoderLayer").train()
+    children, state = dict(layer.named_children()), torch.get_rng_state()
+    assert is_pre_norm(layer) and is_gated_mlp(layer.mlp) and layer.training
+    assert dict(layer.named_children()) == children and torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_table_is_sorted_and_says_something_of_each_family() -> None:

@@ -2,14 +2,19 @@
 
 Replacing a module's forward is correct only if the forward computes what its submodules suggest. Falcon-H1's MLP, for
 example, has Llama's linears and multiplies their outputs by constants. So the classes whose computation is known are
-listed here, and `tests/models/test_architectures.py` checks each against the installed transformers. A model that is
-not listed trains correctly, but a little slower: its linears are fused one by one.
+listed here, and each module is tried out as well, with small stand-ins for its submodules: a name alone proves nothing
+about another version of transformers. A model that is not listed trains correctly, but a little slower: its linears are
+fused one by one.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -50,7 +55,6 @@ ARCHITECTURES = {
     "gemma3": Architecture("Gemma3", pre_norm=False),
     "glm": Architecture("Glm", gated_mlp=False),
     "glm4_moe": Architecture("Glm4Moe"),
-    "gpt_oss": Architecture("GptOss", gated_mlp=False),
     "granite": Architecture("Granite"),
     "helium": Architecture("Helium"),
     "hunyuan_v1_dense": Architecture("HunYuanDenseV1"),
@@ -94,13 +98,62 @@ _LAYERS = _class_names("DecoderLayer", [family for family, known in ARCHITECTURE
 
 def is_gated_mlp(module: nn.Module) -> bool:
     """Whether `module` computes down(silu(gate(x)) · up(x)) and nothing else."""
-    return _name(module) in _MLPS and isinstance(getattr(module, "act_fn", None), _SILU)
+    return (
+        _name(module) in _MLPS and isinstance(getattr(module, "act_fn", None), _SILU) and _tries_out(_is_gated, module)
+    )
 
 
 def is_pre_norm(layer: nn.Module) -> bool:
     """Whether `layer` is x += attention(norm(x)); x += mlp(norm(x)), so that nothing in its backward needs the output
     of its MLP, and its norms feed its attention and its MLP alone."""
-    return _name(layer) in _LAYERS and {name for name, _ in layer.named_children()} == _PRE_NORM
+    known = _name(layer) in _LAYERS and {name for name, _ in layer.named_children()} == _PRE_NORM
+    return known and _tries_out(_adds_its_mlp_last, layer)
+
+
+def _tries_out(check: Callable[[Any], bool], module: nn.Module) -> bool:
+    try:
+        return check(module)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False  # its forward expects something else
+
+
+def _is_gated(mlp: Any) -> bool:
+    def linear(inputs: int, outputs: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        weight = torch.arange(inputs * outputs, dtype=torch.float64).cos().view(inputs, outputs)
+        return lambda x: x @ weight
+
+    gate, up, down = linear(3, 5), linear(3, 5), linear(5, 3)
+    x = torch.arange(6, dtype=torch.float64).sin().view(2, 3)
+    found = _forward(mlp, {"gate_proj": gate, "up_proj": up, "down_proj": down, "act_fn": mlp.act_fn}, x)
+    return torch.equal(found, down(nn.functional.silu(gate(x)) * up(x)))
+
+
+def _adds_its_mlp_last(layer: Any) -> bool:
+    """Whether the gradients do not depend on what the MLP returns."""
+    x = torch.arange(6, dtype=torch.float64).sin().view(1, 2, 3).requires_grad_()
+
+    def gradients(of_mlp: torch.Tensor) -> torch.Tensor:
+        def attention(*args: Any, hidden_states: Any = None, **_: Any) -> Any:
+            return (args[0] if args else hidden_states).square(), None
+
+        def norm(y: torch.Tensor) -> torch.Tensor:
+            return y.sin()
+
+        parts = {"input_layernorm": norm, "self_attn": attention, "post_attention_layernorm": norm, "mlp": of_mlp.add}
+        found = _forward(layer, parts, x, position_embeddings=None)
+        out = found[0] if isinstance(found, tuple) else found
+        return torch.cat(torch.autograd.grad((out * x.detach().cos()).sum(), (x, of_mlp)))
+
+    with torch.enable_grad():
+        one, other = (gradients(torch.full_like(x, value).requires_grad_()) for value in (0.0, 7.0))
+    return torch.equal(one, other)
+
+
+def _forward(module: nn.Module, parts: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """The forward of `module` in evaluation mode with `parts` in place of its submodules; `module` does not change."""
+    trial = copy.copy(module)
+    vars(trial).update(_modules=parts, training=False)
+    return type(module).forward(trial, *args, **kwargs)
 
 
 def _name(module: nn.Module) -> str:
