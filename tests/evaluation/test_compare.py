@@ -1,4 +1,4 @@
-"""`distft compare` evaluates each run whose experiment says so."""
+"""`distft compare` evaluates every run whose experiment names tasks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(where: Path, text: str = EXPERIMENT) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def test_each_run_of_an_experiment_is_evaluated_and_the_report_has_the_columns(tmp_path: Path) -> None:
+def test_every_run_of_an_experiment_is_evaluated_and_the_report_has_the_columns(tmp_path: Path) -> None:
     write(tmp_path)
     ended = distft(tmp_path, "compare", "experiment=ranks")
     assert ended.stderr.count("evaluates imdb") == ended.stderr.count("evaluated in") == 2
@@ -51,7 +51,9 @@ def test_each_run_of_an_experiment_is_evaluated_and_the_report_has_the_columns(t
     assert runs[1].read_summary()["evaluation"] == summary["evaluation"]
 
 
-def test_what_an_evaluation_lacks_is_told_before_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_inputs_of_an_evaluation_are_reported_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, EXPERIMENT.replace("tasks: [imdb]", "tasks: [mt_bench]"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=r"evaluation\.mt_bench\.questions: is required"):
@@ -59,10 +61,15 @@ def test_what_an_evaluation_lacks_is_told_before_the_first_run(tmp_path: Path, m
     assert not (tmp_path / "runs").exists()
 
 
-def test_files_that_no_judge_could_use_are_told_before_the_first_run(
+def test_unusable_files_of_a_judge_are_reported_before_the_first_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path, EXPERIMENT.replace("tasks: [imdb]", "tasks: [alpaca], alpaca: {path: pairs.json}, judge: {endpoint: 'http://127.0.0.1:9/v1'}"))  # fmt: skip
+    write(
+        tmp_path,
+        EXPERIMENT.replace(
+            "tasks: [imdb]", "tasks: [alpaca], alpaca: {path: pairs.json}, judge: {endpoint: 'http://127.0.0.1:9/v1'}"
+        ),
+    )
     (tmp_path / "pairs.json").write_text('[{"instruction": "One"}]')
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
@@ -73,7 +80,7 @@ def test_files_that_no_judge_could_use_are_told_before_the_first_run(
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_shipped_experiments_carry_the_evaluations_of_their_reports() -> None:
+def test_the_shipped_experiments_have_the_evaluations_of_their_reports() -> None:
     tasks = {
         name: {tuple(run.recipe.evaluation.tasks) for run in load_experiment([f"experiment={name}"]).runs}
         for name in ("rank", "duel", "ablation")

@@ -1,4 +1,4 @@
-"""`distft evaluate` on GPUs: a 4-bit base as it was trained, in bf16, on one process and on two."""
+"""`distft evaluate` on GPUs: a 4-bit base in bf16, on one process and on two."""
 
 from __future__ import annotations
 
@@ -26,15 +26,31 @@ def test_every_task_on_one_and_on_two_gpus(tasks: Path, tmp_path: Path) -> None:
     questions, pairs = tmp_path / "questions.jsonl", tmp_path / "pairs.json"
     questions.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     pairs.write_text(json.dumps(PAIRS))
-    distft(tmp_path, "train", "recipe=tiny_sentiment", "--nproc", "2", "model.dtype=bfloat16", "training.bf16=true",
-           "quantization.bnb_4bit_compute_dtype=bfloat16", "run.name=learned", "tracking.report_to=[]")  # fmt: skip
+    distft(
+        tmp_path,
+        "train",
+        "recipe=tiny_sentiment",
+        "--nproc",
+        "2",
+        "model.dtype=bfloat16",
+        "training.bf16=true",
+        "quantization.bnb_4bit_compute_dtype=bfloat16",
+        "run.name=learned",
+        "tracking.report_to=[]",
+    )
     run = RunFolder(tmp_path / "runs" / "learned")
     words = [
-        f"evaluation.tasks=[{','.join(TASKS)}]", "evaluation.lm_eval.tasks=[sentiment,sentiment_write]",
-        f"evaluation.lm_eval.include_path={tasks}", f"evaluation.mt_bench.questions={questions}", f"evaluation.alpaca.path={pairs}",
-        "evaluation.judge.model=tiny", "evaluation.judge.max_new_tokens=16", "evaluation.judge.attempts=2",
-        "evaluation.generation.max_new_tokens=16", "tracking.report_to=[]",
-    ]  # fmt: skip
+        f"evaluation.tasks=[{','.join(TASKS)}]",
+        "evaluation.lm_eval.tasks=[sentiment,sentiment_write]",
+        f"evaluation.lm_eval.include_path={tasks}",
+        f"evaluation.mt_bench.questions={questions}",
+        f"evaluation.alpaca.path={pairs}",
+        "evaluation.judge.model=tiny",
+        "evaluation.judge.max_new_tokens=16",
+        "evaluation.judge.attempts=2",
+        "evaluation.generation.max_new_tokens=16",
+        "tracking.report_to=[]",
+    ]
 
     found: dict[int, dict[str, Any]] = {}
     for processes in (2, 1):
@@ -45,7 +61,7 @@ def test_every_task_on_one_and_on_two_gpus(tasks: Path, tmp_path: Path) -> None:
             TASKS, processes
         )
         assert found[processes]["mt_bench"]["questions"] == len(QUESTIONS)
-        for name in ("mt_bench", "alpaca"):  # a judge of random words gives no verdicts, and each that lacks is counted
+        for name in ("mt_bench", "alpaca"):  # a judge that writes random words gives no verdicts
             unparsed = found[processes][name]["figures"]["unparsed"]
             assert 0 <= unparsed["base"]["value"] <= 1 and 0 <= unparsed["adapter"]["value"] <= 1
         for file in run.evaluation.rglob("*.jsonl"):  # the other number of processes does all of it again

@@ -46,7 +46,7 @@ class Request:
         rest = [word for word in words if "=" in word and word.partition("=")[0] not in given]
         if len(runs) + ("model" in given) != 1 or (runs and given):
             raise LaunchError(
-                "say what to evaluate: a run folder (runs/NAME), or model=NAME_OR_FOLDER and, optionally, adapter=FOLDER"
+                "say what to evaluate: a run folder (runs/NAME), or model=NAME_OR_FOLDER, optionally adapter=FOLDER"
             )
         checks = (preflight.base_faults, preflight.faults) if preflight_checks else ()
         if runs:

@@ -7,9 +7,9 @@ A new task `x` takes two edits:
 2. `distft/evaluation/tasks/x.py`: subclass `Task`, write its `run`, and bind an instance to `TASK`.
 
 Everything else follows from what the class declares: `distft evaluate` runs the task and records its result, preflight
-finds missing files and packages, `distft fetch` downloads its data, and reports show its figures. Optionally, `FIGURES` in
-`distft/runs/figures.py` gives a figure a column of its own in the comparison of runs, and `_PRESENTATION` in
-`distft/evaluation/summary.py` chooses what the headline names.
+finds missing files and packages, `distft fetch` downloads its data, and reports show its figures. Optionally,
+`FIGURES` in `distft/runs/figures.py` gives a figure a column of its own in the comparison of runs, and `_PRESENTATION`
+in `distft/evaluation/summary.py` chooses what the headline names.
 """
 
 from __future__ import annotations

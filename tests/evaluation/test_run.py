@@ -1,8 +1,7 @@
-"""`distft evaluate` as a user starts it: what it writes and where, on one process and on two, through a kill, and from mistakes."""
+"""`distft evaluate` as a user runs it: its results, on one process and on two, after a kill and after a signal."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -16,11 +15,6 @@ from typing import Any
 import pytest
 
 from distft.config.evaluation import TaskName
-from distft.config.recipe import load_recipe
-from distft.errors import Fault, LaunchError, RecipeError, RunFolderError
-from distft.evaluation import preflight
-from distft.evaluation.preflight import check_inputs
-from distft.evaluation.request import Request
 from distft.evaluation.run import _known, replacement
 from distft.files import read_lines, write_atomically
 from distft.runs.folder import RunFolder
@@ -52,7 +46,7 @@ def logged_to_wandb(folder: RunFolder) -> dict[str, Any]:
     return found
 
 
-def test_the_whole_chain_learns_and_every_place_has_its_figures(run: RunFolder) -> None:
+def test_a_trained_model_improves_and_its_figures_reach_every_output(run: RunFolder) -> None:
     where = run.path.parents[1]
     ended = distft(where, "evaluate", "runs/learned")  # the recipe's own tasks: perplexity and imdb
     found = result(run)
@@ -114,7 +108,7 @@ def test_the_whole_chain_learns_and_every_place_has_its_figures(run: RunFolder) 
     assert "What the fine-tune changed" in page and "Evaluation: imdb" in page
 
 
-def test_two_processes_find_what_one_finds_in_the_same_order(run: RunFolder, learned: RunFolder) -> None:
+def test_two_processes_get_the_results_of_one_in_the_same_order(run: RunFolder, learned: RunFolder) -> None:
     where = run.path.parents[1]
     words = [
         "evaluation.imdb.subset=30",
@@ -137,7 +131,7 @@ def test_two_processes_find_what_one_finds_in_the_same_order(run: RunFolder, lea
     assert len(orders) == 4
 
 
-def test_killed_in_the_middle_it_goes_on_and_scores_nothing_twice(run: RunFolder) -> None:
+def test_after_a_kill_nothing_is_scored_twice(run: RunFolder) -> None:
     where = run.path.parents[1]
     words = [
         "evaluation.tasks=[imdb]",
@@ -174,7 +168,7 @@ def test_killed_in_the_middle_it_goes_on_and_scores_nothing_twice(run: RunFolder
     assert (run.evaluation / "imdb" / "logprob-base.jsonl").stat().st_mtime_ns == before
 
 
-def test_a_model_and_an_adapter_are_evaluated_as_the_adapters_run_was_trained(run: RunFolder) -> None:
+def test_an_adapter_is_evaluated_with_the_recipe_of_its_run(run: RunFolder) -> None:
     where = run.path.parents[1]
     words = ["evaluation.imdb.subset=20", "evaluation.tasks=[imdb]", LOGPROB, "tracking.report_to=[]"]
     distft(where, "evaluate", "model=tiny", "adapter=runs/learned/adapter", *words)
@@ -183,22 +177,28 @@ def test_a_model_and_an_adapter_are_evaluated_as_the_adapters_run_was_trained(ru
     copied = where / "elsewhere"
     run.adapter.rename(copied)
     distft(
-        where, "evaluate", "model=tiny", "adapter=elsewhere", "model.dtype=float32", "data.name=tiny_sentiment",
-        "data.test_fraction=0.2", *words,
-    )  # fmt: skip
+        where,
+        "evaluate",
+        "model=tiny",
+        "adapter=elsewhere",
+        "model.dtype=float32",
+        "data.name=tiny_sentiment",
+        "data.test_fraction=0.2",
+        *words,
+    )
     apart = result(RunFolder(where / "runs" / "evaluate-tiny-elsewhere"))["imdb"]
     assert apart["weights"] == beside["weights"]
     assert apart["figures"]["accuracy"]["adapter"] == beside["figures"]["accuracy"]["adapter"]
 
 
-def test_a_trial_that_replaces_a_result_says_so_and_a_model_alone_can_be_reported(tmp_path: Path) -> None:
+def test_replacing_a_result_is_reported_and_a_model_alone_has_a_report(tmp_path: Path) -> None:
     words = ["evaluate", "model=tiny", "data.name=tiny_sentiment", "evaluation.tasks=[imdb]", LOGPROB]
     assert "replaces" not in distft(tmp_path, *words, "evaluation.imdb.subset=20").stderr
     folder = RunFolder(tmp_path / "runs" / "evaluate-tiny")
     ended = distft(tmp_path, *words, "evaluation.imdb.subset=10")
     assert (
-        "imdb: replaces an earlier result on 20 items by one on 10, with imdb.subset 20 → 10 (runs/evaluate-tiny/evaluation.json)"
-        in ended.stderr
+        "imdb: replaces an earlier result on 20 items by one on 10, with imdb.subset 20 → 10 "
+        "(runs/evaluate-tiny/evaluation.json)" in ended.stderr
     )
     assert ended.stderr.rstrip().endswith("distft: results: runs/evaluate-tiny/evaluation.json")
     accuracy = result(folder)["imdb"]["figures"]["accuracy"]["base"]
@@ -207,9 +207,7 @@ def test_a_trial_that_replaces_a_result_says_so_and_a_model_alone_can_be_reporte
     assert f"{accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]" in report
 
 
-def test_results_of_other_weights_are_not_left_out_without_a_word(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dropping_results_for_other_weights_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder(tmp_path)
     records = {"imdb": {"weights": {"base": "a"}}, "alpaca": {"weights": {"base": "b"}}}
     write_atomically(folder.results, json.dumps(records))
@@ -217,7 +215,7 @@ def test_results_of_other_weights_are_not_left_out_without_a_word(
     assert f"imdb: {folder.results} has results for other weights, which are dropped now" in capsys.readouterr().err
 
 
-def test_what_replaces_a_result_is_named_by_what_differs() -> None:
+def test_a_replacement_names_the_settings_that_differ() -> None:
     def of(count: int, **settings: Any) -> dict[str, Any]:
         figure = {"count": count}
         return {
@@ -236,7 +234,7 @@ def test_what_replaces_a_result_is_named_by_what_differs() -> None:
     )
 
 
-def test_stopped_by_a_signal_it_says_that_the_same_command_goes_on(run: RunFolder) -> None:
+def test_after_a_signal_it_says_how_to_continue(run: RunFolder) -> None:
     words = ["evaluation.tasks=[imdb]", LOGPROB, "tracking.report_to=[]", "evaluation.batch_tokens=1"]
     command = [sys.executable, "-m", "distft.evaluation", "runs/learned", *words]
     child = subprocess.Popen(command, cwd=run.path.parents[1], env=environment(), stderr=subprocess.PIPE, text=True)
@@ -259,124 +257,21 @@ def test_the_help_lists_the_tasks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "error", "message"),
-    [
-        ([], LaunchError, "say what to evaluate: a run folder"),
-        (["adapter=x"], LaunchError, "say what to evaluate"),
-        (["nowhere"], RunFolderError, "run folder nowhere does not exist"),
-        (["model=tiny", "adapter=nowhere"], RunFolderError, "nowhere is not an adapter folder"),
-        (["model=tiny"], RecipeError, r"data\.name: is required: which text should perplexity be measured on\? \(data\.name=FILE"),
-        (["model=/no/such/model"], RecipeError, r"2 faults(?s:.*)data\.name(?s:.*)model\.name: there is no folder /no/such/model"),
-        (["model=tiny", "data.name=tiny", "data.test_fraction=0"], RecipeError, r"holds out no rows"),
-        (["model=tiny", "evaluation.tasks=[imbd]"], RecipeError, r"evaluation\.tasks\.0: expected 'perplexity'"),
-        (["model=tiny", "evaluation.judge.modell=x"], RecipeError, r"evaluation\.judge\.modell: unknown key"),
-    ],
-)  # fmt: skip
-def test_a_mistake_is_told_before_anything_is_loaded(
-    words: list[str], error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(error, match=message):
-        Request.of(words)
-
-
-def test_an_unfinished_run_has_nothing_to_evaluate(learned: RunFolder, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(learned.recipe.read_text(encoding="utf-8"), encoding="utf-8")
-    with (
-        pytest.raises(RunFolderError, match="the run has not finished; wait for it"),
-        (tmp_path / ".lock").open("w") as lock,
-    ):
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        Request.of([str(tmp_path)])
-    started = {"command": ["train.py", "recipe=a", "run.name=b"], "working_folder": str(Path.cwd())}
-    (tmp_path / "environment.json").write_text(json.dumps(started), encoding="utf-8")
-    with pytest.raises(RunFolderError, match=r"has not finished; resume it with distft train recipe=a run\.name=b"):
-        Request.of([str(tmp_path)])
-    with pytest.raises(RunFolderError, match=f"did you mean {tmp_path}"):
-        Request.of([str(tmp_path.with_name(f"{tmp_path.name}s"))])
-
-
-def test_files_that_tasks_lack_are_told_all_at_once() -> None:
-    words = ["evaluation.tasks=[mt_bench,alpaca,imdb,lm_eval]", "evaluation.alpaca.path=/nowhere.json", "evaluation.imdb.path=/no.csv",
-             "evaluation.lm_eval.include_path=/none"]  # fmt: skip
-    with pytest.raises(RecipeError) as caught:
-        check_inputs(load_recipe(words))
-    assert [fault.key for fault in caught.value.faults] == [
-        "evaluation.mt_bench.questions", "evaluation.alpaca.path", "evaluation.imdb.path", "evaluation.lm_eval.include_path",
-    ]  # fmt: skip
-    assert all(isinstance(fault, Fault) and fault.where == "command line" for fault in caught.value.faults[1:])
-
-
-def test_all_that_tasks_lack_is_told_at_once_before_a_process_is_started(tmp_path: Path) -> None:
-    (tmp_path / "pairs.json").write_text('[{"question": "a"}]')
-    (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "category": "math"}\n')
-    (tmp_path / "rows.csv").write_text("text,label\nGood,positive\n")
-    (tmp_path / "rubric.txt").write_text("Score 1: bad\n")
-    words = [
-        "model=tiny", "data.name=tiny_sentiment", "evaluation.tasks=[perplexity,imdb,lm_eval,alpaca,mt_bench]", "evaluation.judge=./judge",
-        "evaluation.alpaca.path=pairs.json", "evaluation.mt_bench.questions=questions.jsonl", "evaluation.imdb.path=rows.csv",
-        "evaluation.lm_eval.tasks=[arc_eazy]", "evaluation.judge.rubric=rubric.txt", "evaluation.imdb.subst=20",
-    ]  # fmt: skip
-    said = distft(tmp_path, "evaluate", *words, code=2).stderr
-    assert "the recipe has 7 faults:" in said
-    for line in (
-        "evaluation.imdb.subst: unknown key (did you mean subset?)",
-        "evaluation.mt_bench.questions: questions.jsonl, line 1 lacks turns",
-        "evaluation.alpaca.path: pairs.json, entry 1: AlpacaEval's format needs",
-        "evaluation.imdb.path: row 0 of rows.csv has 'positive' in column label, which must hold class numbers: 0 for 'negative', 1 for",
-        "evaluation.lm_eval.tasks: lm-eval does not know arc_eazy (did you mean arc_easy?)",
-        "evaluation.judge.rubric: the rubric rubric.txt lacks Score 2:",
-        "evaluation.judge.model: there is no folder ./judge",
-    ):
-        assert f"command line: {line}" in said
-    assert "distft: perplexity: " not in said and not (tmp_path / "runs").exists()
-
-
-def test_what_is_not_in_the_cache_is_a_fault_where_the_hub_is_out_of_reach(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub import constants
-
-    (tmp_path / "pairs.json").write_text('[{"instruction": "a", "output": "b"}]')
-    recipe = load_recipe(["evaluation.tasks=[alpaca]", f"evaluation.alpaca.path={tmp_path / 'pairs.json'}", "evaluation.judge=no/judge",
-                          "model.name=no/base"])  # fmt: skip
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    (judge,), (base,) = preflight.faults(recipe), preflight.base_faults(recipe)
-    assert judge.key == "evaluation.judge.model" and "no/judge (the judge) is not in the cache" in judge.problem
-    assert base.key == "model.name" and "no/base is not in the cache" in base.problem
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert preflight.faults(recipe) == preflight.base_faults(recipe) == []
-
-
-def test_columns_of_the_text_are_looked_at_before_the_model_is_loaded(tmp_path: Path) -> None:
-    (tmp_path / "text.jsonl").write_text('{"body": "some text"}\n' * 20)
-    words = [
-        "model=tiny",
-        f"data.name={tmp_path / 'text.jsonl'}",
-        "data.format.text=text",
-        "training.completion_only_loss=false",
-    ]
-    with pytest.raises(RecipeError, match=r"has no column text; it has body \(name yours: data.format.text=COLUMN"):
-        Request.of(words)
-
-
-def test_a_judge_is_a_name_or_a_mapping_and_tasks_do_not_change_what_is_learned() -> None:
-    from distft.runs.record import _FREE_TO_CHANGE, _differences
-
-    named = load_recipe(["evaluation.judge=prometheus-eval/prometheus-7b-v2.0", "evaluation.tasks=[mt_bench]"])
-    mapped = load_recipe(["evaluation.judge={model: a/b, endpoint: 'http://127.0.0.1:8000/v1'}"])
-    assert named.evaluation.judge.model == "prometheus-eval/prometheus-7b-v2.0"
-    assert mapped.evaluation.judge.endpoint == "http://127.0.0.1:8000/v1"
-    assert "evaluation." in _FREE_TO_CHANGE
-    assert not list(_differences(load_recipe([]).model_dump(), named.model_dump()))
-
-
-@pytest.mark.parametrize(
     "lora", ["lora.r=4", "lora=null"]
 )  # without an adapter both models are loaded, one after the other
-def test_perplexities_are_those_that_training_measured_before_and_after(lora: str, tmp_path: Path) -> None:
-    distft(tmp_path, "train", "recipe=tiny_sentiment", "strategy=single", "quantization=null", "training.max_steps=4", lora,
-           "evaluation.max_samples=20", "run.name=a", "tracking.report_to=[]")  # fmt: skip
+def test_perplexities_match_those_that_training_measures(lora: str, tmp_path: Path) -> None:
+    distft(
+        tmp_path,
+        "train",
+        "recipe=tiny_sentiment",
+        "strategy=single",
+        "quantization=null",
+        "training.max_steps=4",
+        lora,
+        "evaluation.max_samples=20",
+        "run.name=a",
+        "tracking.report_to=[]",
+    )
     folder = RunFolder(tmp_path / "runs" / "a")
     distft(tmp_path, "evaluate", "runs/a", "evaluation.tasks=[perplexity]")
     found, summary = result(folder)["perplexity"], folder.read_summary()

@@ -1,4 +1,4 @@
-"""What a judge wrote is read strictly: a verdict in the asked form, or none and the reason."""
+"""A judge's text is parsed strictly: a verdict in the required form, or none and the reason."""
 
 from __future__ import annotations
 
@@ -105,13 +105,13 @@ UNPARSED = [
 
 
 @pytest.mark.parametrize(("text", "grade"), PARSED)
-def test_a_grade_in_the_asked_form_counts(text: str, grade: int) -> None:
+def test_a_grade_in_the_required_form_is_parsed(text: str, grade: int) -> None:
     verdict = parse_verdict(text, "grade")
     assert (verdict.value, verdict.reason) == (grade, None)
 
 
 @pytest.mark.parametrize(("text", "reason"), UNPARSED)
-def test_anything_else_is_unparsed_and_says_why(text: str, reason: str) -> None:
+def test_anything_else_is_unparsed_for_a_reason(text: str, reason: str) -> None:
     verdict = parse_verdict(text, "grade")
     assert verdict.value is None
     assert verdict.reason is not None and reason in verdict.reason
@@ -143,13 +143,13 @@ def test_anything_else_is_unparsed_and_says_why(text: str, reason: str) -> None:
         ("", None),
     ],
 )
-def test_a_preference_is_read_as_strictly(text: str, value: str | None) -> None:
+def test_preferences_are_parsed_just_as_strictly(text: str, value: str | None) -> None:
     verdict = parse_verdict(text, "preference")
     assert verdict.value == value
     assert (verdict.reason is None) == (value is not None)
 
 
-def test_a_verdict_at_which_the_text_was_cut_off_may_be_the_beginning_of_another() -> None:
+def test_a_verdict_at_which_the_text_is_cut_off_does_not_count() -> None:
     assert parse_verdict("[RESULT] 4", "grade", finished=False).reason == "cut off at the verdict"
     assert parse_verdict("[RESULT] 4.", "grade", finished=False).value is None
     assert parse_verdict("[RESULT] 4\nAlso", "grade", finished=False).value == 4
@@ -161,7 +161,7 @@ around = st.sampled_from(["", " ", "  ", "**", "* ", "`", "\t"])
 
 
 @given(prose, st.sampled_from(["[]", "()", "{}", "<>", "【】"]), around, around, st.integers(1, 5), st.booleans())
-def test_whatever_was_written_before_a_grade_does_not_change_it(
+def test_text_before_a_grade_does_not_change_it(
     before: str, brackets: str, inside: str, between: str, grade: int, as_fraction: bool
 ) -> None:
     marker = f"{brackets[0]}{inside}RESULT{inside}{brackets[1]}"
@@ -181,13 +181,13 @@ def test_no_other_number_becomes_a_grade(before: str, number: int) -> None:
 
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=5), prose)
-def test_several_results_count_only_where_they_agree(grades: list[int], between: str) -> None:
+def test_several_results_count_only_if_they_agree(grades: list[int], between: str) -> None:
     text = "\n".join(f"[RESULT] {grade}\n{between}" for grade in grades)
     assert parse_verdict(text, "grade").value == (grades[-1] if len(set(grades)) == 1 else None)
 
 
 @given(st.text(alphabet="[](){}<>*_ \nRESULTresult0123456789./AB-", max_size=60))
-def test_whatever_comes_a_verdict_is_a_verdict_or_has_a_reason(text: str) -> None:
+def test_every_text_gives_a_verdict_or_a_reason(text: str) -> None:
     for kind, allowed in (("grade", {1, 2, 3, 4, 5}), ("preference", {"A", "B"})):
         verdict = parse_verdict(text, kind)  # type: ignore[arg-type]
         assert (verdict.value is None) == (verdict.reason is not None)

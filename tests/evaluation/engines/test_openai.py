@@ -1,4 +1,4 @@
-"""A judge behind an address: asked as servers of its kind are, patient with one that is busy, and its key written nowhere."""
+"""A judge behind a server: requests, patience with a busy server, and a key that is written nowhere."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_real_server_writes_what_its_model_does(served: str, chat_model: Path)
     assert one != two
 
 
-def test_a_request_is_what_servers_of_its_kind_take(replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_has_the_form_of_the_openai_api(replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
     server = replay(lambda body, number: (200, "Fine. [RESULT] 4"))
     judge = endpoint(server.address + "/", api_key_env="MY_KEY")
@@ -56,9 +56,12 @@ def test_a_request_is_what_servers_of_its_kind_take(replay: Replay, monkeypatch:
     seed = body.pop("seed")
     assert isinstance(seed, int) and 0 <= seed < 2**31
     assert body == {
-        "model": "some-judge", "messages": [{"role": "user", "content": "Grade this."}],
-        "max_tokens": 16, "temperature": 0.5, "top_p": 0.9,
-    }  # fmt: skip
+        "model": "some-judge",
+        "messages": [{"role": "user", "content": "Grade this."}],
+        "max_tokens": 16,
+        "temperature": 0.5,
+        "top_p": 0.9,
+    }
     assert server.headers[0]["path"] == "/v1/chat/completions"
     assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
     assert KEY not in str(judge.identity)
@@ -71,14 +74,14 @@ def test_without_a_key_none_is_sent(replay: Replay, monkeypatch: pytest.MonkeyPa
     assert "Authorization" not in server.headers[0]
 
 
-def test_a_text_that_ran_into_the_limit_is_not_finished(replay: Replay) -> None:
+def test_a_text_that_hits_the_limit_is_not_finished(replay: Replay) -> None:
     choice = {"finish_reason": "length", "message": {"content": "Feedback: go\ud83d"}}
     server = replay(lambda body, number: {"choices": [choice]})
     assert answers(endpoint(server.address), item("Grade this.")) == [Answer("Feedback: go?", 0, False)]
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_busy_server_is_asked_again(replay: Replay, status: int) -> None:
+def test_a_request_to_a_busy_server_is_retried(replay: Replay, status: int) -> None:
     says = lambda body, number: (status, "later") if number < 2 else (200, "[RESULT] 3")  # noqa: E731
     server = replay(says, reply_headers={"Retry-After": "0"})
     assert answers(endpoint(server.address), item("Grade this."))[0].text == "[RESULT] 3"
@@ -86,7 +89,7 @@ def test_a_busy_server_is_asked_again(replay: Replay, status: int) -> None:
     assert server.bodies[0] == server.bodies[1] == server.bodies[2]
 
 
-def test_one_that_stays_busy_is_given_up(replay: Replay) -> None:
+def test_a_server_that_stays_busy_is_an_error(replay: Replay) -> None:
     server = replay(lambda body, number: (503, "overloaded"), reply_headers={"Retry-After": "0"})
     with pytest.raises(JudgeError, match=r"did not answer in 3 attempts: 503 .*overloaded"):
         answers(endpoint(server.address), item("Grade this."))
@@ -101,7 +104,7 @@ def test_one_that_stays_busy_is_given_up(replay: Replay) -> None:
         (404, "usually ends in /v1"),
     ],
 )
-def test_a_refusal_is_final_and_the_key_is_not_repeated(
+def test_a_rejection_is_final_and_does_not_repeat_the_key(
     replay: Replay, monkeypatch: pytest.MonkeyPatch, status: int, says: str
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -113,13 +116,13 @@ def test_a_refusal_is_final_and_the_key_is_not_repeated(
 
 
 @pytest.mark.parametrize("answer", ["<html>Welcome</html>", '{"object": "list"}', '{"choices": []}', "[]"])
-def test_something_else_at_the_address_is_named(replay: Replay, answer: str) -> None:
+def test_another_kind_of_server_is_reported(replay: Replay, answer: str) -> None:
     server = replay(lambda body, number: (299, answer))  # sent as it is
     with pytest.raises(JudgeError, match="does not respond like an OpenAI-compatible server"):
         answers(endpoint(server.address), item("Grade this."))
 
 
-def test_nobody_at_the_address_is_said_with_the_address_but_without_its_secrets() -> None:
+def test_an_unreachable_server_is_reported_without_the_secrets_of_its_url() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -130,7 +133,7 @@ def test_nobody_at_the_address_is_said_with_the_address_but_without_its_secrets(
     assert "hidden" not in str(caught.value)
 
 
-def test_whether_a_server_is_there_is_seen_in_a_moment(replay: Replay, served: str) -> None:
+def test_whether_a_server_is_reachable_is_known_quickly(replay: Replay, served: str) -> None:
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         port = busy.getsockname()[1]
@@ -145,22 +148,22 @@ def test_whether_a_server_is_there_is_seen_in_a_moment(replay: Replay, served: s
     assert unreachable(Judge(endpoint="http://127.0.0.1:port/v1"))[0].startswith("is not a URL")
 
 
-def test_several_requests_in_one_trouble_say_it_once(replay: Replay, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_trouble_of_several_requests_is_said_once(replay: Replay, capsys: pytest.CaptureFixture[str]) -> None:
     server = replay(lambda body, number: (503, "overloaded"), reply_headers={"Retry-After": "0"})
     with pytest.raises(JudgeError, match="in 4 attempts"):
         answers(endpoint(server.address, concurrency=4, retries=3), *(item(f"Text {number}") for number in range(4)))
     assert capsys.readouterr().err.count("overloaded; retrying in 0 s") == 1
 
 
-def test_a_server_that_does_not_answer_in_time_is_asked_again(replay: Replay) -> None:
+def test_a_request_that_times_out_is_retried(replay: Replay) -> None:
     server = replay(lambda body, number: (200, "[RESULT] 3"), delay_s=3.0)
     with pytest.raises(JudgeError, match=r"in 2 attempts: no response \(ReadTimeout"):
         answers(endpoint(server.address, timeout_s=0.3, retries=1), item("Grade this."))
     assert len(server.bodies) == 2
 
 
-def test_so_many_requests_are_under_way_at_once_and_no_more(replay: Replay) -> None:
+def test_requests_under_way_are_limited(replay: Replay) -> None:
     server = replay(lambda body, number: (200, body["messages"][0]["content"]), delay_s=0.2)
     found = answers(endpoint(server.address, concurrency=3), *(item(f"Text {number}") for number in range(12)))
     assert [answer.text for answer in found] == [f"Text {number}" for number in range(12)]
-    assert server.busiest == 3
+    assert server.most_at_once == 3

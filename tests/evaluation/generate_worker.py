@@ -1,5 +1,7 @@
-"""A process that writes answers: `python writes.py JOURNAL RESULT`, alone or as one of several. Rank 0 says in RESULT what they are, and every
-rank how many of them it had to write itself."""
+"""python generate_worker.py CACHE RESULT: write answers, alone or as one of several processes.
+
+Every rank writes to RESULT.<rank> what the answers are and how many of them it had to write itself.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ ITEMS = [
 
 
 class Counting(TransformersEngine):
-    """Keeps count of what it is asked to write."""
+    """Counts the items that it is asked to write."""
 
     asked = 0
 
@@ -42,12 +44,12 @@ class Counting(TransformersEngine):
         return super().write(items)
 
 
-def main(journal: Path, result: Path) -> None:
+def main(cache: Path, result: Path) -> None:
     world = World.from_environment(os.environ)
     model = AutoModelForCausalLM.from_pretrained(tiny_model())
     tokenizer = AutoTokenizer.from_pretrained(tiny_model())
     engine = Counting(model, tokenizer, {"weights": "tiny"}, batch_tokens=200, template="instruction")
-    answers = generate(engine, ITEMS, world, journal, "writing")
+    answers = generate(engine, ITEMS, world, cache, "writing")
     record = {"asked": engine.asked, "answers": [asdict(answer) for answer in answers]}
     result.with_suffix(f".{world.rank}").write_text(json.dumps(record))
 

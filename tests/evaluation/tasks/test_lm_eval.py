@@ -1,4 +1,4 @@
-"""Benchmarks by lm-eval: the same scores as its own command gives, and what the differences mean."""
+"""Benchmarks by lm-eval: the scores of its own command, and what differences mean."""
 
 from __future__ import annotations
 
@@ -22,16 +22,38 @@ NAMES = ["sentiment", "sentiment_write"]
 
 def words(tasks: Path) -> list[str]:
     asked = f"[{','.join(NAMES)}]"
-    return ["evaluation.tasks=[lm_eval]", f"evaluation.lm_eval.tasks={asked}", f"evaluation.lm_eval.include_path={tasks}",
-            "tracking.report_to=[]"]  # fmt: skip
+    return [
+        "evaluation.tasks=[lm_eval]",
+        f"evaluation.lm_eval.tasks={asked}",
+        f"evaluation.lm_eval.include_path={tasks}",
+        "tracking.report_to=[]",
+    ]
 
 
 def own_command(model: Path, tasks: Path, output: Path) -> dict[str, dict[str, Any]]:
     """What lm-eval's own command finds for the model in a folder."""
     command = [
-        sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--tasks", *NAMES,
-        "--include_path", str(tasks), "--seed", "42", "--device", "cpu", "--batch_size", "8", "--output_path", str(output),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "run",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={model},dtype=float32",
+        "--tasks",
+        *NAMES,
+        "--include_path",
+        str(tasks),
+        "--seed",
+        "42",
+        "--device",
+        "cpu",
+        "--batch_size",
+        "8",
+        "--output_path",
+        str(output),
+    ]
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stderr
     (file,) = output.rglob("results_*.json")
@@ -105,9 +127,10 @@ def test_on_a_quantised_base_it_scores_as_the_merged_model_within_a_standard_err
 def results(values: list[float], mean: float, error: float) -> dict[str, Any]:
     return {
         "results": {"arc": {"alias": "arc", "acc,none": mean, "acc_stderr,none": error, "sample_len": len(values)}},
-        "higher_is_better": {"arc": {"acc": True}}, "n-samples": {"arc": {"original": 400, "effective": len(values)}},
+        "higher_is_better": {"arc": {"acc": True}},
+        "n-samples": {"arc": {"original": 400, "effective": len(values)}},
         "samples": {"arc": [{"doc_id": number, "filter": "none", "acc": value} for number, value in enumerate(values)]},
-    }  # fmt: skip
+    }
 
 
 def test_a_difference_is_taken_over_the_same_documents() -> None:
@@ -122,14 +145,14 @@ def test_a_difference_is_taken_over_the_same_documents() -> None:
     assert found["verdict"] == "inconclusive" and found["difference"]["low"] < 0 < found["difference"]["high"]
 
 
-def test_a_figure_that_is_no_mean_over_documents_is_compared_by_its_errors() -> None:
+def test_a_figure_that_is_not_a_mean_over_documents_is_compared_by_its_errors() -> None:
     values = [0.0, 1.0] * 50
     found = figures({"base": results(values, 12.0, 1.0), "adapter": results(values, 13.0, 1.0)})["arc/acc"]
     assert found["difference"]["high"] - 1.0 == pytest.approx(1.959964 * 2**0.5, abs=1e-5)
     assert found["verdict"] == "inconclusive"
 
 
-def test_a_task_that_there_is_not_is_told(tasks: Path) -> None:
+def test_an_unknown_task_is_reported(tasks: Path) -> None:
     with pytest.raises(DataError, match=r"does not know sentimental \(did you mean sentiment\?\); .*include_path"):
         load_benchmarks(LmEval(tasks=["sentimental", "sentiment"], include_path=str(tasks)))
     with pytest.raises(DataError, match=r"arc_easy cannot be loaded: (?s:.*)documents come from the hub"):
@@ -143,13 +166,18 @@ def test_a_report_shows_groups_without_their_parts() -> None:
         return {"alias": task, "acc,none": 0.5, "acc_stderr,none": 0.1}
 
     base = {
-        "results": {"mmlu": of("mmlu"), "mmlu_law": of("mmlu_law"), "arc": of("arc")}, "group_subtasks": {"mmlu": ["mmlu_law"]},
-        "higher_is_better": {}, "n-samples": {"mmlu_law": {"effective": 7}, "arc": {"effective": 9}}, "samples": {},
-    }  # fmt: skip
+        "results": {"mmlu": of("mmlu"), "mmlu_law": of("mmlu_law"), "arc": of("arc")},
+        "group_subtasks": {"mmlu": ["mmlu_law"]},
+        "higher_is_better": {},
+        "n-samples": {"mmlu_law": {"effective": 7}, "arc": {"effective": 9}},
+        "samples": {},
+    }
     found = figures({"base": base})
     assert {name: (figure["count"], figure.get("detail", False)) for name, figure in found.items()} == {
-        "mmlu/acc": (7, False), "mmlu_law/acc": (7, True), "arc/acc": (9, False),
-    }  # fmt: skip
+        "mmlu/acc": (7, False),
+        "mmlu_law/acc": (7, True),
+        "arc/acc": (9, False),
+    }
     shown = [row[1:6] for row in evaluation_table({"run": {"lm_eval": {"figures": found}}}).texts]
     interval = "0.500 [0.304, 0.696]"
     assert shown == [["mmlu: acc", "7", interval, "–", "–"], ["arc: acc", "9", interval, "–", "–"]]

@@ -21,7 +21,7 @@ def squares(asked: list[int]) -> Any:
     return work
 
 
-def test_records_come_in_the_order_of_their_keys_and_the_costliest_are_made_first(tmp_path: Path) -> None:
+def test_records_keep_the_order_of_their_keys_and_the_costliest_are_made_first(tmp_path: Path) -> None:
     asked: list[int] = []
     keys = [key_of(number) for number in range(5)]
     found = complete(tmp_path / "a.jsonl", keys, squares(asked), World(), costs=[1, 5, 2, 4, 3])
@@ -29,16 +29,16 @@ def test_records_come_in_the_order_of_their_keys_and_the_costliest_are_made_firs
     assert found == read_lines(tmp_path / "a.jsonl") == [{"key": key, "square": n**2} for n, key in enumerate(keys)]
 
 
-def test_what_is_known_is_not_made_again_and_what_others_asked_for_stays(tmp_path: Path) -> None:
+def test_cached_records_are_not_made_again_and_those_of_others_are_kept(tmp_path: Path) -> None:
     asked: list[int] = []
     complete(tmp_path / "a.jsonl", ["x", "y"], squares(asked), World())
     found = complete(tmp_path / "a.jsonl", ["y", "z", "z"], squares(asked), World())
-    assert asked == [0, 1, 1]  # and of two items of one key, one
+    assert asked == [0, 1, 1]  # items with the same key are made once
     assert [record["key"] for record in found] == ["y", "z", "z"]
     assert [record["key"] for record in read_lines(tmp_path / "a.jsonl")] == ["y", "z", "x"]
 
 
-def test_parts_of_a_killed_world_are_read_by_another(tmp_path: Path) -> None:
+def test_files_of_killed_ranks_are_read_by_any_number_of_processes(tmp_path: Path) -> None:
     for rank, key in ((0, "x"), (7, "z")):
         lines = json.dumps({"key": key, "square": -1}) + '\n{"key": "to'
         (tmp_path / f"a.rank{rank}.jsonl").write_text(lines, encoding="utf-8")
@@ -48,7 +48,7 @@ def test_parts_of_a_killed_world_are_read_by_another(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_what_was_done_before_a_failure_is_kept(tmp_path: Path) -> None:
+def test_records_made_before_a_failure_are_kept(tmp_path: Path) -> None:
     def work(share: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         yield share[0], {"square": 0}
         raise DataError("no more")
@@ -60,5 +60,5 @@ def test_what_was_done_before_a_failure_is_kept(tmp_path: Path) -> None:
     assert asked == [1]
 
 
-def test_keys_are_of_the_content(tmp_path: Path) -> None:
+def test_keys_depend_on_the_content(tmp_path: Path) -> None:
     assert key_of({"a": 1, "b": 2}, [3]) == key_of({"b": 2, "a": 1}, [3]) != key_of({"a": 1, "b": 2}, [4])

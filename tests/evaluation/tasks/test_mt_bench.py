@@ -1,4 +1,4 @@
-"""Two turns, the second of which sees the first; each judged by itself; means over samples."""
+"""Two turns, the second of which sees the first; each judged individually; means over questions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distft.evaluation.summary import detail_lines, warnings
 from distft.evaluation.target import Target
 from distft.evaluation.tasks.mt_bench import TASK, TEMPERATURE, TwoTurns, read_questions, summarise
 from distft.files import read_lines, to_json
-from tests.evaluation.judged.conftest import evaluation
+from tests.evaluation.conftest import evaluation
 
 Replay = Callable[..., Any]
 
@@ -52,15 +52,24 @@ def questions(tmp_path: Path) -> Path:
 
 def settings_for(questions: Path, address: str, **sections: Any) -> Any:
     return evaluation(
-        mt_bench={"questions": str(questions)}, generation={"max_new_tokens": 10},
-        judge={"endpoint": address, "model": "recorded", "retries": 0, "attempts": 1}, **sections,
-    )  # fmt: skip
+        mt_bench={"questions": str(questions)},
+        generation={"max_new_tokens": 10},
+        judge={"endpoint": address, "model": "recorded", "retries": 0, "attempts": 1},
+        **sections,
+    )
 
 
 def test_the_temperatures_are_those_of_the_benchmark() -> None:
     assert TEMPERATURE == {
-        "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1,
-    }  # fmt: skip
+        "writing": 0.7,
+        "roleplay": 0.7,
+        "extraction": 0.0,
+        "math": 0.0,
+        "coding": 0.0,
+        "reasoning": 0.0,
+        "stem": 0.1,
+        "humanities": 0.1,
+    }
 
 
 def test_questions_are_read_as_the_benchmark_writes_them(questions: Path) -> None:
@@ -82,7 +91,7 @@ def test_questions_are_read_as_the_benchmark_writes_them(questions: Path) -> Non
         ('{"question_id": 1, "category": "math", "turns": ["One", "Two"]}\n' * 2, "question_id 1 more than once"),
     ],
 )
-def test_a_file_that_is_none_of_questions_says_where(tmp_path: Path, text: str, says: str) -> None:
+def test_a_malformed_file_is_reported_with_the_line(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_text(text)
     with pytest.raises(DataError, match=says):
@@ -91,7 +100,7 @@ def test_a_file_that_is_none_of_questions_says_where(tmp_path: Path, text: str, 
         read_questions(tmp_path / "none.jsonl")
 
 
-def test_means_are_over_samples_and_what_is_unparsed_is_counted() -> None:
+def test_means_are_over_questions_and_unparsed_verdicts_are_counted() -> None:
     asked = [TwoTurns(number, category, ("One", "Two")) for number, category in enumerate(["math", "math", "stem"])]
     values = {"base": [1, 2, 4, None, None, None], "adapter": [3, 4, 5, 5, 2, None]}
     given = {
@@ -123,7 +132,7 @@ def test_means_are_over_samples_and_what_is_unparsed_is_counted() -> None:
 def test_both_sides_answer_both_turns_and_each_answer_gets_its_judgement(
     target: Target, tmp_path: Path, questions: Path, replay: Replay
 ) -> None:
-    """The recorded judge grades by the length of the response, so that what is expected can be counted from the records."""
+    """The replayed judge grades by the length of the response, so the expected figures follow from the records."""
 
     def says(body: dict[str, Any], _: int) -> tuple[int, str]:
         response = re.search(r"Response to evaluate:\n(.*?)\n+(?=###\w)", body["messages"][0]["content"], re.DOTALL)
@@ -170,9 +179,12 @@ def test_both_sides_answer_both_turns_and_each_answer_gets_its_judgement(
             first, second = question["turns"]
             said = by_id[question["question_id"]]
             (turn_2,) = [
-                one for one in answers if second in one["prompt"] and said[0].strip() in one["prompt"]
+                one
+                for one in answers
+                if second in one["prompt"]
+                and said[0].strip() in one["prompt"]
                 and one["by"]["weights"] == target.identity[side]  # type: ignore[index]
-            ]  # fmt: skip
+            ]
             assert turn_2["prompt"].index(first) < turn_2["prompt"].index(second)
             assert turn_2["text"] == said[1]
             assert turn_2["sampling"]["temperature"] == temperatures[question["category"]]
@@ -182,7 +194,7 @@ def test_both_sides_answer_both_turns_and_each_answer_gets_its_judgement(
     assert len(server.bodies) == asked and (folder / "answers.jsonl").read_bytes() == before
 
 
-def test_a_temperature_of_ones_own_goes_before_the_benchmarks(
+def test_a_temperature_in_the_recipe_replaces_the_benchmarks(
     target: Target, tmp_path: Path, questions: Path, replay: Replay
 ) -> None:
     server = replay(lambda body, number: (200, "[RESULT] 4"))
@@ -201,11 +213,12 @@ def test_a_temperature_of_ones_own_goes_before_the_benchmarks(
 def test_a_real_server_judges_from_end_to_end(
     target: Target, tmp_path: Path, questions: Path, served: str, chat_model: Path
 ) -> None:
-    """`transformers serve` with the tiny model, which grades nothing: all is unparsed, counted, and its texts are kept."""
+    """`transformers serve` with the tiny model: every verdict is unparsed and counted, and every text is kept."""
     settings = evaluation(
-        mt_bench={"questions": str(questions), "limit": 2}, generation={"max_new_tokens": 4},
+        mt_bench={"questions": str(questions), "limit": 2},
+        generation={"max_new_tokens": 4},
         judge={"endpoint": served, "model": str(chat_model), "attempts": 1, "max_new_tokens": 6},
-    )  # fmt: skip
+    )
     found = TASK.run(target, settings, tmp_path / "mt_bench")
     assert found["judged"] == {side: {"judgements": 4, "unparsed": 4, "asked_again": 0} for side in ("base", "adapter")}
     assert found["figures"]["unparsed"]["adapter"]["value"] == 1.0
@@ -213,8 +226,9 @@ def test_a_real_server_judges_from_end_to_end(
     assert shown["base"]["value"] is None and shown["verdict"] is None
     (warning,) = warnings("mt_bench", found, "runs/a/evaluation/mt_bench")
     assert warning == (
-        "mt_bench: 8 of 8 verdicts of the judge could not be parsed, so its figures say little; most common reason (8 times): "
-        "cut off before [RESULT] (evaluation.judge.max_new_tokens=6). See runs/a/evaluation/mt_bench/judgements.jsonl"
+        "mt_bench: 8 of 8 verdicts of the judge could not be parsed, so its figures say little; "
+        "most common reason (8 times): cut off before [RESULT] (evaluation.judge.max_new_tokens=6). "
+        "See runs/a/evaluation/mt_bench/judgements.jsonl"
     )
     records = read_lines(tmp_path / "mt_bench" / "judgements.jsonl")
     assert len(records) == 8 and all(record["attempts"][0]["output"] for record in records)

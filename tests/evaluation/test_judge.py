@@ -1,4 +1,4 @@
-"""The judge is asked in the form it knows, again where its verdict cannot be read, and never twice for what it has said."""
+"""The judge is asked in the form it knows, again if its verdict cannot be parsed, and otherwise once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distft.errors import JudgeError
 from distft.evaluation.judge import RUBRIC, Judgement, Question, count, judge_all, out_of_ten
 from distft.evaluation.target import Target
 from distft.files import read_lines
-from tests.evaluation.judged.conftest import evaluation
+from tests.evaluation.conftest import evaluation
 
 Replay = Callable[..., Any]
 
@@ -29,17 +29,23 @@ def by_endpoint(address: str, **judge: Any) -> Any:
     return evaluation(judge={"endpoint": address, "model": "recorded", "concurrency": 2, "retries": 0, **judge})
 
 
-def test_a_grade_is_asked_for_with_all_that_it_depends_on() -> None:
+def test_the_prompt_for_a_grade_has_everything_it_depends_on() -> None:
     prompt = grade(7, "A better one").prompt("The rubric")
-    parts = ["###Task Description:", "###The instruction to evaluate:\nInstruction 7", "###Response to evaluate:\nResponse 7",
-             "###Reference Answer (Score 5):\nA better one", "###Score Rubrics:\nThe rubric", "###Feedback:"]  # fmt: skip
+    parts = [
+        "###Task Description:",
+        "###The instruction to evaluate:\nInstruction 7",
+        "###Response to evaluate:\nResponse 7",
+        "###Reference Answer (Score 5):\nA better one",
+        "###Score Rubrics:\nThe rubric",
+        "###Feedback:",
+    ]
     places = [prompt.index(part) for part in parts]
     assert places == sorted(places) and prompt.endswith("###Feedback:")
     assert "[RESULT] (an integer from 1 to 5)" in prompt
     assert "Reference" not in grade(7).prompt("The rubric") and "reference" not in grade(7).prompt("The rubric")
 
 
-def test_a_comparison_shows_both_and_asks_for_one() -> None:
+def test_the_prompt_for_a_comparison_shows_both_responses() -> None:
     question = Question("Say {something}.", ("First {0}", "Second"), {})
     prompt = question.prompt(RUBRIC)
     assert "###Instruction:\nSay {something}.\n\n###Response A:\nFirst {0}\n\n###Response B:\nSecond\n" in prompt
@@ -50,7 +56,7 @@ def test_the_rubric_has_a_line_for_each_grade() -> None:
     assert [line.split(":")[0] for line in RUBRIC.splitlines()[1:]] == [f"Score {number}" for number in range(1, 6)]
 
 
-def test_a_verdict_that_cannot_be_read_is_asked_for_again_and_then_counted(
+def test_an_unparsable_verdict_is_asked_for_again_and_finally_counted(
     target: Target, tmp_path: Path, replay: Replay
 ) -> None:
     """Question 0 is graded at once, 1 at the second attempt, 2 at the third, 3 never."""
@@ -79,14 +85,17 @@ def test_a_verdict_that_cannot_be_read_is_asked_for_again_and_then_counted(
     assert (last["verdict"], last["reason"], last["rubric"]) == (None, "no [RESULT]", RUBRIC)
     assert last["prompt"] == QUESTIONS[3].prompt(RUBRIC)
     assert last["judge"] == {
-        "engine": "endpoint", "model": "recorded", "revision": None, "mode": "absolute",
+        "engine": "endpoint",
+        "model": "recorded",
+        "revision": None,
+        "mode": "absolute",
         "endpoint": f"{server.address}/chat/completions",
-    }  # fmt: skip
+    }
     assert [attempt["output"] for attempt in last["attempts"]] == ["I would say 4 of 5."] * 3
     assert [attempt["sampling"]["temperature"] for attempt in last["attempts"]] == [0.0, 0.7, 0.7]
 
 
-def test_judging_again_costs_nothing(target: Target, tmp_path: Path, replay: Replay) -> None:
+def test_cached_judgements_cost_nothing(target: Target, tmp_path: Path, replay: Replay) -> None:
     server = replay(lambda body, number: (200, "[RESULT] 5" if number % 2 else "Hm."))
     settings = by_endpoint(server.address, attempts=2)
     first = judge_all(QUESTIONS, target, settings, tmp_path)
@@ -102,7 +111,7 @@ def test_judging_again_costs_nothing(target: Target, tmp_path: Path, replay: Rep
     assert len(server.bodies) > asked
 
 
-def test_an_interrupted_judge_goes_on_where_it_stopped(target: Target, tmp_path: Path, replay: Replay) -> None:
+def test_an_interrupted_judge_continues_where_it_stopped(target: Target, tmp_path: Path, replay: Replay) -> None:
     server = replay(lambda body, number: (200, "[RESULT] 4") if number != 2 else (400, "broken"))
     settings = by_endpoint(server.address, concurrency=1)
     with pytest.raises(JudgeError, match="400"):
@@ -128,7 +137,7 @@ def test_no_key_is_written_anywhere(
 
 
 def test_a_local_judge_is_a_model_like_any_other(target: Target, tmp_path: Path, chat_model: Path) -> None:
-    """The tiny model says nothing of use: every verdict is unparsed, and everything it wrote is kept."""
+    """The tiny model writes nothing useful: every verdict is unparsed, and everything it wrote is kept."""
     settings = evaluation(
         judge={
             "model": str(chat_model),
@@ -158,7 +167,7 @@ def test_a_local_judge_in_4_bits_judges_too(target: Target, tmp_path: Path, chat
     assert record["judge"]["bits"] == 4 and record["attempts"][0]["output"]
 
 
-def test_a_judge_that_is_not_here_is_named_with_its_remedies(target: Target, tmp_path: Path) -> None:
+def test_a_missing_judge_is_named_with_its_remedies(target: Target, tmp_path: Path) -> None:
     name = "distft-tests/there-is-no-such-judge"
     with pytest.raises(JudgeError, match=f"the judge {name} cannot be loaded") as caught:
         judge_all(QUESTIONS, target, evaluation(judge=name), tmp_path)
@@ -171,7 +180,7 @@ def test_a_judge_that_is_not_here_is_named_with_its_remedies(target: Target, tmp
     assert "hf download" not in str(caught.value) and "(model.name)" not in str(caught.value)
 
 
-def test_a_judge_that_is_named_alone_keeps_the_settings_beside_it(tmp_path: Path) -> None:
+def test_a_judge_given_by_name_keeps_its_other_settings(tmp_path: Path) -> None:
     words = ["evaluation.judge=some/judge", "evaluation.judge.mode=pairwise"]
     file = tmp_path / "mine.yaml"
     file.write_text("extends: tiny\nevaluation: {judge: some/judge}\n")
@@ -180,7 +189,7 @@ def test_a_judge_that_is_named_alone_keeps_the_settings_beside_it(tmp_path: Path
         assert (judge.model, judge.mode) == ("some/judge", "pairwise")
 
 
-def test_a_rubric_of_ones_own(target: Target, tmp_path: Path, replay: Replay) -> None:
+def test_a_rubric_from_a_file(target: Target, tmp_path: Path, replay: Replay) -> None:
     file = tmp_path / "rubric.txt"
     file.write_text("[Is it polite?]\n" + "\n".join(f"Score {number}: polite {number}" for number in range(1, 6)))
     server = replay(lambda body, number: (200, "[RESULT] 2"))
@@ -195,8 +204,21 @@ def test_a_rubric_of_ones_own(target: Target, tmp_path: Path, replay: Replay) ->
         )
 
 
-def test_twice_the_grade_is_shown() -> None:
+def test_scores_are_twice_the_grade() -> None:
     assert [out_of_ten(value) for value in (1, 5, None, "A")] == [2.0, 10.0, None, None]
     assert count([Judgement(1, None, 1), Judgement(None, "no [RESULT]", 3)]) == {
-        "judgements": 2, "unparsed": 1, "asked_again": 1,
-    }  # fmt: skip
+        "judgements": 2,
+        "unparsed": 1,
+        "asked_again": 1,
+    }
+
+
+def test_a_judge_is_a_name_or_a_mapping_and_evaluation_may_change_on_resume() -> None:
+    from distft.runs.record import _FREE_TO_CHANGE, _differences
+
+    named = load_recipe(["evaluation.judge=prometheus-eval/prometheus-7b-v2.0", "evaluation.tasks=[mt_bench]"])
+    mapped = load_recipe(["evaluation.judge={model: a/b, endpoint: 'http://127.0.0.1:8000/v1'}"])
+    assert named.evaluation.judge.model == "prometheus-eval/prometheus-7b-v2.0"
+    assert mapped.evaluation.judge.endpoint == "http://127.0.0.1:8000/v1"
+    assert "evaluation." in _FREE_TO_CHANGE
+    assert not list(_differences(load_recipe([]).model_dump(), named.model_dump()))

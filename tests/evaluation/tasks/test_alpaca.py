@@ -1,4 +1,4 @@
-"""Answers beside a reference's: who wins, and whether the place of an answer decided it."""
+"""Answers compared with a reference's: which one wins, and whether its position decided it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distft.evaluation.summary import columns, detail_lines, warnings
 from distft.evaluation.target import Target
 from distft.evaluation.tasks.alpaca import TASK, Judged, Pair, judged, read_pairs, summarise
 from distft.files import read_lines, to_json
-from tests.evaluation.judged.conftest import evaluation
+from tests.evaluation.conftest import evaluation
 
 Replay = Callable[..., Any]
 
@@ -47,9 +47,10 @@ def pairs(tmp_path: Path) -> Path:
 
 def settings_for(pairs: Path, address: str, **judge: Any) -> Any:
     return evaluation(
-        alpaca={"path": str(pairs)}, generation={"max_new_tokens": 10},
+        alpaca={"path": str(pairs)},
+        generation={"max_new_tokens": 10},
         judge={"endpoint": address, "model": "recorded", "retries": 0, "attempts": 1, **judge},
-    )  # fmt: skip
+    )
 
 
 def test_json_and_json_lines_are_read(pairs: Path, tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_json_and_json_lines_are_read(pairs: Path, tmp_path: Path) -> None:
         ('["One"]', "entry 1"),
     ],
 )
-def test_a_file_in_another_format_says_where(tmp_path: Path, text: str, says: str) -> None:
+def test_a_malformed_file_is_reported_with_the_entry(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "pairs.json"
     file.write_text(text)
     with pytest.raises(DataError, match=says):
@@ -81,9 +82,14 @@ def test_a_file_in_another_format_says_where(tmp_path: Path, text: str, says: st
 
 @pytest.mark.parametrize(
     ("answer", "reference", "outcome", "scores"),
-    [(5, 3, "win", (10.0, 6.0)), (2, 2, "tie", (4.0, 4.0)), (1, 4, "loss", (2.0, 8.0)), (None, 4, "unparsed", (None, 8.0)),
-     (4, None, "unparsed", (8.0, None))],
-)  # fmt: skip
+    [
+        (5, 3, "win", (10.0, 6.0)),
+        (2, 2, "tie", (4.0, 4.0)),
+        (1, 4, "loss", (2.0, 8.0)),
+        (None, 4, "unparsed", (None, 8.0)),
+        (4, None, "unparsed", (8.0, None)),
+    ],
+)
 def test_the_higher_grade_wins(answer: int | None, reference: int | None, outcome: str, scores: Any) -> None:
     assert judged(Judgement(answer, None, 1), Judgement(reference, None, 1)) == Judged(outcome, scores)  # type: ignore[arg-type]
 
@@ -99,7 +105,7 @@ def test_the_higher_grade_wins(answer: int | None, reference: int | None, outcom
         (None, None, "unparsed"),
     ],
 )
-def test_a_preference_counts_where_it_is_the_same_in_both_orders(
+def test_a_preference_counts_if_both_orders_agree(
     answer_first: str | None, reference_first: str | None, outcome: str
 ) -> None:
     found = judged(Judgement(answer_first, None, 1), Judgement(reference_first, None, 1))
@@ -112,8 +118,9 @@ def test_the_figures_are_what_counting_gives() -> None:
         {side: [Judgement(one, None, 1) for one in values] for side, values in given.items()}, evaluation()
     )  # type: ignore[misc]
     assert found["outcomes"] == {
-        "base": {"win": 0, "tie": 1, "loss": 1, "unparsed": 1}, "adapter": {"win": 1, "tie": 1, "loss": 1, "unparsed": 0},
-    }  # fmt: skip
+        "base": {"win": 0, "tie": 1, "loss": 1, "unparsed": 1},
+        "adapter": {"win": 1, "tie": 1, "loss": 1, "unparsed": 0},
+    }
     figures = found["figures"]
     assert figures["win_rate"]["base"]["value"] == pytest.approx(0.5 / 2)
     assert figures["win_rate"]["adapter"]["value"] == pytest.approx(1.5 / 3)
@@ -170,8 +177,11 @@ def test_both_orders_are_asked_and_a_fair_judge_is_consistent(
     outputs = json.loads((tmp_path / "alpaca" / "outputs_adapter.json").read_text())
     longer = [len(one["output"]) - len(pair["output"]) for one, pair in zip(outputs, PAIRS, strict=True)]
     assert found["outcomes"]["adapter"] == {
-        "win": sum(by > 0 for by in longer), "tie": sum(by == 0 for by in longer), "loss": sum(by < 0 for by in longer), "unparsed": 0,
-    }  # fmt: skip
+        "win": sum(by > 0 for by in longer),
+        "tie": sum(by == 0 for by in longer),
+        "loss": sum(by < 0 for by in longer),
+        "unparsed": 0,
+    }
     assert 0 not in longer and found["position"]["adapter"] == {"first_preferred": 0.5, "inconsistent": 0, "pairs": 4}
     records = [one for one in read_lines(tmp_path / "alpaca" / "judgements.jsonl") if one["side"] == "adapter"]
     for output, first, second in zip(outputs, records[::2], records[1::2], strict=True):
@@ -182,7 +192,7 @@ def test_both_orders_are_asked_and_a_fair_judge_is_consistent(
     assert "score" not in found["figures"] and found["reference_score"] is None
 
 
-def test_a_judge_that_always_takes_the_first_says_nothing_and_is_reported(
+def test_a_judge_that_always_prefers_the_first_answer_is_reported(
     target: Target, tmp_path: Path, pairs: Path, replay: Replay
 ) -> None:
     server = replay(lambda body, number: (200, "Both are good. [RESULT] A"))
@@ -197,13 +207,13 @@ def test_a_judge_that_always_takes_the_first_says_nothing_and_is_reported(
     assert "base 4 of 4 pairs, first answer preferred in 100% of verdicts" in warning
     (base, adapter) = detail_lines("alpaca", found)
     assert base == (
-        "alpaca: outcomes, compared in both orders: base: wins 0, ties 4, losses 0, unparsed 0, first answer preferred 100.0%, "
-        "orders disagree 4 of 4 pairs"
+        "alpaca: outcomes, compared in both orders: base: wins 0, ties 4, losses 0, unparsed 0, "
+        "first answer preferred 100.0%, orders disagree 4 of 4 pairs"
     )
     assert adapter.startswith("alpaca: outcomes, compared in both orders: adapter: wins 0")
 
 
-def test_the_two_modes_are_two_figures_with_titles_that_say_so() -> None:
+def test_the_two_modes_are_different_figures_with_different_titles() -> None:
     graded = {side: [Judgement(grade, None, 1) for grade in (3, 2) * 12] for side in ("base", "adapter")}
     preferred = {side: [Judgement(place, None, 1) for place in "AB" * 12] for side in ("base", "adapter")}
     one = summarise(graded, evaluation())  # type: ignore[arg-type]
@@ -222,11 +232,12 @@ def test_the_two_modes_are_two_figures_with_titles_that_say_so() -> None:
 def test_a_real_server_judges_from_end_to_end(
     target: Target, tmp_path: Path, pairs: Path, served: str, chat_model: Path
 ) -> None:
-    """`transformers serve` with the tiny model, which prefers nothing: all is unparsed, counted, and its texts are kept."""
+    """`transformers serve` with the tiny model: every verdict is unparsed and counted, and every text is kept."""
     settings = evaluation(
-        alpaca={"path": str(pairs), "limit": 1}, generation={"max_new_tokens": 4},
+        alpaca={"path": str(pairs), "limit": 1},
+        generation={"max_new_tokens": 4},
         judge={"endpoint": served, "model": str(chat_model), "attempts": 2, "max_new_tokens": 6, "mode": "pairwise"},
-    )  # fmt: skip
+    )
     found = TASK.run(target, settings, tmp_path / "alpaca")
     assert found["outcomes"]["adapter"] == {"win": 0, "tie": 0, "loss": 0, "unparsed": 1}
     assert found["judged"]["base"] == {"judgements": 2, "unparsed": 2, "asked_again": 2}

@@ -1,4 +1,4 @@
-"""`distft evaluate` is killed while it judges, and goes on where it stopped."""
+"""`distft evaluate` is killed while it judges, and continues where it stopped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distft.files import read_lines
 PAIRS = [{"instruction": f"Say {number} words.", "output": " ".join(["word"] * number)} for number in range(1, 9)]
 
 
-def test_killed_while_it_judges_nothing_is_generated_or_judged_twice(
+def test_after_a_kill_nothing_is_generated_or_judged_twice(
     tmp_path: Path, adapter: Path, replay: Callable[..., Any]
 ) -> None:
     server = replay(
@@ -26,10 +26,19 @@ def test_killed_while_it_judges_nothing_is_generated_or_judged_twice(
     )
     (tmp_path / "pairs.json").write_text(json.dumps(PAIRS))
     command = [
-        sys.executable, "-m", "distft.evaluation", "model=tiny", f"adapter={adapter}", "model.dtype=float32",
-        "evaluation.tasks=[alpaca]", "evaluation.alpaca.path=pairs.json", "evaluation.generation.max_new_tokens=8",
-        f"evaluation.judge.endpoint={server.address}", "evaluation.judge.model=recorded", "evaluation.judge.concurrency=1",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "distft.evaluation",
+        "model=tiny",
+        f"adapter={adapter}",
+        "model.dtype=float32",
+        "evaluation.tasks=[alpaca]",
+        "evaluation.alpaca.path=pairs.json",
+        "evaluation.generation.max_new_tokens=8",
+        f"evaluation.judge.endpoint={server.address}",
+        "evaluation.judge.model=recorded",
+        "evaluation.judge.concurrency=1",
+    ]
     root = Path(__file__).parents[3]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root / "src"), "HF_HUB_OFFLINE": "1"}
     first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

@@ -1,3 +1,5 @@
+"""Intervals and verdicts of figures."""
+
 from __future__ import annotations
 
 import math
@@ -15,10 +17,9 @@ from distft.evaluation.metrics import (
     share_figure,
 )
 from distft.evaluation.tasks.perplexity import figures
-from distft.reports.evaluation_charts import evaluation_charts
 
 
-def test_a_mean_has_the_interval_that_scipy_gives_it() -> None:
+def test_the_interval_of_a_mean_is_scipys() -> None:
     values = np.random.default_rng(0).exponential(size=20)
     ours = Estimate.student(values)
     theirs = stats.ttest_1samp(values, 0).confidence_interval(0.95)
@@ -26,13 +27,13 @@ def test_a_mean_has_the_interval_that_scipy_gives_it() -> None:
 
 
 @pytest.mark.parametrize("values", [[], [4.0], [8.0, 8.0, 8.0]])
-def test_what_shows_no_spread_on_few_items_has_no_interval(values: list[float]) -> None:
+def test_few_items_without_spread_have_no_interval(values: list[float]) -> None:
     found = Estimate.student(np.array(values))
     assert math.isnan(found.low) and math.isnan(found.high)
 
 
-def test_a_few_items_of_one_sign_give_no_verdict_and_ten_do() -> None:
-    """Three or four that went the same way: a bootstrap's interval leaves 0 out, whatever the differences are."""
+def test_fewer_than_ten_items_give_no_verdict() -> None:
+    """If three or four items go the same way, a bootstrap interval excludes 0, whatever the differences are."""
     for count, verdict in ((3, "too few items"), (9, "too few items"), (10, "loss")):
         base = np.full(count, 8.0) + np.arange(count) % 2
         adapter = np.full(count, 4.0)
@@ -57,7 +58,7 @@ GRADES = np.arange(2.0, 11.0, 2.0)
 
 @pytest.mark.parametrize("count", [3, 5, 10, 20])
 def test_the_interval_of_a_mean_difference_holds_its_level_on_few_items(count: int) -> None:
-    """Of grades of 1 to 5, doubled. The percentiles of bootstrap samples hold the mean too seldom: in 74% of trials with 3 items, 83% with 5."""
+    """For grades from 1 to 5, doubled. A bootstrap interval covers the mean too rarely: 74% for 3 items, 83% for 5."""
     draws = np.random.default_rng(count)
     of_base, of_adapter = np.array([0.1, 0.2, 0.4, 0.2, 0.1]), np.array([0.05, 0.15, 0.3, 0.3, 0.2])
     mean = float(GRADES @ (of_adapter - of_base))
@@ -88,8 +89,8 @@ def test_the_interval_of_a_difference_of_shares_holds_its_level(
     assert held / 2_000 >= 0.93
 
 
-def test_the_difference_of_paired_shares_is_newcombes() -> None:
-    """By his formula from the four counts of pairs: e right on both sides, f on the first alone, g on the second alone, h on neither."""
+def test_the_interval_of_a_difference_of_paired_shares_is_newcombes() -> None:
+    """His formula, from the counts of pairs right on both sides (e), only one (f or g) or neither (h)."""
     e, f, g, h = 36, 12, 2, 0
     one = np.array([1.0] * (e + f) + [0.0] * (g + h))
     other = np.array([1.0] * e + [0.0] * f + [1.0] * g + [0.0] * h)
@@ -112,7 +113,7 @@ def test_the_difference_of_paired_shares_is_newcombes() -> None:
     assert all_alike.value == -1 and all_alike.low == -1 < all_alike.high < -0.8, "it has a width"
 
 
-def test_every_bootstrap_sample_draws_as_many_items_and_the_seed_decides_which() -> None:
+def test_bootstrap_samples_have_the_size_of_the_data_and_depend_on_the_seed() -> None:
     weights = bootstrap_weights(7, seed=3, resamples=50)
     assert (weights.sum(1) == 7).all()
     assert (weights == bootstrap_weights(7, seed=3, resamples=50)).all()
@@ -122,50 +123,22 @@ def test_every_bootstrap_sample_draws_as_many_items_and_the_seed_decides_which()
 @pytest.mark.parametrize(
     ("interval", "better", "verdict"),
     [
-        ((0.1, 0.2), "higher", "gain"), ((-0.2, -0.1), "higher", "loss"), ((-0.2, -0.1), "lower", "gain"),
-        ((-0.1, 0.2), "higher", "inconclusive"), ((0.0, 0.0), "higher", "no difference"), ((math.nan, math.nan), "higher", None),
+        ((0.1, 0.2), "higher", "gain"),
+        ((-0.2, -0.1), "higher", "loss"),
+        ((-0.2, -0.1), "lower", "gain"),
+        ((-0.1, 0.2), "higher", "inconclusive"),
+        ((0.0, 0.0), "higher", "no difference"),
+        ((math.nan, math.nan), "higher", None),
     ],
-)  # fmt: skip
-def test_a_difference_is_one_where_its_interval_leaves_zero_out(interval, better, verdict) -> None:
+)
+def test_a_difference_is_a_gain_or_loss_only_if_its_interval_excludes_zero(interval, better, verdict) -> None:
     low, high = interval
     side = Estimate(1.0, 0.9, 1.1)
     assert figure_of(side, side, Estimate((low + high) / 2, low, high), title="x", better=better)["verdict"] == verdict
 
 
-def test_perplexity_is_the_exponential_of_the_mean_over_tokens_and_pairs_beat_chance() -> None:
-    draws = np.random.default_rng(5)
-    tokens = draws.integers(5, 50, 80).astype(float)
-    base = tokens * draws.normal(3.0, 1.0, 80)
-    adapter = base - tokens * draws.normal(0.1, 0.05, 80)  # samples differ far more than the sides do
-    found = figures({"base": base, "adapter": adapter}, tokens, seed=0)
-    assert found["perplexity"]["base"]["value"] == pytest.approx(math.exp(base.sum() / tokens.sum()))
-    assert found["loss"]["difference"]["value"] == pytest.approx((adapter - base).sum() / tokens.sum())
-    assert found["loss"]["verdict"] == found["perplexity"]["verdict"] == "gain"
-    wide = found["loss"]["base"]["high"] - found["loss"]["base"]["low"]
-    assert found["loss"]["difference"]["high"] - found["loss"]["difference"]["low"] < wide / 5
-
-
-def test_a_chart_has_the_categories_that_have_a_score() -> None:
-    def side(value: float | None) -> dict[str, float | None]:
-        return {"value": value, "low": value, "high": value}
-
-    score = figure_of(Estimate(4, 3, 5), Estimate(6, 5, 7), Estimate(2, 1, 3), title="score", form=".2f")
-    categories = {
-        "math": {"count": 2, "base": side(3.0), "adapter": side(5.0)},
-        "stem": {"count": 1, "base": side(None), "adapter": side(8.0)},
-        "coding": {"count": 1, "base": side(None), "adapter": side(None)},
-    }
-    charts = evaluation_charts({"run": {"mt_bench": {"figures": {"score": score}, "categories": categories}}})
-    whole, parts = charts
-    assert whole.key == "evaluation_mt_bench" and parts.key == "evaluation_mt_bench_by_category"
-    assert parts.table.heads == ["figure", "base", "adapter"]
-    assert [row[0] for row in parts.table.texts] == ["math", "stem"], "coding has no scores"
-    (math, stem) = parts.table.texts
-    assert "3.00" in math[1] and "5.00" in math[2] and "8.00" in stem[2]
-
-
 @pytest.mark.parametrize(("right", "count", "low", "high"), [(0, 6, 0.0, 0.39), (4, 6, 0.30, 0.903), (6, 6, 0.61, 1.0)])
-def test_a_share_has_an_interval_within_0_and_1_and_of_some_width(
+def test_the_interval_of_a_share_has_a_width_and_stays_within_0_and_1(
     right: int, count: int, low: float, high: float
 ) -> None:
     """Wilson's, (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), by hand."""
@@ -175,7 +148,7 @@ def test_a_share_has_an_interval_within_0_and_1_and_of_some_width(
     assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
-def test_a_tie_counts_as_half_in_a_share_and_nothing_has_no_interval() -> None:
+def test_a_tie_is_half_in_a_share_and_no_items_have_no_interval() -> None:
     halves = Estimate.share(np.array([1.0, 0.5, 0.0, 0.5]))
     assert halves == Estimate.share(np.array([1.0, 1.0, 0.0, 0.0])) and halves.low < 0.2 < 0.8 < halves.high
     nothing = Estimate.share(np.array([]))
