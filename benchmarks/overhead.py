@@ -44,7 +44,11 @@ def work(output: Path) -> None:
     from transformers import TrainerCallback
 
     from distft.runs import manifest
-    from distft.training import run as train
+    from distft.training import trainer
+    from distft.training.checkpoints import Checkpoints
+    from distft.training.run import train
+    from distft.training.stopping import StopTogether
+    from distft.training.watchdog import Watchdog
 
     times: dict[str, list[float]] = {name: [] for name in ("with", "without", "inside", "save", "waiting", "hashing")}
     now = {"on": True, "inside": 0.0, "began": 0.0, "step": 0, "saved": 0}
@@ -84,7 +88,7 @@ def work(output: Path) -> None:
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             now["saved"] = state.global_step
 
-    class Trainer(train.Trainer):
+    class Trainer(trainer.Trainer):
         def __init__(self, *args: Any, callbacks: list[Any], **kwargs: Any) -> None:
             # The clock starts before all other callbacks and stops after them.
             super().__init__(*args, callbacks=callbacks, **kwargs)
@@ -97,9 +101,9 @@ def work(output: Path) -> None:
             for event in events:
                 setattr(self, event, getattr(inner, event))
 
-    switched(train.Watch, "on_step_begin", "on_substep_end", "on_step_end")
-    switched(train.StopTogether, "on_step_begin", "on_step_end")
-    original_save = train.Checkpoints.save
+    switched(Watchdog, "on_step_begin", "on_step_end")
+    switched(StopTogether, "on_step_begin", "on_step_end")
+    original_save = Checkpoints.save
 
     def save(self: Any, state: Any, model: Any, optimizer: Any, write: Callable[[], None]) -> None:
         """Time the whole save; everything but the trainer's own write is distft's overhead."""
@@ -115,10 +119,10 @@ def work(output: Path) -> None:
         times["save"].append(time.perf_counter() - start)
         times["waiting"].append(times["save"][-1] - written)
 
-    train.Checkpoints.save = save
+    Checkpoints.save = save
     manifest.write = timed("hashing", manifest.write)
-    train.Trainer = Trainer
-    train.train([*OVERRIDES, f"run.dir={output.parent / 'runs'}"])
+    trainer.Trainer = Trainer
+    train([*OVERRIDES, f"run.dir={output.parent / 'runs'}"])
     rank = os.environ.get("RANK", "0")
     output.with_suffix(f".{rank}").write_text(json.dumps(times))
 

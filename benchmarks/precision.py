@@ -25,7 +25,7 @@ from provenance import provenance
 from distft.files import to_json, write_atomically
 from distft.runs.folder import RunFolder
 from distft.train import main as main_of_worker
-from distft.training import run as train
+from distft.training import trainer
 
 BF16 = ["model.dtype=bfloat16", "training.bf16=true", "quantization.bnb_4bit_compute_dtype=bfloat16"]
 FP32 = ["model.dtype=float32", "training.bf16=false", "quantization.bnb_4bit_compute_dtype=float32"]
@@ -95,7 +95,7 @@ def main() -> int:
     if sys.argv[1:2] == ["--train"]:
         variant, sys.argv[1:] = sys.argv[2], sys.argv[3:]
         if variant == "bf16_masters":
-            train.keep_adapter_in_fp32 = in_bf16
+            trainer.keep_adapter_in_fp32 = in_bf16
         return main_of_worker()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import textwrap
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from mkdocs.structure.files import File, Files
+
+if TYPE_CHECKING:
+    from distft.config.reference import RecipeKey
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -18,7 +22,47 @@ def on_files(files: Files, config: Any) -> Files:
 
 def recipes() -> str:
     """Every recipe field, section by section, from the schema."""
-    return "# Recipe reference\n"
+    from distft.config.reference import recipe_reference, section_descriptions
+
+    parts = [
+        "# Recipe reference",
+        "",
+        "Every field of a recipe. `distft recipes show NAME` prints the values of a recipe and where each comes from. A",
+        "field without a default is required. Values are YAML, and `null` means none.",
+        "",
+    ]
+    described = section_descriptions()
+    fields = sorted(recipe_reference(), key=lambda key: bool(key.section))  # stable: those outside a section come first
+    for section, keys in itertools.groupby(fields, key=lambda key: key.section):
+        parts += [f"## {section}", "", described[section], ""] if section else ["## Top level", ""]
+        parts += _fields(list(keys))
+    return "\n".join(parts)
+
+
+def _fields(keys: Sequence[RecipeKey]) -> list[str]:
+    """The table of a section. An origin that all fields share is said once; a column without content is left out."""
+    rows = [
+        {
+            "field": "`" + f"{key.section}.{key.key}".lstrip(".") + "`",
+            "type": _cell(key.type),
+            "default": f"`{_cell(key.default)}`" if key.default else "",
+            "unit": key.unit or "",
+            "defined by": key.origin,
+            "description": _cell(key.description),
+        }
+        for key in keys
+    ]
+    origins = {key.origin for key in keys}
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
+    if len(origins) == 1:
+        columns.remove("defined by")
+    return [
+        *([f"Defined by {origins.pop()}.", ""] if len(origins) == 1 else []),
+        "| " + " | ".join(columns) + " |",
+        "|" + " --- |" * len(columns),
+        *("| " + " | ".join(row[name] for name in columns) + " |" for row in rows),
+        "",
+    ]
 
 
 def commands() -> str:

@@ -15,7 +15,11 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[2]
-_ELSEWHERE = re.compile(r"#.*needs (a GPU|the hub|SLURM)")
+
+
+def needs_another_machine(line: str) -> bool:
+    """Whether the comment of `line` says that it needs a GPU, the hub or SLURM."""
+    return bool(re.search(r"#.*needs (a GPU|the hub|SLURM)", line))
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,8 @@ class Page:
 def commands(text: str) -> list[Command]:
     """The commands of an `sh` block, one per line, with their comments."""
     lines = [line for line in text.replace("\\\n", " ").splitlines() if line]
-    all_elsewhere = lines[0].startswith("#") and bool(_ELSEWHERE.search(lines[0]))
-    return [Command(line, all_elsewhere or bool(_ELSEWHERE.search(line))) for line in lines if not line.startswith("#")]
+    all_elsewhere = lines[0].startswith("#") and needs_another_machine(lines[0])
+    return [Command(line, all_elsewhere or needs_another_machine(line)) for line in lines if not line.startswith("#")]
 
 
 def _in_order(nav: list[dict[str, object]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 from markdown.extensions.toc import slugify
 
+import distft
+
 from .pages import PAGES, README, ROOT, Page
+from .test_tables import KEYS
 
 DOCUMENTS = [README, Page(ROOT / "CONTRIBUTING.md")]
 
@@ -35,6 +39,19 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
         loaded = re.findall(r"<(?:script|img|iframe|source)[^>]+src=\"?([^\" >]+)", text)
         loaded += re.findall(r"<link[^>]+href=\"?([^\" >]+)", text)
         assert [url for url in loaded if re.match(r"(https?:)?//", url)] == [], path.name
+
+
+def test_the_references_are_complete(site: Path) -> None:
+    def shown(name: str) -> str:
+        return html.unescape((site / "reference" / f"{name}.html").read_text(encoding="utf-8"))
+
+    fields = {key for key in KEYS if not any(other.startswith(f"{key}.") for other in KEYS)}
+    own = {key for key in fields if not key.startswith(("lora.", "training."))}
+    recipes, commands, python = shown("recipe"), shown("commands"), shown("python")
+    assert {key for key in own if f"<code>{key}</code>" not in recipes} == set()
+    assert {"lora.r", "training.learning_rate"} <= set(re.findall(r"<code>([\w.]+)</code>", recipes))
+    assert "distft recipes validate" in commands and "--no-bandwidth" in commands
+    assert {name for name in distft.__all__ if f'id="distft.{name}"' not in python} == set()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda each: each.path.stem)

@@ -55,6 +55,21 @@ def test_every_key_on_a_page_is_a_field(shown: Page) -> None:
     assert {key for key in keys if key.rsplit(".", 1)[1] not in FILES} - KEYS == set()
 
 
+@pytest.mark.parametrize(
+    "shown", [page("architecture"), Page(ROOT / "CONTRIBUTING.md")], ids=lambda each: each.path.stem
+)
+def test_every_file_and_folder_named_on_a_page_exists(shown: Page) -> None:
+    for name in re.findall(r"`([\w./]+(?:/|\.py|\.md|\.txt|\.toml|\.sbatch))`", shown.text):
+        assert any((root / name).exists() for root in (ROOT, ROOT / "src" / "distft")), name
+
+
+def test_every_make_target_named_in_contributing_exists() -> None:
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert phony is not None
+    named = set(re.findall(r"`make ([\w-]+)", Page(ROOT / "CONTRIBUTING.md").text))
+    assert named and named <= set(phony[1].split())
+
+
 def test_evaluations_are_described_by_their_tasks_and_defaults() -> None:
     shown = page("evaluation")
     tasks, files = shown.tables("Tasks")
