@@ -6,8 +6,8 @@ import json
 from collections import defaultdict
 from typing import Any
 
-from distft.reports.comparison import CLOSE
-from distft.stats import Interval, ratio
+from distft.reports.comparison import judge
+from distft.stats import Interval
 
 from .pages import PAGES, ROOT, page
 
@@ -32,10 +32,11 @@ def speeds_of(experiment: str) -> dict[str, list[float]]:
     return speeds
 
 
-def verdict(interval: Interval) -> str:
-    if interval.excludes(1):
-        return "different"
-    return "no difference" if interval.low >= 1 / CLOSE and interval.high <= CLOSE else "inconclusive"
+def compared(one: list[float], other: list[float], together: int = 1) -> tuple[Interval, str]:
+    """The ratio of `other` to `one` with its interval, and the verdict of a report."""
+    interval, verdict = judge(one, other, together)
+    assert interval is not None
+    return interval, verdict
 
 
 EXPERIMENTS = {"report's": "ddp_vs_fsdp_published", "distft's": "ddp_vs_fsdp"}
@@ -47,14 +48,12 @@ def test_the_fair_comparison_comes_first_with_its_intervals() -> None:
     expected = []
     for settings, experiment in EXPERIMENTS.items():
         speeds = speeds_of(experiment)
-        found = ratio(speeds["fsdp_bf16"], speeds["ddp_qlora"], len(speeds) - 1)
-        expected.append(
-            [settings, f"× {found.centre:.2f}", f"{found.low:.2f} – {found.high:.2f}", verdict(found)],
-        )
+        found, verdict = compared(speeds["fsdp_bf16"], speeds["ddp_qlora"], len(speeds) - 1)
+        expected.append([settings, f"× {found.centre:.2f}", f"{found.low:.2f} – {found.high:.2f}", verdict])
     assert answer == expected
     speeds = speeds_of("ddp_vs_fsdp")
-    pair = ratio(speeds["fsdp_bf16"], speeds["ddp_bf16"])
-    assert verdict(pair) == "inconclusive"
+    pair, verdict = compared(speeds["fsdp_bf16"], speeds["ddp_bf16"])
+    assert verdict == "inconclusive"
     assert (
         f"`ddp_bf16` is {pair.centre:.2f} times as fast as `fsdp_bf16` with distft's settings "
         f"({pair.low:.2f} to {pair.high:.2f}, this pair alone)"
@@ -98,8 +97,8 @@ def test_pauses() -> None:
     sides = defaultdict(list)
     for run in measured("pauses_h200")["runs"]:
         sides[run["side"]].append(run["samples_per_second"])
-    gain = ratio(sides["not frozen"], sides["frozen"])
-    assert verdict(gain) == "inconclusive"
+    gain, verdict = compared(sides["not frozen"], sides["frozen"])
+    assert verdict == "inconclusive"
     assert f"× {gain.centre:.2f} ({gain.low:.2f} to {gain.high:.2f}), is inconclusive with two runs each" in TEXT
 
 
