@@ -17,7 +17,7 @@ TASKS: dict[TaskName, str] = {
     "mt_bench": "two-turn questions, graded by a judge",
     "alpaca": "answers compared with a reference's by a judge",
 }
-"""What each task measures, for `distft evaluate --help`. Their code is in `distft/evaluation/tasks/`, which says how to add one."""
+"""What each task measures, for `distft evaluate --help`. To add a task, see `distft/evaluation/tasks/__init__.py`."""
 
 _QUESTIONS: JsonDict = {"unit": "questions"}
 _REQUESTS: JsonDict = {"unit": "requests"}

@@ -1,7 +1,7 @@
-"""Figures with what chance does to them: 95% intervals, and whether a difference means anything.
+"""Figures with 95% intervals, and verdicts on their differences.
 
-Shares have Wilson's interval and their difference Newcombe's, means and paired differences of scores Student's; F1 and
-perplexity, which are neither, have the bootstrap's.
+Shares have Wilson's interval and their differences Newcombe's. Means and paired differences of scores have Student's.
+F1 and perplexity, which are neither, have the bootstrap's.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from scipy import stats
 LEVEL = 0.95
 RESAMPLES = 10_000
 FEWEST = 10
-"""On fewer pairs there is no verdict. Ten differences of one sign come by chance once in 512 times (the sign test),
-and Student's interval holds its level on ten grades of 1 to 5; of three or four items that happen to agree an interval
-says too much."""
+"""With fewer pairs there is no verdict. Ten differences of the same sign occur by chance once in 512 times (sign test), and
+Student's interval holds its level for ten grades from 1 to 5. For three or four items that happen to agree, an interval
+would
+be too narrow."""
 TOO_FEW = "too few items"
 _NORMAL = 1.959963984540054
 """The normal distribution's quantile at (1 + LEVEL) / 2."""
@@ -32,7 +33,7 @@ Better = Literal["higher", "lower"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and the bounds of its interval (LEVEL); NaN where there is nothing to take it from."""
+    """A value and the bounds of its interval at LEVEL; NaN if unknown."""
 
     value: float
     low: float
@@ -40,8 +41,7 @@ class Estimate:
 
     @classmethod
     def of(cls, value: float, resampled: Floats) -> Estimate:
-        """From the figure and what it is in bootstrap samples: their percentiles (Efron 1979); samples that give none
-        are left out."""
+        """Percentile interval of the values in bootstrap samples (Efron 1979), ignoring those that are not finite."""
         known = resampled[np.isfinite(resampled)]
         if not len(known):
             return cls(float(value), math.nan, math.nan)
@@ -50,31 +50,36 @@ class Estimate:
 
     @classmethod
     def normal(cls, value: float, error: float) -> Estimate:
-        """From the figure and its standard error, as a normal distribution."""
+        """Normal interval from the standard error."""
         return cls(value, value - _NORMAL * error, value + _NORMAL * error)
 
     @classmethod
     def proportion(cls, value: float, count: int) -> Estimate:
-        """From the share `value` of `count` items: Wilson's interval (1927), which stays within 0 and 1 and has a
-        width at both. None without items. Items may count in parts (a tie as a half): values from 0 to 1 spread no
-        more than those of 0 and 1, so that the interval is then rather too wide."""
+        """Wilson's interval (1927) of the share `value` of `count` items. NaN bounds without items.
+
+        It stays within 0 and 1 and has a width at both. Items may count in part (a tie as a half): values between 0 and
+        1 vary less than zeros and ones, so the interval is then slightly too wide.
+        """
         if count < 1 or math.isnan(value):
             return cls(value, math.nan, math.nan)
         square = _NORMAL**2 / count
         centre = (value + square / 2) / (1 + square)
         width = _NORMAL * math.sqrt(value * (1 - value) / count + square / (4 * count)) / (1 + square)
-        # At 0 and 1 a bound is the share itself, but for rounding.
+        # At 0 and 1 a bound equals the share, except for rounding.
         return cls(value, min(max(centre - width, 0.0), value), max(min(centre + width, 1.0), value))
 
     @classmethod
     def share(cls, values: Floats) -> Estimate:
-        """The mean of `values` [items], each from 0 to 1, as a `proportion`."""
+        """`proportion` of the mean of `values` [items], each from 0 to 1."""
         return cls.proportion(float(values.mean()) if len(values) else math.nan, len(values))
 
     @classmethod
     def student(cls, values: Floats) -> Estimate:
-        """The mean of `values` [items] and Student's interval (1908) of it. No bounds of a single value, nor of fewer
-        than FEWEST that are all equal: they do not say how far others would lie."""
+        """Student's interval (1908) of the mean of `values` [items].
+
+        NaN bounds for a single value, and for fewer than FEWEST values that are all equal: they say nothing about the
+        spread.
+        """
         count = len(values)
         value = float(values.mean()) if count else math.nan
         spread = count > 1 and float(np.ptp(values)) > 0
@@ -86,10 +91,12 @@ class Estimate:
 
     @classmethod
     def apart(cls, base: Estimate, adapter: Estimate, correlation: float) -> Estimate:
-        """adapter − base of two shares whose samples have this `correlation`: each bound from the sides' own (Newcombe
-        1998, "Improved confidence intervals for the difference between binomial proportions based on paired data",
-        method 10; Zou and Donner 2008 for estimates in general). It has a width where all items changed the same way,
-        where a bootstrap sample has none."""
+        """adapter − base of two estimates whose samples have this `correlation`, with bounds from those of the sides.
+
+        Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based on paired
+        data", method 10; Zou and Donner 2008 for estimates in general. Unlike a bootstrap interval it has a width even
+        if all items change in the same way.
+        """
 
         def reach(one: float, other: float) -> float:
             return math.sqrt(max(one**2 - 2 * correlation * one * other + other**2, 0.0))
@@ -100,14 +107,14 @@ class Estimate:
 
 
 def correlation(one: Floats, other: Floats) -> float:
-    """Pearson's, of pairs; 0 where a side does not vary."""
+    """Pearson's correlation of pairs; 0 if a side is constant."""
     if not len(one) or float(np.ptp(one)) == 0 or float(np.ptp(other)) == 0:
         return 0.0
     return float(np.corrcoef(one, other)[0, 1])
 
 
 def apart_in_pairs(base: Floats, adapter: Floats) -> Estimate:
-    """adapter − base of the shares of the same items, their values [items] from 0 to 1."""
+    """adapter − base of two shares of the same items, from their values [items] between 0 and 1."""
     return Estimate.apart(Estimate.share(base), Estimate.share(adapter), correlation(base, adapter))
 
 
@@ -216,10 +223,12 @@ def _known_on_both(base: Floats, adapter: Floats) -> NDArray[np.bool_]:
 
 
 def bootstrap_weights(count: int, seed: int, resamples: int = RESAMPLES) -> NDArray[np.int32]:
-    """How often each of `count` items is drawn in each bootstrap sample, [resamples, count]: the same for every figure
-    of one seed, which is what makes differences paired."""
+    """How often each of `count` items is drawn in each bootstrap sample, [resamples, count].
+
+    The same seed gives the same samples for every figure, which makes differences paired.
+    """
     draws = np.random.default_rng(seed)
     weights = np.zeros((resamples, count), dtype=np.int32)
-    for row in weights:  # one at a time: the draws of all would take ten times the memory
+    for row in weights:  # one sample at a time: all draws at once would take ten times the memory
         row += np.bincount(draws.integers(0, count, count), minlength=count).astype(np.int32)
     return weights
