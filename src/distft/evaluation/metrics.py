@@ -18,10 +18,9 @@ from scipy import stats
 LEVEL = 0.95
 RESAMPLES = 10_000
 FEWEST = 10
-"""With fewer pairs there is no verdict. Ten differences of the same sign occur by chance once in 512 times (sign test), and
-Student's interval holds its level for ten grades from 1 to 5. For three or four items that happen to agree, an interval
-would
-be too narrow."""
+"""With fewer pairs there is no verdict. Ten differences of the same sign occur by chance once in 512 times (sign test),
+and Student's interval holds its level for ten grades from 1 to 5. For three or four items that happen to agree, an
+interval would be too narrow."""
 TOO_FEW = "too few items"
 _NORMAL = 1.959963984540054
 """The normal distribution's quantile at (1 + LEVEL) / 2."""

@@ -139,7 +139,7 @@ def _settings(recipe: Recipe, task: TaskName) -> dict[str, Any]:
 
 
 def _known(folder: RunFolder, weights: Mapping[Any, str]) -> dict[str, Any]:
-    """Earlier results for these weights. Results for other weights are dropped, and that is said."""
+    """Earlier results for these weights. Results for other weights are dropped, with a message."""
     if not folder.results.is_file():
         return {}
     found = json.loads(folder.results.read_text(encoding="utf-8"))

@@ -64,7 +64,7 @@ class Detail:
 
 
 def columns(evaluation: Mapping[str, Any] | None) -> dict[str, float | None]:
-    """The adapter's figures (the base's where there is no adapter) for the comparison of runs, by column; None if
+    """The adapter's figures (the base's if there is no adapter) for the comparison of runs, by column; None if
     unknown."""
     return {column: estimate(evaluation, column).get("value") for column in _COLUMNS}
 

@@ -154,17 +154,17 @@ def _answer(
     target: Target, settings: Evaluation, side: SideName, questions: Sequence[TwoTurns], folder: Path
 ) -> list[tuple[Answer, ...]]:
     """The answers to each question. The second turn sees the first one and the answer to it."""
-    said: list[tuple[Answer, ...]] = [() for _ in questions]
+    answers: list[tuple[Answer, ...]] = [() for _ in questions]
     with target.side(side):
         engine = choose_engine(target, settings, side)
         for turn in range(TURNS):
             items = [
                 Item(_conversation(question, given), _sampling(question.category, settings))
-                for question, given in zip(questions, said, strict=True)
+                for question, given in zip(questions, answers, strict=True)
             ]
             new = generate(engine, items, target.world, folder / "answers.jsonl", f"{side}, turn {turn + 1}")
-            said = [(*given, answer) for given, answer in zip(said, new, strict=True)]
-    return said
+            answers = [(*given, answer) for given, answer in zip(answers, new, strict=True)]
+    return answers
 
 
 def _conversation(question: TwoTurns, given: Sequence[Answer]) -> tuple[Message, ...]:
