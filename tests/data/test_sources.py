@@ -93,9 +93,14 @@ def test_a_missing_file_is_an_error(prepare: Prepare, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("rows.jsonl", ""), ("rows.jsonl", "\n\n"), ("rows.csv", "q,a\n"), ("rows.json", "[]")],
-    ids=["no byte", "blank lines", "a header alone", "an empty list"],
-)  # fmt: skip
+    ("name", "content"),
+    [
+        pytest.param("rows.jsonl", "", id="no byte"),
+        pytest.param("rows.jsonl", "\n\n", id="blank lines"),
+        pytest.param("rows.csv", "q,a\n", id="only a header"),
+        pytest.param("rows.json", "[]", id="an empty list"),
+    ],
+)
 def test_a_file_without_rows_is_reported_as_empty(prepare: Prepare, tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=rf"{name} is empty"):
