@@ -27,12 +27,12 @@ def recipes() -> str:
     parts = [
         "# Recipe reference",
         "",
-        "Every field of a recipe. `distft recipes show NAME` prints the values of a recipe and where each comes from. A",
-        "field without a default is required. Values are YAML, and `null` means none.",
+        "Every field of a recipe. `distft recipes show NAME` prints the values of a recipe and where each comes from.",
+        "A field without a default is required. Values are YAML, and `null` means none.",
         "",
     ]
     described = section_descriptions()
-    fields = sorted(recipe_reference(), key=lambda key: bool(key.section))  # stable: those outside a section come first
+    fields = sorted(recipe_reference(), key=lambda key: bool(key.section))  # fields outside a section come first
     for section, keys in itertools.groupby(fields, key=lambda key: key.section):
         parts += [f"## {section}", "", described[section], ""] if section else ["## Top level", ""]
         parts += _fields(list(keys))
