@@ -74,13 +74,14 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        """Why figures of evaluations are meaningless, one line each."""
-        return [
-            line
+        """Why figures of evaluations are meaningless, one line each, with the run's name if there are several."""
+        found = [
+            (run.name, line)
             for run in self.runs
             for task, result in run.evaluation.items()
             for line in details.warnings(task, result, f"{run.path}/evaluation/{task}")
         ]
+        return [f"{name}: {line}" if len(self.evaluations) > 1 else line for name, line in found]
 
     @property
     def evaluations(self) -> dict[str, Mapping[str, Any]]:
