@@ -209,9 +209,9 @@ def browser() -> Iterator[Browser]:
 def opened(browser: Browser, file: Path, **options: Any) -> tuple[Any, list[str]]:
     """The page, and every error and request to anything but the file itself while it was opened."""
     page = browser.new_context(offline=True, **options).new_page()
-    told: list[str] = []
-    page.on("console", lambda message: told.append(message.text))
-    page.on("pageerror", lambda error: told.append(str(error)))
-    page.on("request", lambda request: told.append(request.url) if request.url != file.as_uri() else None)
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: problems.append(request.url) if request.url != file.as_uri() else None)
     page.goto(file.as_uri())
-    return page, told
+    return page, problems

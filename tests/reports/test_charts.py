@@ -30,8 +30,8 @@ def test_points_are_distinct_labelled_and_not_cut_off(browser: Browser, tmp_path
     for n, folder in enumerate(folders):
         folder.recipe.write_text(f"strategy: ddp\nrun: {{name: {folder.name}, seed: 1}}\nlora: {{r: {n}}}\n")
     report(tmp_path, *(str(folder.path) for folder in folders), "--output", "page.html")
-    page, told = opened(browser, tmp_path / "page.html", viewport={"width": 1280, "height": 900})
-    assert told == []
+    page, problems = opened(browser, tmp_path / "page.html", viewport={"width": 1280, "height": 900})
+    assert problems == []
     rows = page.eval_on_selector_all("#chart-pareto tbody tr", CELLS)
     front = [row[0] for row in rows if row[3] == "yes"]
     texts = page.locator("#chart-pareto svg text").all_text_contents()

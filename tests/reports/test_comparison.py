@@ -154,15 +154,15 @@ def test_an_experiment_sets_the_tolerance_of_losses(
     for turn in ("", "-r2"):
         make(tmp_path / "runs", f"mine-a{turn}", "lora.r=1")
         make(tmp_path / "runs", f"mine-b{turn}", "lora.r=2", train_loss=2.55)
-    told = {}
+    answers = {}
     for tolerance in ("", "loss_tolerance: 0.03\n", "loss_tolerance: 0\n"):
         path.write_text(text + tolerance)
         code = main(["report", "experiment=mine", "--json"])
         shown = capsys.readouterr()
-        told[tolerance] = json.loads(shown.out)["verdict"] if code == 0 else shown.err
-    assert told[""].startswith("No verdict on the speed of b compared with a: ")
-    assert told["loss_tolerance: 0.03\n"].startswith("b is as fast as a")
-    assert "loss_tolerance: expected" in told["loss_tolerance: 0\n"]
+        answers[tolerance] = json.loads(shown.out)["verdict"] if code == 0 else shown.err
+    assert answers[""].startswith("No verdict on the speed of b compared with a: ")
+    assert answers["loss_tolerance: 0.03\n"].startswith("b is as fast as a")
+    assert "loss_tolerance: expected" in answers["loss_tolerance: 0\n"]
 
 
 @pytest.mark.parametrize("loss", [float("nan"), None])

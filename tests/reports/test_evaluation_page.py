@@ -81,8 +81,8 @@ def test_difference_and_verdict_of_an_evaluation_are_visible(
 ) -> None:
     folders = [evaluated(tmp_path, f"tiny_sentiment-seed{number}-rank32") for number in range(runs)]
     report(tmp_path, *(str(folder.path) for folder in folders), "--output", "page.html")
-    page, told = opened(browser, tmp_path / "page.html", viewport={"width": width, "height": 900})
-    assert told == [] and page.evaluate("document.documentElement.scrollWidth") <= width
+    page, problems = opened(browser, tmp_path / "page.html", viewport={"width": width, "height": 900})
+    assert problems == [] and page.evaluate("document.documentElement.scrollWidth") <= width
     boxes = page.eval_on_selector_all("section[aria-labelledby^=evaluation] .scroll", BOXES)
     assert len(boxes) == 5, "figures, a matrix, answers, categories, outcomes"
     for whole, seen, *rights in boxes:

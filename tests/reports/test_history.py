@@ -22,8 +22,8 @@ def test_the_log_of_any_trainer_gets_a_page(browser: Browser, tmp_path: Path) ->
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": 8}))
     (tmp_path / "bare.json").write_text(json.dumps([{"step": "4", "eval_loss": 0.5}, *history]))
     report(tmp_path, "trainer_state.json", "bare.json", "--output", "log.html")
-    page, told = opened(browser, tmp_path / "log.html")
-    assert told == [] and page.title() == f"{tmp_path.name} and bare"
+    page, problems = opened(browser, tmp_path / "log.html")
+    assert problems == [] and page.title() == f"{tmp_path.name} and bare"
     keys = {figure.get_attribute("id").removeprefix("chart-") for figure in page.query_selector_all("figure")}
     assert keys == {"loss_step", "learning_rate", "eval_loss", "eval_perplexity", "eval_accuracy"}
     drawn = page.locator("#chart-eval_perplexity tbody tr").all_text_contents()
@@ -57,14 +57,14 @@ def test_the_log_of_any_trainer_gets_a_page(browser: Browser, tmp_path: Path) ->
 
 
 def test_faulty_logs_are_reported(tmp_path: Path) -> None:
-    for text, told in (
+    for text, message in (
         ("[]", "has an empty log_history"),
         ('[{"loss": 2.5, "epoch": 1}]', "log.json cannot be drawn: none of its 1 record has a whole number as step"),
         ("", "is not readable JSON"),
     ):
         (tmp_path / "log.json").write_text(text)
         done = command(tmp_path, "log.json")
-        assert done.returncode == 2 and told in done.stderr
+        assert done.returncode == 2 and message in done.stderr
     (tmp_path / "log.json").write_text(
         '[{"step": "1", "loss": NaN}, {"step": 2, "loss": "2.5"}, {"step": 3, "loss": Infinity}, {"loss": 1}, 7]'
     )

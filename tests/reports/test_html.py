@@ -62,8 +62,8 @@ RIGHT_EDGES = """rows => rows.map(row => [...row.cells].map(cell => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [375, 1280])
 def test_every_chart_is_drawn_without_network_requests(browser: Browser, made: Path, width: int, scheme: Any) -> None:
-    page, told = opened(browser, made / "page.html", viewport={"width": width, "height": 800}, color_scheme=scheme)
-    assert told == []
+    page, problems = opened(browser, made / "page.html", viewport={"width": width, "height": 800}, color_scheme=scheme)
+    assert problems == []
     assert {figure.get_attribute("id").removeprefix("chart-") for figure in page.query_selector_all("figure")} == KEYS
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page itself never scrolls sideways"
     for figure in page.query_selector_all("figure"):
@@ -119,8 +119,8 @@ def test_the_page_says_why_a_run_has_no_figures(browser: Browser, tmp_path: Path
     for kind in ("html", "json"):
         report(tmp_path, *(str(folder.path) for folder in folders), "--output", f"page.{kind}")
     for width in (375, 1280):
-        page, told = opened(browser, tmp_path / "page.html", viewport={"width": width, "height": 800})
-        assert told == [] and page.evaluate("document.documentElement.scrollWidth") <= width
+        page, problems = opened(browser, tmp_path / "page.html", viewport={"width": width, "height": 800})
+        assert problems == [] and page.evaluate("document.documentElement.scrollWidth") <= width
     whole = cause.removeprefix("OutOfMemory: out of memory ")
     shown = page.locator("section[aria-labelledby=runs] td", has_text="out of memory")
     assert shown.text_content() == f"out of memory: {whole}"[:63].rstrip() + "…"
@@ -148,8 +148,8 @@ def test_the_page_says_why_a_verdict_is_withheld(browser: Browser, tmp_path: Pat
         folder.summary.write_text(json.dumps({**json.loads(folder.summary.read_text()), "train_loss": 1.8}))
     withheld = report_on(folders, equal=["samples", "loss"])
     (tmp_path / "withheld.html").write_text(html_page(withheld.title, histories(withheld), withheld))
-    page, told = opened(browser, tmp_path / "withheld.html", viewport={"width": 375, "height": 800})
-    assert told == [] and page.evaluate("document.documentElement.scrollWidth") <= 375
+    page, problems = opened(browser, tmp_path / "withheld.html", viewport={"width": 375, "height": 800})
+    assert problems == [] and page.evaluate("document.documentElement.scrollWidth") <= 375
     words = "the losses were declared equal but differ by more than 1.00%"
     answer = page.text_content(".verdict")
     assert answer.startswith(f"No verdict on the speed of sharded1 compared with plain1: {words}")
@@ -166,14 +166,14 @@ def test_the_page_shows_where_the_time_went_and_what_bounds_each_variant(browser
         assert shown["compute, ms/step"] == f"{variant['split']['compute_s'] * 1e3:,.1f} (80%)"
         assert (shown["data wait, ms/step"], shown["host, ms/step"]) == ("10.0 (2%)", "30.0 (6%)")
         assert (shown["evaluation, s"], shown["saving, s"]) == ("3.0", "1.5"), "repeats that gave one value"
-    told = page.text_content("section[aria-labelledby=time]")
+    text = page.text_content("section[aria-labelledby=time]")
     for words in (
         "a<b>&c1 is bound by arithmetic: compute 80%, exposed communication 10%, copies 2%, data wait 2%, host 6%",
         "on NVIDIA H200",
         "MFU 0.500, HFU 0.600",
         "What would help: ",
     ):
-        assert words in told
+        assert words in text
     bars = page.eval_on_selector_all("#chart-run_split details tr", CELLS)
     for row, variant in zip(bars[1:], record["variants"], strict=True):
         assert row[1:] == [f"{seconds:,.1f}" for seconds in variant["time"].values()]

@@ -34,15 +34,15 @@ def test_the_command_prints_or_writes_markdown_or_json(tmp_path: Path, capsys: A
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [([], "give the folders of runs"), (["."], "summary.json"), (["experiment=tiny"], "none of its 12 runs exists")],
 )
 def test_a_path_that_is_not_a_run_exits_with_2(
-    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["report", *words]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_written_exits_with_2(tmp_path: Path, capsys: Any) -> None:
@@ -58,7 +58,7 @@ def test_reports_do_not_import_torch(tmp_path: Path) -> None:
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the runs of an experiment `mine`: a and b, twice each, of which a-r2 is not there."""
+    """The folder of the runs of an experiment `mine`: a and b, two runs each, without a-r2."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "recipes" / "experiments" / "mine.yaml"
     path.parent.mkdir(parents=True)
@@ -69,7 +69,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def reported(capsys: Any, *words: str) -> tuple[dict[str, Any], str]:
-    """The report on `mine` as JSON, and what was said beside it."""
+    """The report on `mine` as JSON, and the messages."""
     assert main(["report", "experiment=mine", "tracking.report_to=[]", *words, "--json"]) == 0
     shown = capsys.readouterr()
     return json.loads(shown.out), shown.err

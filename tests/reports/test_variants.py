@@ -66,9 +66,10 @@ def test_the_answer_names_at_most_three_unfinished_variants(tmp_path: Path) -> N
         make(tmp_path, f"bad{r}", f"lora.r={r}", status="failed", cause="OutOfMemory: no", samples_per_second=None)
         for r in range(1, 6)
     ]
-    told = report([*bad, make(tmp_path, "good")]).verdict
+    answer = report([*bad, make(tmp_path, "good")]).verdict
     assert (
-        "bad3 has no finished run (out of memory). 2 more variants have no finished run." in told and "bad4" not in told
+        "bad3 has no finished run (out of memory). 2 more variants have no finished run." in answer
+        and "bad4" not in answer
     )
 
 

@@ -150,7 +150,7 @@ _OF_PART = {"exposed communication": "interconnect", "copies": "copies", "data w
 
 
 def bound(split: Split, facts: Facts) -> Bound:
-    """What the steps of a run are bound by: their largest part. On a GPU, computation is told apart further."""
+    """What the steps of a run are bound by: their largest part. On a GPU, computation is broken down further."""
     shares = split.shares()
     kind, evidence_on_compute = _compute(split, facts, shares["compute"])
     kinds = {
@@ -183,29 +183,29 @@ def _compute(split: Split, facts: Facts, share: float) -> tuple[str, list[str]]:
     """
     if not split.on_gpu:
         return "compute", ["times on a CPU do not tell arithmetic from memory bandwidth"]
-    told = []
+    reasons = []
     kind = "arithmetic"
     if split.products_s is not None and split.compute_s > 0:
         products = split.products_s / split.compute_s
-        told.append(f"matrix products take {products:.0%} of the compute time")
+        reasons.append(f"matrix products take {products:.0%} of the compute time")
         if products < 0.5:
             kind = "memory bandwidth"
     known = peak_rates(facts.gpu) if facts.gpu else None
     if known is not None and facts.tokens is not None and facts.tokens < known.ridge_flops_per_byte:
         # A matrix product with 16-bit weights does 2 FLOPs for each token and each 2-byte weight.
         kind = "memory bandwidth"
-        told.append(
+        reasons.append(
             f"{facts.tokens:,.0f} tokens at once do {facts.tokens:,.0f} FLOPs per byte of 16-bit weights, and the "
             f"device can do {known.ridge_flops_per_byte:,.0f} in the time it takes to read one"
         )
     if facts.mfu is not None:
         hfu = facts.hfu if facts.hfu is not None else facts.mfu
-        told.append(
+        reasons.append(
             f"MFU {facts.mfu:.3f}" + (f", HFU {hfu:.3f} including recomputed layers" if hfu > facts.mfu else "")
         )
         if share > 0:
-            told.append(f"while computing, the device reaches {hfu / share:.0%} of its peak rate")
-    return kind, told
+            reasons.append(f"while computing, the device reaches {hfu / share:.0%} of its peak rate")
+    return kind, reasons
 
 
 def whole_run(

@@ -166,16 +166,16 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 def _step_split(times: Mapping[str, Mapping[str, float]]) -> Chart | None:
     ms = {variant: {part: 1e3 * seconds for part, seconds in bar.items()} for variant, bar in times.items()}
-    told = "Steps under the profiler, on the rank that waits least for the others"
-    return _bars("time_split", "Where the time of a step goes", ms, "ms/step", told)
+    caption = "Steps under the profiler, on the rank that waits least for the others"
+    return _bars("time_split", "Where the time of a step goes", ms, "ms/step", caption)
 
 
 def _run_split(times: Mapping[str, Mapping[str, float]]) -> Chart | None:
-    told = "Steps at their speed without the profiler, split like the profiled ones, plus evaluation and saving"
-    return _bars("run_split", "Where the time of a run goes", times, "s", told)
+    caption = "Steps at their speed without the profiler, split like the profiled ones, plus evaluation and saving"
+    return _bars("run_split", "Where the time of a run goes", times, "s", caption)
 
 
-def _bars(key: str, title: str, times: Mapping[str, Mapping[str, float]], unit: str, told: str) -> Chart | None:
+def _bars(key: str, title: str, times: Mapping[str, Mapping[str, float]], unit: str, caption: str) -> Chart | None:
     """Stacked bars, one for each variant, of its parts."""
     if not times:
         return None
@@ -201,7 +201,7 @@ def _bars(key: str, title: str, times: Mapping[str, Mapping[str, float]], unit: 
     rows: tuple[tuple[Cell, ...], ...] = tuple(
         (name, *(bar.get(part, 0.0) for part in parts)) for name, bar in times.items()
     )
-    description = f"{told}. Largest part: {shorten(largest, CAPTIONED, '; ')}."
+    description = f"{caption}. Largest part: {shorten(largest, CAPTIONED, '; ')}."
     return Chart(key, title, description, draw_svg(key, draw, parts, rows=len(times)), Table(columns, rows))
 
 

@@ -79,14 +79,14 @@ def _repeats(item: Comparison) -> str:
 
 def _quality(speed: Comparison, found: Iterable[Comparison]) -> str:
     """How well the task is solved, where losses are per token of different tokenizers and therefore say nothing."""
-    beside = [item for item in found if item.variant == speed.variant]
-    incomparable = any(item.figure == "train_loss" and item.verdict == "not compared" for item in beside)
+    same = [item for item in found if item.variant == speed.variant]
+    incomparable = any(item.figure == "train_loss" and item.verdict == "not compared" for item in same)
     if speed.verdict in ("withheld", "not compared") or not incomparable:
         return ""
     quality = {figure.key for figure in SHOWN if figure.quality}
     solved = [
         f"{LABELS[item.figure]} {item.why}: {item.verdict}"
-        for item in beside
+        for item in same
         if item.figure in quality and item.ratio is not None
     ]
     return " on the same samples" + (
