@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from distft.evaluation.metrics import Estimate, figure_of
+from distft.evaluation.metrics import figure_of
 from distft.evaluation.summary import figure_lines, figures, headline
+from distft.stats import Estimate
 
 
 def accuracy(low: float, high: float, **changes: Any) -> dict[str, Any]:

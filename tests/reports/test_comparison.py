@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from distft.cli.main import main
-from distft.evaluation.metrics import Estimate
 from distft.reports.markdown import markdown
 from distft.reports.report import Report, report
 from distft.runs.folder import RunFolder
+from distft.stats import Estimate
 
 from .conftest import equal, make, row, verdicts
 

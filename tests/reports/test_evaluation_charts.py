@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from distft.evaluation.metrics import (
-    Estimate,
-    figure_of,
-)
+from distft.evaluation.metrics import figure_of
 from distft.reports.evaluation_charts import evaluation_charts
+from distft.stats import Estimate
 
 
 def test_a_chart_shows_the_categories_with_a_score() -> None:

@@ -15,7 +15,7 @@ from distft.reports import verdict as wording
 from distft.reports.comparability import EQUAL, MARGIN, ROUNDING, differences, equality, facts_of
 from distft.reports.results import SHOWN, Run, finite
 from distft.runs.figures import Figure
-from distft.stats import Interval, difference, ratio, repeats_to_find
+from distft.stats import Estimate, Interval, difference, ratio, repeats_to_find
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,12 @@ def judge_items(
     answered the same items, but the pairing is not used, which makes the interval of the difference conservative
     (Newcombe 1998, method 10, without the correlation of the pairs).
     """
-    from distft.evaluation.metrics import Estimate  # imports SciPy, which takes 0.5 s and most reports do not need
 
     def mean(runs: Sequence[Mapping[str, float | None]], key: str) -> float:
         return statistics.fmean(math.nan if (value := each[key]) is None else value for each in runs)
 
     base, adapter = (Estimate(mean(runs, "value"), mean(runs, "low"), mean(runs, "high")) for runs in (one, other))
-    apart = Estimate.apart(base, adapter, correlation=0.0)
+    apart = Estimate.share_difference(base, adapter, correlation=0.0)
     text = wording.items(base.value, adapter.value, apart.low, apart.high, form)
     if not (math.isfinite(apart.low) and math.isfinite(apart.high)):
         return "no spread", text

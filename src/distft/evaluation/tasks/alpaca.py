@@ -24,10 +24,11 @@ from distft.errors import DataError
 from distft.evaluation.engines.choose import choose_engine
 from distft.evaluation.generate import Answer, Item, Sampling, describe_answers, generate
 from distft.evaluation.judge import Judgement, Question, count, judge_all, out_of_ten, reasons
-from distft.evaluation.metrics import Floats, mean_estimate, mean_figure, share_figure, unparsed_figure
+from distft.evaluation.metrics import mean_estimate, mean_figure, share_figure, unparsed_figure
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import InputFile, Task
 from distft.files import write_atomically
+from distft.stats import Floats
 
 Outcome = Literal["win", "tie", "loss", "unparsed"]
 POINTS: Mapping[Outcome, float] = {"win": 1.0, "tie": 0.5, "loss": 0.0, "unparsed": float("nan")}

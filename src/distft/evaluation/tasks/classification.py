@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distft.evaluation.metrics import RESAMPLES, Estimate, Floats, correlation, figure_of
+from distft.evaluation.metrics import figure_of
 from distft.evaluation.target import SideName
+from distft.stats import RESAMPLES, Estimate, Floats, correlation
 
 Classes = NDArray[np.int64]
 """Class numbers, [items]; in predictions the number of classes stands for an unparsable answer."""
@@ -132,7 +133,7 @@ def compare(
         own = [
             Estimate.proportion(values[side][name], items[side][name])
             if is_share
-            else Estimate.of(values[side][name], resampled[side][name])
+            else Estimate.bootstrap(values[side][name], resampled[side][name])
             for side in sides
         ]
         if len(sides) < 2:
@@ -140,8 +141,8 @@ def compare(
             continue
         one, other = (resampled[side][name] for side in sides)
         if is_share:
-            difference = Estimate.apart(own[0], own[1], correlation(one, other))
+            difference = Estimate.share_difference(own[0], own[1], correlation(one, other))
         else:
-            difference = Estimate.of(own[1].value - own[0].value, other - one)
+            difference = Estimate.bootstrap(own[1].value - own[0].value, other - one)
         found[name] = [*own, difference]
     return found

@@ -22,9 +22,10 @@ from distft.config.validation import nearest
 from distft.distributed.collectives import broadcast, gather
 from distft.distributed.world import World
 from distft.errors import DataError
-from distft.evaluation.metrics import Estimate, apart_in_pairs, figure_of
+from distft.evaluation.metrics import figure_of
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import InputFile, Task
+from distft.stats import Estimate, paired_share_difference
 
 Results = Mapping[str, Any]
 """What lm-eval's `simple_evaluate` returns."""
@@ -231,7 +232,7 @@ class _Metric:
             after = np.array([others[document] for document in values])
             if np.allclose((before.mean(), after.mean()), (one.value, other.value), rtol=0, atol=1e-6):
                 if {*values.values(), *others.values()} <= {0.0, 1.0}:
-                    return apart_in_pairs(before, after)
+                    return paired_share_difference(before, after)
                 return Estimate.student(after - before)
         value = other.value - one.value
         width = math.hypot(*((side.high - side.low) / 2 for side in (one, other)))

@@ -23,10 +23,11 @@ from distft.errors import DataError
 from distft.evaluation.engines.choose import choose_engine
 from distft.evaluation.generate import Answer, Item, Message, Sampling, describe_answers, generate
 from distft.evaluation.judge import Judgement, Question, count, judge_all, out_of_ten, reasons
-from distft.evaluation.metrics import Floats, mean_estimate, mean_figure, unparsed_figure
+from distft.evaluation.metrics import mean_estimate, mean_figure, unparsed_figure
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import InputFile, Task
 from distft.files import write_atomically
+from distft.stats import Floats
 
 TEMPERATURE = {
     "writing": 0.7,

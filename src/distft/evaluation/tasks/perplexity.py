@@ -19,9 +19,10 @@ from distft.data.tokenize import IGNORED
 from distft.errors import DataError
 from distft.evaluation.cache import complete, key_of
 from distft.evaluation.likelihood import trained_log_likelihoods
-from distft.evaluation.metrics import Estimate, Floats, bootstrap_weights, figure_of
+from distft.evaluation.metrics import figure_of
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import Task
+from distft.stats import Estimate, Floats, bootstrap_weights
 
 _NOTHING_HELD_OUT = "the recipe holds out no rows to measure perplexity on; set data.test_fraction or data.test_path"
 
@@ -106,11 +107,11 @@ def figures(sums: dict[SideName, Floats], tokens: Floats, seed: int) -> dict[str
     losses = {side: (float(nll.sum() / tokens.sum()), (weights @ nll) / drawn) for side, nll in sums.items()}
 
     def estimates(of: Any) -> list[Estimate | None]:
-        sides = [Estimate.of(float(of(value)), of(resampled)) for value, resampled in losses.values()]
+        sides = [Estimate.bootstrap(float(of(value)), of(resampled)) for value, resampled in losses.values()]
         if len(sides) < 2:
             return [*sides, None, None]
         (base, bases), (adapter, adapters) = losses["base"], losses["adapter"]
-        return [*sides, Estimate.of(float(of(adapter) - of(base)), of(adapters) - of(bases))]
+        return [*sides, Estimate.bootstrap(float(of(adapter) - of(base)), of(adapters) - of(bases))]
 
     count = len(tokens)
     with np.errstate(over="ignore"):
