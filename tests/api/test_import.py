@@ -30,6 +30,10 @@ def test_every_name_of_the_api_is_there() -> None:
 
 
 def test_the_function_train_is_not_lost_to_the_module_of_that_name() -> None:
-    code = "import distft.train, distft; from distft.errors import RecipeError\ntry: distft.train('no-such-recipe')\nexcept RecipeError as e: print(e)"
+    code = (
+        "import distft.train\n"
+        "try: distft.train('no-such-recipe')\n"
+        "except distft.errors.RecipeError as error: print(error)"
+    )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "there is no recipe 'no-such-recipe'" in ended.stdout, ended.stderr

@@ -76,7 +76,7 @@ def test_one_that_fails_leaves_the_others_alone_and_is_made_up_for(tiny: Path, t
     again = call(tmp_path)
     assert again.returncode == 2
     assert (
-        "2 of 3 runs of mine are there already (mine-four, mine-full); --resume makes those that have not finished"
+        "2 of 3 runs of mine exist already (mine-four, mine-full); --resume makes those that have not finished"
         in again.stderr
     )
 
@@ -103,7 +103,7 @@ def test_a_signal_stops_the_run_at_hand_and_resume_goes_on_with_it(tmp_path: Pat
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
-    assert "the same command with --resume makes the runs that are left" in said
+    assert "the same command with --resume makes the remaining runs" in said
     assert "2/3" not in said and not (tmp_path / "runs" / "mine-full").exists()
     rest = call(tmp_path, "data.max_samples=null", "--resume")
     assert "2/3 mine-full: finished in" in rest.stderr, rest.stderr
@@ -127,7 +127,7 @@ def test_a_damaged_run_is_made_anew_beside_what_is_left_of_it(tmp_path: Path) ->
     (tmp_path / "runs" / "mine-four.damaged").mkdir()
     done = call(tmp_path, "--resume")
     assert (
-        "mine-four is made anew, and its folder now lies in runs/mine-four.damaged-2: runs/mine-four holds no readable summary"
+        "mine-four runs again; its damaged folder is now runs/mine-four.damaged-2: runs/mine-four holds no readable summary"
         in done.stderr
     )
     assert "1/3 mine-four: finished in" in done.stderr and "2/3 mine-full: had finished" in done.stderr, done.stderr
@@ -140,8 +140,8 @@ def test_runs_of_another_recipe_do_not_count_as_made(tmp_path: Path) -> None:
     folders = finished(folder_with(tmp_path))
     done = call(tmp_path, "--resume", "lora.r=4")
     assert done.returncode == 2 and "had finished" not in done.stderr
-    assert "2 of 3 runs of mine were made with another recipe than their names mean now:" in done.stderr
-    assert "  lora.r: 16 then, 4 now (mine-four, mine-full)\nrun.dir=FOLDER starts apart" in done.stderr
+    assert "2 of 3 runs of mine were made with another recipe than today's:" in done.stderr
+    assert "  lora.r: was 16, is now 4 (mine-four, mine-full)\nrun.dir=FOLDER starts a separate set" in done.stderr
     for folder in folders:  # one that would be made from its beginning in any case
         folder.write_summary({"status": "failed", "strategy": "single", "world_size": 1})
     Comparison(

@@ -52,7 +52,7 @@ def test_a_kill_before_the_first_checkpoint_starts_anew_in_the_same_folder(
     ranks(process)[1].send_signal(signal.SIGKILL)
     ended = finish(process, tmp_path)
     assert ended.code == 0, ended.stderr[-3000:]
-    assert "from the start, for it has no checkpoint" in ended.stderr
+    assert "from the start, because it has no checkpoint" in ended.stderr
     assert_same_run(ended.folder, whole)
     assert ended.folder.read_summary()["restarts"] == 1
 
@@ -84,7 +84,7 @@ def test_a_kill_during_a_save_leaves_no_half_checkpoint(kind: str, uninterrupted
         worker.kill()
     ended = finish(process, tmp_path)
     assert ended.code == 0, ended.stderr[-3000:]
-    assert "it was not finished" in ended.stderr
+    assert "saving it did not finish" in ended.stderr
     assert_same_run(ended.folder, whole)
 
 

@@ -62,8 +62,8 @@ def test_damaged_checkpoints_are_skipped_and_an_older_one_is_taken(
     (second / "manifest.json").unlink()
     resumed = go(tmp_path, kind, "training.save_total_limit=4")
     assert resumed.code == 0, resumed.stderr[-3000:]
-    assert f"{newest.name} is skipped: {largest.relative_to(newest)} is damaged" in resumed.stderr
-    assert f"{second.name} is skipped: it has no manifest" in resumed.stderr
+    assert f"skipping {newest.name}: {largest.relative_to(newest)} is damaged" in resumed.stderr
+    assert f"skipping {second.name}: it has no manifest" in resumed.stderr
     assert f"after step {manifest.step_of(third)}" in resumed.stderr
     assert_same_run(folder, whole)
 
@@ -116,7 +116,7 @@ def test_shards_are_refused_where_they_cannot_be_read(tmp_path: Path) -> None:
     overrides, _ = KINDS["fsdp"]
     refused = go(tmp_path, "single", *overrides)
     assert refused.code == 2
-    assert "are sharded by fsdp, and single on 1 process cannot read them" in refused.stderr
+    assert "are sharded by fsdp, which single on 1 process cannot read" in refused.stderr
 
 
 def test_a_changed_recipe_is_refused_with_its_differences(tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_a_changed_recipe_is_refused_with_its_differences(tmp_path: Path) -> Non
     assert finish(process, tmp_path).code == 75
     refused = go(tmp_path, "single", "training.learning_rate=1e-5", "lora.lora_dropout=0")
     assert refused.code == 2
-    assert "training.learning_rate: 0.003 then, 1e-05 now" in refused.stderr
-    assert "lora.lora_dropout: 0.05 then, 0 now" in refused.stderr
+    assert "training.learning_rate: was 0.003, is now 1e-05" in refused.stderr
+    assert "lora.lora_dropout: was 0.05, is now 0" in refused.stderr
     assert "run.force=true" in refused.stderr
     taken = go(tmp_path, "single", "training.learning_rate=1e-5", "lora.lora_dropout=0", "run.force=true")
     assert taken.code == 0, taken.stderr[-3000:]
@@ -162,8 +162,8 @@ def test_retention_keeps_the_newest_and_a_manifest_is_strict(tmp_path: Path) -> 
     found, skipped = manifest.newest(tmp_path)
     assert found == tmp_path / "checkpoint-2"
     assert skipped == [
-        "checkpoint-4 is skipped: it has no manifest: it was not finished",
-        "checkpoint-3 is skipped: weights has 99 bytes instead of 100",
+        "skipping checkpoint-4: it has no manifest, so saving it did not finish",
+        "skipping checkpoint-3: weights has 99 bytes instead of 100",
     ]
     (tmp_path / "checkpoint-2" / "manifest.json").write_text(json.dumps({"step": 2})[:-3])
     assert manifest.newest(tmp_path)[0] is None

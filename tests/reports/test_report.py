@@ -124,13 +124,13 @@ def test_runs_made_with_another_recipe_are_reported(mine: Path, capsys: Any) -> 
     )
     assert len(document["runs"]) == 3
     assert said.splitlines() == [
-        "distft: warning: 3 of 4 runs of mine were made with another recipe than their names mean now:",
-        "  lora.r: 1 then, 4 now (mine-a)",
-        "  training.max_steps: None then, 7 now (mine-a, mine-b, mine-b-r2)",
-        "  lora.r: 2 then, 4 now (mine-b, mine-b-r2)",
+        "distft: warning: 3 of 4 runs of mine were made with another recipe than today's:",
+        "  lora.r: was 1, is now 4 (mine-a)",
+        "  training.max_steps: was None, is now 7 (mine-a, mine-b, mine-b-r2)",
+        "  lora.r: was 2, is now 4 (mine-b, mine-b-r2)",
     ]
     _, said = reported(capsys, "evaluation.max_samples=3")
-    assert "evaluation.max_samples: None then, 3 now" in said, "its losses are of other rows"
+    assert "evaluation.max_samples: was None, is now 3" in said, "its losses are of other rows"
 
 
 def test_an_experiment_is_reported_with_its_missing_runs(

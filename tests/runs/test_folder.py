@@ -46,7 +46,7 @@ def test_claims_at_the_same_time_get_different_folders(tmp_path: Path) -> None:
 def test_an_exact_name_in_use_is_an_error_that_names_the_next_free_one(tmp_path: Path) -> None:
     for taken in ("tiny", "tiny-2"):
         (tmp_path / taken).mkdir()
-    with pytest.raises(RunFolderError, match=r"in use.* run\.name=tiny-3 say"):
+    with pytest.raises(RunFolderError, match=r"in use.* run\.name=tiny-3$"):
         RunFolder.claim(tmp_path, "tiny", exact=True)
     assert names(tmp_path) == ["tiny", "tiny-2"]
 
@@ -145,7 +145,7 @@ def test_of_the_ranks_that_fail_in_one_attempt_the_first_gives_the_cause(tmp_pat
         ("next", 0, "hung"),
     ]
     kept = [
-        folder.append_fault({"launch": launch, "attempt": attempt, "cause": cause})
+        folder.append_fault(cause, rank=0, step=1, launch=launch, attempt=attempt)
         for launch, attempt, cause in attempts
     ]
     assert kept == [True, False, True, True]
@@ -155,7 +155,9 @@ def test_of_the_ranks_that_fail_in_one_attempt_the_first_gives_the_cause(tmp_pat
 def test_ranks_that_fail_at_the_same_time_leave_one_record(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        kept = list(pool.map(lambda rank: folder.append_fault({"launch": "a", "attempt": 0, "rank": rank}), range(40)))
+        kept = list(
+            pool.map(lambda rank: folder.append_fault("killed", rank=rank, step=1, launch="a", attempt=0), range(40))
+        )
     assert kept.count(True) == len(folder.read_faults()) == 1
 
 

@@ -82,7 +82,7 @@ def test_a_full_disk_costs_the_log_and_nothing_else(number: int, tmp_path: Path)
     folder.mkdir(parents=True)
     (folder / f"rank{number}.log").symlink_to("/dev/full")
     ended = rank(tmp_path, number)
-    assert ended.stderr.count("warning: the log of a rank cannot be written (No space left on device)") == 1
+    assert ended.stderr.count("warning: a rank's log cannot be written (No space left on device)") == 1
     assert "distft: said\n" in ended.stderr and "distft: said after\n" in ended.stderr
     assert ("printed" in ended.stdout) == (number == 0)
 

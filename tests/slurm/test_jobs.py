@@ -164,7 +164,7 @@ def test_a_requeue_goes_on_in_the_same_folder_and_a_finished_run_is_left_alone(
     cluster.call("scontrol", "requeue", job)
     cluster.wait(job, {"RUNNING"})
     assert cluster.wait(job, limit_s=LIMIT_S) == "COMPLETED", printed(tmp_path)
-    assert "had finished before it was started again" in printed(tmp_path)
+    assert "had already finished when it was restarted" in printed(tmp_path)
     assert folder.summary.read_text() == finished
 
 

@@ -17,9 +17,18 @@ if TYPE_CHECKING:
     from distft.config.recipe import Recipe
 
 _SHOWN = (
-    "status", "cause", "recipe", "strategy", "world_size", "steps", "train_loss", "samples_per_second", "tokens_per_second",
-    "peak_memory_gib", "train_time_s",
-)  # fmt: skip
+    "status",
+    "cause",
+    "recipe",
+    "strategy",
+    "world_size",
+    "steps",
+    "train_loss",
+    "samples_per_second",
+    "tokens_per_second",
+    "peak_memory_gib",
+    "train_time_s",
+)
 
 
 class Metrics(list[dict[str, Any]]):

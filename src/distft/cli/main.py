@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; each command's `run` default is the function that runs it."""
     made = argparse.ArgumentParser(
-        prog="distft", description=__doc__, epilog="Add --debug to any command to see tracebacks."
+        prog="distft", description=__doc__, epilog="--debug anywhere on the command line shows tracebacks."
     )
     made.add_argument("--version", action="version", version=f"distft {__version__}")
     commands = made.add_subparsers(required=True, metavar="COMMAND")

@@ -31,7 +31,7 @@ def add_to(commands: Commands) -> None:
 
 def report(options: argparse.Namespace) -> None:
     from distft.api.report import Report, report
-    from distft.experiments.compare import report_on, track
+    from distft.experiments.results import report_on, track
 
     words: list[str] = options.overrides
     experiment = load_experiment(words) if is_experiment(words) else None
@@ -53,7 +53,8 @@ def _write(report: Report, output: Path, kind: str) -> None:
     kinds = {output: kind}
     if kind == ".html":
         read = [log.source for log in report.logs]
-        kinds |= {path: path.suffix for path in _replaceable([output.with_suffix(s) for s in (".md", ".json")], read)}
+        others = _replaceable([output.with_suffix(suffix) for suffix in (".md", ".json")], read)
+        kinds |= {path: path.suffix for path in others}
     render = {".html": report.to_html, ".json": report.to_json}
     for path, suffix in kinds.items():
         render.get(suffix, report.to_markdown)(path)

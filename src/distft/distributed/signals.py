@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
 from distft.console import say
 from distft.errors import Interrupted
 
+Handler = Callable[[int, FrameType | None], None]
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 HANDLER_TIMEOUT_S = 10.0
 """How long the main thread may take to run its signal handler before the process is ended. Not applied in training."""
@@ -34,7 +35,7 @@ class StopRequest:
 STOP = StopRequest()  # one per process, like signal handlers
 
 
-def _handler(handled: threading.Event) -> Callable[[int, FrameType | None], None]:
+def _handler(handled: threading.Event) -> Handler:
     def handle(signum: int, frame: FrameType | None) -> None:
         handled.set()
         if STOP.deferred and STOP.signum is None:
@@ -49,22 +50,23 @@ def _handler(handled: threading.Event) -> Callable[[int, FrameType | None], None
 
 
 @contextmanager
-def raising_on_signals() -> Iterator[None]:
-    """Do what `raise_on_signals` does for the duration of a block, then restore the handlers. Never ends the process.
-
-    Only the main thread can handle signals; in another one this does nothing.
-    """
+def handling(handlers: Mapping[int, Handler]) -> Iterator[None]:
+    """Handle signals for the duration of a block. Only the main thread can; in another one this does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = _handler(threading.Event())
-    previous = {signum: signal.signal(signum, handler) for signum in STOPPING}
+    previous = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     try:
         yield
     finally:
         for signum, before in previous.items():
             if before is not None:  # None: a handler that Python did not install and cannot restore
                 signal.signal(signum, before)
+
+
+def raising_on_signals() -> AbstractContextManager[None]:
+    """Do what `raise_on_signals` does for the duration of a block, without ever ending the process."""
+    return handling(dict.fromkeys(STOPPING, _handler(threading.Event())))
 
 
 def raise_on_signals(exit_code: Callable[[int], int]) -> None:

@@ -10,24 +10,21 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from distft.console import say
-from distft.distributed.signals import STOPPING
+from distft.distributed.signals import STOPPING, Handler, handling
 from distft.distributed.supervisor import ATTEMPT, OUTCOME, launcher_name, read_error, read_note
 from distft.errors import DistftError, Interrupted, RankLost
 from distft.launch import output
 from distft.launch.command import EVALUATION, TRAINING, worker_command, worker_environment
 from distft.launch.node import Node
 from distft.runs.folder import RunFolder
-
-Handler = Callable[[int, FrameType | None], None]
 
 
 @dataclass(frozen=True)
@@ -106,27 +103,24 @@ def _start(command: Sequence[str], environment: Mapping[str, str], outcome: Path
     handlers: dict[int, Handler] = dict.fromkeys(STOPPING, pass_on)
     handlers[signal.SIGALRM] = lambda *_: _end_all(outcome)
     try:
-        with _handling(handlers):
+        with handling(handlers), _own_signals():
             return output.wait(child), bool(passed)
     finally:
         _end_all(outcome)
 
 
 @contextlib.contextmanager
-def _handling(handlers: Mapping[int, Handler]) -> Iterator[None]:
-    """Handle signals for the duration of a block. Only the main thread can; in another one this does nothing."""
+def _own_signals() -> Iterator[None]:
+    """Keep the signals of a block from the thread that would end this process (`raise_on_signals`)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     wakeup = signal.set_wakeup_fd(-1)
     try:
         yield
     finally:
         signal.alarm(0)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 def _record_kill(killed: RankLost, attempt: int, outcome: Path) -> None:
@@ -141,14 +135,11 @@ def _record_kill(killed: RankLost, attempt: int, outcome: Path) -> None:
     if summary["status"] != "running":
         return
     folder.append_fault(
-        {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "rank": killed.rank,
-            "step": metrics[-1]["step"] if metrics else 0,
-            "cause": cause,
-            "launch": launcher_name(psutil.Process()),
-            "attempt": attempt,
-        }
+        cause,
+        rank=killed.rank,
+        step=metrics[-1]["step"] if metrics else 0,
+        launch=launcher_name(psutil.Process()),
+        attempt=attempt,
     )
     folder.write_summary(summary | {"status": "failed", "cause": cause})
 

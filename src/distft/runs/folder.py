@@ -1,19 +1,19 @@
 """The run folder: the name of every file in it, and the records written there.
 
 runs/<name>/
-  recipe.yaml         resolved; `distft train recipe=runs/<name>/recipe.yaml` runs it again
+  recipe.yaml         the resolved recipe; `distft train recipe=runs/<name>/recipe.yaml` runs it again
   environment.json    versions, hardware, command
-  metrics.jsonl       one record a log step
-  checkpoints/        what the trainer saves on its way
-  adapter/  model/    the result: a PEFT adapter, or the whole model where there is no adapter
-  faults.jsonl        one record for each time that the run broke down: when, which rank, after which step, why
-  probe.json          how much memory each micro-batch takes, where batching.micro_batch is auto
-  stacks/             what every rank was doing when the run stood still
-  logs/               what each rank printed, rank<N>.log, where there are several
-  evaluation/         of `distft evaluate`: what each task made, item by item, one folder each
-  evaluation.json     what the tasks found
-  wandb/              W&B's own files, one folder in it for each start
-  profile.json        where the time of some steps went
+  metrics.jsonl       one record per log step
+  checkpoints/        saved during training
+  adapter/  model/    the result: a PEFT adapter, or the whole model if there is no adapter
+  faults.jsonl        one record each time the run broke down: when, which rank, after which step, why
+  probe.json          how much memory each micro-batch takes, if batching.micro_batch is auto
+  stacks/             the Python stacks of every rank when the run hung
+  logs/               what each rank printed, rank<N>.log, if there are several
+  evaluation/         the items of each task of `distft evaluate`, one folder per task
+  evaluation.json     the results of these tasks
+  wandb/              W&B's files, one folder per start
+  profile.json        where the time of the profiled steps went
   wandb.json          the id of the W&B run that all starts log to
   summary.json        status, cause and the figures of the run
 """
@@ -24,6 +24,7 @@ import fcntl
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from distft.runs.figures import SUMMARY_KEYS
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run, one folder. Constructing it touches no disk."""
+    """The folder of one run. Constructing it does not touch the disk."""
 
     path: Path
 
@@ -71,7 +72,7 @@ class RunFolder:
         return self.path / "logs"
 
     def log(self, rank: int) -> Path:
-        """What `rank`, counted over all nodes, printed; appended to at each start."""
+        """The log of `rank`, counted over all nodes. Each start appends to it."""
         return self.logs / f"rank{rank}.log"
 
     @property
@@ -88,16 +89,16 @@ class RunFolder:
 
     @property
     def probe(self) -> Path:
-        """What each micro-batch takes, where `batching.micro_batch` is auto."""
+        """How much memory each micro-batch takes, if `batching.micro_batch` is auto."""
         return self.path / "probe.json"
 
     @property
     def lock(self) -> Path:
-        """Held by the process that writes here, for as long as it lives."""
+        """Locked by the process that writes here, for as long as it lives."""
         return self.path / ".lock"
 
     def is_held(self) -> bool:
-        """Whether a process writes here, by its lock; True where nobody can tell (no lock yet, or a disk that knows none)."""
+        """Whether a process holds the lock. True if unknown: there is no lock file, or the disk has no locks."""
         try:
             with self.lock.open() as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -119,12 +120,12 @@ class RunFolder:
 
     @property
     def evaluation(self) -> Path:
-        """What each task of `distft evaluate` made, `<task>/…`."""
+        """The items of each task of `distft evaluate`, `<task>/…`."""
         return self.path / "evaluation"
 
     @property
     def results(self) -> Path:
-        """What the tasks of `distft evaluate` found."""
+        """The results of the tasks of `distft evaluate`."""
         return self.path / "evaluation.json"
 
     @property
@@ -133,12 +134,12 @@ class RunFolder:
 
     @classmethod
     def claim(cls, parent: Path, name: str, *, exact: bool) -> RunFolder:
-        """Create `parent/name`, or `name-2`, `name-3`, … where it exists: a run never writes over another.
+        """Create `parent/name`, or `name-2`, `name-3`, … if it exists: a run never overwrites another.
 
-        `mkdir` decides, so that two runs that start at once get two folders.
+        `mkdir` is atomic, so runs that start at the same time get different folders.
 
         Raises:
-            RunFolderError: the folder exists and `exact` asks for this very name, or cannot be created.
+            RunFolderError: the folder exists and `exact` allows no other name, or it cannot be created.
         """
         for number in range(1, 10_000):
             path = parent / (name if number == 1 else f"{name}-{number}")
@@ -149,8 +150,8 @@ class RunFolder:
                 if exact:
                     free = next(n for n in range(2, 10_000) if not (parent / f"{name}-{n}").exists())
                     raise RunFolderError(
-                        f"run folder {path} is in use, and distft never writes over a run; "
-                        f"take another name, run.name={name}-{free} say"
+                        f"run folder {path} is in use, and distft never overwrites a run; choose another name, such as "
+                        f"run.name={name}-{free}"
                     ) from None
             except OSError as error:
                 raise RunFolderError(f"cannot create the run folder {path}: {error.strerror}; set run.dir") from error
@@ -158,7 +159,7 @@ class RunFolder:
 
     @classmethod
     def named(cls, parent: Path, name: str) -> list[RunFolder]:
-        """The run folders `name`, `name-2`, `name-3`, … that there are, newest first."""
+        """The existing run folders `name`, `name-2`, `name-3`, …, newest first."""
         numbered = [(1, parent / name)]
         for path in parent.glob(f"{name}-*"):
             number = path.name.removeprefix(f"{name}-")
@@ -167,48 +168,61 @@ class RunFolder:
         return [cls(path) for _, path in sorted(numbered, reverse=True) if (path / "summary.json").is_file()]
 
     def read_environment(self) -> dict[str, Any]:
-        """What `environment.json` says of the processes that worked here last; {} where none has."""
+        """What `environment.json` says about the latest processes of the run; empty if there were none."""
         if not self.environment.is_file():
             return {}
         return dict(json.loads(self.environment.read_text(encoding="utf-8")))
 
     def read_summary(self) -> dict[str, Any]:
-        """The summary as a dict.
+        """The content of `summary.json`.
 
         Raises:
-            RunFolderError: this is no run folder, or its summary is not readable.
+            RunFolderError: this is not a run folder, or its summary cannot be read.
         """
         try:
             record = json.loads(self.summary.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise RunFolderError(f"{self.path} holds no readable {self.summary.name}: {error}") from error
+            raise RunFolderError(f"{self.path} has no readable {self.summary.name}: {error}") from error
         if not isinstance(record, dict):
             raise RunFolderError(f"{self.summary} is not a JSON object")
         return record
 
     def write_summary(self, record: Mapping[str, Any]) -> None:
-        """Write `summary.json` with every key of `SUMMARY_KEYS`, null where `record` has none."""
+        """Write `summary.json` with every key of `SUMMARY_KEYS`; keys that `record` lacks are null."""
         unknown = set(record) - set(SUMMARY_KEYS)
         if unknown:
             raise KeyError(f"not keys of a summary: {sorted(unknown)}")
         write_atomically(self.summary, to_json({key: record.get(key) for key in SUMMARY_KEYS}) + "\n")
 
     def append_metrics(self, *records: Mapping[str, Any]) -> None:
-        """Append each record to `metrics.jsonl` as one line, in a single write, so that a kill or a full disk tears at most
-        the last line; a line that was torn before is cut off first."""
+        """Append each record to `metrics.jsonl` as one line, in a single write.
+
+        A kill or a full disk damages at most the last line, and the next call removes it.
+        """
         append_lines(self.metrics, records)
 
-    def append_fault(self, fault: Mapping[str, Any]) -> bool:
-        """Append one record to `faults.jsonl`; or return False where its `launch` and `attempt` have one already: what comes
-        first is the cause, what the other ranks see after it are consequences."""
+    def append_fault(
+        self,
+        cause: str,
+        *,
+        rank: int | None,
+        step: int,
+        launch: str | None,
+        attempt: int | None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Append a record to `faults.jsonl`, unless this `attempt` of this `launch` has one already.
+
+        The first fault of an attempt is the cause; what other ranks see after it are consequences. Returns whether the
+        record was written. `rank` is None if several ranks failed, `facts` are further keys.
+        """
         with self.faults.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if any(
-                (known["launch"], known["attempt"]) == (fault["launch"], fault["attempt"])
-                for known in self.read_faults()
-            ):
+            if any((known["launch"], known["attempt"]) == (launch, attempt) for known in self.read_faults()):
                 return False
-            append_lines(self.faults, [fault])
+            when = datetime.now(UTC).isoformat(timespec="seconds")
+            fault = {"time": when, "rank": rank, "step": step, "cause": cause, "launch": launch, "attempt": attempt}
+            append_lines(self.faults, [fault | dict(facts or {})])
             return True
 
     def read_faults(self) -> list[dict[str, Any]]:
@@ -216,10 +230,10 @@ class RunFolder:
         return read_lines(self.faults)
 
     def keep_metrics(self, step: int) -> None:
-        """Drop the records after `step`, and a torn last line: a run that resumes there writes them anew."""
+        """Drop the records after `step` and an incomplete last line: a run that resumes there writes them again."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
         write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All complete records of `metrics.jsonl`; a last line torn by a kill is left out."""
+        """All complete records of `metrics.jsonl`, without a last line that a kill left incomplete."""
         return read_lines(self.metrics)

@@ -1,7 +1,7 @@
-"""One log a rank under the run folder: rank 0's output stands on the console as well, the other ranks' in their files alone.
+"""One log per rank in the run folder. Rank 0's output also goes to the console, the other ranks' only to their logs.
 
-What distft itself says (`world.say`) reaches the console from every rank. A log never stops a run: one that cannot be written
-is given up.
+Messages of distft itself (`console.say`) reach the console from every rank. A log that cannot be written is abandoned; it
+never stops a run.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from distft.runs.folder import RunFolder
 
 @contextmanager
 def rank_log(folder: RunFolder, world: World) -> Iterator[None]:
-    """Send this rank's output to its log until the context is left; one process alone has only the console.
+    """Send this rank's output to its log for the duration of a block. A process that is alone has only the console.
 
-    Rank 0's streams are doubled, so that its progress bar still finds a terminal. Those of the other ranks are redirected
-    at their file descriptors, which takes native libraries and child processes along.
+    Rank 0's streams are duplicated, so its progress bar still finds a terminal. The other ranks are redirected at their
+    file descriptors, which includes native libraries and child processes.
     """
     if world.world_size == 1:
         yield
@@ -50,7 +50,7 @@ def rank_log(folder: RunFolder, world: World) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        log.write(traceback.format_exc())  # on the console stands the message
+        log.write(traceback.format_exc())  # the console gets only the message
         raise
     finally:
         sys.stdout, sys.stderr = streams
@@ -61,7 +61,7 @@ def rank_log(folder: RunFolder, world: World) -> Iterator[None]:
 
 
 def _redirect(descriptor: int) -> list[int]:
-    """Point stdout and stderr at `descriptor`; returns copies of what they were."""
+    """Point stdout and stderr at `descriptor`. Returns copies of the previous descriptors."""
     _flush()
     kept = [os.dup(1), os.dup(2)]
     os.dup2(descriptor, 1)
@@ -84,7 +84,7 @@ def _flush() -> None:
 
 
 class _Log:
-    """A file that is written at once, without a buffer that a kill would lose, and given up where that fails."""
+    """An unbuffered file, so that a kill loses nothing. It is abandoned at the first failed write."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor, self.closed, self._failed = descriptor, False, False
@@ -95,8 +95,8 @@ class _Log:
         try:
             os.write(self.descriptor, text.encode(errors="replace"))
         except OSError as error:
-            self._failed = True  # first, for the warning comes by here
-            say(f"warning: the log of a rank cannot be written ({error.strerror}) and ends here")
+            self._failed = True  # set first: the warning is written here too
+            say(f"warning: a rank's log cannot be written ({error.strerror}) and ends here")
 
     def close(self) -> None:
         self.closed = True
@@ -104,16 +104,17 @@ class _Log:
 
 
 class _Stream:
-    """stdout or stderr of a rank that has a log; `original` in all else, and again once the log is closed (loggers keep it).
+    """stdout or stderr of a rank that has a log. Otherwise it behaves like `original`, also after the log is closed,
+    because loggers keep a reference.
 
-    `console` is where `world.say` speaks as well; None where the stream is the console.
+    `console` is where `console.say` prints as well; None if the stream is the console.
     """
 
     def __init__(self, original: TextIO, log: _Log, console: TextIO | None, doubled: bool) -> None:
         self._original, self._log, self.console, self._doubled = original, log, console, doubled
 
     def write(self, text: str) -> int:
-        if not text.startswith("\r"):  # a progress bar that is drawn anew
+        if not text.startswith("\r"):  # a progress bar that redraws itself
             self._log.write(text)
         return self._original.write(text) if self._doubled or self._log.closed else len(text)
 

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: what makes it one. A folder without a manifest that verifies does not exist for anyone.
+"""The manifest of a checkpoint. A checkpoint without a valid manifest is ignored.
 
-The trainer writes its files first, on all ranks; the manifest comes last, in one move. So a kill at any moment leaves a
-checkpoint whole or none.
+All ranks write their files first. The manifest is written last and in one step, so a kill at any moment leaves either a
+complete checkpoint or none.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ NAME = "manifest.json"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step in `checkpoint-<step>`; -1 for a folder of another name."""
+    """The step in the name `checkpoint-<step>`; -1 for any other name."""
     number = checkpoint.name.removeprefix("checkpoint-")
     return int(number) if number.isdigit() else -1
 
 
 def write(checkpoint: Path, facts: Mapping[str, Any]) -> None:
-    """Close `checkpoint` with the size and SHA-256 of every file in it, and `facts` (world size, step, …)."""
+    """Complete `checkpoint` with a manifest: the size and SHA-256 of every file, and `facts` (world size, step, …)."""
     files = {
         str(path.relative_to(checkpoint)): {"size": path.stat().st_size, "sha256": _digest(path)}
         for path in sorted(checkpoint.rglob("*"))
@@ -35,16 +35,16 @@ def write(checkpoint: Path, facts: Mapping[str, Any]) -> None:
 
 
 def read(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint that verifies."""
+    """The manifest of a valid checkpoint."""
     content = json.loads((checkpoint / NAME).read_text(encoding="utf-8"))
     assert isinstance(content, dict)
     return content
 
 
 def fault(checkpoint: Path) -> str | None:
-    """Why `checkpoint` cannot be trusted, or None: every file is there, of its size, with its hash."""
+    """Why `checkpoint` is not valid; None if every file exists with its size and hash."""
     if not (checkpoint / NAME).is_file():
-        return "it has no manifest: it was not finished"
+        return "it has no manifest, so saving it did not finish"
     try:
         files = read(checkpoint)["files"]
     except (ValueError, KeyError, AssertionError):
@@ -61,25 +61,25 @@ def fault(checkpoint: Path) -> str | None:
 
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and for each newer one that does not, why."""
+    """The newest valid checkpoint, and a line about each newer one that is not valid."""
     skipped: list[str] = []
     for path in sorted((p for p in checkpoints.glob("checkpoint-*") if step_of(p) >= 0), key=step_of, reverse=True):
         reason = fault(path)
         if reason is None:
             return path, skipped
-        skipped.append(f"{path.name} is skipped: {reason}")
+        skipped.append(f"skipping {path.name}: {reason}")
     return None, skipped
 
 
 def drop_after(checkpoints: Path, step: int) -> None:
-    """Delete every checkpoint after `step`: a run that goes on from there writes them anew."""
+    """Delete every checkpoint after `step`: a run that resumes there writes them again."""
     for path in checkpoints.glob("checkpoint-*"):
         if step_of(path) > step:
             _delete(path)
 
 
 def retire(checkpoints: Path, keep: int | None) -> None:
-    """Delete the oldest of the finished checkpoints beyond `keep` (None keeps all); never the newest."""
+    """Delete the oldest complete checkpoints, so that `keep` remain (None: all). Never deletes the newest."""
     if keep is None:
         return
     finished = sorted((p for p in checkpoints.glob("checkpoint-*") if (p / NAME).is_file()), key=step_of)
@@ -88,7 +88,7 @@ def retire(checkpoints: Path, keep: int | None) -> None:
 
 
 def _delete(checkpoint: Path) -> None:
-    (checkpoint / NAME).unlink(missing_ok=True)  # first, so that a kill in between leaves no half that looks whole
+    (checkpoint / NAME).unlink(missing_ok=True)  # first, so that a kill leaves nothing that looks complete
     shutil.rmtree(checkpoint)
 
 

@@ -143,7 +143,7 @@ class MemoryGuard:
             return recipe
         last = min(failed, key=lambda fault: int(fault["micro_batch"]))
         smaller = self._smaller(last["micro_batch"])
-        if smaller is None and self._record.started_again:
+        if smaller is None and self._record.restarted:
             raise OutOfMemory(f"not started again: {last['cause']}", {}, restart=False)
         if smaller is None or recipe.micro_batch <= smaller:
             return recipe

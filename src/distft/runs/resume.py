@@ -1,0 +1,201 @@
+"""Where a run writes, and the checkpoint it continues from: a new folder, or one that an interrupted run left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from distft.config.recipe import Recipe
+from distft.config.validation import COMMAND_LINE
+from distft.config.yaml import parse_yaml
+from distft.distributed.strategies import Strategy
+from distft.distributed.supervisor import Launch, leave_note
+from distft.errors import AlreadyFinished, RunFolderError
+from distft.runs import manifest
+from distft.runs.folder import RunFolder
+from distft.runs.slurm_job import batch_job, is_queued
+from distft.text import count
+
+LOCK_S = 30
+"""How long to wait for the lock of our own folder: the process that was killed may need a moment to go."""
+FREE_TO_CHANGE = (
+    "run.name",
+    "run.dir",
+    "run.resume",
+    "run.force",
+    "run.max_",
+    "run.hang_",
+    "run.on_bad_numbers",
+    "tracking.",
+    "evaluation.",
+    "batching.micro_batch",
+    "batching.memory_limit_gib",
+    "batching.checkpoint_layers",
+    "batching.offload_checkpoints",
+    "training.logging_",
+    "training.save_",
+    "slurm.",
+    "training.eval_",
+    "training.ddp_timeout",
+)
+"""Keys, or beginnings of keys, that do not change the optimisation: a run may resume with other values."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run writes, and the checkpoint it continues from (None: from the start).
+
+    `claimed` is true for a new folder. `carried` is what the checkpoint's manifest keeps for the callbacks, `notes` are
+    lines for the user.
+    """
+
+    folder: RunFolder
+    claimed: bool = True
+    checkpoint: Path | None = None
+    restarts: int = 0
+    carried: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def resume_from(self) -> str | None:
+        return None if self.checkpoint is None else str(self.checkpoint)
+
+    @property
+    def step(self) -> int:
+        """Number of optimizer steps the run has completed."""
+        return 0 if self.checkpoint is None else manifest.step_of(self.checkpoint)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """An existing folder with the run's name. `ours`: this launch, or this SLURM job, has already worked in it."""
+
+    folder: RunFolder
+    ours: bool
+    job: str | None
+
+
+def find_place(recipe: Recipe, strategy: Strategy, working_folder: Path) -> tuple[Place, FileLock]:
+    """Return the place of this run and the lock on it.
+
+    That is the folder that a restarted launch worked in before; otherwise the newest run of this name that did not
+    finish; otherwise a new folder.
+
+    Raises:
+        RunFolderError: the name was given on the command line and is in use, or the recipe has changed since the run
+            was interrupted.
+        AlreadyFinished: a restarted run has nothing left to do.
+    """
+    parent = working_folder / Path(recipe.run.dir).expanduser()
+    exact = recipe.source.of("run.name") == COMMAND_LINE
+    for candidate in _candidates(parent, recipe.run.name):
+        folder, ours = candidate.folder, candidate.ours
+        if not ours and (recipe.run.resume == "never" or (exact and folder.name != recipe.run.name)):
+            continue
+        if not ours and candidate.job is not None and is_queued(candidate.job):
+            if exact:
+                raise RunFolderError(
+                    f"{folder.path} belongs to job {candidate.job}, which is still in the queue; wait for it, "
+                    "scancel it, or choose another run.name"
+                )
+            continue
+        lock = FileLock(folder.lock)
+        try:
+            lock.acquire(timeout=LOCK_S if ours else 0)
+        except Timeout:
+            if exact:
+                message = f"another process is running in {folder.path}; wait for it, or choose another run.name"
+                raise RunFolderError(message) from None
+            continue
+        finished = folder.read_summary()["status"] == "finished"
+        if finished and ours:
+            leave_note("folder", str(folder.path))
+            raise AlreadyFinished(f"the run in {folder.path} had already finished when it was restarted")
+        place = None if finished else _resumable(folder, recipe, strategy)
+        if place is not None:
+            return place, lock
+        lock.release()
+        if finished:
+            break
+    folder = RunFolder.claim(parent, recipe.run.name, exact=exact)
+    lock = FileLock(folder.lock)
+    lock.acquire(timeout=0)
+    return Place(folder), lock
+
+
+def _candidates(parent: Path, name: str) -> list[_Candidate]:
+    """The existing folders with this name: ours first, then from the newest to the oldest."""
+    launch, job = Launch.of(os.environ), batch_job(os.environ)
+    found = []
+    for folder in RunFolder.named(parent, name):
+        started = folder.read_environment()
+        restarted = launch.attempt > 0 and started.get("launch") == launch.launcher
+        requeued = job is not None and started.get("job") == job
+        found.append(_Candidate(folder, restarted or requeued, started.get("job")))
+    return sorted(found, key=lambda candidate: not candidate.ours)
+
+
+def _resumable(folder: RunFolder, recipe: Recipe, strategy: Strategy) -> Place | None:
+    """The place to continue from in an unfinished folder that no other process holds.
+
+    None if the folder has no checkpoint and was started with another recipe.
+    """
+    summary = folder.read_summary()
+    checkpoint, skipped = manifest.newest(folder.checkpoints)
+    changed = list(differences(parse_yaml(folder.recipe.read_text(encoding="utf-8")), recipe.model_dump()))
+    if changed and checkpoint is None:
+        return None
+    if changed and not recipe.run.force:
+        lines = "\n".join(f"  {line}" for line in changed)
+        raise RunFolderError(
+            f"{folder.path} was interrupted with another recipe:\n{lines}\n"
+            "restore the old values to continue it, set run.force=true to continue with the new ones, or start over "
+            "with run.resume=never or another run.name"
+        )
+    facts = {"carried": {}} if checkpoint is None else manifest.read(checkpoint)
+    world_size = strategy.world.world_size
+    if facts.get("format", strategy.checkpoint_format) != strategy.checkpoint_format:
+        raise RunFolderError(
+            f"the checkpoints of {folder.path} are {facts['format']}, which {strategy.name} on "
+            f"{count(world_size, 'process')} cannot read\nresume with as many processes as before "
+            f"({facts['world_size']}), or start over with another run.name"
+        )
+    place = Place(folder, False, checkpoint, (summary["restarts"] or 0) + 1, facts["carried"])
+    where = f"after step {place.step}" if checkpoint else "from the start, because it has no checkpoint"
+    notes = [*skipped, f"resuming {folder.path} {where} ({_reason(folder, summary)})"]
+    if facts.get("world_size", world_size) != world_size:
+        notes.append(
+            f"world size {world_size} instead of {facts['world_size']}: every step has the same samples, but sums are "
+            "rounded in another order, and dropout draws other numbers"
+        )
+    return replace(place, notes=(*notes, *changed))
+
+
+def _reason(folder: RunFolder, summary: Mapping[str, Any]) -> str:
+    """Why the run in `folder` ended. If it was killed before it could say, record that as a fault."""
+    if summary["status"] != "running":
+        return f"{summary['status']}: {summary['cause']}"
+    started, metrics = folder.read_environment(), folder.read_metrics()
+    folder.append_fault(
+        "all processes ended without a message: they were killed, or the machine went down",
+        rank=None,
+        step=metrics[-1]["step"] if metrics else 0,
+        launch=started.get("launch"),
+        attempt=started.get("attempt"),
+    )
+    return str(folder.read_faults()[-1]["cause"])
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """A line for every value in which two recipes differ, except for the keys in `FREE_TO_CHANGE`."""
+    for key in {**old, **new}:
+        path, before, after = f"{prefix}{key}", old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from differences(before, after, f"{path}.")
+        elif before != after and not path.startswith(FREE_TO_CHANGE):
+            yield f"{path}: was {before!r}, is now {after!r}"
