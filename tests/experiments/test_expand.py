@@ -227,19 +227,19 @@ repeats: two
 """, "evaluation.max_sample=3", "run.name=y", "budget.steps=3", "variants.a.lora.r=3")  # fmt: skip
     path = tmp_path / "recipes" / "experiments" / "mine.yaml"
     assert {str(fault).removeprefix(f"{path}: ") for fault in found} == {
-        "command line: run.name: is not set here (each run is named after the experiment and its variant; run.dir=FOLDER keeps "
-        "runs apart)",
+        "command line: run.name: cannot be set here (each run is named after the experiment and its variant; run.dir=FOLDER keeps "
+        "sets of runs apart)",
         "command line: evaluation.max_sample: unknown key (did you mean max_samples?)",
-        "command line: budget.steps: is not set here (training.max_steps=N is a budget of all runs as well)",
-        "command line: variants.a.lora.r: is not set here (copy the experiment's file into recipes/experiments to change it)",
+        "command line: budget.steps: cannot be set here (training.max_steps=N sets a budget for all runs)",
+        "command line: variants.a.lora.r: cannot be set here (copy the experiment's file into recipes/experiments to change it)",
         "repeat: unknown key (did you mean repeats?)",
-        "lora: unknown key (values of recipes stand under overrides, variants or grid)",
+        "lora: unknown key (recipe values go under overrides, variants or grid)",
         "variants.a.lora.rank: unknown key (it is lora.r)",
-        "variants.a.run.name: is not set here (each run is named after the experiment and its variant)",
+        "variants.a.run.name: cannot be set here (each run is named after the experiment and its variant)",
         "variants.b.recipe: there is no recipe 'dpd_qlora' (did you mean ddp_qlora?)",
         "variants.c.quantization.bnb_4bit_quant_storage: 4-bit weights stored as uint8 in a float32 model are not sharded by FSDP2 "
         "(set it to float32)",
-        "variants.4: '4' cannot be part of a run's name (a letter first, then letters, digits, '.', '_' and '-')",
+        "variants.4: '4' cannot be part of a run's name (start with a letter; then letters, digits, '.', '_' and '-')",
         "budget.step: unknown key (did you mean steps?)",
         "equal.0: expected 'samples', 'order', 'global_batch', 'tokens', 'base_weights' or 'loss', got 'sample' (str) "
         "(did you mean samples?)",
@@ -253,7 +253,7 @@ repeats: two
         ("base: tiny\n", "variants: give variants or grid, one of them"),
         ("base: tiny\nvariants: {a: }\ngrid: {lora.r: [1]}\n", "variants: give variants or grid, not both"),
         ("variants: {a: }\n", "variants.a: names no recipe, and there is no base (add base: RECIPE)"),
-        ("grid: {lora.r: [1]}\n", "base: is required with a grid and not set (the recipe that is varied)"),
+        ("grid: {lora.r: [1]}\n", "base: is required with a grid and not set (the recipe to vary)"),
         ("base: tiy\nvariants: {a: }\n", "base: there is no recipe 'tiy' (did you mean tiny?)"),
         ("base: ./no.yaml\nvariants: {a: }\n", "base: there is no file ./recipes/experiments/no.yaml"),
         ("base: tiny\nvariants: {a: 3}\n", "variants.a: expected a valid dictionary, got 3 (int)"),
@@ -265,23 +265,23 @@ repeats: two
          "grid.quantization.bnb_4bit_quant_storage: 4-bit weights stored as uint8 in a float32 model are not sharded by FSDP2, "
          "with r1-fsdp (set it to float32)"),
         ("base: tiny\nvariants: {a: {training.max_steps: 3}}\nbudget: {steps: 3}\n",
-         "variants.a.training.max_steps: is not set here (budget says how long every run trains; leave one of them out)"),
+         "variants.a.training.max_steps: cannot be set here (budget sets how long every run trains; remove one of them)"),
         ("base: tiny\nvariants: {a: }\nbudget: {steps: 3, samples: 16}\n",
          "budget: expected one of steps, samples, tokens, minutes, got steps and samples"),
         ("base: tiny\nvariants: {a: }\nbudget: {samples: 100}\n",
-         "budget.samples: 100 samples are no whole number of global batches of 16 (96 or 112)"),
+         "budget.samples: 100 samples are not a whole number of global batches of 16 (96 or 112)"),
         ("base: tiny\nvariants: {a: {batching: {global_batch_size: null, global_batch_tokens: 900}}}\nbudget: {samples: 16}\n",
-         "budget.samples: a global batch counted in tokens holds no fixed number of samples (give steps or tokens)"),
+         "budget.samples: a global batch counted in tokens has no fixed number of samples (give steps or tokens)"),
         ("base: tiny\nvariants: {a: }\nbudget: {tokens: 1000}\n",
-         "budget.tokens: a global batch counted in samples holds no fixed number of tokens (give steps or samples, or count the batch by "
+         "budget.tokens: a global batch counted in samples has no fixed number of tokens (give steps or samples, or count the batch in "
          "batching.global_batch_tokens)"),
         ("base: tiny\nvariants: {a: {batching: {global_batch_size: null, global_batch_tokens: 900}}}\nbudget: {tokens: 800}\n",
          "budget.tokens: 800 tokens are less than a global batch of 900"),
-        ("base: tiny\nvariants: {a: }\nbudget: {minutes: 0.001}\n", "budget.minutes: 0.001 minutes are no whole number of seconds"),
+        ("base: tiny\nvariants: {a: }\nbudget: {minutes: 0.001}\n", "budget.minutes: 0.001 minutes are not a whole number of seconds"),
         ("base: tiny\nvariants: {a: {recipe: ddp_qlora}, a-2: }\n",
-         "the run mine-a-2 would be taken for the next run of mine-a (give its variant another name)"),
+         "the run mine-a-2 would be mistaken for the next run of mine-a (rename its variant)"),
         ("base: tiny\nvariants: {a: , a-r2: }\nrepeats: 2\n",
-         "the run mine-a-r2 would be taken for another variant's (give its variant another name)"),
+         "the run mine-a-r2 would be mistaken for another variant's (rename its variant)"),
     ],
 )  # fmt: skip
 def test_a_fault_is_told_once_in_words_that_mend_it(text: str, told: str, tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_recipes_by_their_names_make_an_experiment() -> None:
     ("words", "said"),
     [
         (["tiny", "tiny"], "tiny: is named twice"),
-        (["tiny", "experiment=rank"], "experiment: beside recipes (tiny)"),
+        (["tiny", "experiment=rank"], "experiment: cannot be combined with recipes (tiny)"),
         (["tiny", "ddp_qlorra"], "command line: ddp_qlorra: there is no recipe 'ddp_qlorra' (did you mean ddp_qlora?)"),
         (["tiny", "./own.yaml"], "command line: own: there is no file ./own.yaml"),
     ],

@@ -1,6 +1,6 @@
-"""The runs of an experiment as a table in the terminal that follows them: how far each is, its loss and speed, and how long it will take.
+"""A live table of an experiment's runs: how far each has come, its loss and speed, and the time it still needs.
 
-It reads what the runs write into their folders and nothing else, so that watching changes no run.
+It only reads what the runs write into their folders, so watching does not affect them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from distft.runs.folder import RunFolder
 
 UNKNOWN = "–"
 _MARGIN = 8
-"""Lines of a terminal that stay free of rows: the head, the rules, what stands below, and the row for rows that are left out."""
+"""Lines of the terminal without a run: the header, the rules, the caption, and the row that counts hidden runs."""
 _NARROW = 80
-"""Columns of a terminal from which on the table has a frame, which would take a name's place."""
+"""Terminals with fewer columns get a table without a frame, to leave room for names."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is; None for what is not known. `steps` is how many it will make, `left_s` the seconds until its last one at the pace
-    so far."""
+    """How far a run has come; None for what is unknown.
+
+    `steps` is its total number of steps, `left_s` the seconds until the last one at the present pace.
+    """
 
     name: str
     status: str = "waiting"
@@ -45,36 +47,30 @@ class Progress:
 
     @classmethod
     def of(cls, run: ExperimentRun, folder: RunFolder | None) -> Progress:
-        """Read from the run's folder; `waiting` where there is none yet."""
+        """Read the run's folder; without one the run is `waiting`."""
         if folder is None:
             return cls(run.name)
         summary, records = folder.read_summary(), folder.read_metrics()
         status = outcome(str(summary["status"]), summary.get("cause"))
-        logged: dict[str, Any] = {
-            key: value for record in records for key, value in record.items() if value is not None
-        }
+        logged = {key: value for record in records for key, value in record.items() if value is not None}
         step, steps = logged.get("step"), summary.get("steps") or _steps(run, logged)
         left = _left(records, step, steps) if status == "running" else None
-        speed = (
-            logged.get("samples_per_second")
-            if summary.get("samples_per_second") is None
-            else summary["samples_per_second"]
-        )
+        speed = summary.get("samples_per_second")
+        if speed is None:
+            speed = logged.get("samples_per_second")
         return cls(run.name, status, step, steps, logged.get("loss"), speed, left)
 
     def cells(self) -> list[str]:
-        """As a row of the table."""
-        return [
-            self.name, self.status,
-            UNKNOWN if self.step is None else f"{self.step}" + ("" if self.steps is None else f"/{self.steps}"),
-            UNKNOWN if self.loss is None else f"{self.loss:.4f}",
-            UNKNOWN if self.samples_per_second is None else f"{self.samples_per_second:,.1f}",
-            UNKNOWN if self.left_s is None else str(timedelta(seconds=round(self.left_s))),
-        ]  # fmt: skip
+        """The run's row of the table."""
+        step = UNKNOWN if self.step is None else str(self.step) + ("" if self.steps is None else f"/{self.steps}")
+        loss = UNKNOWN if self.loss is None else f"{self.loss:.4f}"
+        speed = UNKNOWN if self.samples_per_second is None else f"{self.samples_per_second:,.1f}"
+        left = UNKNOWN if self.left_s is None else str(timedelta(seconds=round(self.left_s)))
+        return [self.name, self.status, step, loss, speed, left]
 
 
 def _steps(run: ExperimentRun, logged: Mapping[str, Any]) -> int | None:
-    """How many steps a run will make: as its recipe says, or from the part of an epoch that its steps so far are."""
+    """The total number of steps: from the recipe, or from the share of an epoch that the steps so far make up."""
     training = run.recipe.training
     asked = training.get("max_steps", -1)
     if asked > 0:
@@ -84,7 +80,7 @@ def _steps(run: ExperimentRun, logged: Mapping[str, Any]) -> int | None:
 
 
 def _left(records: Sequence[Mapping[str, Any]], step: int | None, steps: int | None) -> float | None:
-    """Seconds until the last step, at the pace between the first record of the training and the newest: the first step warms up."""
+    """Seconds until the last step, at the pace since the first record, which includes the warm-up."""
     timed = [record for record in records if record.get("time_s") is not None and record["step"] > 0]
     if step is None or steps is None or not timed:
         return None
@@ -95,7 +91,7 @@ def _left(records: Sequence[Mapping[str, Any]], step: int | None, steps: int | N
 
 
 class Watched:
-    """The live table. `look` reads a run's folder again; the others stand as they were last seen."""
+    """The live table. `look` reads one run's folder again; the others are shown as last seen."""
 
     def __init__(
         self, runs: Sequence[ExperimentRun], folders: Mapping[str, RunFolder | None], logs: Path, live: Live
@@ -106,7 +102,7 @@ class Watched:
         self._draw()
 
     def look(self, run: ExperimentRun, folder: RunFolder | None, status: str | None = None) -> None:
-        """Read the folder of `run` and draw the table; `status` is for what the folder cannot say."""
+        """Read the folder of `run` and redraw the table. `status` replaces the folder's."""
         seen = Progress.of(run, folder)
         self._seen[run.name] = seen if status is None else replace(seen, status=status)
         self._at = run.name
@@ -136,15 +132,17 @@ class Watched:
     def _caption(self) -> str:
         ended = sum(progress.status not in ("waiting", "starting", "running") for progress in self._seen.values())
         passed = timedelta(seconds=round(time.monotonic() - self._began))
-        return f"{ended} of {len(self._seen)} runs have ended, {passed} passed; what they print goes to {self._logs}"
+        return f"{ended} of {len(self._seen)} runs have ended after {passed}; their output goes to {self._logs}"
 
 
 @contextmanager
 def watched(
     runs: Sequence[ExperimentRun], folders: Mapping[str, RunFolder | None], logs: Path
 ) -> Iterator[Watched | None]:
-    """The table of `runs` on stdout for as long as the context lasts; None where stdout is no terminal that can draw one. What is
-    written to stderr meanwhile stands above it."""
+    """Show the table of `runs` on stdout for the duration of a block; None if stdout is not a capable terminal.
+
+    Output on stderr appears above the table.
+    """
     console = Console(file=sys.stdout)
     if not sys.stdout.isatty() or console.is_dumb_terminal:
         yield None

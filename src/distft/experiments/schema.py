@@ -1,4 +1,4 @@
-"""What the file of an experiment can say, and finding and reading one."""
+"""The file of an experiment: its fields, and finding and reading one."""
 
 from __future__ import annotations
 
@@ -18,42 +18,45 @@ Equal = Literal["samples", "order", "global_batch", "tokens", "base_weights", "l
 
 
 class Budget(Section):
-    """How long every run trains; one of these."""
+    """How long every run trains, in exactly one of these units."""
 
     steps: int | None = Field(None, ge=1)
-    """Optimizer steps: training.max_steps."""
+    """Optimizer steps (training.max_steps)."""
     samples: int | None = Field(None, ge=1)
-    """Samples, a whole number of global batches: training.max_steps. Within one epoch; the last batch of an epoch is smaller."""
+    """Samples (training.max_steps): a whole number of global batches, within one epoch, whose last batch is smaller."""
     tokens: int | None = Field(None, ge=1)
-    """Tokens, where the global batch is counted in them: training.max_steps, as many whole steps as they hold. A step holds whole samples, so
-    that it has about the batch's tokens, and the budget is met about as well."""
+    """Tokens (training.max_steps), if the global batch is counted in tokens; rounded down to whole steps.
+
+    A step has whole samples, so its tokens, and those of the budget, are approximate."""
     minutes: float | None = Field(None, gt=0)
-    """Wall-clock of training: run.train_time, after which a run ends with its result. Samples then differ: declare what is still equal."""
+    """Minutes of training (run.train_time), after which a run ends with its result.
+
+    The runs then train on different numbers of samples, so declare only what is still equal."""
 
 
 class ExperimentFile(Section):
-    """What an experiment's file can say. `variants` or `grid` says in what its runs differ."""
+    """The file of an experiment. `variants` or `grid` says how its runs differ."""
 
     base: str | None = None
-    """The recipe that is varied, by name or by its path from this file."""
+    """The recipe to vary: a name, or a path relative to this file."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """What all runs change in their recipe, as nested mappings or `key.path: value`."""
+    """Changes that apply to every run, as nested mappings or `key.path: value`."""
     variants: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
-    """Name of each variant, and what it changes; `recipe` names another recipe than `base`."""
+    """The name of each variant and what it changes. `recipe` replaces `base`."""
     grid: dict[str, Any] = Field(default_factory=dict)
-    """Axes whose product is run: `key.path: [values]`, or a name of the axis with a mapping of names to what they change."""
+    """Axes to combine: `key.path: [values]`, or the name of an axis with a mapping of names to what they change."""
     repeats: int = Field(1, ge=1)
-    """How often each variant is run, in turns, so that a drift of the machine meets all alike."""
+    """How often each variant runs. Repeats take turns, so drift of the machine affects every variant equally."""
     budget: Budget | None = None
-    """How long every run trains; as its recipe says where there is none."""
+    """How long every run trains. Default: as its recipe says."""
     equal: list[Equal] = Field(default_factory=list)
     """What must be equal in all runs for their speeds to be compared."""
     loss_tolerance: float = Field(LOSS_TOLERANCE, gt=0)
-    """Where loss is declared equal, the share of the first variant's by which another's may be off."""
+    """If loss must be equal, the largest deviation from the first variant's loss, as a fraction of it."""
 
 
 def list_experiments(folder: Path) -> dict[str, Path]:
-    """Every experiment by name; one in `folder`/recipes/experiments hides a shipped one."""
+    """Every experiment by name. Those in `folder`/recipes/experiments hide shipped ones of the same name."""
     found: dict[str, Path] = {}
     for place in (folder / "recipes" / "experiments", packaged("recipes/experiments")):
         for path in sorted(place.glob("*.yaml")):
@@ -62,10 +65,10 @@ def list_experiments(folder: Path) -> dict[str, Path]:
 
 
 def find_experiment(wanted: str, folder: Path) -> Path:
-    """The file of the experiment `wanted`, a name or a path.
+    """The file of the experiment `wanted`, which is a name or a path.
 
     Raises:
-        ExperimentError: there is none.
+        ExperimentError: it does not exist.
     """
     known = list_experiments(folder)
     if wanted in known:
@@ -81,10 +84,10 @@ def find_experiment(wanted: str, folder: Path) -> Path:
 
 
 def read_experiment(path: Path, faults: list[Fault]) -> ExperimentFile:
-    """What the file says, without what is wrong in it, which goes to `faults`.
+    """The content of the file without its faulty keys. Their faults are added to `faults`.
 
     Raises:
-        ExperimentError: it cannot be read at all.
+        ExperimentError: the file cannot be read, or is not a YAML mapping.
     """
     try:
         tree = read_yaml(path)
@@ -93,7 +96,7 @@ def read_experiment(path: Path, faults: list[Fault]) -> ExperimentFile:
     fields = list(ExperimentFile.model_fields)
     for key in [key for key in tree if key not in fields]:
         of_recipe = key in (*SECTIONS, "strategy", "lora", "training") or "." in str(key)
-        hint = "values of recipes stand under overrides, variants or grid" if of_recipe else nearest(str(key), fields)
+        hint = "recipe values go under overrides, variants or grid" if of_recipe else nearest(str(key), fields)
         faults.append(Fault(str(path), str(key), "unknown key", hint or f"there are: {', '.join(fields)}"))
         del tree[key]
     try:
@@ -112,6 +115,6 @@ def read_experiment(path: Path, faults: list[Fault]) -> ExperimentFile:
 
 
 def _word_at(tree: Any, fault: Fault) -> str:
-    """What the user wrote at the place of a fault: the value of an item of a list, else the last key."""
+    """What the user wrote at the place of a fault: the item of a list, else the last key."""
     *_, above, leaf = ("", *fault.key.split("."))
     return str(tree[above][int(leaf)]) if leaf.isdigit() and isinstance(tree.get(above), list) else leaf
