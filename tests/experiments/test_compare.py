@@ -95,7 +95,8 @@ def test_one_that_fails_leaves_the_others_alone_and_is_made_up_for(tiny: Path, t
 def test_a_signal_stops_the_run_at_hand_and_resume_goes_on_with_it(tmp_path: Path) -> None:
     folder_with(tmp_path)
     # `broken` is left out by its own mistake; the others train long enough to be stopped in the middle.
-    process = subprocess.Popen([*COMPARE, "training.logging_steps=1", "data.max_samples=null"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    command = [*COMPARE, "training.logging_steps=1", "data.max_samples=null"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     run = RunFolder(tmp_path / "runs" / "mine-four")
     end = time.monotonic() + 120
     while not run.summary.exists() and time.monotonic() < end:
@@ -127,8 +128,8 @@ def test_a_damaged_run_is_made_anew_beside_what_is_left_of_it(tmp_path: Path) ->
     (tmp_path / "runs" / "mine-four.damaged").mkdir()
     done = call(tmp_path, "--resume")
     assert (
-        "mine-four runs again; its damaged folder is now runs/mine-four.damaged-2: runs/mine-four holds no readable summary"
-        in done.stderr
+        "mine-four runs again; its damaged folder is now runs/mine-four.damaged-2: "
+        "runs/mine-four holds no readable summary" in done.stderr
     )
     assert "1/3 mine-four: finished in" in done.stderr and "2/3 mine-full: had finished" in done.stderr, done.stderr
     assert (tmp_path / "runs" / "mine-four.damaged-2" / "summary.json").read_text() == torn
@@ -154,10 +155,21 @@ def test_runs_of_another_recipe_do_not_count_as_made(tmp_path: Path) -> None:
     [
         (["model.name=/no/such/model"], False, ["mine: there is no folder /no/such/model (model and tokenizer)"]),
         (["model.name=nobody/none"], False, []),
-        (["data.name=no.jsonl", "model.tokenizer=/no"], False, ["mine: there is no folder /no (tokenizer)", "mine: there is no data file or folder no.jsonl (data)"]),
-        (["model.name=nobody/none"], True, ["mine: the model and tokenizer nobody/none is not in the cache; on a machine"]),
+        (
+            ["data.name=no.jsonl", "model.tokenizer=/no"],
+            False,
+            [
+                "mine: there is no folder /no (tokenizer)",
+                "mine: there is no data file or folder no.jsonl (data)",
+            ],
+        ),
+        (
+            ["model.name=nobody/none"],
+            True,
+            ["mine: the model and tokenizer nobody/none is not in the cache; on a machine"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_every_run_lacks_is_told_once_before_the_first(
     words: list[str], offline: bool, lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,9 +192,13 @@ def test_out_of_memory_is_a_result_where_no_restart_is_allowed(tmp_path: Path) -
     """Started again, the run would halve its micro-batch and be another one."""
     path = folder_with(tmp_path) / "recipes" / "experiments" / "mine.yaml"
     path.write_text(
-        "base: tiny\noverrides: {run.max_restarts: 0}\nvariants: {big: {}, none: {quantization: null}}\nbudget: {steps: 1}\n"
+        "base: tiny\noverrides: {run.max_restarts: 0}\n"
+        "variants: {big: {}, none: {quantization: null}}\nbudget: {steps: 1}\n"
     )
-    cause = "OutOfMemory: out of memory on rank 0 with a micro-batch of 4 samples: 3.00 GiB were asked for, 1.00 of the GPU's 8.00 GiB are free."
+    cause = (
+        "OutOfMemory: out of memory on rank 0 with a micro-batch of 4 samples: 3.00 GiB were asked for, "
+        "1.00 of the GPU's 8.00 GiB are free."
+    )
     for run in load_experiment(["experiment=mine", "tracking.report_to=[]"], folder=tmp_path).runs:
         folder = RunFolder.claim(tmp_path / "runs", run.name, exact=True)
         folder.recipe.write_text(run.recipe.to_yaml())

@@ -1,4 +1,4 @@
-"""`distft compare --watch`: the table that follows real runs, in a real pseudo-terminal, and what it says of a run folder."""
+"""`distft compare --watch`: a table in a real pseudo-terminal of real runs, and what it reads from run folders."""
 
 from __future__ import annotations
 
@@ -56,8 +56,14 @@ def in_a_terminal(command: list[str], where: Path, rows: int, columns: int, limi
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
     process = subprocess.Popen(
-        command, cwd=where, stdin=theirs, stdout=theirs, stderr=theirs, env={**environment, "TERM": "xterm-256color"}, start_new_session=True
-    )  # fmt: skip
+        command,
+        cwd=where,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**environment, "TERM": "xterm-256color"},
+        start_new_session=True,
+    )
     os.close(theirs)
     written, end = b"", time.monotonic() + limit_s
     try:
@@ -156,8 +162,12 @@ def test_without_a_number_of_steps_it_goes_by_the_epochs(place: Path) -> None:
 
 @pytest.mark.parametrize(
     ("status", "cause", "shown"),
-    [("failed", "OutOfMemory: out of memory on rank 0", "out of memory"), ("failed", "RuntimeError: no", "failed"), ("running", None, "running")],
-)  # fmt: skip
+    [
+        ("failed", "OutOfMemory: out of memory on rank 0", "out of memory"),
+        ("failed", "RuntimeError: no", "failed"),
+        ("running", None, "running"),
+    ],
+)
 def test_what_is_not_known_is_left_open(status: str, cause: str | None, shown: str, place: Path) -> None:
     seen = Progress.of(run_of(place), folder_with(place, status, cause=cause))
     assert seen.cells() == ["mine-small", shown, "–", "–", "–", "–"]

@@ -88,10 +88,24 @@ def test_a_summary_has_every_key_in_order_and_null_where_nothing_is_known(tmp_pa
 
 @pytest.mark.parametrize(
     "key",
-    ["status", "cause", "strategy", "world_size", "train_loss", "eval_before", "eval_after", "train_time_s",
-     "samples_per_second", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib", "energy_j",
-     "restarts"],
-)  # fmt: skip
+    [
+        "status",
+        "cause",
+        "strategy",
+        "world_size",
+        "train_loss",
+        "eval_before",
+        "eval_after",
+        "train_time_s",
+        "samples_per_second",
+        "tokens_per_second",
+        "tokens_per_second_per_gpu",
+        "mfu",
+        "peak_memory_gib",
+        "energy_j",
+        "restarts",
+    ],
+)
 def test_the_design_s_key_is_a_key_of_every_summary(key: str) -> None:
     assert key in SUMMARY_KEYS
 

@@ -41,9 +41,13 @@ except ZeroDivisionError:
 def rank(where: Path, number: int, size: int = 2, attempt: int = 0) -> subprocess.CompletedProcess[str]:
     (where / "run").mkdir(exist_ok=True)
     ended = subprocess.run(
-        [sys.executable, "-c", RANK, str(number), str(size)], cwd=where, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", RANK, str(number), str(size)],
+        cwd=where,
+        capture_output=True,
+        text=True,
+        timeout=60,
         env={**os.environ, "TORCHELASTIC_RESTART_COUNT": str(attempt)},
-    )  # fmt: skip
+    )
     assert ended.returncode == 0, ended.stderr
     return ended
 

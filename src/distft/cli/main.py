@@ -15,7 +15,7 @@ _GROUPS = (train, evaluate, submit, fetch, recipes, experiments, compare, report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `distft` and return its exit code: 0 success, 2 a mistake by the user, 75 interrupted, 1 any other failure."""
+    """Run `distft` and return its exit code: 0 success, 2 the user's mistake, 75 interrupted, 1 any other failure."""
     words = debug_flag(list(sys.argv[1:] if arguments is None else arguments))
     quiet_libraries()
     command_line = parser()

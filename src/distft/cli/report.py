@@ -62,7 +62,7 @@ def _write(report: Report, output: Path, kind: str) -> None:
 
 
 def _replaceable(paths: Sequence[Path], read: Sequence[Path | None]) -> list[Path]:
-    """Those of `paths` that are free or hold a report of distft: the user did not name them, so no other file is replaced.
+    """Those of `paths` that are free or hold a distft report. The user named none of them, so nothing else is replaced.
 
     Files in `read`, which the report is about, are left alone without a message.
     """

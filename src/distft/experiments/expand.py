@@ -24,8 +24,8 @@ from distft.reports.comparability import BY_DEFAULT, LOSS_TOLERANCE
 REPEATS = 5
 """Repeats of each recipe if recipes are compared without an experiment's file.
 
-With the noise of short runs on an H200 (2.2% from run to run), 5 repeats find a 5% difference in speed four times out of
-five; 3 repeats do if the noise is at most 1.3%. `tests/test_stats.py` checks this."""
+With the noise of short runs on an H200 (2.2% from run to run), 5 repeats find a 5% difference in speed four times out
+of five; 3 repeats do if the noise is at most 1.3%. `tests/test_stats.py` checks this."""
 
 
 @dataclass(frozen=True)

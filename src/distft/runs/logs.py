@@ -1,7 +1,7 @@
 """One log per rank in the run folder. Rank 0's output also goes to the console, the other ranks' only to their logs.
 
-Messages of distft itself (`console.say`) reach the console from every rank. A log that cannot be written is abandoned; it
-never stops a run.
+Messages of distft itself (`console.say`) reach the console from every rank. A log that cannot be written is abandoned;
+it never stops a run.
 """
 
 from __future__ import annotations
