@@ -1,0 +1,45 @@
+"""What workers leave for the process that started them: the error of the last attempt, and the start of a call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distft.distributed.supervisor import ATTEMPT, IN_PROCESS, OUTCOME, Launch, leave_error, read_error
+from distft.errors import DataError, OutOfMemory, RankLost, WorkerError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(OUTCOME, str(tmp_path))
+    monkeypatch.setenv(ATTEMPT, "0")
+    return tmp_path
+
+
+def test_a_cause_replaces_its_consequences_and_not_the_other_way_round(folder: Path) -> None:
+    assert read_error(folder) is None
+    leave_error(RankLost(1, "rank 1 failed"))
+    leave_error(OutOfMemory("out of memory on rank 1", {"micro_batch": 4}, restart=True))
+    leave_error(RankLost(1, "rank 1 failed"))
+    error = read_error(folder)
+    assert isinstance(error, OutOfMemory) and error.facts == {"micro_batch": 4} and error.restart
+
+
+def test_the_last_attempt_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for attempt in range(11):
+        monkeypatch.setenv(ATTEMPT, str(attempt))
+        leave_error(WorkerError(f"attempt {attempt}"))
+    assert str(read_error(folder)) == "attempt 10"
+
+
+def test_without_a_supervisor_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(OUTCOME, raising=False)
+    monkeypatch.chdir(tmp_path)
+    leave_error(DataError("no data"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_in_the_caller_s_process_began_with_the_call() -> None:
+    launch = Launch.of({IN_PROCESS: "123-1700000000.25", ATTEMPT: "2"})
+    assert launch == Launch("123-1700000000.25", 2, 1700000000.25)
