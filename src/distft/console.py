@@ -31,3 +31,4 @@ def quiet_libraries() -> None:
         r".*`torch.distributed..*_tensor. is deprecated",  # DeepSpeed still calls the old name
     ):
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, in a notebook without ipywidgets
