@@ -214,11 +214,11 @@ def test_scores_are_twice_the_grade() -> None:
 
 
 def test_a_judge_is_a_name_or_a_mapping_and_evaluation_may_change_on_resume() -> None:
-    from distft.runs.record import _FREE_TO_CHANGE, _differences
+    from distft.runs.resume import FREE_TO_CHANGE, differences
 
     named = load_recipe(["evaluation.judge=prometheus-eval/prometheus-7b-v2.0", "evaluation.tasks=[mt_bench]"])
     mapped = load_recipe(["evaluation.judge={model: a/b, endpoint: 'http://127.0.0.1:8000/v1'}"])
     assert named.evaluation.judge.model == "prometheus-eval/prometheus-7b-v2.0"
     assert mapped.evaluation.judge.endpoint == "http://127.0.0.1:8000/v1"
-    assert "evaluation." in _FREE_TO_CHANGE
-    assert not list(_differences(load_recipe([]).model_dump(), named.model_dump()))
+    assert "evaluation." in FREE_TO_CHANGE
+    assert not list(differences(load_recipe([]).model_dump(), named.model_dump()))
