@@ -202,7 +202,8 @@ def test_models_with_different_tokenizers_are_compared_by_time_and_task(tmp_path
     # Wilson's intervals of 0.90 and 0.95 of 2,000, and Newcombe's of their difference, by hand: 0.0338 to 0.0664.
     accuracy = "IMDB accuracy 0.900 → 0.950 (95% CI of the difference +0.034 to +0.066, over the items): different"
     assert made.verdict == (
-        f"b1 is 1.25× as fast as a1 (95% CI 1.24–1.26) on the same samples. On the task: {accuracy}."
+        "b1 is 1.25× as fast as a1 (95% CI 1.24–1.26). The tokenizers differ, so losses are not compared. "
+        f"On the task: {accuracy}."
     )
     text = markdown(made)
     assert row(text, "Compared with `a1`", "b1")["IMDB accuracy"] == "1.056×"
@@ -217,5 +218,5 @@ def test_repeats_that_agree_say_nothing_about_other_items(tmp_path: Path) -> Non
 
 def test_the_answer_says_when_no_run_measured_the_task(tmp_path: Path) -> None:
     assert duel(tmp_path, None, None).verdict.endswith(
-        ") on the same samples. No run measured how well they solve the task."
+        "). The tokenizers differ, so losses are not compared. No run measured how well they solve the task."
     )

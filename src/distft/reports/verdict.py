@@ -46,19 +46,19 @@ def answer(comparisons: Iterable[Comparison], ended: Mapping[str, str], first: s
 
 
 def _speed(item: Comparison) -> str:
-    one, other, times = item.variant, item.against, f"{item.ratio or math.nan:.2f}× as fast"
+    one, other, margin = item.variant, item.against, f"{MARGIN - 1:.0%}"
+    times = f"{item.ratio:.2f}× as fast" if item.ratio else "speeds that have no ratio"
     interval = "" if item.low is None or item.high is None else f"{CONFIDENCE:.0%} CI {item.low:.2f}–{item.high:.2f}"
-    margin = f"{MARGIN - 1:.0%}"
     match item.verdict:
         case "different":
-            return f"{one} is {times} as {other} ({interval})"
+            return f"{one} is {times} as {other} ({interval})" if item.ratio else f"{one} and {other} differ in speed"
         case "no difference":
             return f"No difference in speed between {one} and {other} ({interval}, within ±{margin})"
         case "inconclusive":
-            needed = (
-                f". Detecting a difference of {margin} takes about {item.repeats} runs of each" if item.repeats else ""
-            )
-            return f"Inconclusive: {_repeats(item)} cannot separate {one} from {other} ({times}, {interval}){needed}"
+            shown = ", ".join(filter(None, [times, interval]))
+            text = f"Inconclusive: {_repeats(item)} cannot separate {one} from {other} ({shown})"
+            needed = f"Detecting a difference of {margin} takes about {item.repeats} runs of each"
+            return f"{text}. {needed}" if item.repeats else text
         case "no spread":
             return f"Inconclusive: {_repeats(item)} cannot separate {one} from {other} ({times} here)"
         case "withheld":
@@ -89,9 +89,8 @@ def _quality(speed: Comparison, found: Iterable[Comparison]) -> str:
         for item in same
         if item.figure in quality and item.ratio is not None
     ]
-    return " on the same samples" + (
-        f". On the task: {'; '.join(solved)}" if solved else ". No run measured how well they solve the task"
-    )
+    task = f"On the task: {'; '.join(solved)}" if solved else "No run measured how well they solve the task"
+    return f". The tokenizers differ, so losses are not compared. {task}"
 
 
 # One variant: what its fine-tune changed ------------------------------------------------------------------------------
