@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from distft.cli.arguments import load, load_experiment
+from distft.api.recipe import load, load_experiment
 from distft.cli.main import main
 
 from .pages import PAGES, README, ROOT, Page, needs_another_machine, page
