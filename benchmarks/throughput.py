@@ -312,11 +312,11 @@ def main() -> int:
     workload = Workload(shape, folder, *synthetic.rows(options.work, shape, options.rows))
     runner = Runner(options, workload, device_flops())
     chosen = list(dict.fromkeys(options.cases))
-    beside = {name: [other for other in CASES[name].references if other not in options.without] for name in chosen}
-    references = list(dict.fromkeys(other for others in beside.values() for other in others))
+    compared = {name: [other for other in CASES[name].references if other not in options.without] for name in chosen}
+    references = list(dict.fromkeys(other for others in compared.values() for other in others))
     # Cases with the same number of GPUs are compared with each other as well.
     pairs = {
-        name: [*beside[name], *(other for other in chosen[:number] if CASES[other].gpus == CASES[name].gpus)]
+        name: [*compared[name], *(other for other in chosen[:number] if CASES[other].gpus == CASES[name].gpus)]
         for number, name in enumerate(chosen)
     }
     record: dict[str, Any] = {
