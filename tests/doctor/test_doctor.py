@@ -1,4 +1,4 @@
-"""`distft doctor`: real facts of this machine, real processes that measure, and advice for machines that are not here."""
+"""`distft doctor`: facts of this machine, measurements by real processes, and advice for other machines."""
 
 from __future__ import annotations
 
@@ -16,29 +16,45 @@ from typing import Any
 import psutil
 import pytest
 
-from distft.doctor.advice import advice, first_error, table, verdict
+from distft.doctor.advice import advice, first_error
 from distft.doctor.bandwidth import Bandwidth, measure
 from distft.doctor.facts import Disk, Facts, Gpu, Pair, Slurm, gather, memory_limit, supports
+from distft.doctor.report import table, verdict
 
 H200 = Gpu(0, "NVIDIA H200", 139.8, (9, 0), free_gib=139.2, nvlinks=18)
 NODE = Facts(
-    python="3.11.2", platform="Linux", cpus=64, memory_gib=512, available_gib=500, shm_gib=256,
+    python="3.11.2",
+    platform="Linux",
+    cpus=64,
+    memory_gib=512,
+    available_gib=500,
+    shm_gib=256,
     packages={"torch": "2.13.0+cu130", "transformers": "5.23.0", "bitsandbytes": "0.50.2", "liger-kernel": "0.8.5"},
     requirements={"torch": "<=2.13.0,>=2.9", "transformers": "<6,>=5.17"},
     disks=(Disk("working folder", "/scratch/me", 1000, 800, True), Disk("hub cache", "/scratch/hub", 1000, 800, True)),
-    driver="580.65.06", driver_cuda="13.0", driver_gpus=2, cuda="13.0", nccl="2.27.5",
-    gpus=(H200, replace(H200, index=1)), pairs=(Pair(0, 1, True, "NVLink"),), attention=("sdpa", "varlen"),
-    bitsandbytes="libbitsandbytes_cuda130.so", compiler="/usr/bin/c++", interfaces=("lo", "eth0"),
-    wandb_key=True, hub_token=True, hub_offline=False,
+    driver="580.65.06",
+    driver_cuda="13.0",
+    driver_gpus=2,
+    cuda="13.0",
+    nccl="2.27.5",
+    gpus=(H200, replace(H200, index=1)),
+    pairs=(Pair(0, 1, True, "NVLink"),),
+    attention=("sdpa", "varlen"),
+    bitsandbytes="libbitsandbytes_cuda130.so",
+    compiler="/usr/bin/c++",
+    interfaces=("lo", "eth0"),
+    wandb_key=True,
+    hub_token=True,
+    hub_offline=False,
     bandwidth=Bandwidth("nccl", 2, all_reduce_gb_per_s=360.0, all_gather_gb_per_s=340.0),
-)  # fmt: skip
-"""A node with two GPUs to which nothing is wrong."""
+)
+"""A node with two GPUs and no problems."""
 NO_TORCH_GPU: dict[str, Any] = {"gpus": (), "pairs": (), "bitsandbytes": "libbitsandbytes_cpu.so", "bandwidth": None}
-OFF = Pair(0, 1, False, "SYS", "these GPUs cannot")
+OFF = Pair(0, 1, False, "SYS", "these GPUs do not support it")
 FULL = Disk("working folder", "/scratch/me", 1000, 0.2, True)
 
 
-def test_a_sound_node_gets_no_advice() -> None:
+def test_a_node_without_problems_gets_no_advice() -> None:
     assert advice(NODE) == []
     assert verdict([]) == "training can run"
 
@@ -46,48 +62,144 @@ def test_a_sound_node_gets_no_advice() -> None:
 @pytest.mark.parametrize(
     ("changes", "level", "what", "remedy"),
     [
-        ({"pairs": (OFF,)}, "warning", "peer-to-peer is off between GPU 0 and 1 (these GPUs cannot)", "ddp_qlora or zero2_bf16"),
+        (
+            {"pairs": (OFF,)},
+            "warning",
+            "peer-to-peer is off between GPU 0 and 1 (these GPUs do not support it)",
+            "ddp_qlora or zero2_bf16",
+        ),
         ({"shm_gib": 64 / 1024}, "warning", "shared memory is 64 MiB", "--shm-size"),
-        ({**NO_TORCH_GPU, "driver": "535.104", "driver_cuda": "12.2", "cuda_error": "too old"}, "error",
-         "driver 535.104 knows CUDA 12.2 at most, torch is built for 13.0", "newer driver"),
-        ({**NO_TORCH_GPU, "cuda": None}, "error", "the driver sees 2 GPUs, and torch none: torch 2.13.0+cu130 is a build without CUDA",
-         "torch<=2.13.0,>=2.9"),
-        ({**NO_TORCH_GPU, "variables": {"CUDA_VISIBLE_DEVICES": ""}}, "warning", "CUDA_VISIBLE_DEVICES is ''", "unset it"),
+        (
+            {**NO_TORCH_GPU, "driver": "535.104", "driver_cuda": "12.2", "cuda_error": "too old"},
+            "error",
+            "driver 535.104 supports CUDA up to 12.2, and torch is built for 13.0",
+            "newer driver",
+        ),
+        (
+            {**NO_TORCH_GPU, "cuda": None},
+            "error",
+            "the driver sees 2 GPUs, but torch sees none: torch 2.13.0+cu130 is a build without CUDA",
+            "torch<=2.13.0,>=2.9",
+        ),
+        (
+            {**NO_TORCH_GPU, "variables": {"CUDA_VISIBLE_DEVICES": ""}},
+            "warning",
+            "CUDA_VISIBLE_DEVICES is ''",
+            "unset it",
+        ),
         ({**NO_TORCH_GPU, "cuda_error": "CUDA unknown error"}, "error", "CUDA unknown error", "nvidia-smi"),
-        ({**NO_TORCH_GPU, "driver_gpus": 0, "driver_error": "Driver/library version mismatch"}, "error", "version mismatch", "reboot"),
-        ({**NO_TORCH_GPU, "driver_gpus": 0, "driver": None}, "note", "there is no GPU here", "recipe=tiny"),
-        ({"gpus": (H200, replace(H200, index=1, name="NVIDIA L4", memory_gib=22.0, free_gib=22.0))}, "warning",
-         "the GPUs differ (NVIDIA H200 with 140 GiB, NVIDIA L4 with 22 GiB)", "CUDA_VISIBLE_DEVICES"),
-        ({"gpus": (H200, replace(H200, index=1, free_gib=20.0))}, "warning", "GPU 1 has 20.0 of 139.8 GiB free", "end what runs"),
-        ({"gpus": (H200, replace(H200, index=1, supported=False))}, "error", "has no code for GPU 1 (NVIDIA H200)", "build of torch"),
+        (
+            {**NO_TORCH_GPU, "driver_gpus": 0, "driver_error": "Driver/library version mismatch"},
+            "error",
+            "version mismatch",
+            "reboot",
+        ),
+        ({**NO_TORCH_GPU, "driver_gpus": 0, "driver": None}, "note", "there is no GPU", "recipe=tiny"),
+        (
+            {"gpus": (H200, replace(H200, index=1, name="NVIDIA L4", memory_gib=22.0, free_gib=22.0))},
+            "warning",
+            "the GPUs differ (NVIDIA H200 with 140 GiB, NVIDIA L4 with 22 GiB)",
+            "CUDA_VISIBLE_DEVICES",
+        ),
+        (
+            {"gpus": (H200, replace(H200, index=1, free_gib=20.0))},
+            "warning",
+            "GPU 1 has 20.0 of 139.8 GiB free",
+            "stop them",
+        ),
+        (
+            {"gpus": (H200, replace(H200, index=1, supported=False))},
+            "error",
+            "has no code for GPU 1 (NVIDIA H200)",
+            "build of torch",
+        ),
         ({"gpus": (replace(H200, capability=(7, 5)),), "pairs": ()}, "warning", "bf16 slowly", "training.fp16=true"),
-        ({"cpus": 1}, "warning", "1 CPUs for 2 GPUs", "scheduler"),
+        ({"cpus": 1}, "warning", "1 CPU for 2 GPUs", "scheduler"),
         ({"disks": (FULL,)}, "error", "0.2 GiB of 1000 are free for the working folder /scratch/me", "run.dir="),
-        ({"disks": (replace(FULL, free_gib=9), replace(FULL, free_gib=9, use="hub cache"))}, "warning", "9.0 GiB", "make room"),
-        ({"disks": (replace(FULL, use="hub cache", writable=False),)}, "warning", "hub cache /scratch/me cannot be written", "HF_HOME"),
-        ({"disks": (replace(FULL, writable=False),)}, "error", "working folder /scratch/me cannot be written", "another folder"),
+        (
+            {"disks": (replace(FULL, free_gib=9), replace(FULL, free_gib=9, use="hub cache"))},
+            "warning",
+            "9.0 GiB",
+            "free some space",
+        ),
+        (
+            {"disks": (replace(FULL, use="hub cache", writable=False),)},
+            "warning",
+            "hub cache /scratch/me is not writable",
+            "HF_HOME",
+        ),
+        (
+            {"disks": (replace(FULL, writable=False),)},
+            "error",
+            "working folder /scratch/me is not writable",
+            "another folder",
+        ),
         ({"memory_limit_gib": 3.0}, "warning", "3.0 GiB of memory for 2 processes", "container"),
-        ({"bitsandbytes": None, "bitsandbytes_error": "libcusparse.so.12: cannot open"}, "warning",
-         "bitsandbytes has no library for CUDA 13.0 (libcusparse.so.12: cannot open)", "ddp_bf16"),
+        (
+            {"bitsandbytes": None, "bitsandbytes_error": "libcusparse.so.12: cannot open"},
+            "warning",
+            "bitsandbytes has no library for CUDA 13.0 (libcusparse.so.12: cannot open)",
+            "ddp_bf16",
+        ),
         ({"bitsandbytes": "libbitsandbytes_cpu.so"}, "warning", "it loaded libbitsandbytes_cpu.so", "ddp_bf16"),
         ({"packages": {"torch": "2.8.0"}}, "error", "torch 2.8.0 is too old (<=2.13.0,>=2.9)", "pip install"),
         ({"packages": {**NODE.packages, "torch": "2.14.0"}}, "warning", "torch 2.14.0 is newer", "pip install"),
-        ({"broken": {"datasets": "ImportError: no pyarrow"}}, "error", "datasets cannot be imported (ImportError: no pyarrow)", "pip"),
-        ({"broken": {"deepspeed": "MissingCUDAException"}}, "warning", "deepspeed is installed and cannot be imported", "instead of zero2_bf16"),
-        ({"broken": {"flash-attn": "undefined symbol"}}, "warning", "flash-attn is installed and cannot be imported", "uninstall"),
+        (
+            {"broken": {"datasets": "ImportError: no pyarrow"}},
+            "error",
+            "datasets cannot be imported (ImportError: no pyarrow)",
+            "pip",
+        ),
+        (
+            {"broken": {"deepspeed": "MissingCUDAException"}},
+            "warning",
+            "deepspeed is installed but cannot be imported",
+            "instead of zero2_bf16",
+        ),
+        (
+            {"broken": {"flash-attn": "undefined symbol"}},
+            "warning",
+            "flash-attn is installed but cannot be imported",
+            "uninstall",
+        ),
         ({"compiler": None}, "note", "no C++ compiler", "g++"),
-        ({"variables": {"NCCL_SOCKET_IFNAME": "ib0"}}, "error", "NCCL_SOCKET_IFNAME is 'ib0'", "NCCL_SOCKET_IFNAME=eth0"),
+        (
+            {"variables": {"NCCL_SOCKET_IFNAME": "ib0"}},
+            "error",
+            "NCCL_SOCKET_IFNAME is 'ib0'",
+            "NCCL_SOCKET_IFNAME=eth0",
+        ),
         ({"variables": {"NCCL_P2P_DISABLE": "1"}}, "warning", "NCCL_P2P_DISABLE=1", "unset"),
-        ({"bandwidth": Bandwidth("nccl", 2, failed="no end after 180 s", hung=True)}, "error", "collectives hang", "NCCL_P2P_DISABLE=1"),
-        ({"bandwidth": Bandwidth("nccl", 2, failed="rank 1: all-reduce gave wrong numbers")}, "error", "wrong numbers", "IOMMU"),
-        ({"bandwidth": Bandwidth("nccl", 2, 4.0, 5.0)}, "warning", "5.0 GB/s, though there is NVLink: sharded training takes 2.7 s", "DEBUG"),
-        ({"slurm": Slurm("slurm 22.05.8", False, "Unable to contact slurm controller")}, "warning", "Unable to contact", "without it"),
+        (
+            {"bandwidth": Bandwidth("nccl", 2, failed="not finished after 180 s", hung=True)},
+            "error",
+            "collectives hang",
+            "NCCL_P2P_DISABLE=1",
+        ),
+        (
+            {"bandwidth": Bandwidth("nccl", 2, failed="rank 1: all-reduce gave wrong numbers")},
+            "error",
+            "wrong numbers",
+            "IOMMU",
+        ),
+        (
+            {"bandwidth": Bandwidth("nccl", 2, 4.0, 5.0)},
+            "warning",
+            "5.0 GB/s, although there is NVLink: sharded training takes 2.7 s",
+            "DEBUG",
+        ),
+        (
+            {"slurm": Slurm("slurm 22.05.8", False, "Unable to contact slurm controller")},
+            "warning",
+            "Unable to contact",
+            "without it",
+        ),
         ({"hub_offline": True}, "note", "the hub is offline", "unset"),
         ({"hub_token": False}, "note", "gated models", "hf auth login"),
         ({"wandb_key": False}, "note", "W&B", "wandb login"),
     ],
-)  # fmt: skip
-def test_one_thing_off_gives_one_finding(changes: dict[str, Any], level: str, what: str, remedy: str) -> None:
+)
+def test_one_problem_gives_one_finding(changes: dict[str, Any], level: str, what: str, remedy: str) -> None:
     facts = replace(NODE, **changes)
     (finding,) = advice(facts)
     assert finding.level == level
@@ -102,11 +214,11 @@ def test_one_thing_off_gives_one_finding(changes: dict[str, Any], level: str, wh
 
 
 @pytest.mark.parametrize("name", ["eth", "=eth0", "^docker", "lo,eth0"])
-def test_names_of_interfaces_as_nccl_reads_them(name: str) -> None:
+def test_interface_names_match_as_nccl_matches_them(name: str) -> None:
     assert advice(replace(NODE, variables={"NCCL_SOCKET_IFNAME": name})) == []
 
 
-def test_the_first_thing_to_mend_is_the_cause() -> None:
+def test_the_verdict_names_the_cause_not_its_consequences() -> None:
     failed = Bandwidth("nccl", 2, failed="rank 0: ncclSystemError")
     facts = replace(
         NODE,
@@ -171,17 +283,17 @@ def test_the_smallest_limit_of_all_control_groups(
 
 
 def measuring() -> list[psutil.Process]:
-    """The processes that this one has measure."""
+    """The measuring processes that this one started."""
     found = []
     for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):  # other tests' children may have ended without being waited for
+        with contextlib.suppress(psutil.Error):  # children of other tests may have ended without being waited for
             if "distft.doctor.bandwidth" in child.cmdline():
                 found.append(child)
     return found
 
 
 def disturb(signum: int, limit_s: float) -> Bandwidth:
-    """Measure, while rank 1 gets a signal as soon as it is there."""
+    """Measure, and send rank 1 a signal as soon as it exists."""
     results: list[Bandwidth] = []
     thread = threading.Thread(target=lambda: results.append(measure(0, limit_s)))
     thread.start()
@@ -195,29 +307,33 @@ def disturb(signum: int, limit_s: float) -> Bandwidth:
     return results[0]
 
 
-def test_a_hang_is_ended_and_told() -> None:
+def test_a_hang_is_terminated_and_reported() -> None:
     ended = disturb(signal.SIGSTOP, 8.0)
     assert ended.hung
     assert ended.failed is not None
-    assert ended.failed.startswith("no end after 8 s; rank 0 stands in: ")
-    assert "rank 1 stands in: start of Python" in ended.failed
+    assert ended.failed.startswith("not finished after 8 s; rank 0 is in: ")
+    assert "rank 1 is in: start of Python" in ended.failed
     assert ended.all_reduce_gb_per_s is None
 
 
-def test_a_killed_process_is_told() -> None:
+def test_a_killed_process_is_reported() -> None:
     ended = disturb(signal.SIGKILL, 120.0)
     assert (ended.hung, ended.failed) == (False, "rank 1, in: start of Python: killed by SIGKILL")
 
 
 def doctor(*words: str, where: Path, **changes: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "distft.cli", "doctor", *words], cwd=where, env=os.environ | changes,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-m", "distft.cli", "doctor", *words],
+        cwd=where,
+        env=os.environ | changes,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
-def test_it_examines_this_machine_and_tells_no_secret(tmp_path: Path) -> None:
-    """Two processes measure over gloo; on a machine with GPUs those are hidden, for their tests are below."""
+def test_it_examines_this_machine_and_prints_no_secret(tmp_path: Path) -> None:
+    """Two processes measure over gloo; GPUs are hidden, as they have a test of their own."""
     secrets = {"WANDB_API_KEY": "s3cret" * 7, "HF_TOKEN": "hf_s3cret"}
     ended = doctor("--json", where=tmp_path, CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", NCCL_DEBUG="WARN", **secrets)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -237,14 +353,14 @@ def test_it_examines_this_machine_and_tells_no_secret(tmp_path: Path) -> None:
     assert facts["memory_gib"] > facts["available_gib"] > 0
 
 
-def test_a_broken_package_is_the_thing_to_mend(tmp_path: Path) -> None:
+def test_a_broken_package_is_the_verdict(tmp_path: Path) -> None:
     (tmp_path / "trl.py").write_text("raise ImportError('built for another torch')")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     ended = doctor("--no-bandwidth", where=tmp_path, PYTHONPATH=path)
-    rows, _, said = ended.stdout.partition("\n\n")
+    rows, _, rest = ended.stdout.partition("\n\n")
     assert ended.returncode == 1, ended.stderr
     assert "bandwidth       not measured" in rows
-    assert said.splitlines()[:2] == [
+    assert rest.splitlines()[:2] == [
         "training cannot run: trl cannot be imported (ImportError: built for another torch)",
         "error: trl cannot be imported (ImportError: built for another torch)",
     ]

@@ -19,6 +19,6 @@ def add_to(commands: Commands) -> None:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    from distft.doctor.advice import doctor
+    from distft.doctor.report import doctor
 
     return doctor(bandwidth=not options.no_bandwidth, as_json=options.json)

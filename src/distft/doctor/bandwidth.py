@@ -1,7 +1,7 @@
-"""How fast the processes of this machine reach each other, measured by real ones: `python -m distft.doctor.bandwidth` is one of them.
+"""Measure the bandwidth of collectives between processes of this machine.
 
-`measure` starts them, one a GPU over NCCL or two on CPU over gloo, and ends them all where they fail or do not come to an end.
-They meet in a file and talk over the loopback interface.
+`measure` starts one process per GPU over NCCL, or two on the CPU over gloo, and terminates them all if one fails or hangs.
+Each runs `python -m distft.doctor.bandwidth`. They rendezvous through a file and communicate over the loopback interface.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SIZE_MIB = {"nccl": 256, "gloo": 16}
 class Bandwidth:
     """What the processes measured, or how they failed.
 
-    The bandwidths are those of the bus in GB/s (1e9 bytes), as nccl-tests defines them, by the median time: bytes of the whole
-    buffer a second, times 2(n-1)/n for all-reduce and (n-1)/n for all-gather. None for one process, or where it failed.
+    Rates are bus bandwidths in GB/s (1e9 bytes) as nccl-tests defines them: bytes of the whole buffer per median time, times
+    2(n-1)/n for all-reduce and (n-1)/n for all-gather. None for one process or after a failure.
     """
 
     backend: str
@@ -41,16 +41,16 @@ class Bandwidth:
     failed: str | None = None
     """What went wrong, in one line."""
     hung: bool = False
-    """It had to be ended at its time limit."""
+    """Whether it was terminated at its time limit."""
 
 
 def measure(gpus: int, limit_s: float = 180.0) -> Bandwidth:
-    """Measure among `gpus` devices, or on CPU where there is none; whatever was started has ended by then.
+    """Measure between `gpus` devices, or on the CPU if there are none. Every process has ended when it returns.
 
-    Nothing touches CUDA in this process. `limit_s` holds for everything, the start of Python and PyTorch among it.
+    Does not touch CUDA in this process. `limit_s` is the limit for everything, including the start of Python and PyTorch.
     """
     backend, processes = ("nccl", gpus) if gpus else ("gloo", 2)
-    # Whatever the user's variables say: this is about one machine, and nobody else is to reach these sockets.
+    # Overrides the user's variables: the test stays on this machine, and its sockets are not reachable from outside.
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     children: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="distft-bandwidth-") as name:
@@ -58,10 +58,16 @@ def measure(gpus: int, limit_s: float = 180.0) -> Bandwidth:
         try:
             for rank in range(processes):
                 with _log(folder, rank).open("wb") as log:
-                    children.append(subprocess.Popen(
-                        [sys.executable, "-m", "distft.doctor.bandwidth", name, str(rank), str(processes), backend, str(limit_s)],
-                        stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True,
-                    ))  # fmt: skip
+                    arguments = [name, str(rank), str(processes), backend, str(limit_s)]
+                    child = subprocess.Popen(
+                        [sys.executable, "-m", "distft.doctor.bandwidth", *arguments],
+                        stdin=subprocess.PIPE,
+                        stdout=log,
+                        stderr=log,
+                        env=environment,
+                        start_new_session=True,
+                    )
+                    children.append(child)
             failed, hung = _wait(children, folder, time.monotonic() + limit_s, limit_s)
         finally:
             for child in children:
@@ -76,13 +82,12 @@ def measure(gpus: int, limit_s: float = 180.0) -> Bandwidth:
 
 
 def _wait(children: list[subprocess.Popen[bytes]], folder: Path, end: float, limit_s: float) -> tuple[str | None, bool]:
-    """What went wrong, if anything did, and whether that was a hang."""
-    while None in (codes := [child.poll() for child in children]) and not any(
-        codes
-    ):  # a failed one leaves the others waiting
+    """What went wrong, if anything, and whether it was a hang."""
+    # Stop at the first failure: the other processes would wait for it.
+    while None in (codes := [child.poll() for child in children]) and not any(codes):
         if time.monotonic() > end:
-            stages = [f"rank {rank} stands in: {_stage(folder, rank)}" for rank in range(len(children))]
-            return f"no end after {limit_s:.0f} s; {', '.join(stages)}", True
+            stages = [f"rank {rank} is in: {_stage(folder, rank)}" for rank in range(len(children))]
+            return f"not finished after {limit_s:.0f} s; {', '.join(stages)}", True
         time.sleep(0.1)
     for rank, child in enumerate(children):
         if child.returncode:
@@ -96,7 +101,7 @@ def _log(folder: Path, rank: int) -> Path:
 
 
 def _last(folder: Path, rank: int) -> str:
-    """The end of what the process said, as one line."""
+    """The end of the process's output, as one line."""
     return " ".join(_log(folder, rank).read_text(encoding="utf-8", errors="replace").split())[-400:]
 
 
@@ -106,7 +111,7 @@ def _stage(folder: Path, rank: int) -> str:
 
 
 def _work(folder: Path, rank: int, processes: int, backend: str, limit_s: float) -> None:
-    """One process's part. Rank 0 writes the result.
+    """Run one process's part. Rank 0 writes the result.
 
     Raises:
         RuntimeError: a collective gave wrong numbers, or failed.
@@ -123,15 +128,15 @@ def _work(folder: Path, rank: int, processes: int, backend: str, limit_s: float)
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if backend == "nccl":
         torch.cuda.set_device(device)
-    distributed.init_process_group(
-        backend, init_method=f"file://{folder}/store", rank=rank, world_size=processes, timeout=timedelta(seconds=limit_s)
-    )  # fmt: skip
-    count = SIZE_MIB[backend] * 2**20 // 4 // processes * processes  # fp32, a multiple of the processes
+    timeout = timedelta(seconds=limit_s)
+    store = f"file://{folder}/store"
+    distributed.init_process_group(backend, init_method=store, rank=rank, world_size=processes, timeout=timeout)
+    count = SIZE_MIB[backend] * 2**20 // 4 // processes * processes  # fp32, a multiple of the number of processes
     whole = torch.empty(count, device=device)
     piece = torch.full((count // processes,), float(rank), device=device)
 
     def seconds(stage: str, collective: Callable[[], object]) -> float:
-        """Median time of one, over the repeats after the warm-up."""
+        """Median time of one collective over the repeats after the warm-up."""
         enter(stage)
         times = []
         for _ in range(WARMUP + REPEATS):
@@ -173,9 +178,9 @@ def main() -> int:
     folder, rank, processes, backend, limit_s = sys.argv[1:]
     try:
         _work(Path(folder), int(rank), int(processes), backend, float(limit_s))
-    except Exception as error:  # whatever it is, the parent reads it in the log
+    except Exception as error:  # the parent reads it from the log
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # an orderly end would wait for the others
+        os._exit(1)  # an orderly exit would wait for the other processes
     return 0
 
 

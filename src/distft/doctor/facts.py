@@ -1,6 +1,6 @@
-"""What this machine is, by asking it: packages, GPUs and how they reach each other, memory, disk, SLURM, log-ins.
+"""Facts about this machine: packages, GPUs and the links between them, memory, disks, SLURM, logins.
 
-Nothing of torch or Hugging Face is imported before it is known that it can be, and no value of a secret is kept.
+Tolerates packages that cannot be imported, and never records the value of a secret.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ _SCHEDULER_LIMIT_S = 15
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU that torch sees, under torch's number."""
+    """A GPU that torch sees, with torch's index."""
 
     index: int
     name: str
     memory_gib: float
     capability: tuple[int, int]
     supported: bool = True
-    """This build of torch has code for it."""
+    """Whether this build of torch has code for it."""
     free_gib: float | None = None
     nvlinks: int | None = None
-    """Links that are up; None where the driver does not say."""
+    """Active links; None if the driver does not report them."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """How two GPUs reach each other. `path` is NVLink, or what `nvidia-smi topo -m` calls the way through PCIe."""
+    """How two GPUs are connected. `path` is NVLink, or the PCIe path as `nvidia-smi topo -m` names it."""
 
     first: int
     second: int
@@ -60,7 +60,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Disk:
-    """Room where something is written; `path` may not exist yet."""
+    """Space in a folder that distft writes to; `path` may not exist yet."""
 
     use: str
     path: str
@@ -76,12 +76,12 @@ class Slurm:
     said: str
     """Partitions, nodes and their GPUs, or what went wrong."""
     job: str | None = None
-    """The job that this process is in."""
+    """ID of the job that this process runs in."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a machine; None for unknown or not there. Sizes in GiB (2**30 bytes)."""
+    """What is known about a machine; None for unknown or absent. Sizes are in GiB (2**30 bytes)."""
 
     python: str
     platform: str
@@ -89,36 +89,36 @@ class Facts:
     memory_gib: float
     available_gib: float
     packages: Mapping[str, str]
-    """Versions of those that can be imported."""
+    """Versions of the packages that can be imported."""
     broken: Mapping[str, str] = field(default_factory=dict)
-    """Installed or needed, and cannot be imported: why."""
+    """Why a package that is installed or required cannot be imported."""
     requirements: Mapping[str, str] = field(default_factory=dict)
-    """The versions that distft asks for, as it says itself."""
+    """Version specifiers of distft's own requirements."""
     memory_limit_gib: float | None = None
-    """The control group's, which a container or SLURM sets."""
+    """Limit of the control group, set by a container or SLURM."""
     shm_gib: float | None = None
     disks: tuple[Disk, ...] = ()
     driver: str | None = None
     driver_cuda: str | None = None
-    """The newest CUDA that the driver knows."""
+    """The newest CUDA version that the driver supports."""
     driver_gpus: int = 0
-    """GPUs that the driver sees, whatever CUDA_VISIBLE_DEVICES says."""
+    """Number of GPUs that the driver sees, regardless of CUDA_VISIBLE_DEVICES."""
     driver_error: str | None = None
     cuda: str | None = None
-    """What torch was built for; None for a CPU build."""
+    """The CUDA version that torch was built for; None for a CPU build."""
     cuda_error: str | None = None
     nccl: str | None = None
     gpus: tuple[Gpu, ...] = ()
     pairs: tuple[Pair, ...] = ()
     attention: tuple[str, ...] = ()
     bitsandbytes: str | None = None
-    """The library that it loaded."""
+    """The library that bitsandbytes loaded."""
     bitsandbytes_error: str | None = None
     compiler: str | None = None
     slurm: Slurm | None = None
     interfaces: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
-    """Those of NCCL, gloo and CUDA that are set."""
+    """Environment variables of NCCL, gloo and CUDA."""
     wandb_key: bool | None = None
     hub_token: bool | None = None
     hub_offline: bool | None = None
@@ -126,12 +126,12 @@ class Facts:
 
 
 def gather(*, bandwidth: bool = True) -> Facts:
-    """Ask this machine; takes half a minute or so, most of it imports. With `bandwidth`, processes are started to measure it."""
+    """Collect the facts. Takes about half a minute, mostly for imports. `bandwidth` also starts processes to measure it."""
     found: dict[str, Any] = {}
-    heard = io.StringIO()  # libraries greet on both; what matters of it is an exception, and that is kept
-    with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
+    output = io.StringIO()  # discards what libraries print; exceptions are kept
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         packages, broken = _packages()
-        if bandwidth and "torch" in packages:  # first: a GPU that only one process may use at a time is then still free
+        if bandwidth and "torch" in packages:  # first: a GPU in exclusive mode is still free then
             import torch
 
             found["bandwidth"] = measure(torch.cuda.device_count())
@@ -146,23 +146,31 @@ def gather(*, bandwidth: bool = True) -> Facts:
     memory, limit = psutil.virtual_memory(), memory_limit(Path("/"))
     shm = Path("/dev/shm")  # noqa: S108
     return Facts(
-        python=platform.python_version(), platform=platform.platform(), cpus=len(os.sched_getaffinity(0)),
-        memory_gib=memory.total / _GIB, available_gib=memory.available / _GIB,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpus=len(os.sched_getaffinity(0)),
+        memory_gib=memory.total / _GIB,
+        available_gib=memory.available / _GIB,
         memory_limit_gib=limit / _GIB if limit is not None and limit < memory.total else None,
-        packages=packages, broken=broken, requirements=_requirements(),
+        packages=packages,
+        broken=broken,
+        requirements=_requirements(),
         shm_gib=shutil.disk_usage(shm).total / _GIB if shm.is_dir() else None,
         disks=(_disk("working folder", Path.cwd()), *found.pop("caches", ())),
-        compiler=shutil.which(os.environ.get("CXX", "c++")), slurm=_slurm(), interfaces=tuple(psutil.net_if_addrs()),
+        compiler=shutil.which(os.environ.get("CXX", "c++")),
+        slurm=_slurm(),
+        interfaces=tuple(psutil.net_if_addrs()),
         variables={
-            name: value for name, value in sorted(os.environ.items())
+            name: value
+            for name, value in sorted(os.environ.items())
             if name.startswith(("NCCL_", "GLOO_", "TORCH_NCCL_", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"))
         },
         **found,
-    )  # fmt: skip
+    )
 
 
 def _packages() -> tuple[dict[str, str], dict[str, str]]:
-    """Versions of what can be imported, and why the rest cannot: an optional one counts only where it is installed."""
+    """Versions of the packages that can be imported, and why others cannot. Optional packages count only if installed."""
     versions, broken = {}, {}
     for name in (*NEEDED, *OPTIONAL):
         module = _MODULES.get(name, name)
@@ -170,7 +178,7 @@ def _packages() -> tuple[dict[str, str], dict[str, str]]:
             continue
         try:
             version = getattr(importlib.import_module(module), "__version__", None)
-        except Exception as error:  # a broken installation raises anything
+        except Exception as error:  # a broken installation can raise anything
             broken[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         else:
             versions[name] = str(version or importlib.metadata.version(name))
@@ -178,14 +186,14 @@ def _packages() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _requirements() -> dict[str, str]:
-    """Package → version specifier, as in `pyproject.toml`; empty where distft runs without being installed."""
+    """Package → version specifier, as in `pyproject.toml`; empty if distft runs without being installed."""
     try:
         from packaging.requirements import Requirement
 
-        asked = [Requirement(line) for line in importlib.metadata.requires("distft") or ()]
-    except ImportError:  # PackageNotFoundError among them
+        requirements = [Requirement(line) for line in importlib.metadata.requires("distft") or ()]
+    except ImportError:  # includes PackageNotFoundError
         return {}
-    return {one.name: str(one.specifier) for one in asked if one.marker is None and str(one.specifier)}
+    return {one.name: str(one.specifier) for one in requirements if one.marker is None and str(one.specifier)}
 
 
 def _driver() -> dict[str, Any]:
@@ -195,12 +203,13 @@ def _driver() -> dict[str, Any]:
         pynvml.nvmlInit()
         cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
         return {
-            "driver": pynvml.nvmlSystemGetDriverVersion(), "driver_cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+            "driver_cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
             "driver_gpus": pynvml.nvmlDeviceGetCount(),
-        }  # fmt: skip
+        }
     except pynvml.NVMLError_LibraryNotFound:
         return {}
-    except pynvml.NVMLError as error:  # such as a driver that was upgraded under the running kernel module
+    except pynvml.NVMLError as error:  # such as a driver upgraded under a running kernel module
         return {"driver_error": str(error)}
 
 
@@ -234,15 +243,18 @@ def _gpu(index: int) -> Gpu:
         handle = _handle(index)
         free = pynvml.nvmlDeviceGetMemoryInfo(handle).free / _GIB
         links = 0
-        for link in range(pynvml.NVML_NVLINK_MAX_LINKS):  # the first that there is not raises
+        for link in range(pynvml.NVML_NVLINK_MAX_LINKS):  # raises at the first link that does not exist
             links += pynvml.nvmlDeviceGetNvLinkState(handle, link)
-    return Gpu(index, properties.name, properties.total_memory / _GIB, capability,
-               supports(torch.cuda.get_arch_list(), capability), free, links)  # fmt: skip
+    supported = supports(torch.cuda.get_arch_list(), capability)
+    return Gpu(index, properties.name, properties.total_memory / _GIB, capability, supported, free, links)
 
 
 def supports(architectures: list[str], capability: tuple[int, int]) -> bool:
-    """Whether code for these architectures (`sm_90`, `compute_120`) runs on a GPU: machine code within its major version, from
-    its minor version down; PTX (compute) on every later one. True where the build does not say."""
+    """Whether code for these architectures (`sm_90`, `compute_120`) runs on a GPU of this capability.
+
+    Machine code (`sm`) runs on the same major version with an equal or higher minor version, PTX (`compute`) on any later
+    version. True if the build does not list its architectures.
+    """
     if not architectures:
         return True
     for architecture in architectures:
@@ -254,16 +266,21 @@ def supports(architectures: list[str], capability: tuple[int, int]) -> bool:
 
 
 def _handle(index: int) -> Any:
-    """NVML's handle of torch's device: they count differently under CUDA_VISIBLE_DEVICES."""
+    """NVML's handle for torch's device; their indices differ under CUDA_VISIBLE_DEVICES."""
     import pynvml
     import torch
 
     return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
 
 
-_PATHS = {0: "one board", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}  # NVML_TOPOLOGY_*
-_WHY_OFF = {1: "the chipset cannot", 2: "these GPUs cannot", 3: "they hang on different I/O hubs", 4: "switched off in the driver",
-            5: "not supported"}  # fmt: skip # NVML_P2P_STATUS_*
+_PATHS = {0: "same board", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}  # NVML_TOPOLOGY_*
+_WHY_OFF = {  # NVML_P2P_STATUS_*
+    1: "the chipset does not support it",
+    2: "these GPUs do not support it",
+    3: "they are on different I/O hubs",
+    4: "disabled in the driver",
+    5: "not supported",
+}
 
 
 def _pair(first: int, second: int) -> Pair:
@@ -277,7 +294,7 @@ def _pair(first: int, second: int) -> Pair:
         path = _PATHS.get(pynvml.nvmlDeviceGetTopologyCommonAncestor(*ends))
         nvlink = pynvml.nvmlDeviceGetP2PStatus(*ends, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
         path = "NVLink" if nvlink == pynvml.NVML_P2P_STATUS_OK else path
-        # Index 0 is reading; pynvml's own name for it is a tuple by a stray comma.
+        # Index 0 is read access; pynvml's constant for it is a tuple because of a stray comma.
         why = None if on else _WHY_OFF.get(pynvml.nvmlDeviceGetP2PStatus(*ends, 0))
     return Pair(first, second, on, path, why)
 
@@ -291,7 +308,7 @@ def _bitsandbytes() -> dict[str, Any]:
 
 
 def _hugging_face() -> dict[str, Any]:
-    """What needs the whole stack to be imported."""
+    """Facts that need the whole stack to be imported."""
     import torch
     from huggingface_hub import constants
     from transformers.utils import is_flash_attn_2_available
@@ -303,12 +320,14 @@ def _hugging_face() -> dict[str, Any]:
     token = Path(constants.HF_TOKEN_PATH)
     attention = [VARLEN] if torch.cuda.is_available() and kernel() is not None else []
     attention += ["flash_attention_2"] if is_flash_attn_2_available() else []
+    in_file = token.is_file() and token.stat().st_size > 0
     return {
-        "attention": ("sdpa", *attention), "wandb_key": has_wandb_key(), "hub_offline": constants.is_offline_mode(),
-        "hub_token": bool(os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
-                          or (token.is_file() and token.stat().st_size)),
+        "attention": ("sdpa", *attention),
+        "wandb_key": has_wandb_key(),
+        "hub_offline": constants.is_offline_mode(),
+        "hub_token": in_file or any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")),
         "caches": (_disk("hub cache", Path(constants.HF_HUB_CACHE)), _disk("distft cache", cache_folder())),
-    }  # fmt: skip
+    }
 
 
 def _disk(use: str, path: Path) -> Disk:
@@ -318,9 +337,9 @@ def _disk(use: str, path: Path) -> Disk:
 
 
 def memory_limit(root: Path) -> int | None:
-    """Bytes that the control groups of this process let it take, the smallest of all levels; None where none does.
+    """The smallest memory limit, in bytes, of this process's control groups; None without one.
 
-    `root` is where `proc` and `sys` are.
+    `root` is the folder that contains `proc` and `sys`.
     """
     groups = root / "proc" / "self" / "cgroup"
     limits = []
@@ -328,8 +347,8 @@ def memory_limit(root: Path) -> int | None:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        top = root / "sys" / "fs" / "cgroup" / controllers  # version 2 has one tree for all
-        # In a container the path may be the host's, and the group is at the top of what is mounted.
+        top = root / "sys" / "fs" / "cgroup" / controllers  # version 2 has a single tree
+        # In a container the path may be the host's, while the group is mounted at the top.
         for place in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
             file = place / ("memory.limit_in_bytes" if controllers else "memory.max")
             with contextlib.suppress(OSError):
@@ -341,19 +360,19 @@ def memory_limit(root: Path) -> int | None:
 
 
 def _slurm() -> Slurm | None:
-    """None where there is no SLURM."""
+    """None without SLURM."""
     if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
         return None
     job = os.environ.get("SLURM_JOB_ID")
     try:
-        version = _ask("sinfo", "--version").stdout.strip() or None
-        asked = _ask("sinfo", "--noheader", "--format=%R: %D nodes, %G")
+        version = _run("sinfo", "--version").stdout.strip() or None
+        sinfo = _run("sinfo", "--noheader", "--format=%R: %D nodes, %G")
     except subprocess.TimeoutExpired:
-        return Slurm(None, False, f"sinfo gives no answer within {_SCHEDULER_LIMIT_S} s", job)
-    if asked.returncode:
-        return Slurm(version, False, asked.stderr.strip().rpartition("\n")[2], job)  # its last line is why
-    return Slurm(version, True, "; ".join(asked.stdout.splitlines()), job)
+        return Slurm(None, False, f"sinfo did not respond within {_SCHEDULER_LIMIT_S} s", job)
+    if sinfo.returncode:
+        return Slurm(version, False, sinfo.stderr.strip().rpartition("\n")[2], job)  # the last line is the reason
+    return Slurm(version, True, "; ".join(sinfo.stdout.splitlines()), job)
 
 
-def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=_SCHEDULER_LIMIT_S)
