@@ -1,4 +1,5 @@
-"""Model and data come from a hub on loopback into a cache of their own, and a run without a connection finds them there."""
+"""Model and data come from a hub on loopback into a cache of their own, and a run without a connection finds them
+there."""
 
 from __future__ import annotations
 
@@ -27,9 +28,13 @@ from .distributed.conftest import Ended, finish, start
 COMMIT = "0123456789" * 4
 MODEL, DATA, GATED = "org/shards", "org/rows", "org/gated"
 WORDS = (
-    "recipe=tiny", f"model.name={MODEL}", f"data.name={DATA}", "data.format.instruction=instruction",
-    "data.format.context=context", "data.format.response=response",
-)  # fmt: skip
+    "recipe=tiny",
+    f"model.name={MODEL}",
+    f"data.name={DATA}",
+    "data.format.instruction=instruction",
+    "data.format.context=context",
+    "data.format.response=response",
+)
 
 
 class Hub(ThreadingHTTPServer):
@@ -89,8 +94,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _entry(self, repository: Path, file: Path) -> dict[str, Any]:
         return {
-            "type": "file", "path": file.name, "size": file.stat().st_size, "oid": hashlib.sha256(file.read_bytes()).hexdigest()[:40],
-        }  # fmt: skip
+            "type": "file",
+            "path": file.name,
+            "size": file.stat().st_size,
+            "oid": hashlib.sha256(file.read_bytes()).hexdigest()[:40],
+        }
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -198,12 +206,22 @@ def test_a_shard_that_is_gone_is_named(here: Path, hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["model.name=/nowhere/model", "data.path=no.jsonl"], ["no folder /nowhere/model", "no data file or folder no.jsonl"]),
-        (["model.name=half"], ["half lacks config.json in half; copy it whole", "half lacks model.safetensors", "half lacks tokenizer.json"]),
+        (
+            ["model.name=/nowhere/model", "data.path=no.jsonl"],
+            ["no folder /nowhere/model", "no data file or folder no.jsonl"],
+        ),
+        (
+            ["model.name=half"],
+            [
+                "half lacks config.json in half; copy it whole",
+                "half lacks model.safetensors",
+                "half lacks tokenizer.json",
+            ],
+        ),
         (["model.tokenizer=org/other"], ["the tokenizer org/other is not in the cache"]),
     ],
     ids=lambda value: value[0],
-)  # fmt: skip
+)
 def test_each_gap_has_a_line(
     words: list[str], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,12 +236,20 @@ def test_each_gap_has_a_line(
     [
         ([f"model.name={GATED}"], {}, "org/gated is gated: accept its licence"),
         (["model.name=org/nothing"], {}, "the hub has no model org/nothing, or it is private"),
-        (["model.name=org/other"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "org/other cannot be had from the hub: [Errno 111]"),
+        (
+            ["model.name=org/other"],
+            {"HF_ENDPOINT": "http://127.0.0.1:9"},
+            "org/other cannot be had from the hub: [Errno 111]",
+        ),
         ([f"model.name={DATA}"], {}, "comes without config.json and model.safetensors and tokenizer.json"),
-        (["data.name=org/nothing", "data.format.text=text"], {}, "org/nothing (train split) is not in the cache and cannot be had"),
+        (
+            ["data.name=org/nothing", "data.format.text=text"],
+            {},
+            "org/nothing (train split) is not in the cache and cannot be had",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
-)  # fmt: skip
+)
 def test_what_cannot_be_had_is_one_message(
     words: list[str], changes: dict[str, str], expected: str, here: Path, hub: Hub, tiny: Path
 ) -> None:
@@ -245,13 +271,18 @@ def test_the_judge_and_the_documents_of_tasks_are_brought_as_well(tmp_path: Path
     (tmp_path / "pairs.json").write_text(json.dumps([{"instruction": "Name one thing.", "output": "One."}]))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "rows.yaml").write_text(
-        f"task: rows\ndataset_path: {DATA}\ntest_split: train\noutput_type: multiple_choice\ndoc_to_text: '{{{{instruction}}}}'\n"
+        f"task: rows\ndataset_path: {DATA}\ntest_split: train\noutput_type: multiple_choice\n"
+        "doc_to_text: '{{instruction}}'\n"
         "doc_to_choice: ['yes', 'no']\ndoc_to_target: 0\nmetric_list:\n  - {metric: acc}\n"
     )
     words = (
-        "recipe=tiny", "evaluation.tasks=[alpaca,lm_eval]", "evaluation.alpaca.path=pairs.json", f"evaluation.judge={MODEL}",
-        "evaluation.lm_eval.tasks=[rows]", "evaluation.lm_eval.include_path=tasks",
-    )  # fmt: skip
+        "recipe=tiny",
+        "evaluation.tasks=[alpaca,lm_eval]",
+        "evaluation.alpaca.path=pairs.json",
+        f"evaluation.judge={MODEL}",
+        "evaluation.lm_eval.tasks=[rows]",
+        "evaluation.lm_eval.include_path=tasks",
+    )
     cache = {"DISTFT_CACHE": str(tiny.parent)}
     asked = len(hub.requests)
     ended = distft(tmp_path, hub, "fetch", "--check", *words, **cache)

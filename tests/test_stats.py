@@ -1,4 +1,5 @@
-"""Intervals: they are Welch's, and with the noise of real runs they call identical pairs different no more often than they say."""
+"""Intervals: they are Welch's, and with the noise of real runs they call identical pairs different no more often than
+they say."""
 
 from __future__ import annotations
 
@@ -27,8 +28,13 @@ Draw = Callable[[random.Random], list[float]]
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [([40.0, 41.0], [50.0, 52.0, 51.0]), ([1.0, 1.5, 0.8, 1.1], [3.0, 9.0]), ([2.0, 2.0, 2.0], [3.0, 3.1, 3.3]), ([1e-9, 2e-9], [1e9, 3e9])],
-)  # fmt: skip
+    [
+        ([40.0, 41.0], [50.0, 52.0, 51.0]),
+        ([1.0, 1.5, 0.8, 1.1], [3.0, 9.0]),
+        ([2.0, 2.0, 2.0], [3.0, 3.1, 3.3]),
+        ([1e-9, 2e-9], [1e9, 3e9]),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Precision loss")  # scipy's, of a side without any spread
 def test_it_is_welch_s_as_scipy_has_it(one: list[float], other: list[float]) -> None:
     logs = [[math.log(value) for value in side] for side in (other, one)]
@@ -122,8 +128,8 @@ def test_what_is_called_a_difference(one: list[float], other: list[float], verdi
 
 
 def off_their_mean(rates: Iterable[list[float]]) -> list[float]:
-    """Of the log of samples/s: what the runs of each case are off their mean, made as wide as what they are drawn from (a few values are
-    off their own mean by less than off the true one)."""
+    """Of the log of samples/s: what the runs of each case are off their mean, made as wide as what they are drawn
+    from (a few values are off their own mean by less than off the true one)."""
     found = []
     for side in rates:
         logs = [math.log(rate) for rate in side]
@@ -145,7 +151,8 @@ def noise_h200() -> list[float]:
 
 
 def noise_compared() -> list[float]:
-    """Of the variants that `distft compare` ran three times on two H200s, with a collector that still paused some of them."""
+    """Of the variants that `distft compare` ran three times on two H200s, with a collector that still paused some of
+    them."""
     record = json.loads((RESULTS / "ddp_vs_fsdp_h200.json").read_text(encoding="utf-8"))
     rates: dict[str, list[float]] = {}
     for run in record["experiments"]["ddp_vs_fsdp"]["report"]["runs"]:
@@ -154,7 +161,8 @@ def noise_compared() -> list[float]:
 
 
 def noise_cpu() -> list[float]:
-    """Of the log of samples/s, of twelve runs of one command on a CPU that other programs share: a few are far slower."""
+    """Of the log of samples/s, of twelve runs of one command on a CPU that other programs share: a few are far
+    slower."""
     runs = json.loads((RESULTS / "noise_cpu.json").read_text(encoding="utf-8"))["runs"]
     return [math.log(run["samples_per_second"]) for run in runs]
 

@@ -30,7 +30,8 @@ from typing import Any
 
 class DistftError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what the process ends with, and `restart` says whether the
-    same run may go on after its processes were started again; `facts` is what faults.jsonl keeps besides the message."""
+    same run may go on after its processes were started again; `facts` is what faults.jsonl keeps besides the
+    message."""
 
     exit_code = 1
     restart = False
@@ -97,7 +98,8 @@ class ModelError(UserError):
 
 
 class JudgeError(UserError):
-    """The model that judges answers cannot be loaded or reached, refuses, or does not answer as a server of its kind."""
+    """The model that judges answers cannot be loaded or reached, refuses, or does not answer as a server of its
+    kind."""
 
 
 class LaunchError(UserError):
@@ -138,8 +140,8 @@ class BadNumbersError(DistftError):
 
 
 class OutOfMemory(DistftError):
-    """An allocation failed. Smaller micro-batches may mend it, at the next start of the processes; `restart` is false where
-    all ranks know that nothing will."""
+    """An allocation failed. Smaller micro-batches may mend it, at the next start of the processes; `restart` is false
+    where all ranks know that nothing will."""
 
     def __init__(self, message: str, facts: Mapping[str, Any], *, restart: bool) -> None:
         self.facts, self.restart = facts, restart

@@ -18,7 +18,8 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to a temporary file and rename it to `path`: a reader sees the old content or the new, never a mix."""
+    """Write `text` to a temporary file and rename it to `path`: a reader sees the old content or the new, never a
+    mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -36,8 +37,8 @@ def write_atomically(path: Path, text: str) -> None:
 def build_folder_once(folder: Path, build: Callable[[Path], None]) -> None:
     """Create `folder` with `build(temporary_folder)`, unless it exists.
 
-    The first process to arrive builds; the others wait for a file lock, and so for no collective that could time out. The
-    folder appears under its name only when it is complete.
+    The first process to arrive builds; the others wait for a file lock, and so for no collective that could time out.
+    The folder appears under its name only when it is complete.
     """
     if folder.exists():
         return

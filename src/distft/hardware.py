@@ -28,8 +28,8 @@ class PeakRates:
 
     @property
     def ridge_flops_per_byte(self) -> float:
-        """Arithmetic intensity above which a kernel is bound by arithmetic, not by memory: the ridge point of the roofline
-        model (Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785)."""
+        """Arithmetic intensity above which a kernel is bound by arithmetic, not by memory: the ridge point of the
+        roofline model (Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785)."""
         return self.dense_bf16_tflops / self.memory_tb_per_s
 
 
@@ -74,7 +74,8 @@ def device_flops() -> float | None:
 
 
 def limit_gpu(limit_gib: float | None) -> None:
-    """Make PyTorch's allocator fail beyond `limit_gib` GiB, as on a smaller GPU. Does nothing without a GPU or a limit."""
+    """Make PyTorch's allocator fail beyond `limit_gib` GiB, as on a smaller GPU. Does nothing without a GPU or a
+    limit."""
     import torch
 
     if limit_gib is not None and torch.cuda.is_available():
@@ -85,7 +86,8 @@ def limit_gpu(limit_gib: float | None) -> None:
 
 class EnergyMeter:
     """Energy in J that this process's GPU has drawn since construction, from NVML's counter
-    (nvmlDeviceGetTotalEnergyConsumption, in mJ); None without such a counter. It counts the whole device, whoever uses it."""
+    (nvmlDeviceGetTotalEnergyConsumption, in mJ); None without such a counter. It counts the whole device, whoever
+    uses it."""
 
     def __init__(self) -> None:
         import torch
@@ -146,7 +148,8 @@ PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-    """Versions, hardware and command line of this process, for `environment.json`; no values of environment variables."""
+    """Versions, hardware and command line of this process, for `environment.json`; no values of environment
+    variables."""
     import torch
 
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

@@ -1,4 +1,5 @@
-"""`distft fetch`: bring a recipe's model and data into the caches, for machines without a connection, and say what is missing.
+"""`distft fetch`: bring a recipe's model and data into the caches, for machines without a connection, and say what is
+missing.
 
 Everything goes through the libraries that read it later, so that a run with HF_HUB_OFFLINE=1 finds what it asks for.
 """
@@ -47,8 +48,12 @@ def fetch(recipe: Recipe) -> list[str]:
     lines = fetch_model(recipe)
     splits = prepare_data(recipe, load_tokenizer(recipe))
     lines += map(fetch_data, data_sources(recipe.data))
-    tokens = [Path(file["filename"]) for split in (splits.train, splits.validation, splits.test) if split is not None
-              for file in split.cache_files]  # fmt: skip
+    tokens = [
+        Path(file["filename"])
+        for split in (splits.train, splits.validation, splits.test)
+        if split is not None
+        for file in split.cache_files
+    ]
     return [*lines, f"data, tokenised: {tokens[0].parents[1]}, {_size(*tokens)}"]
 
 
@@ -77,8 +82,8 @@ def fetch_data(source: Path | HubSplit) -> str:
 
 
 def missing(recipe: Recipe, *, hub: bool = True) -> list[str]:
-    """What a run of `recipe` with the hub offline would lack, each in words with the remedy. Uses no network. Without `hub` what the hub may
-    have is left out: folders and files alone are looked at."""
+    """What a run of `recipe` with the hub offline would lack, each in words with the remedy. Uses no network. Without
+    `hub` what the hub may have is left out: folders and files alone are looked at."""
     found = missing_model(recipe, hub=hub)
     looked_at = [source for source in _sources(recipe, found) if hub or isinstance(source, Path)]
     return found + [line for source in looked_at for line in missing_data(recipe, source)]
@@ -92,8 +97,8 @@ def remedy(recipe: Recipe) -> str:
 
 
 def missing_model(recipe: Recipe, role: str = "", *, hub: bool = True) -> list[str]:
-    """The part of `missing` that concerns model and tokenizer; `role` is what the lines add to the name. Without `hub` what the hub may
-    have is left out: folders alone are looked at."""
+    """The part of `missing` that concerns model and tokenizer; `role` is what the lines add to the name. Without
+    `hub` what the hub may have is left out: folders alone are looked at."""
     found = []
     for name, parts in _repositories(recipe).items():
         if name == "tiny":

@@ -1,4 +1,5 @@
-"""Where distft's files are: those that travel with it, in the installed package or at the top of a checkout, and those that it makes."""
+"""Where distft's files are: those that travel with it, in the installed package or at the top of a checkout, and
+those that it makes."""
 
 from __future__ import annotations
 

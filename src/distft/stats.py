@@ -1,4 +1,5 @@
-"""Confidence intervals: of differences and ratios between repeated runs, and of figures over the items of an evaluation.
+"""Confidence intervals: of differences and ratios between repeated runs, and of figures over the items of an
+evaluation.
 
     ratio([40.1, 39.8, 40.4], [51.9, 51.2, 52.3])   # of the geometric means: centre, low, high
 
@@ -25,9 +26,9 @@ MAX_REPEATS = 1_000
 RESAMPLES = 10_000
 """Number of bootstrap samples."""
 FEWEST_ITEMS = 10
-"""Below this number of pairs a figure gets no verdict. Ten differences of one sign happen by chance once in 512 times (sign
-test), and Student's interval keeps its level for ten grades from 1 to 5. Three or four items that agree by chance would give
-an interval that promises too much."""
+"""Below this number of pairs a figure gets no verdict. Ten differences of one sign happen by chance once in 512 times
+(sign test), and Student's interval keeps its level for ten grades from 1 to 5. Three or four items that agree by
+chance would give an interval that promises too much."""
 
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 _NORMAL = 1.959963984540054
@@ -55,15 +56,15 @@ class Interval:
 def difference(one: Sequence[float], other: Sequence[float], together: int = 1) -> Interval:
     """Mean of `other` minus mean of `one`, with Welch's interval; no bounds if a side has fewer than two values.
 
-    `together` is the number of intervals read at once. Each gets the level 1 − (1 − CONFIDENCE) / together (Bonferroni), so
-    that they hold jointly with CONFIDENCE. If one side has no spread, the other's alone determines the width; if neither has,
-    the bounds equal the estimate.
+    `together` is the number of intervals read at once. Each gets the level 1 − (1 − CONFIDENCE) / together
+    (Bonferroni), so that they hold jointly with CONFIDENCE. If one side has no spread, the other's alone determines
+    the width; if neither has, the bounds equal the estimate.
 
-    Welch (1947), "The generalization of 'Student's' problem when several different population variances are involved", with
-    the degrees of freedom of Satterthwaite (1946). The same as
-    `scipy.stats.ttest_ind(equal_var=False).confidence_interval`, but exact for values without spread and without importing
-    `scipy.stats`. Runs are not paired by turn: drift over the turns then
-    counts as noise on both sides, which only widens the interval, while pairing would halve the degrees of freedom.
+    Welch (1947), "The generalization of 'Student's' problem when several different population variances are
+    involved", with the degrees of freedom of Satterthwaite (1946). The same as
+    `scipy.stats.ttest_ind(equal_var=False).confidence_interval`, but exact for values without spread and without
+    importing `scipy.stats`. Runs are not paired by turn: drift over the turns then counts as noise on both sides,
+    which only widens the interval, while pairing would halve the degrees of freedom.
     """
     centre = statistics.fmean(other) - statistics.fmean(one)
     if min(len(one), len(other)) < 2:
@@ -93,11 +94,11 @@ def ratio(one: Sequence[float], other: Sequence[float], together: int = 1) -> In
 
 
 def repeats_to_find(factor: float, one: Sequence[float], other: Sequence[float], together: int = 1) -> int | None:
-    """How many values per side `ratio` needs to exclude 1 with probability POWER if the true ratio is `factor` and the spread
-    is that of these values. None if a side has fewer than two values, or MAX_REPEATS are not enough.
+    """How many values per side `ratio` needs to exclude 1 with probability POWER if the true ratio is `factor` and
+    the spread is that of these values. None if a side has fewer than two values, or MAX_REPEATS are not enough.
 
-    Sample size of the t test (Chow, Shao, Wang and Lokhnygina, "Sample Size Calculations in Clinical Research", 3.2), with a
-    central t distribution for the power as well: within one of the exact number.
+    Sample size of the t test (Chow, Shao, Wang and Lokhnygina, "Sample Size Calculations in Clinical Research", 3.2),
+    with a central t distribution for the power as well: within one of the exact number.
     """
     if min(len(one), len(other)) < 2:
         return None
@@ -112,7 +113,8 @@ def repeats_to_find(factor: float, one: Sequence[float], other: Sequence[float],
 
 
 def _exp(value: float) -> float:
-    """`math.exp`, but infinite where it would overflow: few values with a large spread leave a ratio almost unbounded."""
+    """`math.exp`, but infinite where it would overflow: few values with a large spread leave a ratio almost
+    unbounded."""
     return math.inf if value > _LARGEST_EXPONENT else math.exp(value)
 
 
@@ -129,7 +131,8 @@ class Estimate:
 
     @classmethod
     def bootstrap(cls, value: float, resampled: Floats) -> Estimate:
-        """Percentile interval (Efron 1979) from the figure in each bootstrap sample; ignores samples without a figure."""
+        """Percentile interval (Efron 1979) from the figure in each bootstrap sample; ignores samples without a
+        figure."""
         known = resampled[np.isfinite(resampled)]
         if not len(known):
             return cls(float(value), math.nan, math.nan)
@@ -143,9 +146,9 @@ class Estimate:
 
     @classmethod
     def proportion(cls, value: float, count: int) -> Estimate:
-        """Wilson's interval (1927) of the share `value` of `count` items, which stays within 0 and 1 and has a width at both;
-        no interval without items. Items may count as fractions (a tie as 0.5): values from 0 to 1 have at most the spread of
-        0 and 1, so the interval is then conservative."""
+        """Wilson's interval (1927) of the share `value` of `count` items, which stays within 0 and 1 and has a width
+        at both; no interval without items. Items may count as fractions (a tie as 0.5): values from 0 to 1 have at
+        most the spread of 0 and 1, so the interval is then conservative."""
         if count < 1 or math.isnan(value):
             return cls(value, math.nan, math.nan)
         square = _NORMAL**2 / count
@@ -161,8 +164,8 @@ class Estimate:
 
     @classmethod
     def student(cls, values: Floats) -> Estimate:
-        """Mean of `values` [items] with Student's interval (1908). No interval for one value, nor for fewer than FEWEST_ITEMS
-        equal ones, which say nothing about how much others would vary."""
+        """Mean of `values` [items] with Student's interval (1908). No interval for one value, nor for fewer than
+        FEWEST_ITEMS equal ones, which say nothing about how much others would vary."""
         count = len(values)
         value = float(values.mean()) if count else math.nan
         spread = count > 1 and float(np.ptp(values)) > 0
@@ -176,9 +179,10 @@ class Estimate:
 
     @classmethod
     def share_difference(cls, base: Estimate, adapter: Estimate, correlation: float) -> Estimate:
-        """adapter − base for two shares whose items have this `correlation`, from the bounds of both sides (Newcombe 1998,
-        "Improved confidence intervals for the difference between binomial proportions based on paired data", method 10; Zou
-        and Donner 2008 in general). It has a width even if every item changed the same way, unlike the bootstrap's."""
+        """adapter − base for two shares whose items have this `correlation`, from the bounds of both sides (Newcombe
+        1998, "Improved confidence intervals for the difference between binomial proportions based on paired data",
+        method 10; Zou and Donner 2008 in general). It has a width even if every item changed the same way, unlike the
+        bootstrap's."""
 
         def reach(one: float, other: float) -> float:
             return math.sqrt(max(one**2 - 2 * correlation * one * other + other**2, 0.0))
@@ -201,8 +205,8 @@ def paired_share_difference(base: Floats, adapter: Floats) -> Estimate:
 
 
 def bootstrap_weights(count: int, seed: int, resamples: int = RESAMPLES) -> NDArray[np.int32]:
-    """How often each bootstrap sample draws each of `count` items, [resamples, count]. All figures of one seed share the
-    samples, which makes their differences paired."""
+    """How often each bootstrap sample draws each of `count` items, [resamples, count]. All figures of one seed share
+    the samples, which makes their differences paired."""
     draws = np.random.default_rng(seed)
     weights = np.zeros((resamples, count), dtype=np.int32)
     for row in weights:  # drawing all at once would take ten times the memory

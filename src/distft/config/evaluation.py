@@ -27,8 +27,8 @@ class Imdb(Section):
     """Classification of reviews by label words."""
 
     path: str | None = None
-    """Local file or folder of labelled reviews. null: the recipe's held-out split if its data are reviews, otherwise IMDB's test
-    split on the hub."""
+    """Local file or folder of labelled reviews. null: the recipe's held-out split if its data are reviews, otherwise
+    IMDB's test split on the hub."""
     split: str = "test"
     """Split of IMDB on the hub."""
     text: str = "text"
@@ -44,8 +44,8 @@ class Imdb(Section):
     positive: int = Field(1, ge=0)
     """Class number that counts as positive in precision, recall and F1."""
     methods: list[Literal["logprob", "generation"]] = Field(["logprob", "generation"], min_length=1)
-    """`logprob` predicts the label word with the highest likelihood after the prompt; `generation` lets the model write and looks for
-    a label word, and an answer without one is wrong."""
+    """`logprob` predicts the label word with the highest likelihood after the prompt; `generation` lets the model
+    write and looks for a label word, and an answer without one is wrong."""
     max_new_tokens: int = Field(8, ge=1, json_schema_extra=TOKENS)
     """Longest answer in `generation`."""
     max_length: int | None = Field(None, ge=16, json_schema_extra=TOKENS)
@@ -93,28 +93,31 @@ class Generation(Section):
     max_new_tokens: int = Field(512, ge=1, json_schema_extra=TOKENS)
     """Longest answer."""
     batch_tokens: int = Field(16_384, ge=1, json_schema_extra=TOKENS)
-    """Tokens, prompts and longest answers together, that a device processes at once; a batch holds prompts of one length."""
+    """Tokens, prompts and longest answers together, that a device processes at once; a batch holds prompts of one
+    length."""
     temperature: float | None = Field(None, ge=0)
     """Sampling temperature; 0 is greedy. null: what the task defines (MT-Bench: per category), otherwise 0."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling: sample from the most likely tokens whose probabilities add up to this."""
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """`auto` uses vLLM if it is installed, there is a GPU and the base is not quantised; otherwise generate() of transformers. vLLM
-    loads the base a second time."""
+    """`auto` uses vLLM if it is installed, there is a GPU and the base is not quantised; otherwise generate() of
+    transformers. vLLM loads the base a second time."""
 
 
 class Judge(Section):
     """The model that judges, and how it is asked."""
 
     model: str = "prometheus-eval/prometheus-7b-v2.0"
-    """Hub ID or folder of a causal language model (`tiny` for the embedded one); with `endpoint`, the server's name for the model."""
+    """Hub ID or folder of a causal language model (`tiny` for the embedded one); with `endpoint`, the server's name
+    for the model."""
     revision: str | None = None
     """Branch, tag or commit on the hub; null for the default branch."""
     endpoint: str | None = Field(None, pattern=r"^https?://\S+$")
     """Base URL of an OpenAI-compatible server, such as `http://127.0.0.1:8000/v1`; null loads the model locally."""
     mode: Literal["absolute", "pairwise"] = "absolute"
-    """How two answers are compared: `absolute` grades each by itself, and the higher grade wins; `pairwise` asks which is better,
-    once in each order. The two measure different things. MT-Bench's answers are graded in both modes."""
+    """How two answers are compared: `absolute` grades each by itself, and the higher grade wins; `pairwise` asks
+    which is better, once in each order. The two measure different things. MT-Bench's answers are graded in both
+    modes."""
     temperature: float = Field(0.0, ge=0)
     """Sampling temperature of the first attempt; 0 is greedy."""
     retry_temperature: float = Field(0.7, gt=0)
@@ -132,14 +135,15 @@ class Judge(Section):
     rubric: str | None = None
     """Local file with your own rubric: plain text with one line per grade from 1 to 5. null: distft's."""
     api_key_env: str = Field("OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    """With `endpoint`: name of the environment variable that holds the API key. If it is unset, no key is sent. Never the key itself."""
+    """With `endpoint`: name of the environment variable that holds the API key. If it is unset, no key is sent. Never
+    the key itself."""
     concurrency: int = Field(8, ge=1, json_schema_extra=_REQUESTS)
     """With `endpoint`: concurrent requests over all processes."""
     timeout_s: float = Field(300.0, gt=0, json_schema_extra=SECONDS)
     """With `endpoint`: how long to wait for an answer."""
     retries: int = Field(6, ge=0)
-    """With `endpoint`: how often to resend a request after rate limiting (429), a server error (5xx) or a failed connection. Waits 1,
-    2, 4, … seconds, at most 60, or as long as the server asks."""
+    """With `endpoint`: how often to resend a request after rate limiting (429), a server error (5xx) or a failed
+    connection. Waits 1, 2, 4, … seconds, at most 60, or as long as the server asks."""
 
 
 def _judge(value: Any) -> Any:
@@ -154,8 +158,8 @@ class Evaluation(Section):
     max_samples: int | None = Field(None, ge=1, json_schema_extra=SAMPLES)
     """Use at most this many samples of the validation split and of the held-out split; null for all."""
     tasks: list[TaskName] = []
-    """Tasks of `distft evaluate`, which measures base and adapter; [] for perplexity. `distft compare` runs them after each training
-    run."""
+    """Tasks of `distft evaluate`, which measures base and adapter; [] for perplexity. `distft compare` runs them
+    after each training run."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed of subsets, bootstrap and sampling."""
     batch_tokens: int = Field(8_192, ge=1, json_schema_extra=TOKENS)

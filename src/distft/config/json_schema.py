@@ -42,17 +42,19 @@ def json_schema() -> dict[str, Any]:
         document["properties"][name] = {"description": description, "anyOf": variants}
     for definition in document["$defs"].values():
         definition.pop("required", None)
-    _sort_alternatives(document)
+    _normalise(document)
     return document
 
 
-def _sort_alternatives(node: Any) -> None:
-    """Sort every `anyOf`: `typing` caches equal unions, so their order depends on what was imported before."""
+def _normalise(node: Any) -> None:
+    """Unwrap descriptions and sort every `anyOf`, whose order depends on what was imported before: `typing` caches unions."""
     if isinstance(node, dict):
         for value in node.values():
-            _sort_alternatives(value)
+            _normalise(value)
         if "anyOf" in node:
             node["anyOf"].sort(key=lambda option: json.dumps(option, sort_keys=True))
+        if isinstance(node.get("description"), str):
+            node["description"] = " ".join(node["description"].split())
     elif isinstance(node, list):
         for value in node:
-            _sort_alternatives(value)
+            _normalise(value)

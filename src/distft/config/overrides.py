@@ -18,7 +18,8 @@ def override_words(overrides: Mapping[str, Any]) -> list[str]:
 
 
 def override_leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted key and the value of every leaf. A mapping with a dot in a key (`layers.0`) or without keys is a leaf."""
+    """The dotted key and the value of every leaf. A mapping with a dot in a key (`layers.0`) or without keys is a
+    leaf."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and value and all("." not in str(inner) for inner in value):

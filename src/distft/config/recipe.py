@@ -1,4 +1,5 @@
-"""`load_recipe(["recipe=ddp_qlora", "lora.r=8"])`: from files and overrides to one frozen `Recipe`, or to all of its faults."""
+"""`load_recipe(["recipe=ddp_qlora", "lora.r=8"])`: from files and overrides to one frozen `Recipe`, or to all of its
+faults."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from distft.text import count
 
 
 class Recipe(Section):
-    """One fine-tuning run: the single source of truth for what is learned. The number of processes is not part of it."""
+    """One fine-tuning run: the single source of truth for what is learned. The number of processes is not part of
+    it."""
 
     run: Run = Run()
     """Which run this is and where its folder goes."""
@@ -66,8 +68,8 @@ class Recipe(Section):
 
     @property
     def micro_batch(self) -> int:
-        """What a device processes at once: tokens if samples are packed, otherwise samples. 1 until `auto` has been resolved,
-        because 1 divides every global batch."""
+        """What a device processes at once: tokens if samples are packed, otherwise samples. 1 until `auto` has been
+        resolved, because 1 divides every global batch."""
         size = self.batching.micro_batch_tokens or self.batching.micro_batch
         return 1 if size == "auto" else size
 
@@ -124,9 +126,9 @@ def load_recipe(
 ) -> Recipe:
     """Load the recipe that `arguments` (`recipe=NAME key.path=value …`) describe.
 
-    `recipe=` is a path or a name, looked up in `folder`/recipes (`folder` defaults to the working folder), then among the
-    shipped recipes; the default is the embedded `tiny`. A recipe file may `extends:` another. Override values are YAML.
-    `checks` find faults in the complete recipe, such as values that exclude each other.
+    `recipe=` is a path or a name, looked up in `folder`/recipes (`folder` defaults to the working folder), then among
+    the shipped recipes; the default is the embedded `tiny`. A recipe file may `extends:` another. Override values are
+    YAML. `checks` find faults in the complete recipe, such as values that exclude each other.
 
     Raises:
         RecipeError: all faults at once: unknown keys, wrong types, values out of range, impossible combinations.

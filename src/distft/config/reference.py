@@ -21,8 +21,9 @@ _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusi
 class RecipeKey:
     """One key of a recipe.
 
-    `section` is the dotted path of its section, empty for a key at the top; `default` is YAML, empty for a required key,
-    `(computed)` where upstream computes it, and words where it depends on other keys; `origin` is `distft` or the upstream configuration that the key belongs to.
+    `section` is the dotted path of its section, empty for a key at the top; `default` is YAML, empty for a required
+    key, `(computed)` where upstream computes it, and words where it depends on other keys; `origin` is `distft` or
+    the upstream configuration that the key belongs to.
     """
 
     section: str

@@ -1,8 +1,8 @@
 """The sections of a recipe: one class each. The docstring under a field is its help in errors, editors and the docs.
 
-`lora` and `training` have no class here: they are PEFT's `LoraConfig` and TRL's `SFTConfig` under their own field names, read
-from the installed versions by `distft.config.upstream`, without the fields that distft sets itself. `evaluation` has a module
-of its own, `distft.config.evaluation`.
+`lora` and `training` have no class here: they are PEFT's `LoraConfig` and TRL's `SFTConfig` under their own field
+names, read from the installed versions by `distft.config.upstream`, without the fields that distft sets itself.
+`evaluation` has a module of its own, `distft.config.evaluation`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Run(Section):
     """Which run this is and where its folder goes."""
 
     name: str = ""
-    """Name of the run folder; empty for the recipe's name. If a folder of that name exists, the run gets a number: `name-2`."""
+    """Name of the run folder; empty for the recipe's name. If a folder of that name exists, the run gets a number:
+    `name-2`."""
     dir: str = "runs"
     """Folder that holds the run folders."""
     seed: int = Field(42, ge=0, lt=2**32)
@@ -49,19 +50,20 @@ class Run(Section):
     force: bool = False
     """Resume even if the recipe has changed since the run was interrupted."""
     on_bad_numbers: Literal["stop", "skip"] = "stop"
-    """What to do about a NaN or infinite loss or gradient norm: `stop` ends the run; `skip` discards that step's update, at most
-    ten in a row."""
+    """What to do about a NaN or infinite loss or gradient norm: `stop` ends the run; `skip` discards that step's
+    update, at most ten in a row."""
     max_restarts: int = Field(3, ge=0)
     """How often `distft train` restarts the processes after one was killed, failed or hung."""
     max_time: str | None = Field(None, pattern=_DURATION, json_schema_extra={"unit": "[days-]hours:minutes:seconds"})
     """Save a checkpoint and stop before this much time has passed since the start: `[days-]hours:minutes:seconds`."""
     train_time: str | None = Field(None, pattern=_DURATION, json_schema_extra={"unit": "[days-]hours:minutes:seconds"})
-    """Finish the run, with its final evaluation, after this much training time: `[days-]hours:minutes:seconds`. Includes earlier
-    starts of the run, and the evaluations and saves on the way. Does not change the learning-rate schedule."""
+    """Finish the run, with its final evaluation, after this much training time: `[days-]hours:minutes:seconds`.
+    Includes earlier starts of the run, and the evaluations and saves on the way. Does not change the learning-rate
+    schedule."""
     hang_timeout_s: float = Field(900.0, gt=0, json_schema_extra=SECONDS)
-    """End a run that makes no progress within a step, an evaluation batch or a save for this long, and write every rank's Python
-    stacks to its folder; the first step is exempt. Set it above the longest save and below training.ddp_timeout (1800 s), at
-    which a collective fails without stacks."""
+    """End a run that makes no progress within a step, an evaluation batch or a save for this long, and write every
+    rank's Python stacks to its folder; the first step is exempt. Set it above the longest save and below
+    training.ddp_timeout (1800 s), at which a collective fails without stacks."""
 
     @property
     def max_time_s(self) -> float | None:
@@ -88,11 +90,11 @@ class Model(Section):
     attn_implementation: Literal[
         "auto", "eager", "sdpa", "flex_attention", "varlen", "flash_attention_2", "flash_attention_3"
     ] = "auto"
-    """Attention implementation by its transformers name, or `varlen`, PyTorch's own for packed samples; `auto` picks the fastest
-    that works."""
+    """Attention implementation by its transformers name, or `varlen`, PyTorch's own for packed samples; `auto` picks
+    the fastest that works."""
     kernels: Literal["auto", "plain"] = "auto"
-    """`auto` fuses LoRA linears into the autograd functions of distft.kernels.lora and, on a GPU with liger-kernel installed, uses
-    liger's norms and rotary embeddings; `plain` keeps the modules of PEFT and transformers."""
+    """`auto` fuses LoRA linears into the autograd functions of distft.kernels.lora and, on a GPU with liger-kernel
+    installed, uses liger's norms and rotary embeddings; `plain` keeps the modules of PEFT and transformers."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
 
@@ -117,8 +119,8 @@ class Quantization(Section):
     llm_int8_skip_modules: list[str] | None = None
     """Modules to leave unquantised, in addition to the output head; null for none."""
     dequantize_at_load: bool = False
-    """Dequantise 4-bit weights to model.dtype once, after loading: the results of QLoRA with the speed and the memory of a 16-bit
-    base."""
+    """Dequantise 4-bit weights to model.dtype once, after loading: the results of QLoRA with the speed and the memory
+    of a 16-bit base."""
 
     @property
     def is_quantized(self) -> bool:
@@ -136,7 +138,8 @@ class Quantization(Section):
 
 
 class Format(Section):
-    """Which columns hold what: `text`; `prompt` and `completion`; `instruction` and `response`; or `review` and `label`."""
+    """Which columns hold what: `text`; `prompt` and `completion`; `instruction` and `response`; or `review` and
+    `label`."""
 
     text: str | None = None
     """Column of whole texts; every token is trained on."""
@@ -162,8 +165,8 @@ class Data(Section):
     """The training data and its splits."""
 
     name: str
-    """`tiny`, `tiny_sentiment`, `dolly` or `imdb`; or, with `format`, a hub ID or a local .jsonl, .json, .csv, .parquet or .arrow
-    file or folder."""
+    """`tiny`, `tiny_sentiment`, `dolly` or `imdb`; or, with `format`, a hub ID or a local .jsonl, .json, .csv,
+    .parquet or .arrow file or folder."""
     path: str | None = None
     """Local file or folder to read in place of the hub's copy, with the columns of `name`."""
     config: str | None = None
@@ -177,8 +180,8 @@ class Data(Section):
     validation_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of the training split for the evaluations during training; 0 for none."""
     test_fraction: float = Field(0.1, ge=0, lt=1)
-    """Share of the training split that is held out for the evaluation before and after training; unused with an official test
-    split."""
+    """Share of the training split that is held out for the evaluation before and after training; unused with an
+    official test split."""
     max_samples: int | None = Field(None, ge=1, json_schema_extra=SAMPLES)
     """Use only this many rows of the training split, drawn with run.seed; null for all."""
     format: Format | None = None
@@ -191,19 +194,21 @@ class Batching(Section):
     global_batch_size: int | None = Field(None, ge=1, json_schema_extra=SAMPLES)
     """Samples per optimizer step over all processes. Part of the optimisation: the same for any number of processes."""
     global_batch_tokens: int | None = Field(None, ge=1, json_schema_extra=TOKENS)
-    """Tokens per optimizer step over all processes, in place of global_batch_size. Approximate, because samples are not cut."""
+    """Tokens per optimizer step over all processes, in place of global_batch_size. Approximate, because samples are
+    not cut."""
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(1, json_schema_extra=SAMPLES)
-    """Samples that a device processes at once, padded. Affects memory and speed only: the gradient accumulation follows from it.
-    `auto` measures, before the run, the largest that fits with the data's longest samples and leaves 8% of the memory free."""
+    """Samples that a device processes at once, padded. Affects memory and speed only: the gradient accumulation
+    follows from it. `auto` measures, before the run, the largest that fits with the data's longest samples and leaves
+    8% of the memory free."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(None, json_schema_extra=TOKENS)
-    """Tokens that a device processes at once, in place of micro_batch: whole samples packed without padding, none of which
-    attends to another. `auto` as for micro_batch."""
+    """Tokens that a device processes at once, in place of micro_batch: whole samples packed without padding, none of
+    which attends to another. `auto` as for micro_batch."""
     memory_limit_gib: float | None = Field(None, gt=0, json_schema_extra=GIB)
     """Device memory that a process may use; null for all. On a GPU it limits PyTorch's allocator, on a CPU only
     `micro_batch: auto`."""
     checkpoint_layers: Annotated[int, Field(ge=0)] | Literal["auto"] | None = Field(None, json_schema_extra=LAYERS)
-    """With training.gradient_checkpointing: the number of layers, evenly spread, whose activations are recomputed in the backward
-    pass; null for all, `auto` for as few as the memory allows."""
+    """With training.gradient_checkpointing: the number of layers, evenly spread, whose activations are recomputed in
+    the backward pass; null for all, `auto` for as few as the memory allows."""
     offload_checkpoints: bool = False
     """Keep the inputs of checkpointed layers in host memory until the backward pass."""
 
@@ -230,17 +235,17 @@ class Tracking(Section):
     throughput_warmup_steps: int = Field(3, ge=0, json_schema_extra=STEPS)
     """First steps to exclude from the run's samples/s and tokens/s (warm-up of allocator, kernels and caches)."""
     profile_steps: int = Field(0, ge=0, json_schema_extra=STEPS)
-    """Number of steps after those to run under torch.profiler. profile.json records how much of them the device computed, waited
-    for other ranks, copied or idled. The profiler slows steps down, so they do not count towards the run's rates; at least one
-    step that does is left."""
+    """Number of steps after those to run under torch.profiler. profile.json records how much of them the device
+    computed, waited for other ranks, copied or idled. The profiler slows steps down, so they do not count towards the
+    run's rates; at least one step that does is left."""
 
 
 _WORD = r"^[^\s\"'\\\\`$]+$"  # goes verbatim into an #SBATCH line, or between double quotes in the script
 
 
 class Slurm(Section):
-    """The job of `distft submit`, under sbatch's own names; null leaves a choice to the cluster. Does not affect what is learned, so
-    it may change between two starts of a run."""
+    """The job of `distft submit`, under sbatch's own names; null leaves a choice to the cluster. Does not affect what
+    is learned, so it may change between two starts of a run."""
 
     account: str | None = Field(None, pattern=_WORD)
     """Account to charge."""
@@ -283,6 +288,7 @@ class Slurm(Section):
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
     """Environment variables for all processes. No secrets: export them, and sbatch passes them on."""
     grace_s: int = Field(120, ge=30, json_schema_extra=SECONDS)
-    """How long before the time limit the run is told to save and stop; must be enough for a save. SLURM may be 30 s early."""
+    """How long before the time limit the run is told to save and stop; must be enough for a save. SLURM may be 30 s
+    early."""
     max_requeues: int = Field(20, ge=0)
     """How often an unfinished job goes back into the queue."""

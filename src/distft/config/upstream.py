@@ -1,7 +1,7 @@
 """The fields of TRL's `SFTConfig` (`training`) and PEFT's `LoraConfig` (`lora`), as strict pydantic models.
 
-Importing TRL and PEFT takes seconds, which every command would pay to find a typo. Their configurations are dataclasses, so
-this module reads the class bodies from the installed source files with `ast`, and imports neither.
+Importing TRL and PEFT takes seconds, which every command would pay to find a typo. Their configurations are
+dataclasses, so this module reads the class bodies from the installed source files with `ast`, and imports neither.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ UPSTREAMS: tuple[Upstream, ...] = ("lora", "training")
 
 @dataclass(frozen=True)
 class _Config:
-    """A configuration dataclass, and the files in which it, its bases and the enumerations of its fields are written."""
+    """A configuration dataclass, and the files in which it, its bases and the enumerations of its fields are
+    written."""
 
     package: str
     name: str
@@ -93,7 +94,8 @@ def upstream_fields(section: Upstream) -> tuple[UpstreamField, ...]:
 
 @functools.cache
 def upstream_section(section: Upstream) -> type[BaseModel]:
-    """A strict model of `upstream_fields`. Every field is optional: what a recipe does not set keeps upstream's default."""
+    """A strict model of `upstream_fields`. Every field is optional: what a recipe does not set keeps upstream's
+    default."""
     config = CONFIGS[section]
     typed: dict[str, Any] = {}
     for field in upstream_fields(section):
@@ -169,8 +171,8 @@ def _options(value: ast.expr | None) -> dict[str, Any]:
 
 
 class _Types(dict[str, Any]):
-    """Names in annotations: those of `typing` and the builtins, the enumerations among `classes`, and a stand-in without
-    instances for any other class, which no value in a YAML file can be."""
+    """Names in annotations: those of `typing` and the builtins, the enumerations among `classes`, and a stand-in
+    without instances for any other class, which no value in a YAML file can be."""
 
     def __init__(self, classes: dict[str, ast.ClassDef]) -> None:
         super().__init__({name: getattr(typing, name) for name in ("Any", "Literal", "Optional", "Union")})

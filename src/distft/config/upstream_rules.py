@@ -1,4 +1,5 @@
-"""What distft adds to the fields of `SFTConfig` and `LoraConfig`: which it sets itself, their ranges and their units."""
+"""What distft adds to the fields of `SFTConfig` and `LoraConfig`: which it sets itself, their ranges and their
+units."""
 
 from __future__ import annotations
 
@@ -70,8 +71,8 @@ RANGES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "lora": {"r": _POSITIVE, "lora_alpha": _POSITIVE, "lora_dropout": _FRACTION},
 }
-"""What upstream's types do not say. Upstream refuses some of these values after it has loaded the weights, and trains with
-the others: a negative `max_grad_norm` reverses the gradient, a `lora_alpha` of 0 learns nothing."""
+"""What upstream's types do not say. Upstream refuses some of these values after it has loaded the weights, and trains
+with the others: a negative `max_grad_norm` reverses the gradient, a `lora_alpha` of 0 learns nothing."""
 
 UNITS: dict[str, dict[str, str]] = {
     "training": {
@@ -103,7 +104,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "per_device_eval_batch_size": "batching.micro_batch; 1 with packing",
         "logging_nan_inf_filter": "false",
         "dataloader_num_workers": "1 on a GPU, 0 on a CPU",
-        "pad_to_multiple_of": "with packing on a GPU: a 16th of batching.micro_batch_tokens, at most 512; otherwise null",
+        "pad_to_multiple_of": "with packing on a GPU: a 16th of micro_batch_tokens, at most 512; otherwise null",
     },
     "lora": {},
 }

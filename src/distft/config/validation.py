@@ -59,7 +59,8 @@ class Source:
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, key: str) -> str:
-        """Origin of a dotted key: a file, `command line`, `derived` or `default`; for a section, that of its last change."""
+        """Origin of a dotted key: a file, `command line`, `derived` or `default`; for a section, that of its last
+        change."""
         below = [origin for name, origin in self.origins.items() if name.startswith(f"{key}.")]
         if below:
             return COMMAND_LINE if COMMAND_LINE in below else below[-1]
@@ -107,7 +108,7 @@ def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) ->
     if error["type"] == "string_pattern_mismatch":
         field = _fields(location[:-1]).get(leaf)
         description = (field.description or "") if field is not None else ""
-        return Fault(where, key, f"{error['input']!r} has the wrong format", description.strip())
+        return Fault(where, key, f"{error['input']!r} has the wrong format", " ".join(description.split()))
     expected = error["msg"].removeprefix("Input should be ")
     value = error["input"]
     got = "null" if value is None else f"{value!r} ({type(value).__name__})"

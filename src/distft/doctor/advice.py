@@ -196,8 +196,8 @@ def _memory(facts: Facts) -> Iterator[Finding]:
     least = min(facts.available_gib, facts.memory_limit_gib or facts.available_gib)
     if least < _LEAST_GIB_PER_PROCESS * processes:
         what = (
-            f"{least:.1f} GiB of memory for {count(processes, 'process')}: each takes about {_LEAST_GIB_PER_PROCESS} GiB "
-            "before it loads the model, and Linux kills processes that exceed the memory"
+            f"{least:.1f} GiB of memory for {count(processes, 'process')}: each takes about "
+            f"{_LEAST_GIB_PER_PROCESS} GiB before it loads the model, and Linux kills processes that need more"
         )
         yield Finding("warning", what, "request more from the scheduler or for the container")
     if facts.shm_gib is not None and facts.shm_gib < 1 and len(facts.gpus) != 1:
@@ -255,8 +255,9 @@ def _links(facts: Facts) -> Iterator[Finding]:
         yield Finding("warning", what, _UNSHARDED)
     elif gathering is not None and gathering < _SLOW_GB_PER_S:
         linked = any(pair.path == "NVLink" for pair in facts.pairs)
+        despite = ", although there is NVLink" if linked else ""
         what = (
-            f"all-gather runs at {gathering:.1f} GB/s{', although there is NVLink' if linked else ''}: sharded training "
+            f"all-gather runs at {gathering:.1f} GB/s{despite}: sharded training "
             f"takes {_LLAMA_7B_GB / gathering:.1f} s to gather a 7B model in bf16, twice per micro-batch"
         )
         yield Finding("warning", what, "NCCL_DEBUG=INFO shows the path it takes" if linked else _UNSHARDED)

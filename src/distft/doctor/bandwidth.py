@@ -1,7 +1,8 @@
 """Measure the bandwidth of collectives between processes of this machine.
 
-`measure` starts one process per GPU over NCCL, or two on the CPU over gloo, and terminates them all if one fails or hangs.
-Each runs `python -m distft.doctor.bandwidth`. They rendezvous through a file and communicate over the loopback interface.
+`measure` starts one process per GPU over NCCL, or two on the CPU over gloo, and terminates them all if one fails or
+hangs. Each runs `python -m distft.doctor.bandwidth`. They rendezvous through a file and communicate over the loopback
+interface.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ SIZE_MIB = {"nccl": 256, "gloo": 16}
 class Bandwidth:
     """What the processes measured, or how they failed.
 
-    Rates are bus bandwidths in GB/s (1e9 bytes) as nccl-tests defines them: bytes of the whole buffer per median time, times
-    2(n-1)/n for all-reduce and (n-1)/n for all-gather. None for one process or after a failure.
+    Rates are bus bandwidths in GB/s (1e9 bytes) as nccl-tests defines them: bytes of the whole buffer per median
+    time, times 2(n-1)/n for all-reduce and (n-1)/n for all-gather. None for one process or after a failure.
     """
 
     backend: str
@@ -47,7 +48,8 @@ class Bandwidth:
 def measure(gpus: int, limit_s: float = 180.0) -> Bandwidth:
     """Measure between `gpus` devices, or on the CPU if there are none. Every process has ended when it returns.
 
-    Does not touch CUDA in this process. `limit_s` is the limit for everything, including the start of Python and PyTorch.
+    Does not touch CUDA in this process. `limit_s` is the limit for everything, including the start of Python and
+    PyTorch.
     """
     backend, processes = ("nccl", gpus) if gpus else ("gloo", 2)
     # Overrides the user's variables: the test stays on this machine, and its sockets are not reachable from outside.

@@ -126,7 +126,8 @@ class Facts:
 
 
 def gather(*, bandwidth: bool = True) -> Facts:
-    """Collect the facts. Takes about half a minute, mostly for imports. `bandwidth` also starts processes to measure it."""
+    """Collect the facts. Takes about half a minute, mostly for imports. `bandwidth` also starts processes to measure
+    it."""
     found: dict[str, Any] = {}
     output = io.StringIO()  # discards what libraries print; exceptions are kept
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -170,7 +171,8 @@ def gather(*, bandwidth: bool = True) -> Facts:
 
 
 def _packages() -> tuple[dict[str, str], dict[str, str]]:
-    """Versions of the packages that can be imported, and why others cannot. Optional packages count only if installed."""
+    """Versions of the packages that can be imported, and why others cannot. Optional packages count only if
+    installed."""
     versions, broken = {}, {}
     for name in (*NEEDED, *OPTIONAL):
         module = _MODULES.get(name, name)
@@ -252,8 +254,8 @@ def _gpu(index: int) -> Gpu:
 def supports(architectures: list[str], capability: tuple[int, int]) -> bool:
     """Whether code for these architectures (`sm_90`, `compute_120`) runs on a GPU of this capability.
 
-    Machine code (`sm`) runs on the same major version with an equal or higher minor version, PTX (`compute`) on any later
-    version. True if the build does not list its architectures.
+    Machine code (`sm`) runs on the same major version with an equal or higher minor version, PTX (`compute`) on any
+    later version. True if the build does not list its architectures.
     """
     if not architectures:
         return True
