@@ -31,7 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def devices_needed(item: pytest.Item) -> int:
-    """CUDA devices that a test needs: `@pytest.mark.gpu` is one, `@pytest.mark.gpu(2)` two. The largest of its marks counts,
+    """The number of CUDA devices that a test needs: `@pytest.mark.gpu` is one, `@pytest.mark.gpu(2)` two.
+
+    The largest of its marks counts,
     whether the mark is on the function, on its module or on a parameter."""
     counts = (mark.args[0] if mark.args else mark.kwargs.get("count", 1) for mark in item.iter_markers("gpu"))
     return max(counts, default=0)

@@ -5,12 +5,13 @@ processes. `Popen` is `subprocess.Popen`, except that `python -m MODULE` for one
 process instead of executed. To everybody else such a process looks like any other: it is a child of the process that
 started it, with its own command line and environment in /proc, its own signal handlers and working folder.
 
-How: every process P that may start others has a *template*, a child that was forked before P ran anything. Asked for a new
-process, the template forks twice and the process in the middle exits, so that the new process falls to P, which has
-declared itself a subreaper. The new process forks a template of its own before it runs anything.
+Every process that may start others has a *template*: a child that was forked before it ran anything. To start a
+process, the template forks twice and the process in the middle exits, so that the new process is adopted by the one
+that asked, which has declared itself a subreaper. Before the new process runs anything, it forks a template of its own.
 
-`DISTFT_TESTS_EXEC=1` in the environment of a command executes it as usual, and so does an environment that differs from the
-template's in a variable that libraries read while they are imported. Linux only; elsewhere every command is executed.
+`DISTFT_TESTS_EXEC=1` in the environment of a command executes it as usual. So does an environment that differs from the
+template's in a variable that libraries read while they are imported. Linux only; elsewhere, and on machines with NVIDIA
+GPUs, every command is executed.
 """
 
 from __future__ import annotations
@@ -55,8 +56,21 @@ PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "wandb",
 )
-NOT_THE_LAUNCHERS = {"bitsandbytes", "datasets", "deepspeed", "distft", "lm_eval", "pandas", "peft", "pyarrow", "scipy", "sklearn",
-                     "transformers", "trl", "wandb"}  # fmt: skip
+NOT_THE_LAUNCHERS = {
+    "bitsandbytes",
+    "datasets",
+    "deepspeed",
+    "distft",
+    "lm_eval",
+    "pandas",
+    "peft",
+    "pyarrow",
+    "scipy",
+    "sklearn",
+    "transformers",
+    "trl",
+    "wandb",
+}
 READ_AT_IMPORT = re.compile(
     r"(HF_|TRANSFORMERS_|HUGGINGFACE|PYTHON|LD_|XDG_|HOME$|DISTFT_DEBUG$|GOMP_|OPENBLAS|TORCH_)"
 )
@@ -115,9 +129,30 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
     """`subprocess.Popen` that forks where it can."""
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
-        (executable, preexec_fn, close_fds, pass_fds, cwd, env, _startupinfo, _creationflags, shell,
-         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite,
-         _restore_signals, gid, gids, uid, umask, start_new_session, process_group) = rest  # fmt: skip
+        (
+            executable,
+            preexec_fn,
+            close_fds,
+            pass_fds,
+            cwd,
+            env,
+            _startupinfo,
+            _creationflags,
+            shell,
+            p2cread,
+            p2cwrite,
+            c2pread,
+            c2pwrite,
+            errread,
+            errwrite,
+            _restore_signals,
+            gid,
+            gids,
+            uid,
+            umask,
+            start_new_session,
+            process_group,
+        ) = rest
         plain = not (executable or preexec_fn or pass_fds or shell) and (gid, gids, uid, umask) == (
             None,
             None,
@@ -147,9 +182,13 @@ def install() -> None:
     with tempfile.TemporaryFile() as log:
         _execute(
             [sys.executable, "-c", program, str(theirs.fileno()), "x" * ARGUMENTS_SIZE],
-            env={**os.environ, PAD: "x" * ENVIRONMENT_SIZE}, pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+            env={**os.environ, PAD: "x" * ENVIRONMENT_SIZE},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         theirs.close()
     _template = Template(ours, os.environ)
     subprocess.Popen = Popen  # type: ignore[misc]
@@ -238,7 +277,8 @@ def _run(request: Mapping[str, Any], fds: Sequence[int], environment: Mapping[st
     if "-u" in args[1 : args.index("-m")]:
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     if module == "accelerate.commands.launch":
-        # torch's launcher walks over sys.modules for the name of each caller that it logs: leave it those it has by itself.
+        # torch's launcher walks over sys.modules to name each caller that it logs: leave it only the modules of a fresh
+        # start.
         for name in list(sys.modules):
             if name.partition(".")[0] in NOT_THE_LAUNCHERS:
                 del sys.modules[name]

@@ -1,4 +1,5 @@
-"""`pip install .` is enough: what distft reads at run time travels in the wheel, and is found where there is no checkout."""
+"""`pip install .` is enough: the wheel carries the files that distft reads at run time, and they are found without a
+checkout."""
 
 from __future__ import annotations
 
@@ -58,9 +59,12 @@ def test_files_read_at_run_time_travel_in_the_wheel(wheel: Path) -> None:
 def test_an_installed_distft_needs_no_checkout(installed: Path, tmp_path: Path) -> None:
     def distft(*words: str) -> str:
         ended = subprocess.run(
-            [sys.executable, "-m", "distft.cli", *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)},
-            capture_output=True, text=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "distft.cli", *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(installed)},
+            capture_output=True,
+            text=True,
+        )
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 

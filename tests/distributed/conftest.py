@@ -43,9 +43,14 @@ def environment(**changes: str) -> dict[str, str]:
 def start(command: Sequence[str], where: Path, **changes: str) -> subprocess.Popen[str]:
     """Start `command` in its own process group, in the folder `where`."""
     return subprocess.Popen(
-        command, cwd=where, env=environment(**changes), text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        command,
+        cwd=where,
+        env=environment(**changes),
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(process: subprocess.Popen[str], where: Path) -> Ended:

@@ -46,8 +46,18 @@ def test_metrics_have_a_record_for_every_step(finished: Ended) -> None:
     records = [record for record in finished.folder.read_metrics() if "loss" in record]
     assert [record["step"] for record in records] == list(range(1, 13))
     for record in records:
-        for key in ("learning_rate", "grad_norm", "samples_per_second", "tokens_per_second", "tokens_per_second_per_gpu",
-                    "mfu", "peak_memory_gib", "peak_reserved_gib", "host_rss_gib", "energy_j"):  # fmt: skip
+        for key in (
+            "learning_rate",
+            "grad_norm",
+            "samples_per_second",
+            "tokens_per_second",
+            "tokens_per_second_per_gpu",
+            "mfu",
+            "peak_memory_gib",
+            "peak_reserved_gib",
+            "host_rss_gib",
+            "energy_j",
+        ):
             assert key in record
         assert record["tokens_per_second_per_gpu"] == pytest.approx(record["tokens_per_second"] / 2)
     assert any("eval_perplexity" in record for record in finished.folder.read_metrics())
@@ -122,9 +132,8 @@ def test_merge_gives_the_trained_model_to_plain_transformers(finished: Ended, tm
 def wandb_records(folder: Path) -> list[wandb_internal_pb2.Record]:
     """Records of an offline run's file: a 7-byte header, then LevelDB log blocks of 32 KiB.
 
-    A chunk is crc32c (4 bytes), length (2), type (1: 1 whole, 2 first, 3 middle, 4 last), payload; a block's rest of under
-    7 bytes is padding.
-    """
+    A chunk is crc32c (4 bytes), length (2), type (1: 1 whole, 2 first, 3 middle, 4 last), payload. The rest of a block
+    under 7 bytes is padding."""
     (file,) = folder.glob("offline-run-*/run-*.wandb")
     content, place = file.read_bytes(), 7
     records, pending = [], b""
@@ -167,8 +176,14 @@ def test_wandb_offline_has_loss_and_speed_at_every_step_and_the_recipe(finished:
 def test_a_tracker_that_fails_costs_a_warning(train: Train) -> None:
     """trackio is not installed, and W&B refuses a key that is none."""
     key = "not-a-key-of-wandb"
-    ended = train("recipe=tiny", "training.max_steps=2", "evaluation.before_and_after=false", trackers="[trackio,wandb]",
-                  WANDB_MODE="online", WANDB_API_KEY=key)  # fmt: skip
+    ended = train(
+        "recipe=tiny",
+        "training.max_steps=2",
+        "evaluation.before_and_after=false",
+        trackers="[trackio,wandb]",
+        WANDB_MODE="online",
+        WANDB_API_KEY=key,
+    )
     assert ended.code == 0, ended.stderr[-3000:]
     assert "warning: trackio cannot be used" in ended.stderr
     assert "warning: wandb cannot be used" in ended.stderr

@@ -1,4 +1,4 @@
-"""Each pain that the guards are there for, with the guard (the run is right) and without it (it is stopped or wrong)."""
+"""Each guard of a distributed run: with it the run is right, without it the run is stopped or wrong."""
 
 from __future__ import annotations
 
@@ -36,8 +36,20 @@ QUICK = (
 def run_without(tmp_path: Path, module: str, tamper: str, *overrides: str) -> tuple[int, str]:
     script = tmp_path / "without.py"
     script.write_text(WITHOUT.format(module=module, tamper=tamper))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-               "--main_process_port", "29721", str(script), *overrides]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--main_process_port",
+        "29721",
+        str(script),
+        *overrides,
+    ]
     ended = finish(start(command, tmp_path), tmp_path)
     return ended.code, ended.stderr
 
@@ -93,7 +105,8 @@ def test_a_base_in_another_type_is_stopped(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_before_training_leaves_4_bit_gradients_right(train: Train) -> None:
-    """On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights at the first evaluation, for a kernel without gradient."""
+    """On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first evaluation for a kernel without
+    gradients."""
     norms = []
     for before in ("true", "false"):
         ended = train(
@@ -120,8 +133,15 @@ def wait_for_step(where: Path, step: int) -> RunFolder:
     raise AssertionError("no step was logged")
 
 
-LONG = ("recipe=tiny", "training.num_train_epochs=200", "training.logging_steps=1", "evaluation.before_and_after=false",
-        "tracking.report_to=[]", "training.eval_strategy=no", "training.save_strategy=no")  # fmt: skip
+LONG = (
+    "recipe=tiny",
+    "training.num_train_epochs=200",
+    "training.logging_steps=1",
+    "evaluation.before_and_after=false",
+    "tracking.report_to=[]",
+    "training.eval_strategy=no",
+    "training.save_strategy=no",
+)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
@@ -167,16 +187,22 @@ def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path) -> No
 
 
 def test_an_error_of_another_rank_stands_on_the_console_and_in_its_log(tmp_path: Path) -> None:
-    code, stderr = run_without(tmp_path, "training.trainer", (
-        "import os\n"
-        "original = module.Trainer.training_step\n"
-        "def fail(self, *args, **kwargs):\n"
-        "    if os.environ['RANK'] == '1':\n"
-        "        print('a word of rank 1')\n"
-        "        raise RuntimeError('the card is on fire')\n"
-        "    return original(self, *args, **kwargs)\n"
-        "module.Trainer.training_step = fail"
-    ), "recipe=tiny", *QUICK)  # fmt: skip
+    code, stderr = run_without(
+        tmp_path,
+        "training.trainer",
+        (
+            "import os\n"
+            "original = module.Trainer.training_step\n"
+            "def fail(self, *args, **kwargs):\n"
+            "    if os.environ['RANK'] == '1':\n"
+            "        print('a word of rank 1')\n"
+            "        raise RuntimeError('the card is on fire')\n"
+            "    return original(self, *args, **kwargs)\n"
+            "module.Trainer.training_step = fail"
+        ),
+        "recipe=tiny",
+        *QUICK,
+    )
     assert code != 0
     assert "distft: rank 1 failed: RuntimeError: the card is on fire" in stderr and "Traceback" in stderr
     log = (tmp_path / "runs" / "tiny" / "logs" / "rank1.log").read_text()
@@ -184,11 +210,17 @@ def test_an_error_of_another_rank_stands_on_the_console_and_in_its_log(tmp_path:
 
 
 def test_an_exception_leaves_its_cause_in_the_summary(tmp_path: Path) -> None:
-    code, stderr = run_without(tmp_path, "training.trainer", (
-        "def fail(self, *args, **kwargs):\n"
-        "    raise RuntimeError('the card is on fire')\n"
-        "module.Trainer.training_step = fail"
-    ), "recipe=tiny", *QUICK)  # fmt: skip
+    code, stderr = run_without(
+        tmp_path,
+        "training.trainer",
+        (
+            "def fail(self, *args, **kwargs):\n"
+            "    raise RuntimeError('the card is on fire')\n"
+            "module.Trainer.training_step = fail"
+        ),
+        "recipe=tiny",
+        *QUICK,
+    )
     assert code != 0 and "the card is on fire" in stderr
     (path,) = (tmp_path / "runs").iterdir()
     summary = RunFolder(path).read_summary()

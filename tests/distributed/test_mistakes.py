@@ -74,8 +74,20 @@ def test_python_m_ends_with_2_and_the_message(tmp_path: Path) -> None:
 
 
 def test_under_a_bare_launcher_the_message_comes_first_and_nothing_starts_again(tmp_path: Path) -> None:
-    command = [*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--max_restarts", "3", "--main_process_port", "29713",
-               "-m", "distft.train", "recipe=tiny", "data.path=no.csv"]  # fmt: skip
+    command = [
+        *ACCELERATE,
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--max_restarts",
+        "3",
+        "--main_process_port",
+        "29713",
+        "-m",
+        "distft.train",
+        "recipe=tiny",
+        "data.path=no.csv",
+    ]
     ended = finish(start(command, tmp_path), tmp_path)
     assert ended.code != 0
     assert len(messages(ended.stderr)) == 1, "a restart would say it again"
@@ -100,8 +112,22 @@ def test_a_config_file_that_disagrees_stops_the_run(strategy: str, config: str, 
     from distft.paths import packaged
 
     file = packaged(f"accelerate_configs/{config}.yaml")
-    command = [*ACCELERATE, "--config_file", str(file), "--num_processes", "2", "--num_machines", "1", "--main_process_port", "29714",
-               "-m", "distft.train", "recipe=tiny", "quantization=null", f"strategy={strategy}"]  # fmt: skip
+    command = [
+        *ACCELERATE,
+        "--config_file",
+        str(file),
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--main_process_port",
+        "29714",
+        "-m",
+        "distft.train",
+        "recipe=tiny",
+        "quantization=null",
+        f"strategy={strategy}",
+    ]
     ended = finish(start(command, tmp_path), tmp_path)
     assert ended.code != 0
     assert f"--config_file {file} says {told}, the recipe tiny says {strategy}" in ended.stderr
@@ -113,9 +139,25 @@ def test_a_config_file_that_agrees_is_taken(tmp_path: Path) -> None:
     from distft.paths import packaged
 
     file = packaged("accelerate_configs/fsdp.yaml")
-    command = [*ACCELERATE, "--config_file", str(file), "--num_processes", "2", "--num_machines", "1", "--main_process_port", "29715",
-               "-m", "distft.train", "recipe=tiny", "quantization=null", "strategy=fsdp", "training.max_steps=2",
-               "evaluation.before_and_after=false", "tracking.report_to=[]"]  # fmt: skip
+    command = [
+        *ACCELERATE,
+        "--config_file",
+        str(file),
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--main_process_port",
+        "29715",
+        "-m",
+        "distft.train",
+        "recipe=tiny",
+        "quantization=null",
+        "strategy=fsdp",
+        "training.max_steps=2",
+        "evaluation.before_and_after=false",
+        "tracking.report_to=[]",
+    ]
     ended = finish(start(command, tmp_path), tmp_path)
     assert ended.code == 0, ended.stderr[-3000:]
     assert ended.folder.read_summary()["strategy"] == "fsdp"

@@ -29,7 +29,13 @@ print(json.dumps(seen))
 
 
 def test_a_full_collection_in_the_training_goes_through_little(tmp_path: Path) -> None:
-    overrides = ["recipe=tiny", "strategy=single", "training.max_steps=2", "evaluation.before_and_after=false", "tracking.report_to=[]"]  # fmt: skip
+    overrides = [
+        "recipe=tiny",
+        "strategy=single",
+        "training.max_steps=2",
+        "evaluation.before_and_after=false",
+        "tracking.report_to=[]",
+    ]
     ended = finish(start([sys.executable, "-c", WATCHED, *overrides], tmp_path), tmp_path)
     assert ended.code == 0, ended.stderr[-3000:]
     seen = json.loads(ended.stdout.splitlines()[-1])

@@ -16,10 +16,18 @@ from .conftest import Train, needs_compiler
 STEPS = 12
 # fp32, dropout 0, and the loss on the responses alone, so that the samples' trained lengths differ (1 to 60 tokens).
 RECIPE = (
-    "recipe=tiny", "quantization=null", "lora.lora_dropout=0", "training.completion_only_loss=true",
-    f"training.max_steps={STEPS}", "training.logging_steps=1", "training.eval_strategy=no", "training.save_strategy=no",
-    "evaluation.before_and_after=false", "training.lr_scheduler_type=constant", "training.warmup_steps=0",
-)  # fmt: skip
+    "recipe=tiny",
+    "quantization=null",
+    "lora.lora_dropout=0",
+    "training.completion_only_loss=true",
+    f"training.max_steps={STEPS}",
+    "training.logging_steps=1",
+    "training.eval_strategy=no",
+    "training.save_strategy=no",
+    "evaluation.before_and_after=false",
+    "training.lr_scheduler_type=constant",
+    "training.warmup_steps=0",
+)
 SGD = ("training.optim=sgd", "training.learning_rate=0.3")  # clipped at norm 1 by default, which the norms here exceed
 ADAMW = ("training.optim=adamw_torch", "training.learning_rate=1e-3")
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
@@ -78,9 +86,13 @@ def reference(train: Train) -> Reference:
 @pytest.mark.parametrize(("optimizer", "tolerance"), [(SGD, 1e-4), (ADAMW, 1e-2)], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_takes_the_same_steps(
-    strategy: str, optimizer: tuple[str, ...], tolerance: float, reference: Reference,
-    initial: Mapping[str, torch.Tensor], train: Train,
-) -> None:  # fmt: skip
+    strategy: str,
+    optimizer: tuple[str, ...],
+    tolerance: float,
+    reference: Reference,
+    initial: Mapping[str, torch.Tensor],
+    train: Train,
+) -> None:
     needs_compiler(strategy)
     ours = Trajectory(train, f"strategy={strategy}", *optimizer, nproc=2)
     assert (ours.summary["strategy"], ours.summary["world_size"]) == (strategy, 2)
@@ -88,7 +100,7 @@ def test_every_strategy_takes_the_same_steps(
     ours.assert_like(reference(optimizer), initial, tolerance)
 
 
-# bf16, where the gradients that ranks exchange are rounded too: it is the first step's loss that does not depend on them.
+# In bf16 the gradients that ranks exchange are rounded too. Only the loss of the first step does not depend on them.
 BF16 = ("model.dtype=bfloat16", "training.bf16=true", "training.max_steps=1", *ADAMW)
 
 

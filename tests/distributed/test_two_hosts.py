@@ -1,4 +1,5 @@
-"""Two machines without a scheduler: the same command on each. Here they are two network namespaces, joined by one cable."""
+"""Two machines without a scheduler run the same command. Here they are two network namespaces, joined by a veth
+pair."""
 
 from __future__ import annotations
 
@@ -19,8 +20,14 @@ from .conftest import Ended, finish, start
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 MEETING = f"{ADDRESSES[0]}:29617"
-RUN = ("recipe=tiny", "training.max_steps=6", "training.logging_steps=1", "tracking.report_to=[]",
-       "evaluation.before_and_after=false", "training.eval_strategy=no")  # fmt: skip
+RUN = (
+    "recipe=tiny",
+    "training.max_steps=6",
+    "training.logging_steps=1",
+    "tracking.report_to=[]",
+    "evaluation.before_and_after=false",
+    "training.eval_strategy=no",
+)
 
 
 def ip(*words: str) -> None:
@@ -115,9 +122,12 @@ def test_a_mistake_on_two_hosts_ends_both(hosts: tuple[str, str], tmp_path: Path
         (("--nnodes", "2"), "--nnodes 2 needs --rdzv HOST:PORT"),
         (("--nnodes", "2", "--rdzv", "here"), "got here"),
         (("--nnodes", "2", "--rdzv", "here:29500", "--node-rank", "2"), "nodes are counted from 0 to 1"),
-        (("--nnodes", "2", "--rdzv", "no-such-host.invalid:29500", "--node-rank", "1"), "no-such-host.invalid cannot be reached from here"),
+        (
+            ("--nnodes", "2", "--rdzv", "no-such-host.invalid:29500", "--node-rank", "1"),
+            "no-such-host.invalid cannot be reached from here",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_place_that_is_none_is_refused(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "distft.cli", "train", "recipe=tiny", *words]
     ended = finish(start(command, tmp_path), tmp_path)

@@ -18,9 +18,18 @@ from distft.training.checkpoints import read_tensors
 from ..distributed.conftest import Ended, finish, start
 
 # Two epochs of 11 steps, the last of each shorter; with dropout and accumulation.
-RUN = ("recipe=tiny", "training.num_train_epochs=2", "training.logging_steps=1", "training.eval_strategy=no",
-       "training.save_strategy=steps", "training.save_steps=3", "training.save_total_limit=2", "tracking.report_to=[]",
-       "evaluation.max_samples=8", "data.max_samples=210")  # fmt: skip
+RUN = (
+    "recipe=tiny",
+    "training.num_train_epochs=2",
+    "training.logging_steps=1",
+    "training.eval_strategy=no",
+    "training.save_strategy=steps",
+    "training.save_steps=3",
+    "training.save_total_limit=2",
+    "tracking.report_to=[]",
+    "evaluation.max_samples=8",
+    "data.max_samples=210",
+)
 STEPS = 22
 KINDS = {
     "single": ((), 1),
@@ -125,7 +134,7 @@ EVERY_TIME = {
     "test_every_name_here_is_that_of_a_test",
     "test_one_rank_out_of_memory_restarts_all_with_half_the_micro_batch[ddp]",
 }
-"""One pairing of each kind of fault with a strategy. The others take the better part of an hour, and are marked `thorough`."""
+"""One pairing of each kind of fault with a strategy. The others take most of an hour and are marked `thorough`."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

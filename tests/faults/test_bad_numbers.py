@@ -38,21 +38,44 @@ def cursed_model(tiny: Path, tokenizer: object, tmp_path_factory: pytest.TempPat
 
 
 def overrides(model: Path) -> list[str]:
-    return ["recipe=tiny", f"model.name={model}", "data.path=rows.jsonl", "data.validation_fraction=0", "data.test_fraction=0",
-            f"batching.global_batch_size={GLOBAL}", f"batching.micro_batch={MICRO}", "training.max_steps=5", "training.warmup_steps=0",
-            "training.logging_steps=1", "training.eval_strategy=no", "training.save_strategy=steps", "training.save_steps=1",
-            "training.save_total_limit=9", "evaluation.before_and_after=false", "tracking.report_to=[]"]  # fmt: skip
+    return [
+        "recipe=tiny",
+        f"model.name={model}",
+        "data.path=rows.jsonl",
+        "data.validation_fraction=0",
+        "data.test_fraction=0",
+        f"batching.global_batch_size={GLOBAL}",
+        f"batching.micro_batch={MICRO}",
+        "training.max_steps=5",
+        "training.warmup_steps=0",
+        "training.logging_steps=1",
+        "training.eval_strategy=no",
+        "training.save_strategy=steps",
+        "training.save_steps=1",
+        "training.save_total_limit=9",
+        "evaluation.before_and_after=false",
+        "tracking.report_to=[]",
+    ]
 
 
 def write_data(where: Path, model: Path, cursed: set[tuple[int, int]]) -> list[int]:
-    """Write the rows; those of `cursed` (step, place in its global batch) hold the curse. Returns their numbers in the train split."""
+    """Write the rows, with a curse in those of `cursed` (step, place in its global batch).
+
+    Returns the row numbers of the cursed rows in the train split.
+    """
     recipe = load_recipe(overrides(model))
     rows = split_rows(list(range(ROWS)), recipe.data, recipe.run.seed, with_test=True)["train"]
     plan = Plan([1] * ROWS, recipe.batching, recipe.run.seed)
     numbers = [int(plan.samples(step - 1)[place]) for step, place in sorted(cursed)]
     marked = {rows[number] for number in numbers}
-    lines = [{"instruction": f"Count to {n}.", "context": "", "response": CURSE if n in marked else f"One, two and so on up to {n}."}
-             for n in range(ROWS)]  # fmt: skip
+    lines = [
+        {
+            "instruction": f"Count to {n}.",
+            "context": "",
+            "response": CURSE if n in marked else f"One, two and so on up to {n}.",
+        }
+        for n in range(ROWS)
+    ]
     (where / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return numbers
 
@@ -65,7 +88,8 @@ def go(where: Path, model: Path, kind: str, *more: str) -> Ended:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_nan_stops_all_ranks_and_names_step_rank_and_samples(kind: str, cursed_model: Path, tmp_path: Path) -> None:
-    # Micro-batches of two are dealt out in turn, the longest samples first: the shortest of eight is in the second of rank 1.
+    # Micro-batches of two are dealt out in turn, longest samples first: the shortest of eight is in the second of rank
+    # 1.
     (number,) = write_data(tmp_path, cursed_model, {(3, 6)})
     ended = go(tmp_path, cursed_model, kind)
     assert ended.code == 1, ended.stderr[-3000:]
@@ -85,8 +109,8 @@ def test_a_nan_stops_all_ranks_and_names_step_rank_and_samples(kind: str, cursed
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_skipped_step_leaves_weights_and_optimizer_to_the_bit(kind: str, cursed_model: Path, tmp_path: Path) -> None:
-    """The first step is skipped as well: the guard that wants the adapter to move waits for a step that moves it, and then
-    compares all ranks."""
+    """The first step is skipped too: the guard that expects the adapter to move waits for a step that moves it, and
+    then compares all ranks."""
     write_data(tmp_path, cursed_model, {(1, 0), (3, 6)})
     ended = go(tmp_path, cursed_model, kind, "run.on_bad_numbers=skip")
     assert ended.code == 0, ended.stderr[-3000:]

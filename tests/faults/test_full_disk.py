@@ -17,9 +17,21 @@ from ..distributed.conftest import Ended, finish, start
 from .test_resume import KINDS
 
 # The adapter takes 3.3 MiB, a checkpoint 10.
-RUN = ("recipe=tiny", "training.max_steps=6", "data.max_samples=120", "training.logging_steps=1", "training.eval_strategy=no",
-       "training.save_strategy=steps", "training.save_steps=2", "training.save_total_limit=1", "tracking.report_to=[]",
-       "evaluation.before_and_after=false", "run.name=full", "lora.r=64", "quantization=null")  # fmt: skip
+RUN = (
+    "recipe=tiny",
+    "training.max_steps=6",
+    "data.max_samples=120",
+    "training.logging_steps=1",
+    "training.eval_strategy=no",
+    "training.save_strategy=steps",
+    "training.save_steps=2",
+    "training.save_total_limit=1",
+    "tracking.report_to=[]",
+    "evaluation.before_and_after=false",
+    "run.name=full",
+    "lora.r=64",
+    "quantization=null",
+)
 
 
 @pytest.fixture
@@ -86,7 +98,8 @@ def test_a_result_that_finds_no_room_is_saved_by_the_same_command_later(disk: Pa
 def test_a_write_that_fails_in_the_middle_leaves_no_half_and_no_rank_waiting(
     kind: str, limit_kib: int, code: int, tmp_path: Path
 ) -> None:
-    """A limit on file sizes that the optimizer's states meet, on rank 0 under DDP, on both under FSDP2, whose adapter meets it too."""
+    """The optimizer states exceed a limit on file sizes: on rank 0 under DDP, on both ranks under FSDP2, where the
+    adapter exceeds it too."""
     ended = go(tmp_path, kind, limit_kib=limit_kib)
     assert ended.code == code, ended.stderr[-3000:]
     assert ("training is done, but its result cannot be saved" in ended.stderr) == (code == 2)

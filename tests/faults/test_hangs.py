@@ -110,10 +110,17 @@ def test_a_rank_that_sleeps_for_ever_is_found_and_brought_back(kind: str, uninte
 
 def test_a_long_evaluation_is_no_hang(tmp_path: Path) -> None:
     ended = go(
-        tmp_path, "ddp", "run.hang_timeout_s=1.2", "training.max_steps=4", "training.eval_strategy=steps", "training.eval_steps=2",
-        "evaluation.max_samples=null", "data.max_samples=null", "data.validation_fraction=0.8",
+        tmp_path,
+        "ddp",
+        "run.hang_timeout_s=1.2",
+        "training.max_steps=4",
+        "training.eval_strategy=steps",
+        "training.eval_steps=2",
+        "evaluation.max_samples=null",
+        "data.max_samples=null",
+        "data.validation_fraction=0.8",
         "training.per_device_eval_batch_size=1",
-    )  # fmt: skip
+    )
     assert ended.code == 0, ended.stderr[-3000:]
     metrics = ended.folder.read_metrics()
     assert max(record["eval_runtime"] for record in metrics if "eval_runtime" in record) > 1.2, "it was no long one"

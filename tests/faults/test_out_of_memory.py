@@ -1,4 +1,4 @@
-"""Out of memory: on one rank in the middle of training, at the smallest micro-batch, and before the run, in the probe."""
+"""Out of memory: on one rank during training, at the smallest micro-batch, and before the run, in the probe."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from distft.training.oom import asked_bytes, taken_bytes
 
 from ..distributed.conftest import Ended, finish, start
 
-# The next import of distft.training.trainer by a worker makes one rank ask for more than there is, in one micro-batch of a step.
-# It is Python's own hook for such things, so that the command is the user's and the error is torch's.
+# When a worker imports distft.training.trainer, one rank is made to ask for more memory than there is, in one
+# micro-batch. It is Python's own hook for such things, so that the command is the user's and the error is torch's.
 SITE = """
 import importlib.abc, importlib.util, os, sys
 
@@ -34,7 +34,8 @@ class Hook(importlib.abc.MetaPathFinder):
             step = module.Trainer.training_step
             def training_step(self, *args, **kwargs):
                 import torch
-                if (self.args.process_index, self.state.global_step) == ({rank}, {step}) and self.args.per_device_train_batch_size in {sizes}:
+                here = self.args.process_index, self.state.global_step
+                if here == ({rank}, {step}) and self.args.per_device_train_batch_size in {sizes}:
                     torch.empty(1 << 50, device=self.args.device)
                 return step(self, *args, **kwargs)
             module.Trainer.training_step = training_step
@@ -43,9 +44,22 @@ class Hook(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Hook())
 """
-RUN = ("recipe=tiny", "training.max_steps=6", "data.max_samples=120", "training.logging_steps=1", "training.eval_strategy=no",
-       "training.save_strategy=steps", "training.save_steps=2", "tracking.report_to=[]", "evaluation.before_and_after=false",
-       "lora.lora_dropout=0", "quantization=null", "training.optim=sgd", "training.learning_rate=0.5", "run.name=oom")  # fmt: skip
+RUN = (
+    "recipe=tiny",
+    "training.max_steps=6",
+    "data.max_samples=120",
+    "training.logging_steps=1",
+    "training.eval_strategy=no",
+    "training.save_strategy=steps",
+    "training.save_steps=2",
+    "tracking.report_to=[]",
+    "evaluation.before_and_after=false",
+    "lora.lora_dropout=0",
+    "quantization=null",
+    "training.optim=sgd",
+    "training.learning_rate=0.5",
+    "run.name=oom",
+)
 KINDS = {"ddp": (), "fsdp": ("strategy=fsdp",)}
 
 
@@ -54,8 +68,22 @@ def go(where: Path, *overrides: str, nproc: int = 2, site: Path | None = None, l
     if nproc == 1:  # where there are more GPUs, one process would be refused
         changes["CUDA_VISIBLE_DEVICES"] = "0"
     if launcher:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(nproc), "--num_machines", "1",
-                   "--main_process_port", "29741", "-m", "distft.train", *RUN, *overrides]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            str(nproc),
+            "--num_machines",
+            "1",
+            "--main_process_port",
+            "29741",
+            "-m",
+            "distft.train",
+            *RUN,
+            *overrides,
+        ]
     else:
         command = [sys.executable, "-m", "distft.cli", "train", *RUN, *overrides, "--nproc", str(nproc)]
     return finish(start(command, where, **changes), where)
@@ -103,7 +131,10 @@ def test_one_rank_out_of_memory_restarts_all_with_half_the_micro_batch(
     summary = folder.read_summary()
     assert (summary["status"], summary["restarts"], summary["global_batch_size"]) == ("finished", 1, 16)
     assert (summary["micro_batch"], summary["gradient_accumulation_steps"]) == (2, 4)
-    line = "micro-batch 2 instead of 4, with correspondingly more accumulation: rank 1 ran out of memory with 4 after step 3"
+    line = (
+        "micro-batch 2 instead of 4, with correspondingly more accumulation: "
+        "rank 1 ran out of memory with 4 after step 3"
+    )
     assert line in ended.stderr and line in summary["changed_for_you"]
     assert "after step 2" in ended.stderr, "from the last checkpoint"
     assert [record["step"] for record in folder.read_metrics() if "loss" in record] == [1, 2, 3, 4, 5, 6]
@@ -194,12 +225,12 @@ def test_a_kill_during_the_probe_leaves_no_process(tmp_path: Path) -> None:
     assert not alive
 
 
-def test_what_was_asked_for_and_what_was_taken_stand_in_the_allocators_words() -> None:
+def test_the_allocators_message_says_what_was_asked_for_and_what_was_taken() -> None:
     """The message of PyTorch 2.11's allocator on a GPU that is held to a limit, and that of the CPU's."""
     on_gpu = torch.OutOfMemoryError(
-        "CUDA out of memory. Tried to allocate 22.78 GiB. GPU 0 has a total capacity of 31.47 GiB of which 12.73 GiB is free. Including "
-        "non-PyTorch memory, this process has 18.73 GiB memory in use. 24.00 GiB allowed; Of the allocated memory 9.08 GiB is allocated by "
-        "PyTorch, and 512.00 MiB is reserved by PyTorch but unallocated."
+        "CUDA out of memory. Tried to allocate 22.78 GiB. GPU 0 has a total capacity of 31.47 GiB of which 12.73 GiB "
+        "is free. Including non-PyTorch memory, this process has 18.73 GiB memory in use. 24.00 GiB allowed; Of the "
+        "allocated memory 9.08 GiB is allocated by PyTorch, and 512.00 MiB is reserved by PyTorch but unallocated."
     )
     assert (asked_bytes(on_gpu), taken_bytes(on_gpu)) == (int(22.78 * 2**30), int(9.08 * 2**30))
     on_cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12")
@@ -210,7 +241,7 @@ GPU = ("batching.global_batch_size=256", "data.max_samples=null", "training.max_
 
 
 def too_little(tmp_path: Path, nproc: int, *more: str) -> str:
-    """An override that holds the allocator to less than a rank's whole share takes, and to more than an eighth of it."""
+    """An override that limits the allocator to less than a rank's whole share needs, but more than an eighth of it."""
     (tmp_path / "free").mkdir()
     free = go(tmp_path / "free", *GPU, *more, "batching.micro_batch=auto", "training.save_strategy=no", nproc=nproc)
     assert free.code == 0, free.stderr[-3000:]

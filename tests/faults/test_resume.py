@@ -89,8 +89,8 @@ def test_another_world_size_goes_on_with_the_same_samples(before: str, after: st
 
 
 def test_fsdp_restores_the_shard_of_every_rank(uninterrupted: Whole, tmp_path: Path) -> None:
-    """At the last step each rank's shard of the adapter and of the optimizer's states, and its random state, are those of
-    the run that was never interrupted; so are they if every rank got its own back, and not rank 0's."""
+    """At the last step each rank's shard of the adapter and of the optimizer's states, and its random state, are those
+    of the run that was never interrupted; so are they if every rank got its own back, and not rank 0's."""
     whole = uninterrupted("fsdp")
     process = begin(tmp_path, "fsdp")
     folder = wait_for_step(tmp_path, 4)

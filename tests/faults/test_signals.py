@@ -1,4 +1,4 @@
-"""Signals to some or all ranks, Ctrl-C twice, and the deadline: all ranks stop at one step, saved, with the exit code 75."""
+"""Signals to some or all ranks, Ctrl-C twice, the deadline: all ranks stop at the same step, save, and exit with 75."""
 
 from __future__ import annotations
 

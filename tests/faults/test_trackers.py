@@ -20,8 +20,8 @@ from .conftest import STEPS, assert_gone, assert_same_run, begin, family, ranks,
 
 Whole = Callable[[str], RunFolder]
 
-# As much of a W&B server as wandb asks for when a run begins or goes on: it keeps the history of one run, and notes each
-# request on stdout, with the steps of the history that it holds by then.
+# The part of a W&B server that wandb needs when a run starts or resumes: it keeps the history of one run, and notes
+# each request on stdout, with the steps of the history that it holds by then.
 SERVER = """
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -51,7 +51,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
         rows = [json.loads(HISTORY[number]) for number in sorted(HISTORY)]
-        print(self.path, json.dumps([[row["_step"], row.get("train/global_step"), "train/loss" in row] for row in rows]), flush=True)
+        steps = [[row["_step"], row.get("train/global_step"), "train/loss" in row] for row in rows]
+        print(self.path, json.dumps(steps), flush=True)
 
     def log_message(self, *words):
         pass
@@ -71,9 +72,14 @@ def wandb_server(where: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     try:
         until(lambda: requests.read_text().endswith("\n"))
         port = requests.read_text().split()[0]
-        yield requests, {
-            "WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
-        }  # fmt: skip
+        yield (
+            requests,
+            {
+                "WANDB_MODE": "online",
+                "WANDB_API_KEY": "0" * 40,
+                "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
+            },
+        )
     finally:
         server.kill()
         server.wait()

@@ -1,4 +1,4 @@
-"""A real SLURM cluster on this machine, of nodes that are hosts of their own: `python tests/slurm/cluster.py up FOLDER`.
+"""A real SLURM cluster on this machine, each node in namespaces of its own: `python tests/slurm/cluster.py up FOLDER`.
 
 Every node lives in namespaces of its own: it has its host name, its address on a bridge, its processes and an
 `/etc/hosts` in which the other nodes' names stand. So a node resolves and reaches the others as on a cluster, `crash`
@@ -23,11 +23,14 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 PACKAGES = "munge slurmctld slurmd slurmdbd slurm-client mariadb-server-core iproute2"
 PROGRAMS = ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "nsenter", "unshare")
 START_LIMIT_S = 60
-ENDED = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY"})  # fmt: skip
+ENDED = frozenset(
+    {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY"}
+)
 MARK = "DISTFT_TEST_CLUSTER"
 """Stands in the environment of every process of a cluster, and of none of its jobs: `down` finds them by it."""
 
@@ -53,16 +56,25 @@ class Cluster:
     """
 
     def __init__(
-        self, folder: Path, nodes: int = 4, *, cpus: int = 2, kill_wait_s: int = 15, grace_s: int = 15,
-        credentials_s: int = 5, node_timeout_s: int = 15,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        nodes: int = 4,
+        *,
+        cpus: int = 2,
+        kill_wait_s: int = 15,
+        grace_s: int = 15,
+        credentials_s: int = 5,
+        node_timeout_s: int = 15,
+    ) -> None:
         self.folder = folder.resolve()
         self.nodes = tuple(f"n{index}" for index in range(1, nodes + 1))
         self.cpus = cpus
         self._times = {
-            "kill_wait_s": kill_wait_s, "grace_s": grace_s,
-            "credentials_s": credentials_s, "node_timeout_s": node_timeout_s,
-        }  # fmt: skip
+            "kill_wait_s": kill_wait_s,
+            "grace_s": grace_s,
+            "credentials_s": credentials_s,
+            "node_timeout_s": node_timeout_s,
+        }
         self._started: list[subprocess.Popen[bytes]] = []
 
     # Up and down
@@ -130,12 +142,9 @@ class Cluster:
         bridge = self._link.read_text()
         namespace = f"{bridge}{node}"
         inside = 'mount --bind "$1" /etc/hosts && hostname "$2" && { slurmd -D -N "$2" -f "$3" & wait; }'
-        self._daemon(
-            node,
-            "nsenter", f"--net=/run/netns/{namespace}",
-            "unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc",
-            "bash", "-c", inside, "node", str(self.folder / "hosts"), node, str(self.conf),
-        )  # fmt: skip
+        unshare = "unshare --mount --uts --pid --fork --kill-child --mount-proc".split()
+        shell = ["bash", "-c", inside, "node", str(self.folder / "hosts"), node, str(self.conf)]
+        self._daemon(node, "nsenter", f"--net=/run/netns/{namespace}", *unshare, *shell)
 
     # What tests ask and do
 
@@ -234,8 +243,8 @@ class Cluster:
         key = self.folder / "munge.key"
         key.touch(0o600)
         key.write_bytes(os.urandom(128))
-        files = {"socket": "munge.socket", "pid-file": "munge.pid", "seed-file": "munge.seed", "log-file": "log/munge.log"}  # fmt: skip
-        options = [f"--{option}={self.folder / path}" for option, path in files.items()]
+        files = ("socket=munge.socket", "pid-file=munge.pid", "seed-file=munge.seed", "log-file=log/munge.log")
+        options = [f"--{option}={self.folder / path}" for option, path in (file.split("=") for file in files)]
         # --force: a folder that others may enter, or root as its user, is a warning for munged.
         self._daemon("munged", "munged", "-F", "--force", f"--key-file={key}", *options)
         self._start_accounting(f"{network}.254")
@@ -257,9 +266,15 @@ class Cluster:
             for node, address in addresses.items()
         )
         values = {
-            "host": host, "network": network, "folder": self.folder, "nodes": nodes, **self._times, "port": self._port,
-            "accounting_port": self._accounting_port, "database_port": self._database_port,
-        }  # fmt: skip
+            "host": host,
+            "network": network,
+            "folder": self.folder,
+            "nodes": nodes,
+            **self._times,
+            "port": self._port,
+            "accounting_port": self._accounting_port,
+            "database_port": self._database_port,
+        }
         for name in ("slurm.conf", "slurmdbd.conf"):
             made = self.folder / name
             made.touch(0o600)  # slurmdbd takes no other mode
@@ -273,9 +288,14 @@ class Cluster:
     def _start_accounting(self, address: str) -> None:
         """A database of our own and slurmdbd before it, which slurmctld has to find when it starts."""
         mariadbd = [
-            "mariadbd", "--no-defaults", "--user=root", f"--datadir={self.folder}/database",
-            "--lc-messages-dir=/usr/share/mysql", "--innodb-log-file-size=4M", "--innodb-flush-log-at-trx-commit=0",
-        ]  # fmt: skip
+            "mariadbd",
+            "--no-defaults",
+            "--user=root",
+            f"--datadir={self.folder}/database",
+            "--lc-messages-dir=/usr/share/mysql",
+            "--innodb-log-file-size=4M",
+            "--innodb-flush-log-at-trx-commit=0",
+        ]
         tables = f"create database mysql;\nuse mysql;\n{DATABASE_TABLES.read_text()}"
         made = subprocess.run([*mariadbd, "--bootstrap"], input=tables, text=True, capture_output=True, env=self.env)
         if made.returncode:
@@ -336,12 +356,9 @@ class Cluster:
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
             mark = {MARK: f"{self.folder}/{name}"}
             environment = {"PATH": _path(), "LC_ALL": "C.UTF-8", "SLURM_CONF": str(self.conf), **mark}
-            self._started.append(
-                subprocess.Popen(
-                    command, cwd=self.folder, env=environment, start_new_session=True,
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                )
-            )  # fmt: skip
+            streams: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            process = subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **streams)
+            self._started.append(process)
 
     def _processes(self, name: str = "") -> list[int]:
         """The cluster's processes that live, or those of one daemon or node. A node's jobs end with it."""

@@ -30,10 +30,12 @@ else:
 def test_a_node_reaches_the_head_node_by_its_name(cluster: Cluster) -> None:
     (cluster.folder / "jobs" / "connect.py").write_text(CONNECT)
     job = cluster.script(
-        'export HEAD=$(scontrol show hostnames | head -n1)\nsrun hostname\n'
-        f'srun --ntasks-per-node=1 {sys.executable} {cluster.folder}/jobs/connect.py\n',
-        "--nodes=2", "--ntasks-per-node=1", name="connect",
-    )  # fmt: skip
+        "export HEAD=$(scontrol show hostnames | head -n1)\nsrun hostname\n"
+        f"srun --ntasks-per-node=1 {sys.executable} {cluster.folder}/jobs/connect.py\n",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        name="connect",
+    )
     assert cluster.wait(job) == "COMPLETED", cluster.output(job).read_text()
     *names, connected = cluster.output(job).read_text().split()
     assert len(set(names)) == 2 and set(names) <= set(cluster.nodes)

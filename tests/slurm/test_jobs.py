@@ -1,4 +1,5 @@
-"""Real jobs on a real cluster, disturbed in every way that a cluster has: each ends in the adapter of the undisturbed run."""
+"""Real jobs on a real cluster, disturbed in every way a cluster can: each ends with the adapter of an undisturbed
+run."""
 
 from __future__ import annotations
 
@@ -21,8 +22,16 @@ from ..distributed.conftest import environment
 from ..faults.conftest import losses
 from .cluster import Cluster
 
-TINY = ("recipe=tiny", "training.logging_steps=1", "training.eval_strategy=no", "training.save_strategy=steps", "training.save_steps=10",
-        "training.save_total_limit=2", "tracking.report_to=[]", "evaluation.max_samples=8")  # fmt: skip
+TINY = (
+    "recipe=tiny",
+    "training.logging_steps=1",
+    "training.eval_strategy=no",
+    "training.save_strategy=steps",
+    "training.save_steps=10",
+    "training.save_total_limit=2",
+    "tracking.report_to=[]",
+    "evaluation.max_samples=8",
+)
 STEPS = 60
 RANKS = """\
 base: tiny
@@ -40,8 +49,14 @@ def distft(cluster: Cluster, where: Path, *words: str, check: bool = True) -> st
     """The command `distft` on the machine from which jobs are submitted; its standard output."""
     where.mkdir(exist_ok=True)
     changes = {"OMP_NUM_THREADS": "1", **{key: cluster.env[key] for key in ("SLURM_CONF", "PATH")}}
-    ended = subprocess.run([sys.executable, "-m", "distft.cli", *words], cwd=where, env=environment(**changes),
-                           capture_output=True, text=True, timeout=LIMIT_S)  # fmt: skip
+    ended = subprocess.run(
+        [sys.executable, "-m", "distft.cli", *words],
+        cwd=where,
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
     assert not check or ended.returncode == 0, ended.stderr
     return ended.stdout if check else ended.stderr
 
