@@ -142,7 +142,7 @@ class Cluster:
         bridge = self._link.read_text()
         namespace = f"{bridge}{node}"
         inside = 'mount --bind "$1" /etc/hosts && hostname "$2" && { slurmd -D -N "$2" -f "$3" & wait; }'
-        unshare = "unshare --mount --uts --pid --fork --kill-child --mount-proc".split()
+        unshare = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         shell = ["bash", "-c", inside, "node", str(self.folder / "hosts"), node, str(self.conf)]
         self._daemon(node, "nsenter", f"--net=/run/netns/{namespace}", *unshare, *shell)
 
@@ -265,16 +265,8 @@ class Cluster:
             f"NodeName={node} NodeAddr={address} Port=6818 CPUs={self.cpus} RealMemory=64000 Gres=gpu:2"
             for node, address in addresses.items()
         )
-        values = {
-            "host": host,
-            "network": network,
-            "folder": self.folder,
-            "nodes": nodes,
-            **self._times,
-            "port": self._port,
-            "accounting_port": self._accounting_port,
-            "database_port": self._database_port,
-        }
+        ports = {"port": self._port, "accounting_port": self._accounting_port, "database_port": self._database_port}
+        values = {"host": host, "network": network, "folder": self.folder, "nodes": nodes, **self._times, **ports}
         for name in ("slurm.conf", "slurmdbd.conf"):
             made = self.folder / name
             made.touch(0o600)  # slurmdbd takes no other mode
