@@ -129,7 +129,7 @@ def test_a_damaged_run_is_made_anew_beside_what_is_left_of_it(tmp_path: Path) ->
     done = call(tmp_path, "--resume")
     assert (
         "mine-four runs again; its damaged folder is now runs/mine-four.damaged-2: "
-        "runs/mine-four holds no readable summary" in done.stderr
+        "runs/mine-four has no readable summary" in done.stderr
     )
     assert "1/3 mine-four: finished in" in done.stderr and "2/3 mine-full: had finished" in done.stderr, done.stderr
     assert (tmp_path / "runs" / "mine-four.damaged-2" / "summary.json").read_text() == torn
