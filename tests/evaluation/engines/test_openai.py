@@ -112,7 +112,7 @@ def test_a_rejection_is_final_and_does_not_repeat_the_key(
     with pytest.raises(JudgeError, match=says) as caught:
         answers(endpoint(server.address, concurrency=1), item("Grade this."), item("And this."))
     assert KEY not in str(caught.value)
-    assert len(server.bodies) <= 2  # one, or the next as well where it was already on its way
+    assert len(server.bodies) <= 2  # the first, and perhaps the next, which was already on its way
 
 
 @pytest.mark.parametrize("answer", ["<html>Welcome</html>", '{"object": "list"}', '{"choices": []}', "[]"])

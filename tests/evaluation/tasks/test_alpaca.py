@@ -133,7 +133,7 @@ def test_the_figures_are_what_counting_gives() -> None:
 
 
 def by_length(body: dict[str, Any], _: int) -> tuple[int, str]:
-    """Prefers the longer response, wherever it stands, and grades it higher."""
+    """Prefers the longer response, whatever its position, and grades it higher."""
     prompt = body["messages"][0]["content"]
     # The tiny model writes headings as well, with a space after the marks.
     texts = [one.strip() for one in re.findall(r"###Response[^\n]*:\n(.*?)\n+(?=###\w)", prompt, re.DOTALL)]

@@ -57,7 +57,7 @@ def test_a_share_of_all_or_nothing_has_a_width_and_a_share_of_no_items_none() ->
     assert difference.value == 1 and 0.9 < difference.low < 0.99
     assert found["recall"][1].low == pytest.approx(wilson_of_all(112))
     assert found["precision"][1].low == pytest.approx(wilson_of_all(112))
-    assert np.isnan([found["precision"][0].low, found["precision"][2].low]).all(), "the base said it of none"
+    assert np.isnan([found["precision"][0].low, found["precision"][2].low]).all(), "the base predicts it for no item"
     assert item_counts(labels, nothing, 1) == {"accuracy": 224, "precision": 0, "recall": 112, "unparsed": 224}
 
 

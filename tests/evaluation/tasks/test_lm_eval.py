@@ -83,7 +83,7 @@ def test_on_two_processes_the_adapter_scores_as_lm_evals_own_command_on_the_merg
         ("sentiment_first", "acc_norm,none"),
         ("sentiment_write", "exact_match,none"),
     } <= theirs.keys()
-    for key in theirs:  # identical; errors but for the order in which processes sum them
+    for key in theirs:  # identical, except that processes sum standard errors in another order
         assert ours[key] == (pytest.approx(theirs[key], rel=1e-12) if "stderr" in key[1] else theirs[key])
     assert ours.keys() == theirs.keys()
     gained = found["figures"]["sentiment/acc"]
