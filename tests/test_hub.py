@@ -213,7 +213,7 @@ def test_a_shard_that_is_gone_is_named(here: Path, hub: Hub) -> None:
         (
             ["model.name=half"],
             [
-                "half lacks config.json in half; copy it whole",
+                "half lacks config.json in half; copy the complete folder",
                 "half lacks model.safetensors",
                 "half lacks tokenizer.json",
             ],
@@ -239,18 +239,18 @@ def test_each_gap_has_a_line(
         (
             ["model.name=org/other"],
             {"HF_ENDPOINT": "http://127.0.0.1:9"},
-            "org/other cannot be had from the hub: [Errno 111]",
+            "org/other cannot be downloaded from the hub: [Errno 111]",
         ),
-        ([f"model.name={DATA}"], {}, "comes without config.json and model.safetensors and tokenizer.json"),
+        ([f"model.name={DATA}"], {}, "has no config.json and no model.safetensors and no tokenizer.json"),
         (
             ["data.name=org/nothing", "data.format.text=text"],
             {},
-            "org/nothing (train split) is not in the cache and cannot be had",
+            "org/nothing (train split) is not in the cache and could not be downloaded",
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_what_cannot_be_had_is_one_message(
+def test_what_is_unavailable_is_reported_in_one_message(
     words: list[str], changes: dict[str, str], expected: str, here: Path, hub: Hub, tiny: Path
 ) -> None:
     ended = distft(here, hub, "fetch", "recipe=tiny", *words, **{"DISTFT_CACHE": str(tiny.parent), **changes})

@@ -1,24 +1,24 @@
 """Everything distft raises on purpose.
 
 DistftError                 exit code 1: the run failed, and the message says why
-├── UserError               exit code 2: something to mend in the command, recipe, data or machine
-│   ├── RecipeError         faults in a recipe or its overrides, all of them at once
-│   │   └── ExperimentError in an experiment, or in the recipes of its runs
-│   ├── DataError           the data cannot be used as asked
-│   ├── ModelError          the base model cannot be had, or does not fit the recipe
-│   ├── JudgeError          the judge of an evaluation cannot be had or asked
+├── UserError               exit code 2: something to fix in the command, recipe, data or machine
+│   ├── RecipeError         all faults of a recipe and its overrides
+│   │   └── ExperimentError all faults of an experiment and of the recipes of its runs
+│   ├── DataError           the data does not fit the recipe
+│   ├── ModelError          the base model is unavailable, or does not fit the recipe
+│   ├── JudgeError          the judge of an evaluation is unavailable or does not answer
 │   ├── LaunchError         the processes, devices or launcher flags do not fit the recipe
 │   ├── RunFolderError      the run folder is in use or unreadable
 │   ├── StorageError        the disk is full
-│   ├── MissingExtraError   a package is not installed that only a part of distft needs
+│   ├── MissingExtraError   an optional package is not installed
 │   └── UpstreamError       an installed library lacks a private name that distft relies on
-├── InvariantError          an assertion about a distributed run did not hold
+├── InvariantError          a condition that every correct distributed run meets is violated
 ├── BadNumbersError         a loss or a gradient norm is NaN or infinite
-├── OutOfMemory             a device's memory does not hold what the recipe asks of it
-├── RankLost                a process of the run died or hangs; a restart goes on from the last checkpoint
-├── WorkerError         any other exception, in a process that reports to the one that started it
+├── OutOfMemory             a device has too little memory for the recipe
+├── RankLost                a process of the run died or hangs; a restart resumes from the last checkpoint
+├── WorkerError             any other exception, in a process that reports to the one that started it
 ├── Interrupted             exit code 75: a signal or run.max_time ended the run
-└── AlreadyFinished         exit code 0: the run had finished before it was started again
+└── AlreadyFinished         exit code 0: the run had finished before it was restarted
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from typing import Any
 
 
 class DistftError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is what the process ends with, and `restart` says whether the
-    same run may go on after its processes were started again; `facts` is what faults.jsonl keeps besides the
-    message."""
+    """Base of all errors raised on purpose.
+
+    `exit_code` is that of the process. `restart` says whether restarting the processes may help. `facts` are recorded
+    in faults.jsonl along with the message.
+    """
 
     exit_code = 1
     restart = False
@@ -49,7 +51,7 @@ def _rebuild(kind: type[DistftError], args: tuple[Any, ...], attributes: Mapping
 
 
 class UserError(DistftError):
-    """A mistake that the user can mend; shown as one short message without a traceback."""
+    """A mistake that the user can fix; shown as one short message without a traceback."""
 
     exit_code = 2
 
@@ -58,8 +60,8 @@ class UserError(DistftError):
 class Fault:
     """One thing wrong in a recipe.
 
-    `where` is the file or `command line`, `key` the dotted key path, `problem` what is wrong and what was expected,
-    `hint` the nearest valid name or the remedy (may be empty).
+    `where` is the file or `command line`, `key` the dotted key, `problem` what is wrong and what was expected, and
+    `hint` the nearest valid name or the remedy, if there is one.
     """
 
     where: str
@@ -73,7 +75,7 @@ class Fault:
 
 
 class RecipeError(UserError):
-    """All faults of a recipe, gathered before anything is loaded."""
+    """All faults of a recipe, collected before anything is loaded."""
 
     what = "recipe"
 
@@ -90,16 +92,15 @@ class ExperimentError(RecipeError):
 
 
 class DataError(UserError):
-    """The data is missing, empty, has other columns than its format says, or lost all its rows."""
+    """The data is missing or empty, lacks the columns of its format, or has no usable rows."""
 
 
 class ModelError(UserError):
-    """The base model cannot be loaded here, or lacks what the recipe asks of it."""
+    """The base model cannot be loaded, or lacks something that the recipe needs."""
 
 
 class JudgeError(UserError):
-    """The model that judges answers cannot be loaded or reached, refuses, or does not answer as a server of its
-    kind."""
+    """The judge model cannot be loaded or reached, refuses the request, or does not follow the API."""
 
 
 class LaunchError(UserError):
@@ -107,15 +108,15 @@ class LaunchError(UserError):
 
 
 class RunFolderError(UserError):
-    """The run folder exists already, or cannot be read."""
+    """The run folder already exists, is in use, or cannot be read."""
 
 
 class StorageError(UserError):
-    """What must be kept cannot be written: the disk is full, or a quota or a limit on file sizes is reached."""
+    """A required file cannot be written: the disk is full, or a quota or file-size limit is reached."""
 
 
 class MissingExtraError(UserError):
-    """Something needs a package that comes with an extra of distft."""
+    """A feature needs a package from one of distft's extras."""
 
     def __init__(self, what: str, package: str, extra: str) -> None:
         super().__init__(
@@ -128,7 +129,7 @@ class UpstreamError(UserError):
 
 
 class InvariantError(DistftError):
-    """Something that must hold in every correct distributed run did not; the message explains what and why."""
+    """A condition that every correct distributed run meets is violated; the message says which, and why it matters."""
 
 
 class BadNumbersError(DistftError):
@@ -140,8 +141,8 @@ class BadNumbersError(DistftError):
 
 
 class OutOfMemory(DistftError):
-    """An allocation failed. Smaller micro-batches may mend it, at the next start of the processes; `restart` is false
-    where all ranks know that nothing will."""
+    """An allocation failed. A restart with smaller micro-batches may help; `restart` is False if all ranks know that
+    it will not."""
 
     def __init__(self, message: str, facts: Mapping[str, Any], *, restart: bool) -> None:
         self.facts, self.restart = facts, restart
@@ -149,7 +150,7 @@ class OutOfMemory(DistftError):
 
 
 class RankLost(DistftError):
-    """A process of the run was killed, failed or makes no progress, so that the others cannot go on without it."""
+    """A process of the run was killed, failed or makes no progress, and the others cannot continue without it."""
 
     restart = True
 
@@ -165,7 +166,7 @@ class WorkerError(DistftError):
 
 
 class Interrupted(DistftError):
-    """A signal (SIGTERM, SIGINT, SIGUSR1) or run.max_time ended the run before it had finished."""
+    """A signal (SIGTERM, SIGINT, SIGUSR1) or run.max_time ended the run before it finished."""
 
     exit_code = 75
 
@@ -175,6 +176,6 @@ class Interrupted(DistftError):
 
 
 class AlreadyFinished(DistftError):
-    """A launcher started the processes of a run again after its last file was written."""
+    """A launcher restarted the processes of a run that had already written its last file."""
 
     exit_code = 0

@@ -1,7 +1,6 @@
-"""`distft fetch`: bring a recipe's model and data into the caches, for machines without a connection, and say what is
-missing.
+"""`distft fetch`: download a recipe's model and data for machines without a connection, and report what is missing.
 
-Everything goes through the libraries that read it later, so that a run with HF_HUB_OFFLINE=1 finds what it asks for.
+Downloads go through the libraries that read the files later, so that a run with HF_HUB_OFFLINE=1 finds them.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ from distft.models.digest import files as weight_files
 _TEXTS = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 _WEIGHTS = "model*.safetensors"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
-"""One of them at least makes a tokenizer."""
+"""A tokenizer has at least one of these."""
 
 
 def fetch(recipe: Recipe) -> list[str]:
-    """Download what a run of `recipe` reads, tokenise its data, and return lines that say what lies where and its size.
+    """Download what a run of `recipe` reads and tokenise its data. Returns a line with place and size for each.
 
-    Weights are taken as safetensors only, and code only with model.trust_remote_code.
+    Downloads weights as safetensors only, and code only with model.trust_remote_code.
 
     Raises:
-        ModelError: the hub cannot be reached or does not have the model, it is gated, or comes without safetensors.
-        DataError: the data cannot be had or used as asked.
+        ModelError: the hub is unreachable or lacks the model, or the model is gated or has no safetensors.
+        DataError: the data is unavailable, or does not fit the recipe.
     """
-    from distft.data.prepare import prepare_data  # these imports take seconds, and `missing` does without them
+    from distft.data.prepare import prepare_data  # take seconds to import, and `missing` does not need them
     from distft.models.loading import load_tokenizer
 
     lines = fetch_model(recipe)
@@ -58,23 +57,23 @@ def fetch(recipe: Recipe) -> list[str]:
 
 
 def fetch_model(recipe: Recipe, role: str = "") -> list[str]:
-    """The part of `fetch` that concerns model and tokenizer; `role` is what the lines add to the name."""
+    """The part of `fetch` for model and tokenizer; the lines append `role` to the name."""
     from distft.models.tiny import tiny_model
 
     lines = []
     for name, parts in _repositories(recipe).items():
         folder = tiny_model() if name == "tiny" else _local(name) or _download(recipe, name, parts)
         if lacking := _lacking(folder, parts):
-            raise ModelError(f"{name} comes without {' and '.join(lacking)}, and distft takes nothing in its place")
+            raise ModelError(f"{name} has no {' and no '.join(lacking)}, which distft needs")
         lines.append(f"{' and '.join(parts)} {name}{role}: {folder}, {_size(folder)}")
     return lines
 
 
 def fetch_data(source: Path | HubSplit) -> str:
-    """Read it, and say where it lies then.
+    """Read a source of data, and return a line that says where it is now.
 
     Raises:
-        DataError: it cannot be had.
+        DataError: it is unavailable.
     """
     files = [Path(file["filename"]) for file in read_source(source).cache_files]
     name = f"{source.name}, {source.split} split" if isinstance(source, HubSplit) else str(source)
@@ -82,35 +81,36 @@ def fetch_data(source: Path | HubSplit) -> str:
 
 
 def missing(recipe: Recipe, *, hub: bool = True) -> list[str]:
-    """What a run of `recipe` with the hub offline would lack, each in words with the remedy. Uses no network. Without
-    `hub` what the hub may have is left out: folders and files alone are looked at."""
+    """What a run of `recipe` would lack with the hub offline, each with its remedy. Does not use the network.
+
+    `hub=False` checks only local files and folders, and leaves out what the hub may have.
+    """
     found = missing_model(recipe, hub=hub)
-    looked_at = [source for source in _sources(recipe, found) if hub or isinstance(source, Path)]
-    return found + [line for source in looked_at for line in missing_data(recipe, source)]
+    checked = [source for source in _sources(recipe, found) if hub or isinstance(source, Path)]
+    return found + [line for source in checked for line in missing_data(recipe, source)]
 
 
 def remedy(recipe: Recipe) -> str:
-    """What brings what is not in the cache."""
+    """How to get what is missing from the cache."""
     named, files = recipe.source.name, recipe.source.files
     wanted = named if not files or list_recipes(Path.cwd()).get(named) == files[-1] else files[-1]
     return f"on a machine with a connection: distft fetch recipe={wanted}, with the same overrides"
 
 
 def missing_model(recipe: Recipe, role: str = "", *, hub: bool = True) -> list[str]:
-    """The part of `missing` that concerns model and tokenizer; `role` is what the lines add to the name. Without
-    `hub` what the hub may have is left out: folders alone are looked at."""
+    """The part of `missing` for model and tokenizer; the lines append `role` to the name."""
     found = []
     for name, parts in _repositories(recipe).items():
         if name == "tiny":
-            continue  # built where it is not there
+            continue  # built if it does not exist
         local = _local(name)
         if local is None and not hub and _may_be_on_hub(name):
             continue
         folder = local or _cached(recipe, name)
         what = " and ".join(parts)
         if folder is not None:
-            mend = "copy it whole" if local else remedy(recipe)
-            found += [f"{name} lacks {part} in {folder}; {mend}" for part in _lacking(folder, parts)]
+            fix = "copy the complete folder" if local else remedy(recipe)
+            found += [f"{name} lacks {part} in {folder}; {fix}" for part in _lacking(folder, parts)]
         elif not _may_be_on_hub(name):
             found.append(f"there is no folder {name} ({what}){role}")
         else:
@@ -119,7 +119,7 @@ def missing_model(recipe: Recipe, role: str = "", *, hub: bool = True) -> list[s
 
 
 def missing_data(recipe: Recipe, source: Path | HubSplit) -> list[str]:
-    """The part of `missing` that concerns one source of data."""
+    """The part of `missing` for one source of data."""
     if isinstance(source, Path):
         return [] if source.exists() else [f"there is no data file or folder {source} (data)"]
     with offline():
@@ -131,7 +131,7 @@ def missing_data(recipe: Recipe, source: Path | HubSplit) -> list[str]:
 
 
 def _repositories(recipe: Recipe) -> dict[str, tuple[str, ...]]:
-    """Hub ids or folders (or `tiny`), each with the parts that are read from it."""
+    """Hub IDs or folders (or `tiny`), each with the parts that a run reads from it."""
     name, tokenizer = recipe.model.name, recipe.model.tokenizer
     if tokenizer is None or tokenizer == name:
         return {name: ("model", "tokenizer")}
@@ -178,14 +178,14 @@ def _download(recipe: Recipe, name: str, parts: Sequence[str]) -> Path:
     except RepositoryNotFoundError as error:
         raise ModelError(f"the hub has no model {name}, or it is private: `hf auth login` (or set HF_TOKEN)") from error
     except HFValidationError as error:
-        raise ModelError(f"{name} is neither a folder that is there nor a hub id") from error
-    except Exception as error:  # refused, timed out, offline mode, a server in trouble: many kinds, all mean the same
+        raise ModelError(f"{name} is neither an existing folder nor a hub ID") from error
+    except Exception as error:  # refused, timed out, offline, server errors: many types, one meaning
         reason = "HF_HUB_OFFLINE is set; unset it for distft fetch" if constants.HF_HUB_OFFLINE else _reason(error)
-        raise ModelError(f"{name} cannot be had from the hub: {reason}") from error
+        raise ModelError(f"{name} cannot be downloaded from the hub: {reason}") from error
 
 
 def _cached(recipe: Recipe, name: str) -> Path | None:
-    """The snapshot of a model in the hub's cache, whole or not."""
+    """The snapshot of a model in the hub's cache, complete or not; None without one."""
     try:
         return Path(snapshot_download(name, revision=_revision(recipe, name), local_files_only=True, allow_patterns=[]))
     except (LocalEntryNotFoundError, HFValidationError):
@@ -193,7 +193,7 @@ def _cached(recipe: Recipe, name: str) -> Path | None:
 
 
 def _lacking(folder: Path, parts: Sequence[str]) -> list[str]:
-    """What is not in `folder` of its parts, by file. A link of the cache to a file that is gone counts as none."""
+    """The files of `parts` that `folder` lacks. A broken link in the cache counts as missing."""
     wanted = {"config.json"} if "model" in parts else set()
     if "model" in parts:
         wanted |= weight_files(folder) or {WHOLE}
@@ -205,7 +205,7 @@ def _lacking(folder: Path, parts: Sequence[str]) -> list[str]:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """The hub's clients as HF_HUB_OFFLINE=1 makes them; they read it once, when they are imported."""
+    """Put the hub's clients in offline mode; they read HF_HUB_OFFLINE only when they are imported."""
     import datasets
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
@@ -224,7 +224,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _size(*paths: Path) -> str:
-    """Of files, and of all that is in folders, in words."""
+    """Total size of files and of everything in folders, as text."""
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -47,7 +47,8 @@ def json_schema() -> dict[str, Any]:
 
 
 def _normalise(node: Any) -> None:
-    """Unwrap descriptions and sort every `anyOf`, whose order depends on what was imported before: `typing` caches unions."""
+    """Unwrap descriptions and sort every `anyOf`, whose order depends on what was imported before: `typing` caches
+    unions."""
     if isinstance(node, dict):
         for value in node.values():
             _normalise(value)
