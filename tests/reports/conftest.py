@@ -23,6 +23,8 @@ from distft.runs.folder import RunFolder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 STEPS = 30
+CELLS = "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
+"""The texts of the cells of each row, in the browser."""
 
 SUMMARY: dict[str, Any] = {
     "status": "finished",

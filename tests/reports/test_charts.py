@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
-from .conftest import opened, report, run_folder
+from .conftest import CELLS, opened, report, run_folder
 
-CELLS = "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
 EDGES = """drawings => drawings.map(svg => [svg, ...svg.querySelectorAll('text')].map(element => {
     const box = element.getBoundingClientRect();
     return [box.left, box.right];

@@ -16,7 +16,7 @@ from distft.reports.html import page as html_page
 from distft.reports.report import report as report_on
 from distft.runs.folder import RunFolder
 
-from .conftest import STEPS, opened, report, run_folder
+from .conftest import CELLS, STEPS, opened, report, run_folder
 
 KEYS = {
     "loss_step",
@@ -51,7 +51,6 @@ CONTRAST = """() => {
     ];
 }"""
 """The lowest contrast with the background of a curve and of a text."""
-CELLS = "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
 RIGHT_EDGES = """rows => rows.map(row => [...row.cells].map(cell => {
     const range = document.createRange();
     range.selectNodeContents(cell);
