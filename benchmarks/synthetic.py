@@ -107,7 +107,7 @@ def model(work: Path, shape: Shape) -> Path:
     made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
-    # In a folder of its own as well: next to the config of some models, transformers loads that model's tokenizer class.
+    # In a folder of its own too: next to the config of some models, transformers loads that model's tokenizer class.
     for place in (aside, aside / "tokenizer"):
         made.save_pretrained(place)
     torch.manual_seed(0)

@@ -53,13 +53,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 SLOW = (
     "api",
+    "benchmarks/test_throughput",
     "distributed/test_a",
     "distributed/test_g",
     "distributed/test_m",
     "distributed/test_p",
     "distributed/test_s",
     "distributed/test_two",
-    "docs",
+    "docs/test_build",
+    "docs/test_commands",
     "evaluation",
     "experiments/test_compare",
     "faults",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from distft.kernels.liger import TorchRMSNorm, use_liger_kernels
@@ -50,8 +51,10 @@ def test_inputs_of_another_type_take_the_forward_that_was_there() -> None:
 
 
 @pytest.mark.gpu
-def test_a_model_with_liger_s_kernels_computes_what_the_plain_model_does() -> None:
+def test_a_model_with_liger_s_kernels_computes_what_the_plain_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("liger_kernel")
+    # liger replaces this function for the whole process; restore it for the tests that follow.
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=99

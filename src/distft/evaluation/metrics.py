@@ -55,8 +55,8 @@ def verdict_on(difference: Estimate, better: Better, pairs: int | None) -> str |
     """What a difference between adapter and base means.
 
     `gain` or `loss` if its interval excludes 0, `inconclusive` if the interval contains 0, and `no difference` if both
-    are exactly 0. With fewer than FEWEST_ITEMS pairs the verdict is `too few items`, whatever the interval. None if nothing
-    is known.
+    are exactly 0. With fewer than FEWEST_ITEMS pairs the verdict is `too few items`, whatever the interval. None if
+    nothing is known.
     """
     if not math.isnan(difference.value) and pairs is not None and pairs < FEWEST_ITEMS:
         return TOO_FEW

@@ -20,8 +20,8 @@ PARTS = ("figures", "categories", "confusion", "unparsed", "outcomes", "position
 NOTE = (
     "Base and adapter are measured on the same items. Intervals are 95%: Wilson's for shares, Student's for means, the "
     "bootstrap's for F1 and perplexity. The verdict is “gain” or “loss” if the interval of the difference excludes 0, "
-    "“inconclusive” if it contains 0, so that the difference may be chance, “no difference” if both sides agree on every "
-    "item, and “too few items” below 10 pairs."
+    "“inconclusive” if it contains 0, so that the difference may be chance, “no difference” if both sides agree on "
+    "every item, and “too few items” below 10 pairs."
 )
 MODES = {"absolute": "graded individually", "pairwise": "compared in both orders"}
 """How the judge compares two answers, by `evaluation.judge.mode`."""
