@@ -184,7 +184,7 @@ def test_a_run_offline_finds_what_was_fetched(here: Path, hub: Hub, tiny: Path) 
     summary = ended.folder.read_summary()
     assert (summary["steps"], summary["weights_digest"]) == (2, digest(str(tiny)))
     assert hub.requests[asked:] == [], "neither has asked the hub"
-    assert sorted((here / "cache" / "data").glob("*/report.json")) == prepared, "the tokenised data was found as well"
+    assert sorted((here / "cache" / "data").glob("*/report.json")) == prepared, "the tokenized data was found as well"
 
 
 def test_a_shard_that_is_gone_is_named(here: Path, hub: Hub) -> None:

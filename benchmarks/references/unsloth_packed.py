@@ -4,7 +4,7 @@
         --model … --rows … --order … --steps 10 --warmup 3
 
 Needs its own environment, because Unsloth requires older versions of TRL and datasets than distft. Packs are
-tokenised in advance; each is one micro-batch, and the packs of a step are accumulated.
+tokenized in advance; each is one micro-batch, and the packs of a step are accumulated.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ DistftError                 exit code 1: the run failed, and the message says wh
 │   ├── StorageError        the disk is full
 │   ├── MissingExtraError   an optional package is not installed
 │   └── UpstreamError       an installed library lacks a private name that distft relies on
-├── InvariantError          a condition that every correct distributed run meets is violated
+├── InvariantError          a condition that holds in every correct distributed run is violated
 ├── BadNumbersError         a loss or a gradient norm is NaN or infinite
 ├── OutOfMemory             a device has too little memory for the recipe
-├── RankLost                a process of the run died or hangs; a restart resumes from the last checkpoint
+├── RankLost                a process of the run died or hung; a restart resumes from the last checkpoint
 ├── WorkerError             any other exception, in a process that reports to the one that started it
 ├── Interrupted             exit code 75: a signal or run.max_time ended the run
 └── AlreadyFinished         exit code 0: the run had finished before it was restarted
@@ -129,7 +129,7 @@ class UpstreamError(UserError):
 
 
 class InvariantError(DistftError):
-    """A condition that every correct distributed run meets is violated; the message says which, and why it matters."""
+    """A condition that holds in every correct distributed run is violated; the message says which, and why."""
 
 
 class BadNumbersError(DistftError):
@@ -150,7 +150,7 @@ class OutOfMemory(DistftError):
 
 
 class RankLost(DistftError):
-    """A process of the run was killed, failed or makes no progress, and the others cannot continue without it."""
+    """A process of the run was killed, failed or stopped making progress, and the others cannot continue without it."""
 
     restart = True
 
@@ -160,7 +160,7 @@ class RankLost(DistftError):
 
 
 class WorkerError(DistftError):
-    """A process of the run failed with an exception that is none of these; its traceback is on stderr."""
+    """A process of the run failed with an exception other than these; its traceback is on stderr."""
 
     restart = True
 

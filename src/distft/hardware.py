@@ -86,8 +86,8 @@ def limit_gpu(limit_gib: float | None) -> None:
 
 class EnergyMeter:
     """Energy in J that this process's GPU has drawn since construction, from NVML's counter
-    (nvmlDeviceGetTotalEnergyConsumption, in mJ); None without such a counter. It counts the whole device, whoever
-    uses it."""
+    (nvmlDeviceGetTotalEnergyConsumption, in mJ); None without such a counter. It covers the whole device, including
+    what other processes draw."""
 
     def __init__(self) -> None:
         import torch
@@ -119,7 +119,7 @@ class EnergyMeter:
         return None if now is None or self._start is None else now - self._start
 
     def idle_watts(self, seconds: float = 1.0) -> float | None:
-        """Power in W that the device draws while it only holds what is loaded; blocks for `seconds` to measure it."""
+        """Power in W that the device draws while idle with the model loaded; measuring it blocks for `seconds`."""
         if self._device is None:
             return None
         import torch
@@ -148,7 +148,7 @@ PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-    """Versions, hardware and command line of this process, for `environment.json`; no values of environment
+    """Versions, hardware and command line of this process, for `environment.json`, but no environment
     variables."""
     import torch
 

@@ -33,7 +33,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 
 
 def fetch(recipe: Recipe) -> list[str]:
-    """Download what a run of `recipe` reads and tokenise its data. Returns a line with place and size for each.
+    """Download what a run of `recipe` reads and tokenize its data. Returns a line for each with its location and size.
 
     Downloads weights as safetensors only, and code only with model.trust_remote_code.
 
@@ -53,11 +53,11 @@ def fetch(recipe: Recipe) -> list[str]:
         if split is not None
         for file in split.cache_files
     ]
-    return [*lines, f"data, tokenised: {tokens[0].parents[1]}, {_size(*tokens)}"]
+    return [*lines, f"data, tokenized: {tokens[0].parents[1]}, {_size(*tokens)}"]
 
 
 def fetch_model(recipe: Recipe, role: str = "") -> list[str]:
-    """The part of `fetch` for model and tokenizer; the lines append `role` to the name."""
+    """Do what `fetch` does for model and tokenizer only; each line has `role` after the name."""
     from distft.models.tiny import tiny_model
 
     lines = []
@@ -70,7 +70,7 @@ def fetch_model(recipe: Recipe, role: str = "") -> list[str]:
 
 
 def fetch_data(source: Path | HubSplit) -> str:
-    """Read a source of data, and return a line that says where it is now.
+    """Download a data source, and return a line with its location and size.
 
     Raises:
         DataError: it is unavailable.
@@ -91,14 +91,14 @@ def missing(recipe: Recipe, *, hub: bool = True) -> list[str]:
 
 
 def remedy(recipe: Recipe) -> str:
-    """How to get what is missing from the cache."""
+    """The remedy for files that the cache lacks."""
     named, files = recipe.source.name, recipe.source.files
     wanted = named if not files or list_recipes(Path.cwd()).get(named) == files[-1] else files[-1]
     return f"on a machine with a connection: distft fetch recipe={wanted}, with the same overrides"
 
 
 def missing_model(recipe: Recipe, role: str = "", *, hub: bool = True) -> list[str]:
-    """The part of `missing` for model and tokenizer; the lines append `role` to the name."""
+    """What `missing` finds for model and tokenizer only; each line has `role` after the name."""
     found = []
     for name, parts in _repositories(recipe).items():
         if name == "tiny":
@@ -119,7 +119,7 @@ def missing_model(recipe: Recipe, role: str = "", *, hub: bool = True) -> list[s
 
 
 def missing_data(recipe: Recipe, source: Path | HubSplit) -> list[str]:
-    """The part of `missing` for one source of data."""
+    """What `missing` finds for one data source."""
     if isinstance(source, Path):
         return [] if source.exists() else [f"there is no data file or folder {source} (data)"]
     with offline():
@@ -185,7 +185,7 @@ def _download(recipe: Recipe, name: str, parts: Sequence[str]) -> Path:
 
 
 def _cached(recipe: Recipe, name: str) -> Path | None:
-    """The snapshot of a model in the hub's cache, complete or not; None without one."""
+    """The snapshot of a model in the hub's cache, complete or not; None if there is none."""
     try:
         return Path(snapshot_download(name, revision=_revision(recipe, name), local_files_only=True, allow_patterns=[]))
     except (LocalEntryNotFoundError, HFValidationError):

@@ -172,7 +172,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     _linear4bit("support_avx512bf16_for_cpu", "attribute", "keep 4-bit weights in a layout that has a gradient"),
     _native("_lib", "attribute", "name the native library that was loaded"),
-    _dataset("_fingerprint", "attribute", "recognise data that has been tokenised before"),
+    _dataset("_fingerprint", "attribute", "recognise data that has been tokenized before"),
     _wandb("x_transaction_log_flush_interval", "attribute", "lose at most a second of history when a run is killed"),
     _hflm("_rank", "attribute", "spread lm-eval's requests over the processes"),
     _hflm("_world_size", "attribute", "spread lm-eval's requests over the processes"),

@@ -66,7 +66,7 @@ def test_fsdp_that_is_ddp_in_silence_is_stopped(tmp_path: Path) -> None:
         *QUICK,
     )
     assert code != 0
-    assert "FSDP was asked for, but parameter" in stderr and "is not sharded" in stderr
+    assert "FSDP was requested, but parameter" in stderr and "is not sharded" in stderr
 
 
 def test_an_adapter_that_differs_between_ranks_is_stopped(tmp_path: Path) -> None:

@@ -110,16 +110,21 @@ def test_a_node_without_problems_gets_no_advice() -> None:
         (
             {"gpus": (H200, replace(H200, index=1, supported=False))},
             "error",
-            "has no code for GPU 1 (NVIDIA H200)",
+            "does not support GPU 1 (NVIDIA H200)",
             "build of torch",
         ),
-        ({"gpus": (replace(H200, capability=(7, 5)),), "pairs": ()}, "warning", "bf16 slowly", "training.fp16=true"),
+        (
+            {"gpus": (replace(H200, capability=(7, 5)),), "pairs": ()},
+            "warning",
+            "bf16 is slow on GPU 0",
+            "training.fp16=true",
+        ),
         ({"cpus": 1}, "warning", "1 CPU for 2 GPUs", "scheduler"),
-        ({"disks": (FULL,)}, "error", "0.2 GiB of 1000 are free for the working folder /scratch/me", "run.dir="),
+        ({"disks": (FULL,)}, "error", "working folder /scratch/me has 0.2 of 1000 GiB free", "run.dir="),
         (
             {"disks": (replace(FULL, free_gib=9), replace(FULL, free_gib=9, use="hub cache"))},
             "warning",
-            "9.0 GiB",
+            "9.0 of 1000 GiB free",
             "free some space",
         ),
         (

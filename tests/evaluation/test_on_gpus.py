@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from distft.config.evaluation import TASKS
 from distft.files import read_lines
 from distft.runs.folder import RunFolder
 from tests.evaluation.conftest import distft
 
-TASKS = ["perplexity", "imdb", "lm_eval", "mt_bench", "alpaca"]
 QUESTIONS = [
     {"question_id": number, "category": category, "turns": [f"Name {number} things.", "Name one more."]}
     for number, category in enumerate(("writing", "roleplay", "math", "stem"), 81)

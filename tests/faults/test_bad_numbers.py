@@ -165,4 +165,4 @@ def test_a_run_that_skips_every_step_is_stopped(cursed_model: Path, tmp_path: Pa
     )
     assert ended.code == 1
     assert ended.folder.read_summary()["cause"].startswith("BadNumbersError: step 10: ")
-    assert "10th step in a row" in ended.stderr
+    assert "10th consecutive step" in ended.stderr

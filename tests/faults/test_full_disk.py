@@ -83,7 +83,7 @@ def test_a_result_that_finds_no_room_is_saved_by_the_same_command_later(disk: Pa
     resize(disk, 12)
     ended = go(tmp_path, "ddp")
     assert ended.code == 2, ended.stderr[-3000:]
-    assert "training is done, but its result cannot be saved" in ended.stderr
+    assert "training has finished, but its result cannot be saved" in ended.stderr
     folder = ended.folder
     assert not folder.adapter.exists() and manifest.newest(folder.checkpoints)[0] is not None
     resize(disk, 40)
@@ -102,7 +102,7 @@ def test_a_write_that_fails_in_the_middle_leaves_no_half_and_no_rank_waiting(
     adapter exceeds it too."""
     ended = go(tmp_path, kind, limit_kib=limit_kib)
     assert ended.code == code, ended.stderr[-3000:]
-    assert ("training is done, but its result cannot be saved" in ended.stderr) == (code == 2)
+    assert ("training has finished, but its result cannot be saved" in ended.stderr) == (code == 2)
     folder = ended.folder
     assert list(folder.checkpoints.iterdir()) == []
     for step in (2, 4, 6):

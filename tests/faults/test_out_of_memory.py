@@ -201,7 +201,7 @@ def test_auto_takes_the_largest_micro_batch_within_the_limit(kind: str, nproc: i
     assert summary["micro_batch"] * summary["gradient_accumulation_steps"] * nproc == 64
 
     nothing = go(tmp_path / "second", *share, "batching.memory_limit_gib=0.1", "run.name=none", nproc=nproc)
-    assert nothing.code == 1 and "not even a micro-batch of one sample fits: 1 takes" in nothing.stderr
+    assert nothing.code == 1 and "even a micro-batch of one sample does not fit: 1 takes" in nothing.stderr
 
 
 def test_a_kill_during_the_probe_leaves_no_process(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_another_world_size_goes_on_with_the_same_samples(before: str, after: st
     resumed = go(tmp_path / "changed", after, *still)
     assert resumed.code == 0, resumed.stderr[-3000:]
     sizes = [KINDS[kind][1] for kind in (after, before)]
-    line = f"world size {sizes[0]} instead of {sizes[1]}: the same samples in the same steps"
+    line = f"world size {sizes[0]} instead of {sizes[1]}: every step has the same samples"
     assert line in resumed.stderr
     assert any(line in note for note in resumed.folder.read_summary()["changed_for_you"])
     ours, theirs = losses(resumed.folder), losses(whole)
@@ -116,7 +116,7 @@ def test_shards_are_refused_where_they_cannot_be_read(tmp_path: Path) -> None:
     overrides, _ = KINDS["fsdp"]
     refused = go(tmp_path, "single", *overrides)
     assert refused.code == 2
-    assert "are sharded by fsdp, which single on 1 process cannot read" in refused.stderr
+    assert "has checkpoints in the format 'sharded by fsdp'; single on 1 process cannot read them" in refused.stderr
 
 
 def test_a_changed_recipe_is_refused_with_its_differences(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def dry_run(where: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("recipe=tiny", "slurm.array=0-3"), "only an experiment becomes an array"),
+        (("recipe=tiny", "slurm.array=0-3"), "only an experiment can be submitted as an array"),
         (("recipe=tiny", "slurm.nodes=3"), "does not divide into micro-batches of 4 on 3 processes"),
         (("recipe=ddp_qlora", "data.name=tiny"), "meta-llama/Llama-2-7b-hf is not in the cache"),
         (("experiment=tiny", "run.dir=x", "slurm.nodes=three"), "slurm.nodes"),

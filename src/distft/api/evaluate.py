@@ -29,7 +29,7 @@ def evaluate(
 
     Args:
         run: a run or its folder; or give `model`.
-        tasks: any of `perplexity`, `imdb`, `lm_eval`, `mt_bench`, `alpaca`. Default: those of the recipe.
+        tasks: names of tasks, as listed by `distft evaluate --help`. Default: those of the recipe.
         overrides: values that replace the recipe's, such as `{"evaluation.max_samples": 100}`.
         model: a model's name on the hub or its folder, if there is no run.
         adapter: the folder of an adapter for `model`.

@@ -51,7 +51,7 @@ class Run(Section):
     """Resume even if the recipe has changed since the run was interrupted."""
     on_bad_numbers: Literal["stop", "skip"] = "stop"
     """What to do about a NaN or infinite loss or gradient norm: `stop` ends the run; `skip` discards that step's
-    update, at most ten in a row."""
+    update. The run survives nine such steps in a row; the tenth ends it."""
     max_restarts: int = Field(3, ge=0)
     """How often `distft train` restarts the processes after one was killed, failed or hung."""
     max_time: str | None = Field(None, pattern=_DURATION, json_schema_extra={"unit": "[days-]hours:minutes:seconds"})

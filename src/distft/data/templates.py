@@ -1,6 +1,7 @@
 """The prompt templates: how the columns of a row become the text that the model sees.
 
-Training and `distft data preview` both use these. After changing a template, raise `distft.data.prepare._VERSION`, so
+These are for training from columns; `distft data preview` uses them too. The chat template that evaluation applies to
+questions is in `distft.evaluation.generate`. After changing a template, raise `distft.data.prepare._VERSION`, so
 that samples cached with the old one are prepared again.
 """
 

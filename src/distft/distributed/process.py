@@ -34,7 +34,7 @@ def guarded(work: Callable[[], None]) -> int:
         work()
         _leave_group()
         return _exit_code(0)
-    except BrokenPipeError:  # the reader of a pipe has gone: `distft recipes show … | head`
+    except BrokenPipeError:  # the reader has closed the pipe: `distft recipes show … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except DistftError as error:
@@ -50,10 +50,10 @@ def guarded(work: Callable[[], None]) -> int:
 
 
 def say_once(message: str, world: World, environment: Mapping[str, str]) -> None:
-    """Print a message that several processes of a node have in common once per node and attempt.
+    """Print a message that is common to several processes of a node once per node and attempt.
 
     The processes of one launch on a node share their parent; the first of them to create a marker file prints. A
-    process that is alone always prints. The marker files are removed with the folder of `distft train`; those of other
+    single process always prints. The marker files are removed with the folder of `distft train`; those of other
     launchers, once the launcher has ended.
     """
     if world.world_size == 1:
@@ -82,11 +82,11 @@ def _leave_group() -> None:
 
 
 def _exit_code(code: int, *, restart: bool = False) -> int:
-    """Return the exit code to use under the present launcher. `restart`: restarting the processes may help.
+    """Return the exit code to use under the current launcher. `restart`: restarting the processes may help.
 
     `distft train` reads the code from a note, and does not restart a worker that ends with 0. For the same reason an
     interrupted run ends with 0 under a bare elastic launcher. A user's mistake or a broken invariant would only
-    repeat itself, so the launcher is told to stop.
+    recur, so the launcher is stopped.
     """
     leave_note("exit-code", str(code))
     if OUTCOME in os.environ:
@@ -96,7 +96,7 @@ def _exit_code(code: int, *, restart: bool = False) -> int:
     if code and not restart and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         time.sleep(1)  # the other ranks are about to fail in the same way and print the same message
         os.kill(os.getppid(), signal.SIGTERM)
-        time.sleep(5)  # be ended by the launcher's signal rather than as one more failed worker
+        time.sleep(5)  # so that the launcher's signal ends this process, not its own failure
     return code
 
 

@@ -24,7 +24,7 @@ class StopRequest:
     """A signal to this process.
 
     While `deferred`, the first signal is kept in `signum` until all ranks can stop together: between two parts of the
-    work or, while `training`, after a step. Only the next signal ends the process at once.
+    work or, while `training`, after a step. A second Ctrl-C, or a different signal, ends the process at once.
     """
 
     deferred: bool = False
@@ -42,7 +42,7 @@ def _handler(handled: threading.Event) -> Handler:
             STOP.signum = signum
             return
         if STOP.signum == signum != signal.SIGINT:
-            return  # launchers repeat their signals; a user who wants to end at once presses Ctrl-C again
+            return  # launchers repeat their signals; a user who wants to stop at once presses Ctrl-C again
         signal.signal(signum, signal.SIG_IGN)  # raise once; the run then writes its summary undisturbed
         raise Interrupted(signal.Signals(STOP.signum or signum).name)
 

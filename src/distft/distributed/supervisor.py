@@ -38,7 +38,7 @@ def read_note(name: str, folder: Path | None = None) -> str | None:
 
 
 def leave_error(error: DistftError) -> None:
-    """Leave the error that ended this attempt. The consequence of another rank's failure replaces no cause."""
+    """Leave the error that ended this attempt. RankLost, a consequence, does not replace an earlier error."""
     if OUTCOME not in os.environ:
         return
     attempt = int(os.environ.get(ATTEMPT, "0"))

@@ -1,6 +1,6 @@
 """What follows from the facts about a machine: what prevents training, what slows it down, and what to do about it.
 
-`advice` is a pure function of the facts, so its findings for machines that are not at hand can be tested.
+`advice` is a pure function of the facts, so its findings can be tested for machines we do not have.
 """
 
 from __future__ import annotations
@@ -98,13 +98,13 @@ def _gpus(facts: Facts) -> Iterator[Finding]:
         yield from _no_gpu(facts)
     unsupported = [gpu for gpu in facts.gpus if not gpu.supported]
     if unsupported:
-        what = f"this build of torch ({facts.packages['torch']}) has no code for {_named(unsupported)}"
-        remedy = "install a build of torch that has, or exclude the GPU with CUDA_VISIBLE_DEVICES"
+        what = f"this build of torch ({facts.packages['torch']}) does not support {_named(unsupported)}"
+        remedy = "install a build of torch that does, or exclude the GPU with CUDA_VISIBLE_DEVICES"
         yield Finding("error", what, remedy)
     yield from _gpu_differences(facts)
     old = [gpu for gpu in facts.gpus if gpu.capability < (8, 0)]
     if old:
-        what = f"{_named(old)} computes bf16 slowly: its compute capability is below 8.0"
+        what = f"bf16 is slow on {_named(old)}, whose compute capability is below 8.0"
         yield Finding("warning", what, "train in fp16: model.dtype=float16 training.bf16=false training.fp16=true")
     if 0 < facts.cpus < len(facts.gpus):
         what = f"{count(facts.cpus, 'CPU')} for {len(facts.gpus)} GPUs: every process needs at least one"
@@ -147,8 +147,8 @@ def _no_gpu(facts: Facts) -> Iterator[Finding]:
         yield Finding("error", f"{seen}: {supported}", remedy)
     else:
         remedy = (
-            "check that this user can access /dev/nvidia* (in a container: --gpus all) and that nvidia-smi, and so the "
-            "driver, works"
+            "check that this user can access /dev/nvidia* (in a container: --gpus all) and that nvidia-smi works, "
+            "which shows that the driver does"
         )
         yield Finding("error", f"{seen}: {facts.cuda_error or 'CUDA does not start'}", remedy)
 
@@ -183,7 +183,8 @@ def _little_space(disk: Disk, working: bool) -> Finding:
     needed = checkpoint if working else "a 7B model takes 13 GiB"
     setting = "run.dir=…" if working else "HF_HOME=…" if disk.use == "hub cache" else "DISTFT_CACHE=…"
     level: Level = "error" if working and disk.free_gib < 0.5 else "warning"
-    what = f"{free_text(disk)} are free for the {disk.use} {disk.path}: {needed}"
+    free = f"{disk.free_gib:.1f} of {disk.total_gib:.0f} GiB"
+    what = f"the {disk.use} {disk.path} has {free} free; {needed}"
     return Finding(level, what, f"free some space, or use another folder: {setting}")
 
 

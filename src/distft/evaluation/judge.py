@@ -1,8 +1,8 @@
 """The judge: any causal language model in this process, or one behind an OpenAI-compatible server.
 
 Prompts have the form that Prometheus 2 was trained on (Kim et al. 2024, https://arxiv.org/abs/2405.01535: the
-headings, and `Feedback: … [RESULT] …` as the answer), in our own words. Everything the judge writes is kept. A verdict
-that cannot be parsed is asked for again, and finally counted as unparsed.
+headings, and `Feedback: … [RESULT] …` as the answer), in our own words. Everything the judge writes is kept. If a
+verdict cannot be parsed, the judge is asked again; after the last attempt it counts as unparsed.
 """
 
 from __future__ import annotations
@@ -122,8 +122,7 @@ class Judgement:
 
 
 class LocalJudge:
-    """A causal language model on this process's device, loaded when the first judgement is needed that is not
-    cached."""
+    """A causal language model on this process's device, loaded when the first uncached judgement is needed."""
 
     def __init__(self, target: Target, settings: Evaluation) -> None:
         """Raises:
@@ -253,7 +252,7 @@ def judge_all(questions: Sequence[Question], target: Target, settings: Evaluatio
 
 
 def _who(engine: Engine, judge: Judge) -> dict[str, Any]:
-    """Who judged, for the record; the address of a server is without user name and password."""
+    """Who judged, for the record; a server's address is recorded without user name and password."""
     address = engine.address if isinstance(engine, JudgeServer) else None
     return {**engine.identity, "endpoint": address, "mode": judge.mode}
 
@@ -262,7 +261,7 @@ def rubric_of(judge: Judge) -> str:
     """The text of the rubric.
 
     Raises:
-        JudgeError: the file cannot be read, or lacks the line of a grade.
+        JudgeError: the file cannot be read, or has no line for one of the grades.
     """
     if judge.rubric is None:
         return RUBRIC

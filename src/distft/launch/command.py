@@ -51,13 +51,13 @@ def worker_command(
 def worker_environment(environment: Mapping[str, str], processes: int, outcome: Path, node: Node) -> dict[str, str]:
     """Build the launcher's environment: ours, the requested size, and the folder `outcome` for the workers' notes."""
     threads = str(max(1, len(os.sched_getaffinity(0)) // processes))  # torchrun would set 1 and warn
-    # Threads of GNU's OpenMP wait for each other in a busy loop of 300,000 iterations. If the machine has other work, a
-    # step takes several times as long. A thousand iterations are as fast on an idle machine.
+    # Threads of GNU's OpenMP wait for each other in a busy loop of 300,000 iterations. On a busy machine, a
+    # step then takes several times as long. A thousand iterations are as fast on an idle one.
     openmp = {"OMP_NUM_THREADS": threads, "GOMP_SPINCOUNT": "1000"}
     # A store inside the launcher would keep the keys of a group that died, and the next group would hang on them.
     store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     if node.count == 1:
-        # By default all launchers of a machine meet at one port under one name and join each other's runs.
+        # By default all launchers on a machine use the same port and run ID, and join each other's runs.
         rendezvous = {"PET_RDZV_ENDPOINT": "127.0.0.1:0", "PET_RDZV_ID": uuid.uuid4().hex}
     else:
         # torch and gloo would take the address of the host name, which is loopback or unset on many machines.

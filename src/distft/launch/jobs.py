@@ -1,4 +1,4 @@
-"""Submitted SLURM jobs: hand a script to sbatch, list the jobs, and find out what became of them."""
+"""Submitted SLURM jobs: hand a script to sbatch, list the jobs, and show their progress."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ class Jobs:
             LaunchError: SLURM is not installed here, or it rejects the job.
         """
         if shutil.which("sbatch") is None:
-            raise LaunchError(
-                "there is no sbatch here: submit from a machine of the cluster; --dry-run prints the script anywhere"
-            )
+            raise LaunchError("there is no sbatch here: submit from a machine of the cluster; --dry-run works anywhere")
         file = self.path / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}.sbatch"
         write_atomically(file, text)
         done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)
@@ -97,7 +95,7 @@ def states(jobs: Sequence[str]) -> dict[str, str]:
     if not jobs:
         return {}
     found: dict[str, str] = {}
-    # squeue remembers a job for some minutes after its end, the accounting for good
+    # squeue forgets a job a few minutes after it ends; the accounting keeps it
     squeue = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T"]
     sacct = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,State", f"--jobs={','.join(jobs)}"]
     for command in (squeue, sacct):

@@ -40,7 +40,7 @@ def run(arguments: Sequence[str], processes: int, restarts: int, node: Node, mod
     """Start `processes` workers on this node and wait for them.
 
     Workers that were killed, failed or hung are restarted up to `restarts` times: several by their launcher, a single
-    one here. All processes that were started are ended with the run, so that none keeps a GPU.
+    one here. All processes that the run started are killed when it ends, so that none keeps a GPU.
     """
     with tempfile.TemporaryDirectory(prefix="distft-") as name:
         outcome = Path(name)
@@ -81,9 +81,9 @@ def _start(command: Sequence[str], environment: Mapping[str, str], outcome: Path
     child = subprocess.Popen(command, start_new_session=True, env=environment, stdout=pipe, stderr=pipe)
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
-        """Send the signal to the workers, which save and stop together; torchrun would end them.
+        """Send the signal to the workers, which save and stop together; torchrun would kill them.
 
-        A second Ctrl-C does end them.
+        A second Ctrl-C does kill them.
         """
         again = signum == signal.SIGINT and signum in passed
         passed.append(signum)

@@ -1,7 +1,8 @@
 """SLURM batch scripts: the text of a run's job as a pure function of its recipe.
 
-SLURM queues, starts, preempts and requeues. The script is `slurm/train.sbatch`, filled in. It runs `distft train` on
-each node, and torchrun's rendezvous connects the nodes.
+SLURM queues, starts, preempts and requeues. `script` makes the `#SBATCH` lines; from `slurm/train.sbatch` it keeps only
+the shebang and what follows the marker (the `#SBATCH` lines of that file only matter for a bare `sbatch`). The script
+runs `distft train` on each node, and torchrun's rendezvous connects the nodes.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Job:
 
 
 def script(slurm: Slurm, job: Job, output: Path, distft: Sequence[str], template: str) -> str:
-    """Fill in `template` (slurm/train.sbatch) for `job`.
+    """The batch script of `job`: its own `#SBATCH` lines and settings, then the part of `template` after the marker.
 
     `distft` is the command that runs distft on a node; `output` is the folder for the jobs' own output.
     """
@@ -115,12 +116,12 @@ def report_script(
 
 
 def template() -> str:
-    """The text of `slurm/train.sbatch`, which `script` fills in."""
+    """The text of `slurm/train.sbatch`, whose body `script` uses."""
     return packaged("slurm/train.sbatch").read_text(encoding="utf-8")
 
 
 def _placement(slurm: Slurm) -> dict[str, str | None]:
-    """Options that place and bill every job of the section."""
+    """Options that decide where the jobs run and which account pays for them."""
     return {"account": slurm.account, "partition": slurm.partition, "qos": slurm.qos, "reservation": slurm.reservation}
 
 
@@ -145,7 +146,7 @@ def _srun(slurm: Slurm, *flags: str) -> list[str]:
 
 
 def _setup(slurm: Slurm) -> list[str]:
-    """Modules, setup lines and variables."""
+    """Lines that load modules, run the setup commands and set variables."""
     modules = ["module load " + shlex.join(slurm.modules)] if slurm.modules else []
     variables = {**_OFFLINE, **slurm.environment}
     return [*modules, *slurm.setup, *(f"export {key}={shlex.quote(value)}" for key, value in variables.items())]

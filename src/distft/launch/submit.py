@@ -1,4 +1,4 @@
-"""`distft submit`: jobs from a recipe or an experiment, after every check that is possible before they queue."""
+"""`distft submit`: jobs from a recipe or an experiment, after every check that can be made before they queue."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class Submission:
         """
         if recipe.slurm.array is not None:
             where = recipe.source.of("slurm.array")
-            raise RecipeError([Fault(where, "slurm.array", "only an experiment becomes an array", "experiment=NAME")])
+            raise RecipeError(
+                [Fault(where, "slurm.array", "only an experiment can be submitted as an array", "experiment=NAME")]
+            )
         _check([recipe])
         job, jobs = Job(recipe.run.name, (tuple(arguments),)), Jobs.of(_runs(recipe))
         return cls(job, recipe.slurm, jobs, frozenset({recipe.strategy}))
@@ -60,8 +62,8 @@ class Submission:
         first = recipes[0]
         if any(recipe.slurm != first.slurm or recipe.run.dir != first.run.dir for recipe in recipes):
             raise LaunchError(
-                f"the runs of {experiment.name} differ in their slurm section or run.dir, but all jobs of an array are "
-                "alike; give slurm.…=… for all of them on the command line"
+                f"the runs of {experiment.name} differ in their slurm section or run.dir, but all jobs in an array "
+                "share these settings; set slurm.…=… once, on the command line"
             )
         _check(recipes)
         job = Job(experiment.name, tuple(run.arguments for run in experiment.runs), is_array=True)
@@ -119,7 +121,7 @@ def _runs(recipe: Recipe) -> Path:
 
 
 def _check(recipes: Sequence[Recipe]) -> None:
-    """Check what would end the jobs right after they have waited in the queue.
+    """Check for what would make the jobs fail as soon as they leave the queue.
 
     Raises:
         RecipeError: a global batch does not divide among the processes.

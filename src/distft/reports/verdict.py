@@ -1,6 +1,9 @@
-"""The wording of every verdict: the answer at the top of a report, the cells of its tables, and what they mean.
+"""The wording of verdicts in a report: the answer at its top, the cells of its tables, and what they mean.
 
 To change how a report says that one variant is faster, or that it cannot tell, edit this module.
+Which verdict applies (`different`, `inconclusive`, …) is decided in `reports/comparison.py`. The verdicts on what a
+fine-tune changed in an evaluation task (`gain`, `loss`, …) are decided in `evaluation/metrics.py` and explained in
+`evaluation/summary.py`.
 """
 
 from __future__ import annotations

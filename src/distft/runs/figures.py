@@ -26,21 +26,21 @@ class Figure:
     path: tuple[str, str] | None = None
     """The keys that lead to it in `summary.json`."""
     task: tuple[str, str] | None = None
-    """The evaluation task and the figure of it."""
+    """The evaluation task and the name of the figure in its result."""
     logged: str = ""
-    """The key of `metrics.jsonl` whose last value a report takes as long as the summary has none."""
+    """The key of `metrics.jsonl` whose last value a report uses while the summary has none."""
     fact: bool = False
-    """Whether it says how the run was executed, so that reports list it where runs differ in it."""
+    """Whether it says how the run was executed; reports list it if runs differ in it."""
     timing: bool = False
-    """Whether it is a part of the run's time, which reports show in a table of its own."""
+    """Whether it is a part of the run's time; reports show these in a separate table."""
     compared: bool = False
-    """Whether reports compare variants in it."""
+    """Whether reports compare variants by it."""
     speed: bool = False
     """Whether it depends on how fast the run was: not compared where the runs did different work."""
     quality: bool = False
     """Whether it says how well a task is solved: its interval is over the task's items, not over repeats."""
     per_token: bool = False
-    """Whether it counts per token, and therefore means something else with another tokenizer."""
+    """Whether it counts per token, and so cannot be compared across tokenizers."""
     higher_is_better: bool | None = None
 
     @property

@@ -6,7 +6,7 @@ runs/<name>/
   metrics.jsonl       one record per log step
   checkpoints/        saved during training
   adapter/  model/    the result: a PEFT adapter, or the whole model if there is no adapter
-  faults.jsonl        one record each time the run broke down: when, which rank, after which step, why
+  faults.jsonl        one record per failure of the run: when, which rank, after which step, why
   probe.json          how much memory each micro-batch takes, if batching.micro_batch is auto
   stacks/             the Python stacks of every rank when the run hung
   logs/               what each rank printed, rank<N>.log, if there are several
@@ -214,7 +214,7 @@ class RunFolder:
         """Append a record to `faults.jsonl`, unless this `attempt` of this `launch` has one already.
 
         The first fault of an attempt is the cause; what other ranks see after it are consequences. Returns whether the
-        record was written. `rank` is None if several ranks failed, `facts` are further keys.
+        record was written. `rank` is None if several ranks failed; `facts` are additional keys.
         """
         with self.faults.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

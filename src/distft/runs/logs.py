@@ -24,7 +24,7 @@ from distft.runs.folder import RunFolder
 
 @contextmanager
 def rank_log(folder: RunFolder, world: World) -> Iterator[None]:
-    """Send this rank's output to its log for the duration of a block. A process that is alone has only the console.
+    """Send this rank's output to its log for the duration of a block. A single process has only the console.
 
     Rank 0's streams are duplicated, so its progress bar still finds a terminal. The other ranks are redirected at their
     file descriptors, which includes native libraries and child processes.

@@ -1,6 +1,6 @@
 """The manifest of a checkpoint. A checkpoint without a valid manifest is ignored.
 
-All ranks write their files first. The manifest is written last and in one step, so a kill at any moment leaves either a
+All ranks write their files first. The manifest is written last and atomically, so a kill at any moment leaves either a
 complete checkpoint or none.
 """
 

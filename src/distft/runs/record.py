@@ -1,4 +1,4 @@
-"""The record of a run from start to end: its folder, recipe, environment, and a summary that is true at any moment."""
+"""The record of a run from start to end: its folder, recipe, environment, and a summary that is always correct."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Record:
 
     @property
     def restarted(self) -> bool:
-        """Whether the launcher, not the user, started these processes, after others had ended."""
+        """Whether the launcher started these processes to replace earlier ones."""
         return self._launch.attempt > 0
 
     def lines(self) -> list[str]:
@@ -146,7 +146,7 @@ class Record:
             self._lock.release()
 
     def close(self, error: BaseException) -> None:
-        """Write that `error` ended the run. The first rank to do so gives the cause."""
+        """Record that `error` ended the run. The cause is the one that the first rank records."""
         if isinstance(error, UserError) and self.place.claimed and self.step == 0:
             if self._strategy.world.is_main:  # free the name for the corrected command
                 # Errors are ignored because other ranks remove their own files at the same time.

@@ -22,7 +22,7 @@ from distft.runs.slurm_job import batch_job, is_queued
 from distft.text import count
 
 LOCK_S = 30
-"""How long to wait for the lock of our own folder: the process that was killed may need a moment to go."""
+"""How long to wait for the lock of our own folder: the process that was killed may need a moment to exit."""
 FREE_TO_CHANGE = (
     "run.name",
     "run.dir",
@@ -43,7 +43,7 @@ FREE_TO_CHANGE = (
     "training.eval_",
     "training.ddp_timeout",
 )
-"""Keys, or beginnings of keys, that do not change the optimisation: a run may resume with other values."""
+"""Keys, or prefixes of keys, that do not change the optimisation: a run may resume with different values."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _candidates(parent: Path, name: str) -> list[_Candidate]:
 def _resumable(folder: RunFolder, recipe: Recipe, strategy: Strategy) -> Place | None:
     """The place to continue from in an unfinished folder that no other process holds.
 
-    None if the folder has no checkpoint and was started with another recipe.
+    None if the folder has no checkpoint and was started with a different recipe.
     """
     summary = folder.read_summary()
     checkpoint, skipped = manifest.newest(folder.checkpoints)
@@ -153,7 +153,7 @@ def _resumable(folder: RunFolder, recipe: Recipe, strategy: Strategy) -> Place |
     if changed and not recipe.run.force:
         lines = "\n".join(f"  {line}" for line in changed)
         raise RunFolderError(
-            f"{folder.path} was interrupted with another recipe:\n{lines}\n"
+            f"{folder.path} was started with a different recipe:\n{lines}\n"
             "restore the old values to continue it, set run.force=true to continue with the new ones, or start over "
             "with run.resume=never or another run.name"
         )
@@ -161,8 +161,8 @@ def _resumable(folder: RunFolder, recipe: Recipe, strategy: Strategy) -> Place |
     world_size = strategy.world.world_size
     if facts.get("format", strategy.checkpoint_format) != strategy.checkpoint_format:
         raise RunFolderError(
-            f"the checkpoints of {folder.path} are {facts['format']}, which {strategy.name} on "
-            f"{count(world_size, 'process')} cannot read\nresume with as many processes as before "
+            f"{folder.path} has checkpoints in the format {facts['format']!r}; {strategy.name} on "
+            f"{count(world_size, 'process')} cannot read them\nresume with as many processes as before "
             f"({facts['world_size']}), or start over with another run.name"
         )
     place = Place(folder, False, checkpoint, (summary["restarts"] or 0) + 1, facts["carried"])
@@ -171,7 +171,7 @@ def _resumable(folder: RunFolder, recipe: Recipe, strategy: Strategy) -> Place |
     if facts.get("world_size", world_size) != world_size:
         notes.append(
             f"world size {world_size} instead of {facts['world_size']}: every step has the same samples, but sums are "
-            "rounded in another order, and dropout draws other numbers"
+            "taken in a different order, so rounding differs, and dropout masks differ"
         )
     return replace(place, notes=(*notes, *changed))
 
@@ -192,7 +192,7 @@ def _reason(folder: RunFolder, summary: Mapping[str, Any]) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """A line for every value in which two recipes differ, except for the keys in `FREE_TO_CHANGE`."""
+    """A line for every value that differs between two recipes, except for the keys in `FREE_TO_CHANGE`."""
     for key in {**old, **new}:
         path, before, after = f"{prefix}{key}", old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):

@@ -1,4 +1,4 @@
-"""The SLURM job that this process works in, if `slurm/train.sbatch` started it."""
+"""The SLURM job that this process runs in, if `slurm/train.sbatch` started it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def requeues(environment: Mapping[str, str]) -> int | None:
 
 
 def is_queued(job: str) -> bool:
-    """Whether `job` runs, or waits in the queue (perhaps to be restarted)."""
+    """Whether `job` is running or queued (perhaps to be restarted)."""
     if shutil.which("squeue") is None:
         return False
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]

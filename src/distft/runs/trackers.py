@@ -18,14 +18,14 @@ from distft.runs.wandb import logged_step, lost_to_signal, start_wandb
 
 
 class GuardedTracker(TrainerCallback):  # type: ignore[misc]
-    """Forwards the trainer's events to a tracker's callback. The first failure costs a warning and the tracker.
+    """Forwards the trainer's events to a tracker's callback. After its first failure, it is dropped with a warning.
 
     Args:
         name: what messages call the tracker.
         tracker: the callback that transformers has for it.
         seen: the last step that the tracker has from earlier starts of this run. Repeated steps are left out.
-        records: what earlier starts logged (`metrics.jsonl`). Records after `seen`, which a kill kept from the tracker,
-            are logged when training begins.
+        records: what earlier starts logged (`metrics.jsonl`). Records after `seen`, which the tracker lacks because
+            the run was killed, are logged when training begins.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class GuardedTracker(TrainerCallback):  # type: ignore[misc]
                 )
             else:
                 say(
-                    f"warning: {self._name} failed and is left out from here on; metrics.jsonl goes on "
+                    f"warning: {self._name} failed and gets no more records; metrics.jsonl still has every figure "
                     f"({type(error).__name__}: {error})"
                 )
 

@@ -22,7 +22,7 @@ from distft.files import to_json, write_atomically
 from distft.runs.folder import RunFolder
 
 WANDB_FINISH_S = 60.0
-"""How long the end of a run waits for uploads. W&B's default is to wait forever for a server that is gone."""
+"""How long the end of a run waits for uploads. By default, W&B waits forever for a server that does not respond."""
 _FLUSH_S = 1.0
 """How often W&B writes its file. By default a kill loses the last 15 s."""
 _INSPECT_S = 120

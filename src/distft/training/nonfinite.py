@@ -1,4 +1,4 @@
-"""Find NaN and infinite losses and gradients once per step, alike on all ranks, and report the samples behind them."""
+"""Find NaN and infinite losses and gradients once per step, identically on all ranks, and report their samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distft.text import shorten
 IN_A_ROW = 10
 """Consecutive skipped steps that end the run: its weights no longer give finite numbers."""
 _LISTED = 8
-"""Samples and losses that a message lists."""
+"""At most this many samples and losses are listed in a message."""
 
 
 @dataclass
@@ -29,9 +29,9 @@ class BadNumbers:
     """Checks whether a step's losses and gradient norm are finite, and acts on `run.on_bad_numbers` if not.
 
     The losses stay on the device until the step's gradients are complete. One small gather then gives all ranks the
-    losses of all, so that they decide alike. If non-finite numbers stop the run, nothing waits for the device: they are
-    checked a step later, or before anything of their step is saved, logged or evaluated (`settle`). Only skipping needs
-    the answer in the same step. `skipped` counts the skipped steps of the run.
+    losses of all, so that all decide identically. If non-finite numbers stop the run, nothing waits for the device:
+    they are checked a step later, or before anything of their step is saved, logged or evaluated (`settle`). Only
+    skipping needs the answer in the same step. `skipped` counts the skipped steps of the run.
     """
 
     recipe: Recipe
@@ -91,7 +91,7 @@ class BadNumbers:
         if self.recipe.run.on_bad_numbers == "stop":
             raise BadNumbersError(
                 f"{cause}\nNo checkpoint contains this step. Correct or remove these samples, or lower "
-                "training.learning_rate; with run.on_bad_numbers=skip, training continues without such steps",
+                "training.learning_rate; with run.on_bad_numbers=skip, training skips such steps and continues",
                 {"samples": rows},
             )
         if self.in_a_row == IN_A_ROW:

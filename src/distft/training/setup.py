@@ -47,7 +47,7 @@ from distft.training.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The tokenizer, the tokenised splits, and the number of tokens of each training sample."""
+    """The tokenizer, the tokenized splits, and the number of tokens of each training sample."""
 
     tokenizer: Any
     splits: Splits
@@ -105,7 +105,7 @@ def setup_strategy(recipe: Recipe, launcher: Launcher) -> Strategy:
 
 
 def setup_data(recipe: Recipe, strategy: Strategy) -> TrainingData:
-    """Load the tokenizer, then read and tokenise the data. All ranks enter."""
+    """Load the tokenizer, then read and tokenize the data. All ranks enter."""
     tokenizer = together(strategy.world, lambda: load_tokenizer(recipe))
     splits = together(strategy.world, lambda: prepare_data(recipe, tokenizer))
     return TrainingData(tokenizer, splits, lengths_of(splits.train))

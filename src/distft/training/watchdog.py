@@ -1,8 +1,8 @@
 """A thread in every rank that notices when the run hangs or another rank on the node dies.
 
 Collectives make all ranks wait for the slowest, so if one hangs, all do. Each rank then writes its Python stacks into
-the run folder. A rank that does not, or that has made less progress than the others, is the one they wait for. All
-processes then exit, and the launcher starts them again.
+the run folder. A rank that does not, or that has made less progress than the others, is the one the others are waiting
+for. All processes then exit, and the launcher starts them again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from distft.errors import DistftError, Interrupted, RankLost, UserError
 from distft.runs.record import Record
 
 REPORTED = (0, UserError.exit_code, Interrupted.exit_code)
-"""Exit codes of a neighbour that has reported its own end."""
+"""Exit codes of a neighbour that has already reported why it exited."""
 GRACE_S = 5.0
 """Seconds that the other ranks have for an orderly exit after one has died or hung."""
 _HEAD = "rank {rank} (pid {pid} on {host}): step {step}, batch {micro}"
@@ -39,9 +39,9 @@ _HEAD = "rank {rank} (pid {pid} on {host}): step {step}, batch {micro}"
 class Watchdog(TrainerCallback):  # type: ignore[misc]
     """Heartbeat and watchdog thread of one rank. All ranks enter the context together.
 
-    The heartbeat is this rank's progress: complete steps, and what was begun since (micro-batches, evaluation batches,
-    a save). The thread polls these two numbers, so training pays nothing for it and never waits for the device.
-    `hang_timeout_s` applies from the first complete step on.
+    The heartbeat is this rank's progress: complete steps, and what has started since (micro-batches, evaluation
+    batches, a save). The thread polls these two numbers, so it costs training nothing and never waits for the device.
+    `hang_timeout_s` applies once the first step is complete.
 
     Leaving the context raises RankLost instead of the error that a neighbour's death has caused here.
     """
@@ -167,7 +167,7 @@ class Watchdog(TrainerCallback):  # type: ignore[misc]
             lost[0] if len(lost) == 1 else None,
             f"{what}; the Python stacks of all ranks are in {self._record.folder.stacks}",
         )
-        if IN_PROCESS in os.environ:  # the process is the caller's, who can interrupt the run
+        if IN_PROCESS in os.environ:  # this is the caller's own process; the caller can interrupt it
             say(str(error))
             self._armed = False
             return

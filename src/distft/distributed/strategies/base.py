@@ -41,7 +41,7 @@ class Strategy:
     title: ClassVar[str]
     """The name in messages."""
     shards: ClassVar[frozenset[str]] = frozenset()
-    """What each process holds only a part of: `weights`, `optimizer` (gradients and states)."""
+    """What is split among the processes: `weights`, `optimizer` (gradients and states)."""
     buffer_bytes: ClassVar[int] = 0
     """What the sharding library allocates on each device for its own buffers."""
     skips_empty_rounds: ClassVar[bool] = True
@@ -167,7 +167,7 @@ class Strategy:
     # Invariants -------------------------------------------------------------------------------------------------------
 
     def parameter_fault(self, name: str, parameter: nn.Parameter) -> str | None:
-        """What this strategy finds wrong with a parameter of a prepared model; None if it is as it should be."""
+        """What is wrong with a parameter of a prepared model under this strategy; None if nothing is."""
         return None
 
     def cast_dtypes(self, recipe: Recipe) -> frozenset[torch.dtype]:

@@ -38,7 +38,7 @@ _VARIABLES = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRA
 @dataclass(frozen=True)
 class FSDP2(Strategy):
     may_keep_layers: bool = True
-    """Whether the user has left it open when a layer is resharded."""
+    """Whether distft may decide when a layer is resharded, because the user has not."""
 
     name = "fsdp"
     title = "FSDP2"
@@ -87,7 +87,7 @@ class FSDP2(Strategy):
         """
         plugin = getattr(
             accelerator.state, "fsdp_plugin", None
-        )  # without it nothing is sharded, as the invariants find
+        )  # if None, nothing is sharded: the invariants report it
         if plugin is not None and hasattr(plugin.mixed_precision_policy, "output_dtype"):  # FSDP1's policy has none
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
@@ -98,7 +98,7 @@ class FSDP2(Strategy):
         if not self.on_gpu or not self.may_keep_layers:
             return None
         memory = min(torch.cuda.mem_get_info()[1], (memory_limit_gib or math.inf) * 2**30)
-        (negative,) = reduce([-memory], "max", self.world)  # all ranks must decide alike
+        (negative,) = reduce([-memory], "max", self.world)  # all ranks must decide the same
         kept = keep_layers(model, -negative)
         if kept is None:
             return None
@@ -114,7 +114,7 @@ class FSDP2(Strategy):
     def parameter_fault(self, name: str, parameter: nn.Parameter) -> str | None:
         if is_sharded(parameter):
             return None
-        return f"FSDP was asked for, but parameter {name} is not sharded (a {type(parameter).__name__}, not a DTensor)"
+        return f"FSDP was requested, but parameter {name} is not sharded (a {type(parameter).__name__}, not a DTensor)"
 
     def offloads_parameters(self, environment: Mapping[str, str]) -> bool:
         return environment.get("FSDP_OFFLOAD_PARAMS") == "true"

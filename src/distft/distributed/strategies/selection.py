@@ -33,8 +33,8 @@ def choose(recipe: Recipe, world: World, environment: Mapping[str, str], launche
     """Choose the strategy for this process.
 
     Raises:
-        LaunchError: the launcher, the processes or the devices do not fit the recipe. The message has the command that
-            does.
+        LaunchError: the launcher, the processes or the devices do not fit the recipe. The message has a command that
+            works.
     """
     devices, name = visible_devices(), recipe.source.name
     command = f"accelerate launch -m distft.train recipe={name}"

@@ -1,10 +1,13 @@
 """The evaluation tasks, one per module, and how to add one.
 
-A new task `x` takes two edits:
+A new task `x` takes two edits in the source:
 
 1. `distft/config/evaluation.py`: add `x` to `TaskName` and, with its line for `distft evaluate --help`, to `TASKS`. If
    the task has settings, add a section class for them and a field `x` to `Evaluation`.
 2. `distft/evaluation/tasks/x.py`: subclass `Task`, write its `run`, and bind an instance to `TASK`.
+
+Then regenerate `recipes/recipe.schema.json` (`distft recipes schema > recipes/recipe.schema.json`), add a row to the
+table of tasks in `docs/evaluation.md` (a test asks for it), and write a test.
 
 Everything else follows from what the class declares: `distft evaluate` runs the task and records its result, preflight
 finds missing files and packages, `distft fetch` downloads its data, and reports show its figures. Optionally,

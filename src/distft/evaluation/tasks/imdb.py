@@ -158,7 +158,7 @@ def _score(
 
 
 class _PromptEngine(TransformersEngine):
-    """Continues prompts that are tokenised already, in the recipe's template and truncated to its length."""
+    """Continues prompts that are tokenized already, in the recipe's template and truncated to its length."""
 
     def __init__(self, target: Target, side: SideName, ids: dict[str, list[int]], batch_tokens: int) -> None:
         identity = {"weights": target.identity[side]}

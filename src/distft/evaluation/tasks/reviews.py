@@ -129,7 +129,7 @@ def subset(reviews: Sequence[Review], size: int | None, balanced: bool, seed: in
 
 
 def prompt_of(review: str, words: Sequence[str], tokenizer: Any, max_length: int | None) -> Prompt:
-    """The review in IMDB's template, tokenised together with each word, as in training.
+    """The review in IMDB's template, tokenized together with each word, as in training.
 
     Reviews are truncated at their end to `max_length` tokens, the same for all words. If a tokenizer merges the end of
     the prompt with a word, the merged token belongs to the continuation.
