@@ -43,7 +43,7 @@ def messages(stderr: str) -> list[str]:
             "it has down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj",
         ),
         (["recipe=tiny", "model.name=nobody/no-such-model"], "hf download nobody/no-such-model"),
-        (["recipe=tiny", "run.name=taken"], "run.name=taken-2 say"),
+        (["recipe=tiny", "run.name=taken"], "such as run.name=taken-2"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

@@ -164,7 +164,7 @@ def _from_pretrained(cls: Any, name: str, what: str, **options: Any) -> Any:
         if missing:
             raise ModelError(
                 f"the {what} of {name} is not in the local cache, and the hub cannot be reached or does not have it\n"
-                "  run distft fetch with the same arguments (or hf download) on a machine with network access,\n"
-                "  or set model.name=/path/to/model"
+                f"  on a machine with network access, run distft fetch with the same arguments or: hf download {name}\n"
+                "  or use a local folder: model.name=/path/to/model"
             ) from error
         raise
