@@ -40,7 +40,7 @@ def messages(stderr: str) -> list[str]:
         (["recipe=tiny", "model.name=/nowhere/model"], "there is no folder /nowhere/model (model.name)"),
         (
             ["recipe=tiny", "lora.target_modules=[query]"],
-            "it has down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj",
+            "use any of down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj",
         ),
         (["recipe=tiny", "model.name=nobody/no-such-model"], "hf download nobody/no-such-model"),
         (["recipe=tiny", "run.name=taken"], "such as run.name=taken-2"),
