@@ -203,7 +203,7 @@ def test_replacing_a_result_is_reported_and_a_model_alone_has_a_report(tmp_path:
     assert ended.stderr.rstrip().endswith("distft: results: runs/evaluate-tiny/evaluation.json")
     accuracy = result(folder)["imdb"]["figures"]["accuracy"]["base"]
     report = distft(tmp_path, "report", "runs/evaluate-tiny").stdout
-    assert "evaluated: nothing was trained here" in report
+    assert "evaluated: nothing was trained" in report
     assert f"{accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]" in report
 
 

@@ -182,7 +182,7 @@ def _evaluated(folder: RunFolder) -> Run:
         name=folder.name,
         path=str(folder.path),
         status="evaluated",
-        cause="evaluated without training",
+        cause="nothing was trained",
         strategy=None,
         world_size=None,
         figures=_no_figures() | columns(evaluation),
