@@ -25,6 +25,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -33,6 +34,7 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -178,10 +180,13 @@ def install() -> None:
         return
     _become_subreaper()
     ours, theirs = socket.socketpair()
+    # Libraries make temporary folders while they are imported, which all forked processes share.
+    folder = tempfile.mkdtemp(prefix="distft-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     program = f"import sys; sys.path[0] = {str(Path(__file__).parent)!r}; import fork_server; fork_server.main()"
     with tempfile.TemporaryFile() as log:
         _execute(
-            [sys.executable, "-c", program, str(theirs.fileno()), "x" * ARGUMENTS_SIZE],
+            [sys.executable, "-c", program, str(theirs.fileno()), folder, "x" * ARGUMENTS_SIZE],
             env={**os.environ, PAD: "x" * ENVIRONMENT_SIZE},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -201,8 +206,12 @@ def main() -> None:
     os.environ.pop(PAD)
     subprocess.Popen = Popen  # type: ignore[misc]  # before the imports, some of which keep the class
     os.environ["DS_ACCELERATOR"] = "cpu"
+    tempfile.tempdir = sys.argv[2]
     for name in PRELOADED:
         importlib.import_module(name)
+    tempfile.tempdir = None
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False  # the first process to end would remove what the others still need
     del os.environ["DS_ACCELERATOR"]
     assert threading.active_count() == 1, "a process with threads must not fork"
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
