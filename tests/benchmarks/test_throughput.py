@@ -147,7 +147,7 @@ def test_rows_have_the_lengths_of_dolly_and_the_stated_tokens(tmp_path: Path) ->
     assert [len(tokenizer(text)["input_ids"]) + 1 for text in texts] == lengths.tolist()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs with GPUs")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, on which the reference does run")
 def test_a_reference_that_cannot_run_here_says_why(tmp_path: Path) -> None:
     workload = Workload(synthetic.SHAPES["tiny"], tmp_path, tmp_path, None)
     script = [str(BENCHMARKS / "references" / "r2_fsdp_bf16.py"), "--fsdp-version", "2"]

@@ -52,7 +52,7 @@ def test_inputs_of_another_type_take_the_forward_that_was_there() -> None:
 
 @pytest.mark.gpu
 def test_a_model_with_liger_s_kernels_computes_what_the_plain_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("liger_kernel")
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
     # liger replaces this function for the whole process; restore it for the tests that follow.
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
     torch.manual_seed(0)

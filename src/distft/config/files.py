@@ -12,7 +12,7 @@ from distft.errors import Fault, RecipeError
 from distft.paths import packaged
 
 DEFAULT_RECIPE = "tiny"
-_SHORT = "evaluation.judge"  # a name alone stands for its `model`
+_SHORT = "evaluation.judge"  # a plain name is short for its `model`
 
 
 def read_values(arguments: Sequence[str], folder: Path, faults: list[Fault]) -> tuple[dict[str, Any], Source]:

@@ -288,7 +288,7 @@ class Slurm(Section):
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
     """Environment variables for all processes. No secrets: export them, and sbatch passes them on."""
     grace_s: int = Field(120, ge=30, json_schema_extra=SECONDS)
-    """How long before the time limit the run is told to save and stop; must be enough for a save. SLURM may be 30 s
-    early."""
+    """How long before the time limit the run receives the signal to save and stop. Leave enough time for a save; SLURM
+    may send the signal 30 s early."""
     max_requeues: int = Field(20, ge=0)
     """How often an unfinished job goes back into the queue."""

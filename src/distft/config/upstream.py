@@ -189,7 +189,8 @@ class _Types(dict[str, Any]):
         return self[name]
 
     def evaluate(self, annotation: ast.expr) -> Any:
-        """The type that an annotation means. An enumeration stands for its values, also in `SchedulerType | str`."""
-        hint = eval(ast.unparse(annotation), {"__builtins__": {}}, self)  # noqa: S307 - of an installed package's source
+        """The type of an annotation. An enumeration becomes a `Literal` of its values, as in `SchedulerType | str`."""
+        source = ast.unparse(annotation)  # from an installed package, never from a file of the user's
+        hint = eval(source, {"__builtins__": {}}, self)  # noqa: S307
         enums = [one for one in typing.get_args(hint) if isinstance(one, type) and issubclass(one, enum.Enum)]
         return Literal[tuple(member.value for member in enums[0])] if enums else hint

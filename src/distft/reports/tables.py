@@ -28,8 +28,8 @@ Line = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Phrase:
-    """The text of a cell. `interval`, in brackets, follows it and is never broken; `full` is what a shortened text
-    stands for."""
+    """The text of a cell. `interval` follows it in brackets and is never broken over lines; `full` is the text before
+    it was shortened."""
 
     text: str
     interval: str = ""

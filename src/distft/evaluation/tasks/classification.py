@@ -17,7 +17,7 @@ from distft.evaluation.target import SideName
 from distft.stats import RESAMPLES, Estimate, Floats, correlation
 
 Classes = NDArray[np.int64]
-"""Class numbers, [items]; in predictions the number of classes stands for an unparsable answer."""
+"""Class numbers, [items]; in predictions, the number of classes marks an answer that could not be parsed."""
 
 _TITLES = {
     "accuracy": "accuracy",
