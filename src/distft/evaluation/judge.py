@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from distft.evaluation.engines.openai import JudgeServer
 from distft.evaluation.engines.transformers import TransformersEngine
 from distft.evaluation.generate import Answer, Engine, Item, Message, Sampling, generate, render, template_of
 from distft.evaluation.judge_parsing import Kind, parse_verdict
-from distft.evaluation.target import Target
+from distft.evaluation.target import SideName, Target
 from distft.files import to_json, write_atomically
 from distft.models.loading import load_base, load_tokenizer, model_path
 
@@ -249,6 +250,15 @@ def judge_all(questions: Sequence[Question], target: Target, settings: Evaluatio
         lines = (json.dumps(json.loads(to_json(record)), ensure_ascii=False) + "\n" for record in records)
         write_atomically(folder / "judgements.jsonl", "".join(lines))
     return found
+
+
+def judge_sides(
+    asked: Mapping[SideName, Sequence[Question]], target: Target, settings: Evaluation, folder: Path
+) -> dict[SideName, list[Judgement]]:
+    """`judge_all` on the questions of every side, with one load of the judge. All ranks call this."""
+    questions = [question for side in asked.values() for question in side]
+    judgements = iter(judge_all(questions, target, settings, folder))
+    return {side: list(islice(judgements, len(questions))) for side, questions in asked.items()}
 
 
 def _who(engine: Engine, judge: Judge) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from distft.distributed.collectives import together
 from distft.errors import DataError
 from distft.evaluation.engines.choose import choose_engine
 from distft.evaluation.generate import Answer, Item, Sampling, describe_answers, generate
-from distft.evaluation.judge import Judgement, Question, count, judge_all, out_of_ten, reasons
+from distft.evaluation.judge import Judgement, Question, count, judge_sides, out_of_ten, reasons
 from distft.evaluation.metrics import mean_estimate, mean_figure, share_figure, unparsed_figure
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import InputFile, Task
@@ -83,12 +83,8 @@ class AlpacaTask(Task):
         pairs = together(target.world, lambda: read_pairs(path, settings.alpaca.limit))
         answers = {side: _answer(target, settings, side, pairs, folder) for side in target.sides}
         ask = _in_both_orders if settings.judge.mode == "pairwise" else _individually
-        asked = [question for side in target.sides for question in ask(side, pairs, answers[side])]
-        judgements = judge_all(asked, target, settings, folder)
-        size = 2 * len(pairs)
-        by_side: dict[SideName, list[Judgement]] = {
-            side: judgements[number * size : (number + 1) * size] for number, side in enumerate(target.sides)
-        }
+        asked = {side: ask(side, pairs, answers[side]) for side in target.sides}
+        by_side = judge_sides(asked, target, settings, folder)
         if target.world.is_main:
             for side in target.sides:
                 generator = f"{target.recipe.model.name} ({side})"

@@ -22,7 +22,7 @@ from distft.distributed.collectives import together
 from distft.errors import DataError
 from distft.evaluation.engines.choose import choose_engine
 from distft.evaluation.generate import Answer, Item, Message, Sampling, describe_answers, generate
-from distft.evaluation.judge import Judgement, Question, count, judge_all, out_of_ten, reasons
+from distft.evaluation.judge import Judgement, Question, count, judge_sides, out_of_ten, reasons
 from distft.evaluation.metrics import mean_estimate, mean_figure, unparsed_figure
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import InputFile, Task
@@ -94,12 +94,8 @@ class MtBenchTask(Task):
         path = Path(settings.mt_bench.questions or "")
         questions = together(target.world, lambda: read_questions(path, settings.mt_bench.limit))
         answers = {side: _answer(target, settings, side, questions, folder) for side in target.sides}
-        asked = [question for side in target.sides for question in _to_judge(side, questions, answers[side])]
-        judgements = judge_all(asked, target, settings, folder)
-        size = TURNS * len(questions)
-        by_side: dict[SideName, list[Judgement]] = {
-            side: judgements[number * size : (number + 1) * size] for number, side in enumerate(target.sides)
-        }
+        asked = {side: _to_judge(side, questions, answers[side]) for side in target.sides}
+        by_side = judge_sides(asked, target, settings, folder)
         if target.world.is_main:
             for side in target.sides:
                 model = f"{target.recipe.model.name} ({side})"
