@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from distft.config.files import list_recipes
 from distft.config.recipe import Recipe
-from distft.data.sources import HubSplit, data_sources, read_source
+from distft.data.sources import HubSplit, data_sources, read_source, require_files
 from distft.errors import DataError, ModelError
 from distft.models.digest import WHOLE
 from distft.models.digest import files as weight_files
@@ -44,6 +44,7 @@ def fetch(recipe: Recipe) -> list[str]:
     from distft.data.prepare import prepare_data  # take seconds to import, and `missing` does not need them
     from distft.models.loading import load_tokenizer
 
+    require_files(recipe.data)
     lines = fetch_model(recipe)
     splits = prepare_data(recipe, load_tokenizer(recipe))
     lines += map(fetch_data, data_sources(recipe.data))

@@ -60,6 +60,15 @@ def test_each_mistake_is_named_once(words: list[str], expected: str, tmp_path: P
     assert "Traceback" not in ended.stderr
 
 
+def test_a_missing_file_is_found_before_the_model_is_built(tmp_path: Path) -> None:
+    words = ["recipe=tiny", "data.name=rows.jsonl", "data.format.prompt=q", "data.format.completion=a"]
+    cache = tmp_path / "cache"
+    for command in (["train", *words, "--nproc", "1"], ["data", "preview", *words], ["fetch", *words]):
+        ended = distft(tmp_path, *command, DISTFT_CACHE=str(cache))
+        assert (ended.code, ended.stderr) == (2, "distft: there is no data file or folder rows.jsonl\n")
+    assert not list(cache.glob("tiny*"))
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     ended = distft(tmp_path, "train", "recipe=nothing", "--debug")
     assert ended.code == 2

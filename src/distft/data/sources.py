@@ -86,6 +86,17 @@ def data_sources(data: Data) -> list[Path | HubSplit]:
     return [HubSplit(hub, data.config, data.train_split), *test, *official]
 
 
+def require_files(data: Data) -> None:
+    """Check that the local files exist, before anything slow is done for them, such as loading a tokenizer.
+
+    Raises:
+        DataError: a file or folder is missing.
+    """
+    for source in data_sources(data):
+        if isinstance(source, Path):
+            _require(source)
+
+
 def read_source(source: Path | HubSplit) -> Dataset:
     """Read the rows of a source. `datasets` caches them.
 
@@ -107,11 +118,15 @@ def read_source(source: Path | HubSplit) -> Dataset:
         ) from error
 
 
+def _require(path: Path) -> None:
+    if not path.exists():
+        raise DataError(f"there is no data file or folder {path}")
+
+
 def _read_local(path: Path) -> Dataset:
     from datasets import load_dataset, load_from_disk
 
-    if not path.exists():
-        raise DataError(f"there is no data file or folder {path}")
+    _require(path)
     if path.is_dir() and (path / "state.json").exists():
         return load_from_disk(str(path))
     files = _files_in(path) if path.is_dir() else [path]
