@@ -22,6 +22,8 @@ import ctypes
 import gc
 import importlib
 import json
+import logging
+import multiprocessing.util
 import os
 import re
 import runpy
@@ -210,18 +212,31 @@ def main() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     tempfile.tempdir = None
-    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
-        finalizer.atexit = False  # the first process to end would remove what the others still need
+    _forget_exit_handlers()
     del os.environ["DS_ACCELERATOR"]
     assert threading.active_count() == 1, "a process with threads must not fork"
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    get_checkpoint_conversion_mapping("llama")  # builds a table that takes a second, once
+    with contextlib.suppress(ImportError):  # older versions have no such table, which takes a second to build
+        mapping: Any = importlib.import_module("transformers.conversion_mapping")
+        mapping.get_checkpoint_conversion_mapping("llama")
     gc.collect()
     gc.freeze()
     sys.stdout.flush()
     sys.stderr.flush()
     _serve(connection, dict(os.environ))
+
+
+def _forget_exit_handlers() -> None:
+    """Drop what libraries have registered for the end of the process that imports them, such as removing a folder.
+
+    Otherwise the first forked process to end, or to drop a module, would do it for all. Handlers that act on what a
+    process has itself started or logged stay.
+    """
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.detach()
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    atexit._clear()
+    atexit.register(logging.shutdown)
+    atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
 
 
 def _serve(connection: socket.socket, environment: Mapping[str, str]) -> NoReturn:

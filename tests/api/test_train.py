@@ -112,6 +112,11 @@ def test_a_mistake_in_the_recipe_is_a_recipe_error(processes: int) -> None:
     assert len(caught.value.faults) == 2
 
 
+def test_no_process_at_all_is_a_mistake() -> None:
+    with pytest.raises(distft.errors.LaunchError, match="the number of processes must be at least 1, got 0"):
+        distft.train("tiny", processes=0)
+
+
 def test_a_mistake_that_training_here_finds_is_raised(where: Path) -> None:
     before = global_state()
     with pytest.raises(distft.errors.DataError, match=r"nothing\.jsonl"):

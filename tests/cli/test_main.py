@@ -53,6 +53,12 @@ def test_overrides_may_follow_options() -> None:
     ("words", "message"),
     [
         (["train", "recipe=tiny", "--nproc", "-1"], "the number of processes must be at least 1, got -1"),
+        (["train", "recipe=tiny", "--nproc", "0"], "the number of processes must be at least 1, got 0"),
+        (["recipes", "show", "tiny", "--nproc", "0"], "the number of processes must be at least 1, got 0"),
+        (
+            ["evaluate", "model=tiny", "data.name=tiny", "--nproc", "0"],
+            "the number of processes must be at least 1, got 0",
+        ),
         (["compare", "tiny", "--repeats", "0"], "the number of repeats must be at least 1, got 0"),
         (["submit"], "nothing to submit: give recipe=NAME or experiment=NAME"),
         (["merge", "nowhere"], "nowhere has no adapter to merge"),

@@ -7,17 +7,18 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from wandb.proto import wandb_internal_pb2
 
 from distft.config.recipe import load_recipe
 from distft.errors import InvariantError
 from distft.runs.figures import SUMMARY_KEYS
+from distft.runs.wandb import logged_records
 from distft.training.checkpoints import compare, read_tensors
 
 from .conftest import Ended, Train
@@ -129,45 +130,21 @@ def test_merge_gives_the_trained_model_to_plain_transformers(finished: Ended, tm
     assert torch.allclose(found, expected, atol=1e-3), (found - expected).abs().max()
 
 
-def wandb_records(folder: Path) -> list[wandb_internal_pb2.Record]:
-    """Records of an offline run's file: a 7-byte header, then LevelDB log blocks of 32 KiB.
-
-    A chunk is crc32c (4 bytes), length (2), type (1: 1 whole, 2 first, 3 middle, 4 last), payload. The rest of a block
-    under 7 bytes is padding."""
+def wandb_records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of a kind in the only offline run of a W&B folder."""
     (file,) = folder.glob("offline-run-*/run-*.wandb")
-    content, place = file.read_bytes(), 7
-    records, pending = [], b""
-    while place + 7 <= len(content):
-        left = 32_768 - place % 32_768
-        if left < 7:
-            place += left
-            continue
-        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
-        pending += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(pending)
-            records.append(record)
-            pending = b""
-    return records
+    return [record[kind] for record in logged_records(file) if record["type"] == kind]
 
 
 def test_wandb_offline_has_loss_and_speed_at_every_step_and_the_recipe(finished: Ended) -> None:
-    records = wandb_records(finished.folder.path / "wandb")
-    history = [
-        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.WhichOneof("record_type") == "history"
-    ]
+    history = [record["item"] for record in wandb_records(finished.folder.path / "wandb", "history")]
     steps = {row["train/global_step"]: row for row in history if "train/loss" in row}
     assert sorted(steps) == list(range(1, 13))
     ours = {record["step"]: record for record in finished.folder.read_metrics() if "loss" in record}
     for step, row in steps.items():
         assert row["train/loss"] == pytest.approx(ours[step]["loss"])
         assert row["train/samples_per_second"] == pytest.approx(ours[step]["samples_per_second"])
-    runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    config = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
+    config = wandb_records(finished.folder.path / "wandb", "run")[0]["config"]["update"]
     assert config["lora"]["r"] == 16 and config["strategy"] == "ddp"
     assert "sync later with: wandb sync" in finished.stderr
     assert len(list((finished.folder.path / "wandb").glob("offline-run-*"))) == 1, "no second run from another rank"

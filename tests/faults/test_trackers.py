@@ -113,8 +113,8 @@ def test_an_interrupted_run_is_not_shown_as_finished(tmp_path: Path) -> None:
     folder = wait_for_step(tmp_path, 3)
     process.send_signal(signal.SIGTERM)
     assert finish(process, tmp_path).code == 75
-    (exit_record,) = [record.exit for record in wandb_records(folder.path / "wandb") if record.HasField("exit")]
-    assert exit_record.exit_code == 1
+    (exit_record,) = wandb_records(folder.path / "wandb", "exit")
+    assert exit_record["exit_code"] == 1
 
 
 def test_restarts_are_one_wandb_run_offline(tmp_path: Path) -> None:

@@ -52,28 +52,25 @@ def test_the_report_is_a_run_in_the_group_of_the_experiment(where: Path) -> None
     done = report(where)
     assert done.returncode == 0, done.stderr
     assert "sync it with: wandb sync runs/wandb/offline-run-" in done.stderr
-    records = wandb_records(where / "runs" / "wandb")
-    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    assert (run.run_group, run.job_type, run.display_name, run.project) == ("mine", "report", "mine-report", "distft")
+    (run,) = wandb_records(where / "runs" / "wandb", "run")
+    found = [run[key] for key in ("run_group", "job_type", "display_name", "project")]
+    assert found == ["mine", "report", "mine-report", "distft"]
     train = load_experiment(["experiment=mine"], folder=where).runs[0].recipe
-    assert train.tracking.group == run.run_group
-    summary = {
-        item.key or "/".join(item.nested_key): json.loads(item.value_json)
-        for record in records
-        for item in record.summary.update
-    }
+    assert train.tracking.group == run["run_group"]
+    updates = wandb_records(where / "runs" / "wandb", "summary")
+    summary = {key: value for record in updates for key, value in record.get("update", {}).items()}
     made = where / "made.json"
     assert report(where, "--output", str(made), WANDB_MODE="disabled").returncode == 0
     stored = json.loads(made.read_text())
     assert summary["verdict"] == stored["verdict"]
     (folder,) = (where / "runs" / "wandb").glob("offline-run-*")
-    table = json.loads((folder / "files" / summary["variants/path"]).read_text())
+    table = json.loads((folder / "files" / summary["variants.path"]).read_text())
     shown = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert [row["variant"] for row in shown] == [variant["name"] for variant in stored["variants"]]
     assert [row["samples/s"] for row in shown] == [
         variant["spreads"]["samples_per_second"]["median"] for variant in stored["variants"]
     ]
-    assert [row["finished"] for row in shown] == [2, 2] and {"comparison/path", "where the time goes/path"} <= set(
+    assert [row["finished"] for row in shown] == [2, 2] and {"comparison.path", "where the time goes.path"} <= set(
         summary
     )
 

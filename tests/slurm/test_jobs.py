@@ -20,7 +20,7 @@ from distft.training.checkpoints import read_tensors
 
 from ..distributed.conftest import environment
 from ..faults.conftest import losses
-from .cluster import Cluster
+from .cluster import ENDED, Cluster
 
 TINY = (
     "recipe=tiny",
@@ -189,6 +189,11 @@ def test_the_time_limit_sends_the_job_back_until_the_work_is_done(
 ) -> None:
     steps = 300  # SLURM looks every 30 s, so that the signal comes 30 to 60 s after the start
     job = submit(cluster, tmp_path, "slurm.time=00:02:00", "slurm.grace_s=60", steps=steps)
+    deadline = time.monotonic() + LIMIT_S
+    while cluster.show(job)["Restarts"] == "0":  # a slow machine would take many more turns, none of them different
+        assert time.monotonic() < deadline and cluster.state(job) not in ENDED, printed(tmp_path)
+        time.sleep(1)
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=00:20:00")
     assert cluster.wait(job, limit_s=2 * LIMIT_S) == "COMPLETED", printed(tmp_path)
     folder = run_of(tmp_path, job)
     assert folder.read_summary()["requeues"] >= 1

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distft.api.run import Run
 from distft.api.train import check_processes, raise_failure
 from distft.config.overrides import override_words
 from distft.console import quiet_libraries
+
+if TYPE_CHECKING:
+    from distft.evaluation.request import Request
+    from distft.launch.local import Ended
 
 
 def evaluate(
@@ -41,20 +45,31 @@ def evaluate(
         DistftError: the evaluation failed.
     """
     quiet_libraries()
-    from distft.evaluation.request import Request
-    from distft.hardware import visible_devices
-    from distft.launch.command import EVALUATION
-    from distft.launch.local import run as launch
-    from distft.launch.node import Node
-
     named = {"model": model, "adapter": adapter}
     words = [] if run is None else [str(run.path if isinstance(run, Run) else run)]
     words += [f"{key}={value}" for key, value in named.items() if value is not None]
     words += override_words({} if tasks is None else {"evaluation.tasks": list(tasks)})
     words += override_words(overrides or {})
-    request = Request.of(words)
-    processes = processes or max(visible_devices(), 1)
-    check_processes(processes)
-    raise_failure(launch(words, processes, request.recipe.run.max_restarts, Node(), EVALUATION))
+    request, ended = run_evaluation(words, processes)
+    raise_failure(ended)
     found = json.loads(request.folder.results.read_text(encoding="utf-8"))
     return {task: found[task] for task in request.recipe.evaluation.tasks}
+
+
+def run_evaluation(words: Sequence[str], processes: int | None) -> tuple[Request, Ended]:
+    """Evaluate what `words` ask for in processes of its own, and return the request and how they ended.
+
+    Raises:
+        UserError: a mistake that is found before a process is started.
+    """
+    from distft.evaluation.request import Request
+    from distft.hardware import visible_devices
+    from distft.launch.command import EVALUATION
+    from distft.launch.local import run
+    from distft.launch.node import Node
+
+    request = Request.of(words)
+    if processes is None:
+        processes = max(visible_devices(), 1)
+    check_processes(processes)
+    return request, run(words, processes, request.recipe.run.max_restarts, Node(), EVALUATION)

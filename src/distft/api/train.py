@@ -64,7 +64,9 @@ def processes_for(recipe: Recipe, wanted: int | None, nodes: int = 1) -> int:
     from distft.hardware import visible_devices
 
     devices = visible_devices()
-    processes = wanted or (1 if recipe.strategy == "single" else max(devices, 1))
+    processes = wanted
+    if processes is None:
+        processes = 1 if recipe.strategy == "single" else max(devices, 1)
     check_processes(processes)
     if devices and processes > devices:
         raise LaunchError(f"{processes} processes need {processes} GPUs, and this machine has {devices}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from distft.api.train import check_processes
+from distft.api.evaluate import run_evaluation
 from distft.cli.arguments import Commands
 from distft.config.evaluation import TASKS
 
@@ -28,13 +28,5 @@ def add_to(commands: Commands) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from distft.evaluation.request import Request
-    from distft.hardware import visible_devices
-    from distft.launch.command import EVALUATION
-    from distft.launch.local import run
-    from distft.launch.node import Node
-
-    request = Request.of(options.overrides)  # find the user's mistakes before starting any process
-    processes = options.nproc or max(visible_devices(), 1)
-    check_processes(processes)
-    return run(options.overrides, processes, request.recipe.run.max_restarts, Node(), EVALUATION).code
+    _, ended = run_evaluation(options.overrides, options.nproc)
+    return ended.code

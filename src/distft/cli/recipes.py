@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distft.api.recipe import load
+from distft.api.train import check_processes
 from distft.cli.arguments import Commands, print_files
 from distft.errors import RecipeError, UserError
 from distft.text import count
@@ -54,6 +55,7 @@ def show(options: argparse.Namespace) -> None:
     print(f"# {recipe.source.name}: " + " ← ".join(str(path) for path in reversed(recipe.source.files)))
     _print_section(recipe.model_dump(), recipe, "")
     processes = options.nproc
+    check_processes(processes)
     recipe.check_division(processes)
     size, micro = recipe.batching.global_batch_size, recipe.batching.micro_batch
     if size is None or micro == "auto" or recipe.batching.micro_batch_tokens is not None:

@@ -18,8 +18,11 @@ def override_words(overrides: Mapping[str, Any]) -> list[str]:
 
 
 def override_leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted key and the value of every leaf. A mapping with a dot in a key (`layers.0`) or without keys is a
-    leaf."""
+    """The dotted key and the value of every leaf that an override can name.
+
+    Unlike for `files.leaves`, a mapping with a dot in a key (`layers.0`) or without keys is a leaf: no dotted key could
+    name what is inside it.
+    """
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and value and all("." not in str(inner) for inner in value):

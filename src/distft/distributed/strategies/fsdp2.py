@@ -85,9 +85,8 @@ class FSDP2(Strategy):
         accelerate asks for the dtype of mixed precision. In bf16 that rounds the log-probability of every token, and
         with it the loss, to 8 bits: a loss of 7.93 became 7.9375, and so did the scale of its gradient.
         """
-        plugin = getattr(
-            accelerator.state, "fsdp_plugin", None
-        )  # if None, nothing is sharded: the invariants report it
+        # Without a plugin nothing is sharded, which the invariants report.
+        plugin = getattr(accelerator.state, "fsdp_plugin", None)
         if plugin is not None and hasattr(plugin.mixed_precision_policy, "output_dtype"):  # FSDP1's policy has none
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 

@@ -15,6 +15,7 @@ from distft.distributed.strategies.single import Single
 from distft.distributed.world import World
 from distft.errors import Fault, LaunchError
 from distft.hardware import visible_devices
+from distft.text import count
 
 STRATEGIES: Mapping[StrategyName, type[Strategy]] = {kind.name: kind for kind in (Single, DDP, FSDP2, ZeRO2, ZeRO3)}
 
@@ -48,8 +49,8 @@ def choose(recipe: Recipe, world: World, environment: Mapping[str, str], launche
         )
     if devices and world.local_world_size > devices:
         raise LaunchError(
-            f"{world.local_world_size} processes on this machine, which has {devices} visible "
-            f"GPU{'s' if devices > 1 else ''}; start at most {devices} (--num_processes {devices})"
+            f"{world.local_world_size} processes on this machine, which has {count(devices, 'visible GPU')}; "
+            f"start at most {devices} (--num_processes {devices})"
         )
     if recipe.strategy == Single.name and world.world_size > 1:
         raise LaunchError(

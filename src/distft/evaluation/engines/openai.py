@@ -23,6 +23,7 @@ from distft.console import say
 from distft.distributed.world import World
 from distft.errors import DistftError, JudgeError
 from distft.evaluation.generate import Answer, Item, Message, item_seed
+from distft.text import count
 
 _MAX_BACKOFF_S = 60.0
 _MAX_RETRY_AFTER_S = 600.0
@@ -126,7 +127,7 @@ class Client:
                     self._say(f"{self.name}: {problem}; retrying in {wait:.0f} s")
                 if stop.wait(wait):
                     break
-        attempts = f"{self.retries + 1} attempt{'s' if self.retries else ''}"
+        attempts = count(self.retries + 1, "attempt")
         raise self.error(f"{self.name} did not answer in {attempts}: {problem}{self.remedy}")
 
     def _say(self, line: str) -> None:
