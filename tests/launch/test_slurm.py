@@ -122,13 +122,64 @@ def test_gpus_are_requested_once() -> None:
         load_recipe(["recipe=tiny", "slurm.gpus_per_node=2", "slurm.gres=gpu:2"], checks=(slurm_faults,))
 
 
-@pytest.mark.parametrize("limit", ["UNLIMITED", "null", "00:02:01"])
-def test_a_job_without_a_time_limit_or_with_one_beyond_the_grace_period_is_valid(limit: str) -> None:
-    assert load_recipe(["recipe=tiny", f"slurm.time={limit}"], checks=(slurm_faults,)).slurm.grace_s == 120
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("90:00", 5400),
+        ("2:01", 180),  # sbatch rounds up to whole minutes
+        ("00:02:01", 180),
+        ("1:30:00", 5400),
+        ("100:00:00", 360_000),
+        ("1-12", 129_600),
+        ("1-12:30", 131_400),
+        ("1-12:30:05", 131_460),
+        ("null", None),
+        ("0", None),  # sbatch: no limit
+        ("-1", None),
+        ("UNLIMITED", None),
+        ("unlimited", None),
+        ("INFINITE", None),
+    ],
+)
+def test_each_of_sbatch_s_forms_of_a_time_limit_is_accepted(text: str, seconds: float | None) -> None:
+    slurm = load_recipe(["recipe=tiny", f"slurm.time={text}"], checks=(slurm_faults,)).slurm
+    assert slurm.time_s == seconds
+    made = script(slurm, Job("tiny", (("recipe=tiny",),)), Path("runs/jobs"), DISTFT, template())
+    assert f"#SBATCH --time={text}\n" in made or (text == "null" and "--time" not in made)
 
 
-def test_an_invalid_time_limit_is_rejected_with_the_valid_formats() -> None:
-    with pytest.raises(
-        RecipeError, match=r"slurm.time: '4h' has the wrong format \(Time limit .*`hours:minutes:seconds`"
-    ):
-        load_recipe(["recipe=tiny", "slurm.time=4h"])
+@pytest.mark.parametrize("text", ["2", "2:00", "119:00", "0-0:02", "00:01:01"])
+def test_a_time_limit_within_the_grace_period_is_rejected(text: str) -> None:
+    grace = "slurm.grace_s=7140" if text == "119:00" else "slurm.grace_s=120"
+    with pytest.raises(RecipeError, match=r"s, which is not longer than slurm.grace_s"):
+        load_recipe(["recipe=tiny", f"slurm.time={text}", grace], checks=(slurm_faults,))
+
+
+@pytest.mark.parametrize("text", ["4h", "1-", ":30", "1:2:3:4", "1-2-3", "-2", "1 2", "''"])
+def test_another_form_is_rejected_with_a_list_of_the_forms(text: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(["recipe=tiny", f"slurm.time={text}"])
+    assert "slurm.time" in str(caught.value)
+    for form in ("`minutes`", "`minutes:seconds`", "`days-hours:minutes`", "`UNLIMITED`"):
+        assert form in str(caught.value)
+
+
+def test_numbers_that_yaml_reads_as_such_are_sbatch_s_text() -> None:
+    slurm = load_recipe(["recipe=tiny", "slurm.mem=0", "slurm.array=3"], checks=(slurm_faults,)).slurm
+    assert (slurm.mem, slurm.array) == ("0", "3")
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        ("0-3%0", "%0 would let no run start"),
+        ("3-1", "3-1 ends before it begins"),
+        ("0-4:0", "0-4:0 has a step of 0"),
+        *((text, "has the wrong format") for text in ("0-", "1,,2", "0-3%", "0-1-2", "0:2", "1%2,3")),
+    ],
+)
+def test_an_array_that_sbatch_would_refuse_or_never_start_is_rejected(array: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(["recipe=tiny", f"slurm.array={array}"], checks=(slurm_faults,))
+    assert "slurm.array" in str(caught.value) and message in str(caught.value)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.api.recipe import load, load_experiment, recipe_words
+from distft.api.recipe import checks, load_experiment, recipe_words
 from distft.config.overrides import override_words
-from distft.errors import LaunchError
+from distft.console import say
+from distft.errors import LaunchError, RecipeError
 
 if TYPE_CHECKING:
     from distft.launch.submit import Submission
@@ -27,7 +28,7 @@ def submit(
         recipe: the name or the path of a recipe.
         overrides: values that replace the recipe's, such as `{"slurm.nodes": 2}`.
         experiment: the name or the path of an experiment instead of a recipe.
-        dry_run: submit nothing.
+        dry_run: submit nothing, and print what is missing as warnings.
 
     Returns:
         The sbatch script if `dry_run`, otherwise lines that name the submitted jobs.
@@ -43,15 +44,35 @@ def submit(
     else:
         words = [f"experiment={experiment}", *override_words(overrides or {})]
     submission = submission_of(words)
-    return submission.script if dry_run else "\n".join(submission.submit())
+    if not dry_run:
+        return "\n".join(submission.submit())
+    warn(submission)
+    submission.check()
+    return submission.script
+
+
+def warn(submission: Submission) -> None:
+    """Print what would keep the job from running, or may not be intended."""
+    for line in submission.warnings():
+        say(f"warning: {line}")
 
 
 def submission_of(words: list[str]) -> Submission:
-    """The submission that the command line's `words` ask for."""
+    """The submission that the command line's `words` ask for, with the faults of a recipe from which a script can be
+    made nevertheless.
+
+    Raises:
+        RecipeError: there is no such recipe or experiment, or it has faults that leave no script.
+        LaunchError: the words name neither, or the runs of an experiment ask for different resources.
+    """
+    from distft.config.recipe import read_recipe
     from distft.launch.submit import Submission
 
     if any(word.startswith("experiment=") for word in words):
         return Submission.of_experiment(load_experiment(words), words)
     if not any(word.startswith("recipe=") for word in words):
         raise LaunchError("nothing to submit: give recipe=NAME or experiment=NAME")
-    return Submission.of_recipe(load(words), words)
+    recipe, faults = read_recipe(words, checks=checks())
+    if recipe is None:
+        raise RecipeError(faults)
+    return Submission.of_recipe(recipe, words, faults)

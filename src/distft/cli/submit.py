@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from distft.api.submit import submission_of
+from distft.api.submit import submission_of, warn
 from distft.cli.arguments import RECIPE, Commands
 
 
@@ -25,7 +25,12 @@ def add_to(commands: Commands) -> None:
 
 def submit(options: argparse.Namespace) -> None:
     submission = submission_of(options.overrides)
-    print(submission.script.rstrip() if options.dry_run else "\n".join(submission.submit()))
+    if not options.dry_run:
+        print("\n".join(submission.submit()))
+        return
+    print(submission.script.rstrip(), flush=True)
+    warn(submission)
+    submission.check()
 
 
 def jobs(options: argparse.Namespace) -> None:

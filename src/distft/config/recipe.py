@@ -133,6 +133,21 @@ def load_recipe(
     Raises:
         RecipeError: all faults at once: unknown keys, wrong types, values out of range, impossible combinations.
     """
+    recipe, faults = read_recipe(arguments, checks=checks, folder=folder)
+    if faults or recipe is None:
+        raise RecipeError(faults)
+    return recipe
+
+
+def read_recipe(
+    arguments: Sequence[str], *, checks: Iterable[Callable[[Recipe], list[Fault]]] = (), folder: Path | None = None
+) -> tuple[Recipe | None, list[Fault]]:
+    """Do what `load_recipe` does, but return the faults, and the recipe without its faulty keys: None if it is too
+    broken for that.
+
+    Raises:
+        RecipeError: there is no such recipe, or a file cannot be read.
+    """
     faults: list[Fault] = []
     values, source = read_values(arguments, folder or Path.cwd(), faults)
     recipe = _validate(values, source, faults)
@@ -141,9 +156,7 @@ def load_recipe(
         known = [fault.key for fault in faults]  # a default replaced these values, so it is not the user's fault
         found = [fault for check in (recipe_faults, *checks) for fault in check(recipe)]
         faults += [fault for fault in found if not any(related(fault.key, key) for key in known)]
-    if faults or recipe is None:
-        raise RecipeError(faults)
-    return recipe
+    return recipe, faults
 
 
 def recipe_faults(recipe: Recipe) -> list[Fault]:

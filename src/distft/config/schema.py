@@ -7,9 +7,10 @@ names, read from the installed versions by `distft.config.upstream`, without the
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from distft.text import parse_duration
@@ -241,6 +242,11 @@ class Tracking(Section):
 
 
 _WORD = r"^[^\s\"'\\\\`$]+$"  # goes verbatim into an #SBATCH line, or between double quotes in the script
+_TIME = r"^(\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|unlimited|INFINITE|infinite|-1)$"
+_ARRAY = r"^\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?$"
+_NUMBER_AS_TEXT = BeforeValidator(  # YAML reads `90` as a number
+    lambda value: str(value) if type(value) is int else value, json_schema_input_type=int | str
+)
 
 
 class Slurm(Section):
@@ -263,18 +269,21 @@ class Slurm(Section):
     """Processes per node; null for one per GPU, or one without GPUs."""
     cpus_per_task: int | None = Field(None, ge=1, json_schema_extra={"unit": "CPU cores"})
     """CPU cores per node: each node runs one task, which launches its processes."""
-    mem: str | None = Field(None, pattern=_WORD)
-    """Memory per node, such as `200G`; `0` for all."""
-    time: str | None = Field(None, pattern=r"^((\d+-)?\d+(:\d\d){0,2}|UNLIMITED)$")
-    """Time limit for one start of the job: `hours:minutes:seconds` or `days-hours`. The run may take several starts."""
+    mem: Annotated[str, Field(pattern=_WORD), _NUMBER_AS_TEXT] | None = None
+    """Memory per node, such as `200G`, in MiB without a unit; `0` for all."""
+    time: Annotated[str, Field(pattern=_TIME), _NUMBER_AS_TEXT] | None = None
+    """Time limit for one start of the job, in one of sbatch's forms: `minutes`, `minutes:seconds`,
+    `hours:minutes:seconds`, `days-hours`, `days-hours:minutes`, `days-hours:minutes:seconds`, or `UNLIMITED`. The run
+    may take several starts."""
     constraint: str | None = Field(None, pattern=_WORD)
     """Features that the nodes must have."""
     exclude: str | None = Field(None, pattern=_WORD)
     """Nodes to exclude."""
     reservation: str | None = Field(None, pattern=_WORD)
     """Reservation to use."""
-    array: str | None = Field(None, pattern=r"^[\d,:%-]+$")
-    """For an experiment: which runs to start and how many at a time, in sbatch's syntax (`0-7%2`); null for all."""
+    array: Annotated[str, Field(pattern=_ARRAY), _NUMBER_AS_TEXT] | None = None
+    """For an experiment: which runs to start, counted from 0, and how many at a time, in sbatch's syntax: `0-7%2`,
+    `0,3,5-9` or `0-8:4`; null for all."""
     dependency: str | None = Field(None, pattern=_WORD)
     """When the job may start: `afterok:1234` for a chain, or `singleton`."""
     container: str | None = Field(None, pattern=_WORD)
@@ -292,3 +301,11 @@ class Slurm(Section):
     may send the signal 30 s early."""
     max_requeues: int = Field(20, ge=0)
     """How often an unfinished job goes back into the queue."""
+
+    @property
+    def time_s(self) -> float | None:
+        """The time limit in seconds; None for no limit. sbatch rounds it up to whole minutes, and takes 0 for no
+        limit."""
+        if self.time is None or not self.time[0].isdigit():
+            return None
+        return math.ceil(parse_duration(self.time) / 60) * 60 or None

@@ -15,6 +15,12 @@ from distft.files import append_lines, read_lines, write_atomically
 from distft.runs.folder import RunFolder
 from distft.runs.slurm_job import LIMIT_S
 
+NO_SBATCH = "there is no sbatch here: submit from a machine of the cluster; --dry-run works anywhere"
+
+
+def has_sbatch() -> bool:
+    return shutil.which("sbatch") is not None
+
 
 @dataclass(frozen=True)
 class Jobs:
@@ -36,8 +42,8 @@ class Jobs:
         Raises:
             LaunchError: SLURM is not installed here, or it rejects the job.
         """
-        if shutil.which("sbatch") is None:
-            raise LaunchError("there is no sbatch here: submit from a machine of the cluster; --dry-run works anywhere")
+        if not has_sbatch():
+            raise LaunchError(NO_SBATCH)
         file = self.path / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}.sbatch"
         write_atomically(file, text)
         done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)

@@ -17,7 +17,6 @@ from distft.config.recipe import Recipe
 from distft.config.schema import Slurm
 from distft.errors import Fault
 from distft.paths import packaged
-from distft.text import parse_duration
 
 _SECRET = re.compile(r"TOKEN(?!IZ)|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 _MARKER = "# distft submit inserts the recipe's values, modules, setup lines, variables and arguments here"
@@ -38,11 +37,39 @@ def slurm_faults(recipe: Recipe) -> list[Fault]:
         if _SECRET.search(name):
             problem = "looks like a secret, and a recipe is copied into every run folder"
             fault(f"environment.{name}", problem, "export it before you submit; sbatch passes it on")
-    limit = None if section.time in (None, "UNLIMITED") else parse_duration(section.time)
-    if limit is not None and limit <= section.grace_s:
-        problem = f"is not longer than slurm.grace_s ({section.grace_s} s)"
+    if section.time_s is not None and section.time_s <= section.grace_s:
+        problem = (
+            f"{section.time} is {section.time_s:.0f} s, which is not longer than slurm.grace_s ({section.grace_s} s)"
+        )
         fault("time", problem, "the run would be stopped before it begins")
+    for problem in _array_problems(section.array or ""):
+        fault("array", problem)
     return found
+
+
+def _array_problems(array: str) -> list[str]:
+    """What is wrong with an array that has the right form: ranges that run backwards, and steps or limits of 0."""
+    indices, _, limit = array.partition("%")
+    found = [f"%{limit} would let no run start"] if limit and int(limit) == 0 else []
+    for part in filter(None, indices.split(",")):
+        first, last, step = _range(part)
+        if first > last:
+            found.append(f"{part} ends before it begins")
+        if step == 0:
+            found.append(f"{part} has a step of 0")
+    return found
+
+
+def beyond_array(array: str, runs: int) -> list[str]:
+    """The parts of an array (`0-7%2`) that name a run that does not exist, if there are `runs` runs."""
+    return [part for part in array.partition("%")[0].split(",") if max(_range(part)[:2]) >= runs]
+
+
+def _range(part: str) -> tuple[int, int, int]:
+    """First and last index and the step of `N`, `N-M` or `N-M:STEP`."""
+    indices, _, step = part.partition(":")
+    first, _, last = indices.partition("-")
+    return int(first), int(last or first), int(step or 1)
 
 
 @dataclass(frozen=True)
@@ -90,7 +117,10 @@ def script(slurm: Slurm, job: Job, output: Path, distft: Sequence[str], template
     ]
     if job.is_array:
         cases = [f"  {number}) set -- {shlex.join(arguments)} ;;" for number, arguments in enumerate(job.runs)]
-        inserted += ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
+        other = (
+            f'  *) echo "distft: there is no run $SLURM_ARRAY_TASK_ID; runs are 0 to {len(cases) - 1}" >&2; exit 2 ;;'
+        )
+        inserted += ['case "$SLURM_ARRAY_TASK_ID" in', *cases, other, "esac"]
     else:
         inserted.append(f"set -- {shlex.join(job.runs[0])}")
     lines = template.splitlines()
@@ -126,12 +156,17 @@ def _placement(slurm: Slurm) -> dict[str, str | None]:
 
 
 def _directives(options: Mapping[str, object]) -> list[str]:
-    """sbatch's options as lines of a script. None is left out, True has no value."""
-    return [
-        f"#SBATCH --{key}" + ("" if value is True else f"={value}")
-        for key, value in options.items()
-        if value is not None
-    ]
+    """sbatch's options as lines of a script. None is left out, True has no value.
+
+    sbatch reads quotes in these lines as a shell does, and a blank or `#` outside of them as the end of the value.
+    """
+    lines = []
+    for key, value in options.items():
+        text = str(value)
+        if value is not None:
+            quoted = shlex.quote(text) if re.search(r"[\s#'\"]", text) else text
+            lines.append(f"#SBATCH --{key}" + ("" if value is True else f"={quoted}"))
+    return lines
 
 
 def _srun(slurm: Slurm, *flags: str) -> list[str]:

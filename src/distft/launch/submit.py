@@ -12,8 +12,8 @@ from distft.config.recipe import Recipe
 from distft.config.schema import Slurm
 from distft.errors import Fault, LaunchError, RecipeError
 from distft.experiments.expand import Experiment
-from distft.launch.jobs import Jobs
-from distft.launch.slurm import Job, report_script, script, template
+from distft.launch.jobs import NO_SBATCH, Jobs, has_sbatch
+from distft.launch.slurm import Job, beyond_array, report_script, script, template
 
 DISTFT = (sys.executable, "-m", "distft.cli")
 
@@ -22,31 +22,26 @@ DISTFT = (sys.executable, "-m", "distft.cli")
 class Submission:
     """What is handed to SLURM: a job, or an array of jobs with a job for their report.
 
-    `strategies` are those of its runs; `report` has the arguments of `distft report`.
+    `recipes` are those of its runs, `faults` is what is wrong with them, and `report` has the arguments of
+    `distft report`.
     """
 
     job: Job
-    slurm: Slurm
     jobs: Jobs
-    strategies: frozenset[str]
+    recipes: tuple[Recipe, ...]
+    faults: tuple[Fault, ...] = ()
     report: tuple[str, ...] | None = None
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe, arguments: Sequence[str]) -> Submission:
-        """One job that runs `distft train` with `arguments`, which `recipe` was loaded from.
-
-        Raises:
-            RecipeError: slurm.array is set, or the global batch does not divide among the job's processes.
-            LaunchError: a file that the job needs is missing.
-        """
+    def of_recipe(cls, recipe: Recipe, arguments: Sequence[str], faults: Sequence[Fault] = ()) -> Submission:
+        """One job that runs `distft train` with `arguments`, which `recipe` and its `faults` were read from."""
+        found = [*faults, *_division_faults([recipe])]
         if recipe.slurm.array is not None:
             where = recipe.source.of("slurm.array")
-            raise RecipeError(
-                [Fault(where, "slurm.array", "only an experiment can be submitted as an array", "experiment=NAME")]
+            found.append(
+                Fault(where, "slurm.array", "only an experiment can be submitted as an array", "experiment=NAME")
             )
-        _check([recipe])
-        job, jobs = Job(recipe.run.name, (tuple(arguments),)), Jobs.of(_runs(recipe))
-        return cls(job, recipe.slurm, jobs, frozenset({recipe.strategy}))
+        return cls(Job(recipe.run.name, (tuple(arguments),)), Jobs.of(_runs(recipe)), (recipe,), tuple(found))
 
     @classmethod
     def of_experiment(cls, experiment: Experiment, arguments: Sequence[str]) -> Submission:
@@ -55,32 +50,71 @@ class Submission:
         `arguments` are those that `experiment` was loaded from.
 
         Raises:
-            RecipeError: as for one recipe.
-            LaunchError: as for one recipe; or the runs ask for different resources.
+            LaunchError: the runs ask for different resources.
         """
-        recipes = [run.recipe for run in experiment.runs]
+        recipes = tuple(run.recipe for run in experiment.runs)
         first = recipes[0]
         if any(recipe.slurm != first.slurm or recipe.run.dir != first.run.dir for recipe in recipes):
             raise LaunchError(
                 f"the runs of {experiment.name} differ in their slurm section or run.dir, but all jobs in an array "
                 "share these settings; set slurm.…=… once, on the command line"
             )
-        _check(recipes)
+        faults = _division_faults(recipes)
+        if first.slurm.array is not None and (beyond := beyond_array(first.slurm.array, len(recipes))):
+            problem = f"{', '.join(beyond)}: the runs of {experiment.name} are 0 to {len(recipes) - 1}"
+            hint = "leave slurm.array out to start all of them"
+            faults.append(Fault(first.source.of("slurm.array"), "slurm.array", problem, hint))
         job = Job(experiment.name, tuple(run.arguments for run in experiment.runs), is_array=True)
         report = (*arguments, "--output", str(_runs(first) / f"{experiment.name}.md"))
-        strategies = frozenset(recipe.strategy for recipe in recipes)
-        return cls(job, first.slurm, Jobs.of(_runs(first)), strategies, report)
+        return cls(job, Jobs.of(_runs(first)), recipes, tuple(faults), report)
+
+    @property
+    def slurm(self) -> Slurm:
+        return self.recipes[0].slurm
 
     @property
     def script(self) -> str:
         return script(self.slurm, self.job, self.jobs.path, DISTFT, template())
 
+    def check(self) -> None:
+        """Check what would make the jobs fail as soon as they leave the queue.
+
+        Raises:
+            RecipeError: the recipes have faults, or a global batch does not divide among the processes.
+        """
+        if self.faults:
+            raise RecipeError(self.faults)
+
+    @property
+    def missing(self) -> list[str]:
+        """Files that the jobs would lack; they run with the hub offline. Files in a container cannot be seen."""
+        from distft.hub import missing  # the import takes a while
+
+        if self.slurm.environment.get("HF_HUB_OFFLINE", "1") == "0" or self.slurm.container is not None:
+            return []
+        lacking = list(dict.fromkeys(line for recipe in self.recipes for line in missing(recipe)))
+        if not lacking:
+            return []
+        lines = ["the job would run with the hub offline, and these are missing:", *(f"  {line}" for line in lacking)]
+        if any("distft fetch" in line for line in lacking):  # not just a folder or file of the user's
+            lines.append("or set slurm.environment.HF_HUB_OFFLINE=\"'0'\" if the nodes have a connection")
+        return lines
+
+    def warnings(self) -> list[str]:
+        """What a dry run warns of: everything that `submit` would refuse, except faults of the recipes, and notes."""
+        missing = self.missing
+        return [*(["\n".join(missing)] if missing else []), *([] if has_sbatch() else [NO_SBATCH]), *self.notes]
+
     def submit(self) -> list[str]:
         """Submit the jobs and return lines that describe them.
 
         Raises:
-            LaunchError: SLURM is not installed here, or it rejects a job.
+            RecipeError: the recipes have faults.
+            LaunchError: a file that the jobs need is missing, SLURM is not installed here, or it rejects a job.
         """
+        self.check()
+        if missing := self.missing:
+            raise LaunchError("\n".join(missing))
         name, output = self.job.name, self.jobs.path
         number = self.jobs.submit(name, self.script)
         if self.report is None:
@@ -99,7 +133,7 @@ class Submission:
     def notes(self) -> list[str]:
         """What is allowed but may not be intended."""
         processes, lines = _processes_per_node(self.slurm), []
-        distributed = self.strategies - {"single"}
+        distributed = {recipe.strategy for recipe in self.recipes} - {"single"}
         if distributed and processes * self.slurm.nodes == 1:
             lines.append(
                 f"one process: {' and '.join(sorted(distributed))} will fall back to single; set slurm.gpus_per_node "
@@ -120,24 +154,15 @@ def _runs(recipe: Recipe) -> Path:
     return Path(recipe.run.dir).expanduser()
 
 
-def _check(recipes: Sequence[Recipe]) -> None:
-    """Check for what would make the jobs fail as soon as they leave the queue.
-
-    Raises:
-        RecipeError: a global batch does not divide among the processes.
-        LaunchError: a file that a job needs is missing.
-    """
-    from distft.hub import missing  # the import takes a while
-
+def _division_faults(recipes: Sequence[Recipe]) -> list[Fault]:
+    """Global batches that do not divide among a job's processes."""
+    found: dict[Fault, None] = {}
     for recipe in recipes:
-        recipe.check_division(recipe.slurm.nodes * _processes_per_node(recipe.slurm))
-    # Jobs run with the hub offline. The files inside a container cannot be seen from here.
-    offline = recipes[0].slurm.environment.get("HF_HUB_OFFLINE", "1") != "0" and recipes[0].slurm.container is None
-    if offline and (lacking := list(dict.fromkeys(line for recipe in recipes for line in missing(recipe)))):
-        lines = ["the job would run with the hub offline, and these are missing:", *(f"  {line}" for line in lacking)]
-        if any("distft fetch" in line for line in lacking):  # not just a folder or file of the user's
-            lines.append("or set slurm.environment.HF_HUB_OFFLINE=\"'0'\" if the nodes have a connection")
-        raise LaunchError("\n".join(lines))
+        try:
+            recipe.check_division(recipe.slurm.nodes * _processes_per_node(recipe.slurm))
+        except RecipeError as error:
+            found |= dict.fromkeys(error.faults)
+    return list(found)
 
 
 def _processes_per_node(slurm: Slurm) -> int:
