@@ -96,7 +96,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Every complete record of a JSON Lines file; none if the file does not exist."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
 
 

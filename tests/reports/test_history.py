@@ -42,6 +42,7 @@ def test_the_log_of_any_trainer_gets_a_page(browser: Browser, tmp_path: Path) ->
         "last perplexity": "2.72",
         "train time, s": "12.5",
         "samples/s": "6.40",
+        "last eval accuracy": "0.7500",
     }
     record = json.loads((tmp_path / "log.json").read_text())
     assert [log["name"] for log in record["logs"]] == [tmp_path.name, "bare"]
@@ -74,10 +75,11 @@ def test_faulty_logs_are_reported(tmp_path: Path) -> None:
     for kind in ("html", "md"):
         text = (tmp_path / f"page.{kind}").read_text()
         text = re.sub("`|</?code>", "", text)
-        assert "log: left out 2 values that are NaN or infinite." in text
+        assert "log: charts leave out 2 values that are NaN or infinite." in text
+        assert "log diverged from step 3: loss is not finite from step 3 on." in text
         assert "log: left out 2 records without a whole number as step." in text
     (log,) = json.loads(command(tmp_path, "log.json", "--json").stdout)["logs"]
-    assert (log["figures"], log["unread"], log["infinite"]) == ({"steps": 3, "last_train_loss": 2.5}, 2, 2)
+    assert (log["figures"], log["unread"], log["infinite"]) == ({"steps": 3, "last_train_loss": "Infinity"}, 2, 2)
 
 
 def test_folders_of_other_programs_and_files_next_to_runs(made: Path, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def evaluate(
     words += override_words(overrides or {})
     request, ended = run_evaluation(words, processes)
     raise_failure(ended)
-    found = json.loads(request.folder.results.read_text(encoding="utf-8"))
+    found = json.loads(request.folder.results.read_text(encoding="utf-8-sig"))
     return {task: found[task] for task in request.recipe.evaluation.tasks}
 
 

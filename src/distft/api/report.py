@@ -16,6 +16,7 @@ from distft.reports.history import History, distinct, find_log
 from distft.reports.html import histories, page
 from distft.reports.markdown import markdown
 from distft.reports.report import report as report_on_folders
+from distft.reports.report import spell
 from distft.runs.folder import RunFolder
 from distft.text import shorten
 
@@ -64,7 +65,9 @@ class Report:
                     "path": str(log.source),
                     "unread": log.unread,
                     "infinite": log.infinite,
-                    "figures": log.final,
+                    "diverged_from_step": log.diverged,
+                    "not_finite": dict(log.not_finite),
+                    "figures": spell(log.final),
                 }
                 for log in self.logs
             ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
@@ -34,7 +35,8 @@ _SHOWN = (
 class Metrics(list[dict[str, Any]]):
     """The records of a run's log, oldest first: `metrics[-1]["loss"]` is the last loss, `metrics["loss"]` all of them.
 
-    Records without a key (evaluations have no `loss`) are left out of its column.
+    Records without a key (evaluations have no `loss`) are left out of its column. A null, which is how JSON has NaN, is
+    NaN there.
     """
 
     @overload
@@ -45,7 +47,7 @@ class Metrics(list[dict[str, Any]]):
     def __getitem__(self, which: slice) -> Metrics: ...
     def __getitem__(self, which: str | SupportsIndex | slice) -> Any:
         if isinstance(which, str):
-            return [record[which] for record in self if record.get(which) is not None]
+            return [math.nan if record[which] is None else record[which] for record in self if which in record]
         if isinstance(which, slice):
             return Metrics(super().__getitem__(which))
         return super().__getitem__(which)
@@ -112,7 +114,7 @@ class Run:
         """What `distft.evaluate` found (`evaluation.json`), by task; empty if nothing was evaluated."""
         if not self.folder.results.is_file():
             return {}
-        return dict(json.loads(self.folder.results.read_text(encoding="utf-8")))
+        return dict(json.loads(self.folder.results.read_text(encoding="utf-8-sig")))
 
     @property
     def recipe(self) -> Recipe:

@@ -77,7 +77,7 @@ def _replaceable(paths: Sequence[Path], read: Sequence[Path | None]) -> list[Pat
 
 def _is_report(path: Path) -> bool:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if path.suffix == ".json" else None
     except (OSError, ValueError):
         return False

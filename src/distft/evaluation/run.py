@@ -142,7 +142,7 @@ def _known(folder: RunFolder, weights: Mapping[Any, str]) -> dict[str, Any]:
     """Earlier results for these weights. Results for other weights are dropped, with a message."""
     if not folder.results.is_file():
         return {}
-    found = json.loads(folder.results.read_text(encoding="utf-8"))
+    found = json.loads(folder.results.read_text(encoding="utf-8-sig"))
     kept = {task: result for task, result in found.items() if result["weights"] == weights}
     if dropped := sorted(found.keys() - kept.keys()):
         say(f"{', '.join(dropped)}: {folder.results} has results for other weights, which are dropped now")

@@ -5,6 +5,7 @@ It only reads what the runs write into their folders, so watching does not affec
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from rich.table import Table
 
 from distft.experiments.expand import ExperimentRun
 from distft.reports.results import outcome
+from distft.reports.tables import written
 from distft.runs.folder import RunFolder
 
 UNKNOWN = "–"
@@ -53,6 +55,9 @@ class Progress:
         summary, records = folder.read_summary(), folder.read_metrics()
         status = outcome(str(summary["status"]), summary.get("cause"))
         logged = {key: value for record in records for key, value in record.items() if value is not None}
+        loss = next((record["loss"] for record in reversed(records) if "loss" in record), None)
+        if loss is None and "loss" in logged:  # the last one is null, which is how JSON has NaN
+            logged["loss"] = math.nan
         step, steps = logged.get("step"), summary.get("steps") or _steps(run, logged)
         left = _left(records, step, steps) if status == "running" else None
         speed = summary.get("samples_per_second")
@@ -63,7 +68,7 @@ class Progress:
     def cells(self) -> list[str]:
         """The run's row of the table."""
         step = UNKNOWN if self.step is None else str(self.step) + ("" if self.steps is None else f"/{self.steps}")
-        loss = UNKNOWN if self.loss is None else f"{self.loss:.4f}"
+        loss = UNKNOWN if self.loss is None else written(self.loss, ".4f")
         speed = UNKNOWN if self.samples_per_second is None else f"{self.samples_per_second:,.1f}"
         left = UNKNOWN if self.left_s is None else str(timedelta(seconds=round(self.left_s)))
         return [self.name, self.status, step, loss, speed, left]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from distft.reports.bottleneck import Split
 from distft.reports.drawing import COLOURS, INK, Chart, draw_svg
-from distft.reports.history import History
-from distft.reports.tables import Cell, Column, Table
+from distft.reports.history import History, other_metrics
+from distft.reports.tables import Cell, Column, Table, written
 from distft.text import shorten
 
 if TYPE_CHECKING:
@@ -59,8 +59,6 @@ _CURVES = (
     _Curves("memory", "Peak memory so far, by rank", *_TIME, "peak_memory_gib", "GiB", "peak_memory_by_rank_gib"),
     _Curves("host_memory", "Host memory, by rank", *_TIME, "host_rss_gib", "GiB", "host_rss_by_rank_gib"),
 )
-_NOT_METRICS = ("_runtime", "_per_second", "_num_tokens", "_preparation_time")
-"""How the keys end that a Trainer logs at an evaluation and that are not metrics."""
 
 
 def charts(
@@ -91,12 +89,8 @@ def charts(
 
 
 def _curves(chart: _Curves, histories: Sequence[History]) -> Chart | None:
-    known = [
-        (history, rank, points)
-        for history in histories
-        for rank, curve in _by_rank(history, chart)
-        if (points := _finite(curve))
-    ]
+    found = [(history, rank, curve) for history in histories for rank, curve in _by_rank(history, chart)]
+    known = [(history, rank, points) for history, rank, curve in found if (points := _finite(curve))]
     if not known:
         return None
     variants = list(dict.fromkeys(history.variant for history in histories))
@@ -122,20 +116,17 @@ def _curves(chart: _Curves, histories: Sequence[History]) -> Chart | None:
         axes.set_xlabel(chart.x_title)
         axes.set_ylabel(chart.y_title)
 
-    curves = [(history.name + rank, points) for history, rank, points in known]
-    ends = [f"{name} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for name, points in curves]
+    curves = [(history.name + rank, curve) for history, rank, curve in found if curve]
+    ends = [f"{name} from {written(curve[0][1], '.4g')} to {written(curve[-1][1], '.4g')}" for name, curve in curves]
     columns = (Column("run", "name"), *(Column(title, format=",.6g") for title in (chart.x_title, chart.y_title)))
-    rows = tuple((name, x, y) for name, points in curves for x, y in _thinned(points))
+    rows = tuple((name, x, y) for name, curve in curves for x, y in _thinned(curve))
     description = f"{chart.y_title} over {chart.x_title}: {shorten(ends, CAPTIONED, '; ')}."
     return Chart(chart.key, chart.title, description, draw_svg(chart.key, draw, variants), Table(columns, rows))
 
 
 def _metrics(histories: Iterable[History]) -> list[_Curves]:
     """A chart for each metric of an evaluation that another program logged."""
-    known = {chart.y for chart in _CURVES}
-    logged = dict.fromkeys(key for each in histories if each.source for record in each.records for key in record)
-    keys = [key for key in logged if key.startswith("eval_") and key not in known and not key.endswith(_NOT_METRICS)]
-    names = {key: key.removeprefix("eval_").replace("_", " ") for key in keys}
+    names = {key: key.removeprefix("eval_").replace("_", " ") for key in other_metrics(histories)}
     return [_Curves(key, f"Evaluation: {name}", *_STEP, key, name) for key, name in names.items()]
 
 

@@ -7,6 +7,7 @@ summary and the environment say.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -99,7 +100,7 @@ def _unequal_losses(finished: Mapping[str, Sequence[Run]], tolerance: float) -> 
         medians = {name: None if spread is None else spread.median for name, spread in spreads.items()}
         known = [median for median in medians.values() if median is not None]
         apart = max((abs(median - known[0]) for median in known), default=0.0)
-        if known and (len(known) < len(medians) or apart > tolerance * abs(known[0])):
+        if known and (len(known) < len(medians) or any(map(math.isnan, known)) or apart > tolerance * abs(known[0])):
             found[key] = medians
     return found
 

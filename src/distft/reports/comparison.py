@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from distft.evaluation import summary
 from distft.reports import verdict as wording
 from distft.reports.comparability import EQUAL, MARGIN, ROUNDING, differences, equality, facts_of
-from distft.reports.results import SHOWN, Run, finite
+from distft.reports.results import SHOWN, Run, known
 from distft.runs.figures import Figure
 from distft.stats import Estimate, Interval, difference, ratio, repeats_to_find
 
@@ -116,10 +116,13 @@ class Comparer:
         broken = [what for what in self.declared if what in unequal]
         retokenized = "tokens" in unequal and bool(differences(facts_of(pair), ("model.name", "model.tokenizer")))
         for figure in (figure for figure in SHOWN if figure.compared):
-            ours, theirs = (finite(run.figures[figure.key] for run in runs) for runs in pair.values())
+            ours, theirs = (known([run.figures[figure.key] for run in runs]) for runs in pair.values())
             if not ours or not theirs:
                 continue
-            found, verdict, why = self._judged(figure, pair, ours, theirs)
+            if all(map(math.isfinite, [*ours, *theirs])):
+                found, verdict, why = self._judged(figure, pair, ours, theirs)
+            else:
+                found, verdict, why = None, "not compared", "it is NaN or infinite in a run"
             if figure.speed and broken == ["loss"]:
                 found, verdict, why = None, "withheld", wording.diverged(unequal["loss"], first, name, self.tolerance)
             elif figure.speed and broken:

@@ -8,6 +8,7 @@ report([RunFolder(Path("runs/a")), RunFolder(Path("runs/b"))]).to_json()
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,19 @@ class Report:
         for run, record in zip(self.runs, document["runs"], strict=True):
             del record["facts"]
             record["outcome"] = run.outcome
+            record["figures"] = spell(record["figures"])
+        for variant in document["variants"]:
+            variant["spreads"] = {key: spread and spell(spread) for key, spread in variant["spreads"].items()}
         return to_json(document) + "\n"
+
+
+def spell(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures for JSON, which has no NaN: "NaN", "Infinity" and "-Infinity" as text, because null is unknown."""
+    names = {math.inf: "Infinity", -math.inf: "-Infinity"}
+    return {
+        key: names.get(value, "NaN") if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in figures.items()
+    }
 
 
 def report(

@@ -44,7 +44,10 @@ _MACHINE = ("python", "cuda", "cpus", "packages", "gpus")
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure of a variant over its finished runs: median, smallest and largest value, and the number of runs."""
+    """A figure of a variant over its finished runs: median, smallest and largest value, and the number of runs.
+
+    NaN if it is NaN in a run, which then has no place among the others.
+    """
 
     median: float
     least: float
@@ -53,13 +56,15 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
-        known = finite(values)
-        return cls(statistics.median(known), min(known), max(known), len(known)) if known else None
+        found = known(values)
+        if any(map(math.isnan, found)):  # without it, the others would pass for all
+            return cls(math.nan, math.nan, math.nan, len(found))
+        return cls(statistics.median(found), min(found), max(found), len(found)) if found else None
 
 
-def finite(values: Iterable[float | None]) -> list[float]:
-    """The values that are known and finite."""
-    return [value for value in values if value is not None and math.isfinite(value)]
+def known(values: Iterable[float | None]) -> list[float]:
+    """The values that are known."""
+    return [value for value in values if value is not None]
 
 
 @dataclass(frozen=True)
@@ -147,17 +152,30 @@ def read_run(folder: RunFolder) -> Run:
 
 
 def _figures(summary: Mapping[str, Any], metrics: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
-    logged = {key: value for record in metrics for key, value in record.items() if value is not None}
+    logged: dict[str, float | None] = {}
+    for record in metrics:
+        logged |= {key: value for key, value in record.items() if value is not None}
+        if "loss" in record and record["loss"] is None:  # NaN, which JSON lacks
+            logged["loss"] = math.nan
     found = _no_figures() | columns(summary.get("evaluation"))
     for figure in (*SHOWN, *TIMES):
         if figure.path is not None:
             section, key = figure.path
-            found[figure.key] = (summary.get(section) or {}).get(key)
+            found[figure.key] = _measured(summary.get(section) or {}, key)
         elif figure.task is None:
             value = summary.get(figure.key)
             # The summary has no figures before the run has finished; the log says how far it came.
             found[figure.key] = logged.get(figure.logged) if value is None and figure.logged else value
     return found
+
+
+def _measured(losses: Mapping[str, Any], key: str) -> float | None:
+    """A value of `eval_before` or `eval_after`. JSON has null for a loss that is NaN, and for a perplexity that
+    overflows."""
+    value: float | None = losses.get(key)
+    if value is not None or key not in losses:
+        return value
+    return math.nan if losses.get("loss") is None else math.inf
 
 
 def _facts(
@@ -199,7 +217,7 @@ def _split(folder: RunFolder) -> Split | None:
     if not folder.profile.is_file():
         return None
     try:
-        return Split.of_profile(json.loads(folder.profile.read_text(encoding="utf-8")))
+        return Split.of_profile(json.loads(folder.profile.read_text(encoding="utf-8-sig")))
     except (ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"{folder.profile} is damaged: {error!r}") from error
 
@@ -213,7 +231,7 @@ def _complete_yaml(text: str) -> Any:
 
 def _parsed(folder: RunFolder, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
-        content = parse((folder.path / name).read_text(encoding="utf-8"))
+        content = parse((folder.path / name).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{folder.path} has no readable {name}: {error}") from error
     if not isinstance(content, dict):

@@ -8,7 +8,7 @@ from distft.evaluation import summary as details
 from distft.reports import verdict as wording
 from distft.reports.bottleneck import PARTS
 from distft.reports.facts import fact_lines, names
-from distft.reports.history import FINAL, History
+from distft.reports.history import History, final_figures
 from distft.reports.report import Report
 from distft.reports.results import NOT_THERE, SHOWN, TIMES, Run, Spread
 from distft.reports.tables import UNKNOWN, Cell, Code, Column, Document, Estimate, Line, Phrase, Range, Section, Table
@@ -291,12 +291,16 @@ def _equality(report: Report) -> Section:
 
 
 def _logs(logs: Sequence[History]) -> Section:
-    columns = (Column("log", "name"), *map(Column.of, FINAL))
-    rows = tuple((log.name, *(log.final.get(figure.key) for figure in FINAL)) for log in logs)
+    figures = final_figures(logs)
+    columns = (Column("log", "name"), *map(Column.of, figures))
+    rows = tuple((log.name, *(log.final.get(figure.key) for figure in figures)) for log in logs)
+    warnings = [f"{log.name} {wording.divergence(log.diverged, log.not_finite)}" for log in logs if log.not_finite]
     items: list[Line] = []
     for log in logs:
         if log.infinite:
-            items.append((Code(log.name), f": left out {count(log.infinite, 'value')} that are NaN or infinite."))
+            values = count(log.infinite, "value")
+            items.append((Code(log.name), f": charts leave out {values} that are NaN or infinite."))
         if log.unread:
             items.append((Code(log.name), f": left out {count(log.unread, 'record')} without a whole number as step."))
-    return Section("logs", ("Logs",), Table(columns, rows).without_unknown(), items=items)
+    table = Table(columns, rows).without_unknown()
+    return Section("logs", ("Logs",), table, items=items, warnings=warnings)

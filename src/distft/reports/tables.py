@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -66,6 +67,11 @@ Cell = str | float | Range | Estimate | Phrase | None
 """None is unknown. Numbers and ranges are written in the format of their column."""
 
 
+def written(value: float, form: str) -> str:
+    """A number in the format `form`; `NaN` and `infinite` in words, because they are results and not unknown."""
+    return format(value, form) if math.isfinite(value) else "NaN" if math.isnan(value) else "infinite"
+
+
 @dataclass(frozen=True)
 class Column:
     """A column: `name` identifies the row, `prose` may be of any length, and only numbers are aligned right."""
@@ -98,14 +104,14 @@ class Column:
             case str():
                 return Phrase(cell or UNKNOWN)
             case Range(value, low, high):
-                text, least, greatest = (f"{each:{self.format}}" for each in (value, low, high))
+                text, least, greatest = (written(each, self.format) for each in (value, low, high))
                 return Phrase(text, "" if least == greatest else f"({least}–{greatest})")
             case Estimate(value, low, high, form):
                 known = value == value and low is not None and high is not None and low == low and high == high
                 text = UNKNOWN if value != value else f"{value:{form}}"
                 return Phrase(text, f"[{low:{form}}, {high:{form}}]" if known else "")
             case _:
-                return Phrase(f"{cell:{self.format}}")
+                return Phrase(written(cell, self.format))
 
 
 @dataclass(frozen=True)

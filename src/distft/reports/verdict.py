@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft.reports.comparability import MARGIN, ROUNDING
 from distft.reports.results import LABELS, SHOWN
+from distft.reports.tables import written
 from distft.stats import CONFIDENCE
 from distft.text import count
 
@@ -108,9 +109,16 @@ def no_finished_run(variant: str, outcomes: Iterable[str]) -> str:
 def perplexity(before: float, after: float) -> str:
     """What training itself measured, for a run that was not evaluated."""
     return (
-        f"Held-out perplexity {before:,.2f} before training and {after:,.2f} after, without a confidence interval; "
+        f"Held-out perplexity {written(before, ',.2f')} before training and {written(after, ',.2f')} after, without a "
+        "confidence interval; "
         "run distft evaluate to see what the fine-tune changed."
     )
+
+
+def divergence(step: int | None, not_finite: Mapping[str, int]) -> str:
+    """What a log says that ends with losses that are not finite; follows its name."""
+    losses = ", ".join(f"{key} is not finite from step {first:,} on" for key, first in not_finite.items())
+    return losses if step is None else f"diverged from step {step:,}: {losses}"
 
 
 # The cells of the tables ----------------------------------------------------------------------------------------------
@@ -181,5 +189,6 @@ def diverged(losses: Mapping[str, Mapping[str, Any]], first: str, name: str, tol
             parts.append(f"only one of them has a {LABELS[key]}")
         else:
             apart = abs(theirs - ours) / abs(ours or 1)
-            parts.append(f"{LABELS[key]} {theirs:.4f} vs {ours:.4f}, {apart:.2%} apart")
+            by = f", {apart:.2%} apart" if math.isfinite(apart) else ""
+            parts.append(f"{LABELS[key]} {written(theirs, '.4f')} vs {written(ours, '.4f')}{by}")
     return f"the losses were declared equal but differ by more than {tolerance:.2%} ({'; '.join(parts)})"

@@ -171,7 +171,7 @@ class RunFolder:
         """What `environment.json` says about the latest processes of the run; empty if there were none."""
         if not self.environment.is_file():
             return {}
-        return dict(json.loads(self.environment.read_text(encoding="utf-8")))
+        return dict(json.loads(self.environment.read_text(encoding="utf-8-sig")))
 
     def read_summary(self) -> dict[str, Any]:
         """The content of `summary.json`.
@@ -180,7 +180,7 @@ class RunFolder:
             RunFolderError: this is not a run folder, or its summary cannot be read.
         """
         try:
-            record = json.loads(self.summary.read_text(encoding="utf-8"))
+            record = json.loads(self.summary.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise RunFolderError(f"{self.path} has no readable {self.summary.name}: {error}") from error
         if not isinstance(record, dict):

@@ -293,4 +293,4 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
 
 def perplexity(loss: float) -> float:
     """Return exp of a mean negative log-likelihood in nats, or infinity if that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)

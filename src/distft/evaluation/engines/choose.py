@@ -64,7 +64,7 @@ def obstacle_to_vllm(target: Target) -> str | None:
     if section is not None and section.is_quantized:
         return "vLLM does not quantise the base as in training"
     if target.result is not None and target.is_adapter:
-        adapter = json.loads((target.result / "adapter_config.json").read_text(encoding="utf-8"))
+        adapter = json.loads((target.result / "adapter_config.json").read_text(encoding="utf-8-sig"))
         for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"):
             if adapter.get(key):
                 return f"vLLM does not support adapters with {key}"
@@ -81,5 +81,5 @@ def _served(target: Target, side: SideName) -> Served:
     if not trained:
         return base
     folder = str(target.result)
-    rank = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    rank = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8-sig"))["r"]
     return Served(base.model, base.revision, base.dtype, base.trust_remote_code, folder, rank)

@@ -104,7 +104,7 @@ def read_pairs(path: Path, limit: int | None = None) -> list[Pair]:
         DataError: the file cannot be read, or an entry is not a pair.
     """
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
+        text = path.expanduser().read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
             records = json.loads(text)
         else:

@@ -117,7 +117,7 @@ def read_questions(path: Path, limit: int | None = None) -> list[TwoTurns]:
         DataError: the file cannot be read, or a line is not a question.
     """
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
+        text = path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the questions in {path} cannot be read: {error} (evaluation.mt_bench.questions)") from error
     found = [
