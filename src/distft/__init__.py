@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distft import errors as errors
+    from distft.api.check import check as check
     from distft.api.compare import compare as compare
     from distft.api.evaluate import evaluate as evaluate
     from distft.api.recipe import load_recipe as load_recipe
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
     from distft.api.train import train as train
 
 __version__ = "0.1.0"
-__all__ = ["Report", "Run", "compare", "errors", "evaluate", "load_recipe", "report", "submit", "train"]
+__all__ = ["Report", "Run", "check", "compare", "errors", "evaluate", "load_recipe", "report", "submit", "train"]
 
 _MODULES = {
     "Report": "distft.api.report",
     "Run": "distft.api.run",
+    "check": "distft.api.check",
     "compare": "distft.api.compare",
     "evaluate": "distft.api.evaluate",
     "load_recipe": "distft.api.recipe",

@@ -9,7 +9,7 @@ import pytest
 
 import distft
 
-NAMES = ("Run", "compare", "errors", "evaluate", "load_recipe", "report", "submit", "train")
+NAMES = ("Run", "check", "compare", "errors", "evaluate", "load_recipe", "report", "submit", "train")
 
 
 def test_importing_distft_takes_less_than_a_tenth_of_a_second() -> None:

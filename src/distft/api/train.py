@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.api.recipe import load, recipe_words
+from distft.api.recipe import recipe_words
 from distft.api.run import Run
 from distft.console import quiet_libraries
 from distft.errors import DistftError, Interrupted, LaunchError
@@ -37,9 +37,11 @@ def train(
         Interrupted: a signal or `run.max_time` stopped the run.
         DistftError: the run failed.
     """
+    from distft.api.check import load_checked
+
     quiet_libraries()
     words = recipe_words(recipe, overrides)
-    loaded = load(words)
+    loaded, _ = load_checked(words)
     processes = processes_for(loaded, processes)
     if processes == 1:
         from distft.api.in_process import train_here

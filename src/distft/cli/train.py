@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from distft.api.recipe import load
+from distft.api.check import load_checked
 from distft.api.train import processes_for
 from distft.cli.arguments import RECIPE, Commands
 
@@ -26,6 +26,6 @@ def train(options: argparse.Namespace) -> int:
     from distft.launch.node import Node
 
     node = Node.of(options.nnodes, options.node_rank, options.rdzv)
-    recipe = load(options.overrides)  # find the user's mistakes before starting any process
+    recipe, _ = load_checked(options.overrides)  # find the user's mistakes before starting any process
     processes = processes_for(recipe, options.nproc, node.count)
     return run(options.overrides, processes, recipe.run.max_restarts, node).code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 
 from distft import upstream_api
 from distft.config.recipe import load_recipe
@@ -12,6 +13,7 @@ from distft.console import say
 from distft.data.formats import data_faults
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import strategy_faults
+from distft.training.check import check_together
 from distft.training.checkpoints import save_result
 from distft.training.metrics import perplexity
 from distft.training.setup import (
@@ -34,6 +36,7 @@ def train(arguments: Sequence[str]) -> None:
     upstream_api.check()
     recipe = load_recipe(arguments, checks=(strategy_faults, data_faults))
     strategy = setup_strategy(recipe, Launcher.of_parent())
+    check_together(recipe, strategy.world, Path.cwd())
     data = setup_data(recipe, strategy)
     with open_run(recipe, strategy, data) as run:
         training = setup_trainer(run, setup_model(run))

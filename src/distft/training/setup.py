@@ -17,7 +17,6 @@ from distft.console import say
 from distft.data.batch_plan import Lengths, Plan
 from distft.data.loader import DataWait
 from distft.data.prepare import Splits, first_samples, lengths_of, prepare_data
-from distft.data.sources import require_files
 from distft.distributed.collectives import together
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.signals import STOP
@@ -107,7 +106,6 @@ def setup_strategy(recipe: Recipe, launcher: Launcher) -> Strategy:
 
 def setup_data(recipe: Recipe, strategy: Strategy) -> TrainingData:
     """Load the tokenizer, then read and tokenize the data. All ranks enter."""
-    together(strategy.world, lambda: require_files(recipe.data))
     tokenizer = together(strategy.world, lambda: load_tokenizer(recipe))
     splits = together(strategy.world, lambda: prepare_data(recipe, tokenizer))
     return TrainingData(tokenizer, splits, lengths_of(splits.train))
