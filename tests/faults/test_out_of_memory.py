@@ -179,6 +179,7 @@ def test_auto_takes_the_largest_micro_batch_within_the_limit(kind: str, nproc: i
         "batching.micro_batch=auto",
         "batching.global_batch_size=64",
         "training.max_steps=1",
+        "training.warmup_steps=0",
         "training.save_strategy=no",
         *KINDS[kind],
     )

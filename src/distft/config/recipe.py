@@ -170,6 +170,8 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
     _check_batching(recipe, fault)
     if recipe.training.get("eval_strategy", "no") != "no" and recipe.data.validation_fraction == 0:
         fault("training.eval_strategy", "there is no validation split to evaluate on", "set data.validation_fraction")
+    if recipe.training.get("max_steps") == 0:
+        fault("training.max_steps", "0 steps train nothing", "-1 for as many as training.num_train_epochs takes")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.run.name):
         fault(
             "run.name",

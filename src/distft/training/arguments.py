@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 from trl import SFTConfig
 
@@ -31,6 +33,15 @@ def pad_multiple(recipe: Recipe, strategy: Strategy) -> int | None:
 def training_arguments(recipe: Recipe, strategy: Strategy, folder: RunFolder, accumulation: int) -> SFTConfig:
     """Build the trainer's arguments, and tell accelerate about the gradient accumulation before it can assume 1."""
     strategy.accumulate(os.environ, accumulation)
+    arguments = build_arguments(SFTConfig, recipe, strategy, folder.checkpoints, accumulation)
+    upstream_api.use_one_gpu(arguments)
+    return arguments
+
+
+def build_arguments(
+    kind: type[SFTConfig], recipe: Recipe, strategy: Strategy, output: Path, accumulation: int, **changes: Any
+) -> SFTConfig:
+    """Build the trainer's arguments as an object of class `kind`, with the fields in `changes` replaced."""
     micro_batch = recipe.batching.micro_batch if recipe.batching.micro_batch_tokens is None else 1
     given = {key: value for key, value in recipe.training.items() if key != "save_total_limit"}
     given.setdefault("bf16", recipe.mixed_precision == "bf16")
@@ -41,17 +52,15 @@ def training_arguments(recipe: Recipe, strategy: Strategy, folder: RunFolder, ac
     given["pad_to_multiple_of"] = pad_multiple(recipe, strategy)
     if strategy.checkpoints_by_layer(recipe):
         given["gradient_checkpointing"] = False
-    arguments = SFTConfig(
-        output_dir=str(folder.checkpoints),
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=accumulation,
-        seed=recipe.run.seed,
+    own: dict[str, Any] = {
+        "output_dir": str(output),
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "seed": recipe.run.seed,
         # `Checkpoints` deletes old ones: the trainer would delete the last good one before the new one is complete.
-        save_total_limit=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        report_to="none",  # `runs.trackers` starts them, on rank 0 only and after the telemetry
-        disable_tqdm=True,
-        **(strategy.training_arguments() | given),
-    )
-    upstream_api.use_one_gpu(arguments)
-    return arguments
+        "save_total_limit": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "report_to": "none",  # `runs.trackers` starts them, on rank 0 only and after the telemetry
+        "disable_tqdm": True,
+    }
+    return kind(**(own | strategy.training_arguments() | given | changes))

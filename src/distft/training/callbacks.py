@@ -10,6 +10,8 @@ from transformers import TrainerCallback
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.distributed.strategies import Strategy
+from distft.errors import InvariantError
+from distft.text import count
 from distft.training import invariants
 from distft.training.nonfinite import BadNumbers
 
@@ -18,10 +20,16 @@ if TYPE_CHECKING:
 
 
 class Invariants(TrainerCallback):  # type: ignore[misc]
-    """Checks the prepared model before step 1, and its adapter after the first update. If one rank fails, all stop."""
+    """Checks the prepared model before step 1, and its adapter after the first update. If one rank fails, all stop.
 
-    def __init__(self, strategy: Strategy, recipe: Recipe, trainable: int, numbers: BadNumbers) -> None:
+    `updated` says whether any step of the run, including those before a resume, has updated the weights.
+    """
+
+    def __init__(
+        self, strategy: Strategy, recipe: Recipe, trainable: int, numbers: BadNumbers, updated: bool = False
+    ) -> None:
         self._strategy, self._recipe, self._trainable, self._numbers = strategy, recipe, trainable, numbers
+        self.updated = updated
         self._before: dict[str, int] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -31,10 +39,26 @@ class Invariants(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
         self._learning_rate = max(lr_scheduler.get_last_lr()) if lr_scheduler is not None else 0.0
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if self._before is not None and self._learning_rate > 0 and not self._numbers.in_a_row:
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        # A loss scaler that is looking for its scale skips steps without further notice.
+        skipped = self._numbers.in_a_row or getattr(optimizer, "step_was_skipped", False)
+        if self._before is not None and self._learning_rate > 0 and not skipped:
             invariants.check_updated(model, self._strategy, self._before, self._learning_rate)
-            self._before = None
+            self._before, self.updated = None, True
+
+    def check_ended(self, steps: int) -> None:
+        """Check, after the last of `steps` steps, that any of them has updated the weights.
+
+        Raises:
+            InvariantError: none has; the same on every rank.
+        """
+        if not self.updated:
+            raise InvariantError(
+                f"none of the {count(steps, 'step')} updated the weights: the learning rate was 0, or the step was "
+                "skipped. There is nothing to save; train for more steps, or lower training.warmup_steps"
+            )
 
 
 class FSDPPrefetch(TrainerCallback):  # type: ignore[misc]

@@ -62,6 +62,7 @@ def fit(run: OpenRun, training: Training) -> None:
 
 def finish(run: OpenRun, training: Training) -> None:
     """Evaluate, save and read back the result, and complete the run's summary."""
+    training.invariants.check_ended(training.trainer.state.global_step)
     record, telemetry, skipped = run.record, training.telemetry, training.numbers.skipped
     before = training.held_out.before
     if before is not None:

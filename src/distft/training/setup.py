@@ -24,6 +24,7 @@ from distft.distributed.strategies import Strategy, choose
 from distft.distributed.supervisor import Launch
 from distft.distributed.tensors import whole_numel
 from distft.distributed.world import World
+from distft.errors import RecipeError
 from distft.models.activation_checkpointing import set_up_checkpointing
 from distft.models.digest import digest
 from distft.models.loading import load_model, load_tokenizer, model_path
@@ -39,6 +40,7 @@ from distft.training.metrics import Telemetry
 from distft.training.nonfinite import BadNumbers
 from distft.training.oom import MemoryGuard
 from distft.training.profiler import Profile
+from distft.training.schedule import schedule_faults, schedule_notes, total_steps
 from distft.training.stopping import StopTogether
 from distft.training.throughput import Work, model_flops_per_token
 from distft.training.trainer import Trainer, build_trainer
@@ -88,6 +90,7 @@ class Training:
     numbers: BadNumbers
     checkpoints: Checkpoints
     held_out: HeldOutLoss
+    invariants: Invariants
 
 
 def setup_strategy(recipe: Recipe, launcher: Launcher) -> Strategy:
@@ -130,6 +133,7 @@ def setup_model(run: OpenRun) -> PreparedModel:
     plan = Plan(run.data.lengths, recipe.batching, recipe.run.seed)
     accumulation = together(world, lambda: plan.accumulation(world.world_size, recipe.epochs(plan.steps)))
     arguments = training_arguments(recipe, strategy, record.folder, accumulation)
+    check_schedule(run, arguments, total_steps(recipe, plan.steps))
     model = together(world, lambda: run.memory.load(lambda: load_model(recipe, strategy)))
     checkpointed = set_up_checkpointing(model, recipe, strategy, plan.heaviest_tokens)
     trainable = sum(whole_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
@@ -152,6 +156,18 @@ def setup_model(run: OpenRun) -> PreparedModel:
     return PreparedModel(model, arguments, plan, trainable, work)
 
 
+def check_schedule(run: OpenRun, arguments: SFTConfig, steps: int) -> None:
+    """Note what is unexpected in the learning rates of the run's optimizer steps.
+
+    Raises:
+        RecipeError: they train nothing, or cannot be computed.
+    """
+    if faults := schedule_faults(run.recipe, arguments, steps):
+        raise RecipeError(faults)
+    for note in schedule_notes(arguments, steps):
+        run.record.changed(note)
+
+
 def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
     """Build the trainer with its callbacks, which continue from what a checkpoint has carried over."""
     recipe, strategy, record, world = run.recipe, run.strategy, run.record, run.strategy.world
@@ -163,6 +179,7 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
     profile = Profile(folder, recipe, world, waits)
     telemetry = Telemetry(folder, recipe, world, plan, prepared.work, profile.covers, waits, measured)
     numbers = BadNumbers(recipe, folder, world, plan, carried.get("skipped_steps", 0))
+    invariants = Invariants(strategy, recipe, prepared.trainable, numbers, carried.get("updated", record.step > 0))
     held_out = HeldOutLoss(first_samples(splits.test, recipe.evaluation.max_samples), carried.get("before"))
     stop = StopTogether(
         world,
@@ -173,7 +190,12 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
     )
 
     def to_carry() -> dict[str, Any]:
-        return {"before": held_out.before, "skipped_steps": numbers.skipped, "telemetry": telemetry.carried()}
+        return {
+            "before": held_out.before,
+            "skipped_steps": numbers.skipped,
+            "updated": invariants.updated,
+            "telemetry": telemetry.carried(),
+        }
 
     checkpoints = Checkpoints(folder, strategy, recipe.training.get("save_total_limit"), to_carry)
     evaluates = recipe.evaluation.before_and_after and splits.test is not None
@@ -186,7 +208,7 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
         run.data.tokenizer,
         splits,
         callbacks=[
-            Invariants(strategy, recipe, prepared.trainable, numbers),
+            invariants,
             stop,
             profile,  # before the telemetry, whose windows end where profiled steps begin and end
             telemetry,  # before the trackers, which log what it adds
@@ -201,4 +223,4 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
         waits=waits,
     )
     held_out.attach(trainer)
-    return Training(trainer, stop, profile, telemetry, numbers, checkpoints, held_out)
+    return Training(trainer, stop, profile, telemetry, numbers, checkpoints, held_out, invariants)

@@ -1,0 +1,160 @@
+"""What is wrong with a recipe's training settings, found before any weight is loaded.
+
+The configurations, the optimizer and the schedule are built as the trainer will build them, and what their libraries
+raise becomes a fault: transformers would raise most of it only after the weights are loaded.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import patch_environment
+from transformers import Trainer
+from transformers.utils import is_liger_kernel_available
+from trl import SFTConfig
+
+from distft.config.recipe import Recipe
+from distft.distributed.strategies import Strategy
+from distft.distributed.strategies.selection import strategy_for
+from distft.distributed.world import World
+from distft.errors import Fault
+from distft.hardware import visible_devices
+from distft.models.loading import quantization_config
+from distft.training.arguments import build_arguments
+from distft.training.schedule import schedule_faults
+
+_IN_BACKWARD = ("lomo", "adalomo")
+"""Optimizers that update the weights during the backward pass, besides those whose names end in `_layerwise`."""
+_NEEDS_MODEL = ("galore", "apollo")
+"""Optimizers that choose among the model's modules, by the beginning of their names."""
+_LOSSES = ("nll", "dft", "chunked_nll")
+_METRICS = (None, "loss", "eval_loss")
+
+
+class _Unplaced(SFTConfig):  # type: ignore[misc]
+    """SFTConfig that does not set up the device: that starts the process group, and must not happen in a check."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def training_faults(recipe: Recipe, world_size: int = 1, *, on_gpu: bool | None = None) -> list[Fault]:
+    """Find what cannot work in `training` and `quantization`, and a schedule that trains nothing.
+
+    `on_gpu` says whether the run will have GPUs (None: if this machine has). What depends on the kind of GPU is only
+    checked if this machine has one.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run repeats them
+        return _training_faults(recipe, world_size, on_gpu)
+
+
+def _training_faults(recipe: Recipe, world_size: int, on_gpu: bool | None) -> list[Fault]:
+    here = visible_devices() > 0
+    strategy = strategy_for(recipe, World(world_size=world_size), here if on_gpu is None else on_gpu)
+    found = [*_refused(recipe), *_quantization_faults(recipe)]
+    known = {fault.key for fault in found}
+    changes: dict[str, Any] = {} if here or not strategy.on_gpu else {"use_cpu": True, "tf32": None}
+    arguments, faults = _built(recipe, strategy, changes)
+    found += [fault for fault in faults if fault.key not in known]
+    if arguments is None:
+        return found
+    if "training.optim" not in known:
+        found += _optimizer_faults(recipe, arguments, try_step=not strategy.on_gpu)
+    steps = arguments.max_steps if arguments.max_steps > 0 else None
+    return found + schedule_faults(recipe, arguments, steps)
+
+
+def _refused(recipe: Recipe) -> Iterator[Fault]:
+    """Settings that the libraries accept and that do not do here what they say."""
+    training = recipe.training
+
+    def fault(key: str, problem: str, hint: str) -> Fault:
+        return Fault(recipe.source.of(f"training.{key}"), f"training.{key}", problem, hint)
+
+    optimizer, loss = training.get("optim") or "", training.get("loss_type") or "nll"
+    if optimizer.startswith("schedule_free"):
+        problem = f"{optimizer} evaluates and saves other weights than it trains, and distft does not switch them"
+        yield fault("optim", problem, "adamw_torch")
+    if optimizer in _IN_BACKWARD or optimizer.endswith("_layerwise"):
+        problem = f"{optimizer} updates the weights during the backward pass, before distft has checked the gradients"
+        yield fault("optim", problem, optimizer.removesuffix("_layerwise") if "_" in optimizer else "adamw_torch")
+    if loss not in _LOSSES:
+        yield fault("loss_type", f"expected {' or '.join(map(repr, _LOSSES[:2]))}, got {loss!r}", "")
+    if loss == "dft" and training.get("label_smoothing_factor"):
+        yield fault("label_smoothing_factor", "has no effect with training.loss_type=dft", "set it to 0")
+    if training.get("save_strategy") == "best":
+        problem = "is not available: the result is the adapter of the last step, and resuming takes the newest one"
+        yield fault("save_strategy", f"'best' {problem}", "use 'steps' or 'epoch'")
+    if (metric := training.get("metric_for_best_model")) not in _METRICS:
+        yield fault("metric_for_best_model", f"an evaluation during training has no {metric!r}", "it has 'loss'")
+    if training.get("use_liger_kernel") and not is_liger_kernel_available():
+        yield fault("use_liger_kernel", "liger-kernel is not installed", "pip install liger-kernel, or leave it out")
+
+
+def _quantization_faults(recipe: Recipe) -> Iterator[Fault]:
+    try:
+        quantization_config(recipe)
+    except Exception as error:  # the library's own
+        yield Fault(recipe.source.of("quantization"), "quantization", _first_line(error))
+
+
+def _built(recipe: Recipe, strategy: Strategy, changes: dict[str, Any]) -> tuple[SFTConfig | None, list[Fault]]:
+    """The trainer's arguments, and what they refuse. Keys at fault are left out, so that others can be checked."""
+    found: list[Fault] = []
+    while True:
+        try:
+            # DeepSpeed's plugin would be built with the arguments.
+            with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
+                return build_arguments(_Unplaced, recipe, strategy, Path("checkpoints"), 1, **changes), found
+        except Exception as error:  # transformers raises ValueError, TypeError, ImportError, …
+            problem, words = _first_line(error).removeprefix("--"), re.findall(r"\w+", str(error))
+            if any(fault.problem == problem for fault in found):  # another key is behind it
+                return None, found
+            name = next((word for word in words if word in recipe.training), None)
+            key = f"training.{name}" if name else "training"
+            found.append(Fault(recipe.source.of(key), key, problem))
+            if name is None:
+                return None, found
+            rest = {key: value for key, value in recipe.training.items() if key != name}
+            recipe = recipe.model_copy(update={"training": rest})
+
+
+def _optimizer_faults(recipe: Recipe, arguments: SFTConfig, *, try_step: bool) -> Iterator[Fault]:
+    """Build the optimizer for a dummy parameter and, if `try_step`, take a step: where the run is on the CPU."""
+    name = arguments.optim.value
+    needs_model = name.startswith(_NEEDS_MODEL)
+    dummy = torch.nn.Linear(64, 64, bias=False)  # 4,096 values: bitsandbytes does not quantise the state of fewer
+
+    def build() -> None:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, None if needs_model else dummy)
+        optimizer = kind(dummy.parameters(), **options)
+        if try_step:
+            dummy.weight.grad = torch.ones_like(dummy.weight)
+            optimizer.step()
+
+    try:
+        build()
+    except Exception as error:  # each optimizer raises its own
+        if needs_model and "need to pass a model" in str(error):
+            return
+        key = "training.optim"
+        if arguments.optim_args:
+            given, arguments.optim_args = arguments.optim_args, None
+            try:
+                build()
+                key = "training.optim_args"
+            except Exception:  # noqa: S110 - the first one is reported
+                pass
+            arguments.optim_args = given
+        yield Fault(recipe.source.of(key), key, f"{name}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,177 @@
+"""Training settings that cannot work, or train nothing, are faults before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import PartialState
+
+from distft.config.recipe import load_recipe
+from distft.distributed.strategies.selection import strategy_for
+from distft.distributed.world import World
+from distft.errors import InvariantError, RecipeError
+from distft.training.arguments import training_arguments
+from distft.training.callbacks import Invariants
+from distft.training.checks import training_faults
+from distft.training.schedule import learning_rates, schedule_notes, total_steps
+
+
+def found(*words: str, **options: Any) -> dict[str, str]:
+    """The faults of tiny with overrides: key to message."""
+    recipe = load_recipe(["recipe=tiny", *(f"training.{word}" for word in words)])
+    return {fault.key.removeprefix("training."): str(fault) for fault in training_faults(recipe, **options)}
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "message"),
+    [
+        (["lr_scheduler_type=cosine_with_min_lr"], "lr_scheduler_type", "One of min_lr or min_lr_rate should be set"),
+        (
+            ["lr_scheduler_type=warmup_stable_decay"],
+            "lr_scheduler_type",
+            "num_decay_steps (required), num_stable_steps",
+        ),
+        (
+            ["lr_scheduler_type=warmup_stable_decay", "lr_scheduler_kwargs={num_decay_steps: a}"],
+            "lr_scheduler_kwargs",
+            "unsupported operand",
+        ),
+        (["lr_scheduler_kwargs={num_cycle: 2}"], "lr_scheduler_kwargs", "'num_cycle' (training.lr_scheduler_kwargs of"),
+        (["lr_scheduler_kwargs=foo"], "lr_scheduler_kwargs", "must be a mapping"),
+        (["lr_scheduler_type=constant", "lr_scheduler_kwargs={a: 1}"], "lr_scheduler_kwargs", "takes no options"),
+        (
+            ["lr_scheduler_type=reduce_lr_on_plateau", "eval_strategy=no"],
+            "lr_scheduler_type",
+            "requires an eval strategy",
+        ),
+        (
+            ["lr_scheduler_type=cosine_with_min_lr", "lr_scheduler_kwargs={min_lr: 1}"],
+            "lr_scheduler_kwargs",
+            "expected 0 to 0.003",
+        ),
+        (["learning_rate=.inf"], "learning_rate", "the learning rate of step 1 would be nan"),
+        (["learning_rate=0"], "learning_rate", "a learning rate of 0 trains nothing"),
+        (["max_steps=1"], "warmup_steps", "the warm-up takes 1 of 1 step, and the learning rate never rises above 0"),
+        (["warmup_steps=0.9", "max_steps=1"], "warmup_steps", "set training.warmup_steps=0"),
+        (
+            [
+                *("lr_scheduler_type=warmup_stable_decay", "warmup_steps=0", "max_steps=4"),
+                "lr_scheduler_kwargs={num_decay_steps: 0, num_stable_steps: 0}",
+            ],
+            "lr_scheduler_kwargs",
+            "the learning rate is 0 in every one of 4 steps",
+        ),
+        (["optim=adamw_torch_8bit"], "optim", "adamw_torch_8bit: You need to have `torchao>=0.4.0`"),
+        (["optim=adamw_anyprecision"], "optim", "Please install https://github.com/pytorch/torchdistx"),
+        (["optim=galore_adamw", "optim_target_modules=all-linear"], "optim", "You need to install `galore_torch`"),
+        (["optim=schedule_free_adamw"], "optim", "saves other weights than it trains"),
+        (["optim=galore_adamw_layerwise"], "optim", "during the backward pass"),
+        (["optim=sgd", "optim_args=momentum"], "optim_args", "not enough values to unpack"),
+        (["optim=sgd", "optim_args='nesterov=true'"], "optim_args", "Nesterov momentum requires a momentum"),
+        (["tf32=true"], "tf32", "tf32 requires Ampere or a newer GPU arch"),
+        (["dataloader_prefetch_factor=2"], "dataloader_prefetch_factor", "dataloader_num_workers > 0"),
+        (["save_strategy=best", "metric_for_best_model=loss"], "save_strategy", "the adapter of the last step"),
+        (["metric_for_best_model=accuracy"], "metric_for_best_model", "has no 'accuracy' (it has 'loss')"),
+        (["loss_type=dtf"], "loss_type", "expected 'nll' or 'dft', got 'dtf'"),
+        (["loss_type=dft", "label_smoothing_factor=0.1"], "label_smoothing_factor", "has no effect"),
+        (["torch_empty_cache_steps=0"], "torch_empty_cache_steps", "must be an integer bigger than 0"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_one_fault_that_names_it(words: list[str], key: str, message: str) -> None:
+    faults = found(*words)
+    assert list(faults) == [key]
+    assert message in faults[key]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["max_steps=2"],
+        ["max_steps=1", "warmup_steps=0"],
+        ["lr_scheduler_type=cosine_with_min_lr", "lr_scheduler_kwargs={min_lr: 1e-5}"],
+        ["lr_scheduler_type=warmup_stable_decay", "lr_scheduler_kwargs={num_decay_steps: 10}"],
+        ["lr_scheduler_type=reduce_lr_on_plateau", "lr_scheduler_kwargs={patience: 1}"],
+        ["lr_scheduler_type=greedy"],
+        ["optim=paged_adamw_8bit"],
+        ["optim=rmsprop", "optim_args='momentum=0.9'"],
+        ["dataloader_prefetch_factor=2", "dataloader_num_workers=1"],
+        ["label_smoothing_factor=0.2"],
+    ],
+    ids=" ".join,
+)
+def test_a_setting_that_works_is_no_fault_and_starts_no_process_group(words: list[str]) -> None:
+    before = dict(PartialState._shared_state)
+    assert found(*words, world_size=2) == {}
+    assert PartialState._shared_state == before
+
+
+def test_all_faults_are_found_at_once_and_none_of_another_machine_s_gpu() -> None:
+    several = ("tf32=true", "save_strategy=best", "optim=stable_adamw", "lr_scheduler_kwargs={x: 1}")
+    assert list(found(*several)) == ["save_strategy", "tf32", "optim", "lr_scheduler_kwargs"]
+    assert list(found(*several, on_gpu=True)) == ["save_strategy", "optim", "lr_scheduler_kwargs"]
+
+
+def test_no_steps_are_a_fault_without_any_library() -> None:
+    with pytest.raises(RecipeError, match=r"training\.max_steps: 0 steps train nothing"):
+        load_recipe(["recipe=tiny", "training.max_steps=0"])
+
+
+Notes = Callable[..., list[str]]
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Notes:
+    from distft.runs.folder import RunFolder
+
+    def of(steps: int, *words: str) -> list[str]:
+        recipe = load_recipe(["recipe=tiny", *(f"training.{word}" for word in words)])
+        strategy = strategy_for(recipe, World(), on_gpu=False)
+        arguments = training_arguments(recipe, strategy, RunFolder(tmp_path), 1)
+        assert len(learning_rates(arguments, steps)) in (1, steps)
+        return schedule_notes(arguments, steps)
+
+    return of
+
+
+def test_a_schedule_that_is_not_what_it_seems_is_reported(notes: Notes) -> None:
+    assert notes(40) == [] == notes(4, "lr_scheduler_type=linear", "warmup_steps=1")
+    assert notes(4, "warmup_steps=1000") == [
+        "the learning rate never reaches 0.003: its highest is 9e-06, and the warm-up takes 1,000 of 4 steps"
+    ]
+    assert notes(40, "lr_scheduler_type=constant") == ["training.warmup_steps has no effect: constant has no warm-up"]
+    assert notes(
+        40,
+        "lr_scheduler_type=warmup_stable_decay",
+        "lr_scheduler_kwargs={num_stable_steps: 5, num_decay_steps: 3}",
+        "warmup_steps=2",
+    ) == ["the learning rate is 0 in 30 steps of 40: they train nothing"]
+
+
+def test_learning_rates_are_those_of_the_schedule(tmp_path: Path) -> None:
+    from distft.runs.folder import RunFolder
+
+    recipe = load_recipe(["recipe=tiny", "training.lr_scheduler_type=linear", "training.warmup_steps=2"])
+    arguments = training_arguments(recipe, strategy_for(recipe, World(), False), RunFolder(tmp_path), 1)
+    assert learning_rates(arguments, 6) == pytest.approx([0, 0.0015, 0.003, 0.00225, 0.0015, 0.00075])
+
+
+def test_the_number_of_steps_is_the_trainer_s() -> None:
+    def of(*words: str) -> int:
+        return total_steps(load_recipe(["recipe=tiny", *words]), per_epoch=11)
+
+    assert of() == 44
+    assert of("training.num_train_epochs=0.5") == 6
+    assert of("training.num_train_epochs=0.001") == 1
+    assert of("training.max_steps=7") == 7
+
+
+def test_a_run_that_never_updated_the_weights_has_no_result() -> None:
+    recipe: Any = None
+    never = Invariants(recipe, recipe, 0, recipe)
+    with pytest.raises(InvariantError, match="none of the 3 steps updated the weights"):
+        never.check_ended(3)
+    Invariants(recipe, recipe, 0, recipe, updated=True).check_ended(3)
