@@ -19,6 +19,7 @@ import pytest
 from distft.doctor.advice import advice, first_error
 from distft.doctor.bandwidth import Bandwidth, measure
 from distft.doctor.facts import Disk, Facts, Gpu, Pair, Slurm, gather, memory_limit, supports
+from distft.doctor.network import Host
 from distft.doctor.report import table, verdict
 
 H200 = Gpu(0, "NVIDIA H200", 139.8, (9, 0), free_gib=139.2, nvlinks=18)
@@ -43,6 +44,7 @@ NODE = Facts(
     bitsandbytes="libbitsandbytes_cuda130.so",
     compiler="/usr/bin/c++",
     interfaces=("lo", "eth0"),
+    host=Host("node", ("127.0.1.1",), here=True),
     wandb_key=True,
     hub_token=True,
     hub_offline=False,
@@ -69,6 +71,18 @@ def test_a_node_without_problems_gets_no_advice() -> None:
             "ddp_qlora or zero2_bf16",
         ),
         ({"shm_gib": 64 / 1024}, "warning", "shared memory is 64 MiB", "--shm-size"),
+        (
+            {"host": Host("node7")},
+            "warning",
+            "the host name node7 has no address",
+            "add `127.0.1.1 node7` to /etc/hosts",
+        ),
+        (
+            {"host": Host("node7", ("10.9.8.7",))},
+            "warning",
+            "the host name node7 has the address 10.9.8.7, which is another machine's",
+            "PET_LOCAL_ADDR=127.0.0.1",
+        ),
         (
             {**NO_TORCH_GPU, "driver": "535.104", "driver_cuda": "12.2", "cuda_error": "too old"},
             "error",

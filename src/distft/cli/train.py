@@ -26,6 +26,7 @@ def train(options: argparse.Namespace) -> int:
     from distft.launch.node import Node
 
     node = Node.of(options.nnodes, options.node_rank, options.rdzv)
+    node.check_rendezvous()
     recipe, _ = load_checked(options.overrides)  # find the user's mistakes before starting any process
     processes = processes_for(recipe, options.nproc, node.count)
     return run(options.overrides, processes, recipe.run.max_restarts, node).code

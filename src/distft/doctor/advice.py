@@ -33,7 +33,7 @@ class Finding:
 
 def advice(facts: Facts) -> list[Finding]:
     """The findings: errors first, and causes before their consequences."""
-    parts = (_packages, _gpus, _storage, _memory, _variables, _collectives, _links, _quantisation, _services)
+    parts = (_packages, _gpus, _storage, _memory, _host, _variables, _collectives, _links, _quantisation, _services)
     order: Sequence[Level] = ("error", "warning", "note")
     return sorted((found for part in parts for found in part(facts)), key=lambda found: order.index(found.level))
 
@@ -210,6 +210,18 @@ def _memory(facts: Facts) -> Iterator[Finding]:
 
 
 # ---- communication ---------------------------------------------------------------------------------------------------
+
+
+def _host(facts: Facts) -> Iterator[Finding]:
+    host = facts.host
+    if host is None or host.here:
+        return
+    problem = f"the address {', '.join(host.addresses)}, which is another machine's" if host.addresses else "no address"
+    what = (
+        f"the host name {host.name} has {problem}: with several processes, torchrun and accelerate launch wait for it "
+        "until they time out; distft train and distft submit do not need it"
+    )
+    yield Finding("warning", what, f"add `127.0.1.1 {host.name}` to /etc/hosts, or set PET_LOCAL_ADDR=127.0.0.1")
 
 
 def _variables(facts: Facts) -> Iterator[Finding]:

@@ -24,6 +24,7 @@ import psutil
 
 from distft import upstream_api
 from distft.doctor.bandwidth import Bandwidth, measure
+from distft.doctor.network import Host, host
 
 _GIB = 2**30
 NEEDED = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "nvidia-ml-py")
@@ -117,6 +118,7 @@ class Facts:
     compiler: str | None = None
     slurm: Slurm | None = None
     interfaces: tuple[str, ...] = ()
+    host: Host | None = None
     variables: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of NCCL, gloo and CUDA."""
     wandb_key: bool | None = None
@@ -161,6 +163,7 @@ def gather(*, bandwidth: bool = True) -> Facts:
         compiler=shutil.which(os.environ.get("CXX", "c++")),
         slurm=_slurm(),
         interfaces=tuple(psutil.net_if_addrs()),
+        host=host(),
         variables={
             name: value
             for name, value in sorted(os.environ.items())

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from distft.doctor.advice import Finding, advice, first_error, free_text
 from distft.doctor.facts import Disk, Facts, Gpu, Pair, Slurm, gather
+from distft.doctor.network import Host
 from distft.text import count
 
 
@@ -56,6 +57,7 @@ def table(facts: Facts) -> str:
         ("scheduler", _scheduler(facts.slurm)),
         ("W&B", _login(facts.wandb_key)),
         ("hub", f"{_login(facts.hub_token)}{', offline' if facts.hub_offline else ''}"),
+        ("host name", _host(facts.host)),
         ("variables", variables or "none of NCCL, gloo or CUDA"),
         ("bandwidth", _bandwidth(facts)),
     ]
@@ -98,6 +100,10 @@ def _scheduler(slurm: Slurm | None) -> str:
         return "none"
     job = f"; in job {slurm.job}" if slurm.job else ""
     return f"{slurm.version or 'SLURM'}: {slurm.said if slurm.answers else 'no response'}{job}"
+
+
+def _host(host: Host | None) -> str:
+    return "unknown" if host is None else f"{host.name}: {', '.join(host.addresses) or 'no address'}"
 
 
 def _login(known: bool | None) -> str:

@@ -33,7 +33,7 @@ def worker_command(
         "num_machines": node.count,
         "machine_rank": node.rank,
         "rdzv_backend": "c10d",  # the default rendezvous hangs when a worker is killed
-        "main_process_ip": node.host or "127.0.0.1",
+        "main_process_ip": node.bracketed_host or "127.0.0.1",
         "main_process_port": node.port or 0,
         "max_restarts": restarts,
         "monitor_interval": 1,  # gives the neighbours of a killed worker time to see how it ended
@@ -58,9 +58,11 @@ def worker_environment(environment: Mapping[str, str], processes: int, outcome: 
     store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     if node.count == 1:
         # By default all launchers on a machine use the same port and run ID, and join each other's runs.
-        rendezvous = {"PET_RDZV_ENDPOINT": "127.0.0.1:0", "PET_RDZV_ID": uuid.uuid4().hex}
+        # torch would take the address of the host name, which many machines cannot resolve, and wait for it.
+        own = {"PET_RDZV_ENDPOINT": "127.0.0.1:0", "PET_LOCAL_ADDR": "127.0.0.1"}
+        rendezvous = {**own, "PET_RDZV_ID": uuid.uuid4().hex}
     else:
-        # torch and gloo would take the address of the host name, which is loopback or unset on many machines.
+        # torch and gloo would take the address of the host name, which is loopback on many machines.
         address = node.address()
         rendezvous = {"PET_RDZV_ID": node.rendezvous, "PET_LOCAL_ADDR": address}
         interface = interface_of(address)
