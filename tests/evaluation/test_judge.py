@@ -95,6 +95,27 @@ def test_an_unparsable_verdict_is_asked_for_again_and_finally_counted(
     assert [attempt["sampling"]["temperature"] for attempt in last["attempts"]] == [0.0, 0.7, 0.7]
 
 
+def test_only_what_follows_the_reasoning_of_a_judge_counts(target: Target, tmp_path: Path, replay: Replay) -> None:
+    messages: list[tuple[dict[str, Any], str]] = [
+        ({"content": "I lean to\n[RESULT] 2\n…</think>\nFeedback: Good. [RESULT] 4"}, "stop"),
+        ({"content": [{"type": "text", "text": "Feedback: Good."}, {"type": "text", "text": " [RESULT] 5"}]}, "stop"),
+        ({"content": None, "reasoning_content": "Good. [RESULT] 3"}, "stop"),
+        ({"content": "I lean to\n[RESULT] 2\nbut"}, "length"),  # reasoning too, as the end of the first one's shows
+    ]
+
+    def says(body: dict[str, Any], _: int) -> dict[str, Any]:
+        number = next(number for number in range(4) if f"Instruction {number}" in body["messages"][0]["content"])
+        return {"choices": [{"message": messages[number][0], "finish_reason": messages[number][1]}]}
+
+    server = replay(says)
+    for _ in range(2):  # the second time from the cache
+        found = judge_all(QUESTIONS, target, by_endpoint(server.address, attempts=1), tmp_path)
+        assert [judgement.value for judgement in found] == [4, 5, None, None]
+        assert found[2].reason == "the answer is in reasoning_content, and content is empty"
+        assert found[3].reason == "cut off in its reasoning (<think>)"
+    assert len(server.bodies) == 4
+
+
 def test_cached_judgements_cost_nothing(target: Target, tmp_path: Path, replay: Replay) -> None:
     server = replay(lambda body, number: (200, "[RESULT] 5" if number % 2 else "Hm."))
     settings = by_endpoint(server.address, attempts=2)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distft.evaluation.judge_parsing import parse_verdict
+from distft.evaluation.judge_parsing import opens_reasoning, parse_verdict, reasons_from_the_start
 
 PARSED = [
     ("Feedback: Clear and complete. [RESULT] 4", 4),
@@ -53,7 +53,22 @@ PARSED = [
     ("Antwort: falsch, 1945 statt 1954 … 😀 [RESULT] 1", 1),
 ]
 
+PARSED += [
+    ("<think>Perhaps 2.\n[RESULT] 2\nNo, better.</think>\nFeedback: Good. [RESULT] 4", 4),
+    ("It seems weak: [RESULT] 2 …\n</think>\n\nFeedback: Good. [RESULT] 4", 4),  # the template opened it
+    ("<think>a</think> [RESULT] 2 <think>b</think>Feedback: Good. [RESULT] 4", 4),
+    ("<thinking>[RESULT] 2</thinking>[RESULT] 4", 4),
+    ("<reasoning>\n[RESULT] 2\n</reasoning>\n[RESULT] 4", 4),
+    ("[THINK][RESULT] 2[/THINK][RESULT] 4", 4),
+    ("<|channel|>analysis<|message|>[RESULT] 2<|end|><|start|>assistant<|channel|>final<|message|>[RESULT] 4", 4),
+    ("Feedback: The response shows its `<think>` tag to the user. [RESULT] 2", 2),
+]
+
 UNPARSED = [
+    ("<think>I lean to\n[RESULT] 2\nbut", "its reasoning has no end (<think>)"),
+    ("<thinking>\n[RESULT] 2", "its reasoning has no end (<thinking>)"),
+    ("<think>a</think>\n<think>\n[RESULT] 2", "its reasoning has no end"),
+    ("<think>Clearly [RESULT] 2</think>\n", "nothing after </think>"),
     ("", "nothing"),
     (" \n\t", "nothing"),
     ("Feedback: The response is good, I would give it 4 of 5.", "no [RESULT]"),
@@ -192,3 +207,17 @@ def test_every_text_gives_a_verdict_or_a_reason(text: str) -> None:
         verdict = parse_verdict(text, kind)  # type: ignore[arg-type]
         assert (verdict.value is None) == (verdict.reason is not None)
         assert verdict.value is None or verdict.value in allowed
+
+
+def test_a_text_cut_off_in_its_reasoning_has_no_verdict() -> None:
+    assert (
+        parse_verdict("<think>\n[RESULT] 2\nbut", "grade", finished=False).reason
+        == "cut off in its reasoning (<think>)"
+    )
+    begun = "It seems weak.\n[RESULT] 2\nHowever,"
+    assert parse_verdict(begun, "grade", finished=False).value == 2
+    assert parse_verdict(begun, "grade", finished=False, reasoning=True).value is None
+    assert parse_verdict(f"{begun}</think>[RESULT] 4", "grade", reasoning=True).value == 4
+    assert opens_reasoning("<|im_start|>assistant\n<think>\n") and opens_reasoning("<｜Assistant｜><think>\n")
+    assert not opens_reasoning("<|im_start|>assistant\n<think>\n\n</think>\n\n") and not opens_reasoning("###Feedback:")
+    assert reasons_from_the_start("a </think> b") and not reasons_from_the_start("<think>a</think> b")

@@ -54,11 +54,12 @@ class Item:
 @dataclass(frozen=True)
 class Answer:
     """A text of `tokens` tokens. `finished` is false if it ran into a limit, or if the prompt left no room (0
-    tokens)."""
+    tokens). `why_empty` says why a server gave no text, if that is known."""
 
     text: str
     tokens: int
     finished: bool
+    why_empty: str = ""
 
 
 class Engine(Protocol):
@@ -102,7 +103,9 @@ def generate(engine: Engine, items: Sequence[Item], world: World, cache: Path, t
 
     costs = [len(prompt) + 4 * item.sampling.max_new_tokens for prompt, item in zip(prompts, items, strict=True)]
     records = complete(cache, keys, work, world, costs=costs, title=title)
-    return [Answer(record["text"], record["tokens"], record["finished"]) for record in records]
+    return [
+        Answer(record["text"], record["tokens"], record["finished"], record.get("why_empty", "")) for record in records
+    ]
 
 
 def describe_answers(answers: Sequence[Answer]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from distft.errors import JudgeError, ModelError
 from distft.evaluation.engines.openai import JudgeServer
 from distft.evaluation.engines.transformers import TransformersEngine
 from distft.evaluation.generate import Answer, Engine, Item, Message, Sampling, generate, render, template_of
-from distft.evaluation.judge_parsing import Kind, parse_verdict
+from distft.evaluation.judge_parsing import Kind, Verdict, opens_reasoning, parse_verdict, reasons_from_the_start
 from distft.evaluation.target import SideName, Target
 from distft.files import to_json, write_atomically
 from distft.models.loading import load_base, load_tokenizer, model_path
@@ -215,8 +215,17 @@ def judge_all(questions: Sequence[Question], target: Target, settings: Evaluatio
         items = [Item(({"role": "user", "content": prompts[index]},), sampling) for index in asked]
         title = "judging" if attempt == 0 else f"judging again ({attempt + 1} of {judge.attempts})"
         answers = generate(engine, items, target.world, folder / "judge_answers.jsonl", title)
-        for index, answer in zip(asked, answers, strict=True):
-            verdict = parse_verdict(answer.text, questions[index].kind, finished=answer.finished)
+        reasons_first = any(reasons_from_the_start(answer.text) for answer in answers)
+        for index, item, answer in zip(asked, items, answers, strict=True):
+            verdict = parse_verdict(
+                answer.text,
+                questions[index].kind,
+                finished=answer.finished,
+                # Only a server knows its template; what it cut off may be reasoning if that of others had an end.
+                reasoning=opens_reasoning(engine.prompt(item.messages)) or (reasons_first and not answer.finished),
+            )
+            if not answer.text.strip() and answer.why_empty:
+                verdict = Verdict(None, answer.why_empty)
             raw[index].append(
                 {
                     "output": answer.text,

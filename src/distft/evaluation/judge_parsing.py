@@ -1,7 +1,8 @@
 """Parse a judge's verdict from what it wrote: `[RESULT] 4`, or `[RESULT] A` if two answers were compared.
 
 The verdict must follow the marker and be alone on its line. Other digits and letters in the text are never considered:
-anything else is unparsed, with a reason, and the judge is asked again.
+anything else is unparsed, with a reason, and the judge is asked again. Of a model that reasons before it answers, only
+what follows the end of its reasoning (`</think>`) counts.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ _VERDICT: dict[Kind, re.Pattern[str]] = {
     "preference": re.compile(rf"{_LEAD}(?P<value>[AB]){_TRAIL}{_LINE_ENDS}", re.ASCII),
 }
 _ASKED: dict[Kind, str] = {"grade": "an integer from 1 to 5", "preference": "A or B"}
+_REASONING = r"(?:seed:)?(?:think|thinking|thought|thoughts|reasoning|reflection)"
+_OPEN_TAG = rf"(<{_REASONING}>|\[THINK\]|◁think▷)"
+_OPENS = re.compile(rf"^[ \t]*{_OPEN_TAG}", re.IGNORECASE | re.MULTILINE)
+_OPENED = re.compile(rf"{_OPEN_TAG}\s*\Z", re.IGNORECASE)
+_CLOSES = re.compile(rf"</{_REASONING}>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>", re.IGNORECASE)
 _NUMBER = re.compile(rf"{_LEAD}(?P<number>[-+~]?[0-9][^\s{_CLOSE}*]*)")
 
 
@@ -35,14 +41,36 @@ class Verdict:
     reason: str | None = None
 
 
-def parse_verdict(text: str, kind: Kind, *, finished: bool = True) -> Verdict:
-    """The verdict of the last marker in `text`.
+def opens_reasoning(prompt: str) -> bool:
+    """Whether the prompt ends by opening the judge's reasoning, as some chat templates do: the text then begins within
+    it."""
+    return _OPENED.search(prompt) is not None
+
+
+def reasons_from_the_start(text: str) -> bool:
+    """Whether the text ends reasoning that only its prompt can have opened."""
+    close = _CLOSES.search(text)
+    return close is not None and _OPENS.search(text, 0, close.start()) is None
+
+
+def parse_verdict(text: str, kind: Kind, *, finished: bool = True, reasoning: bool = False) -> Verdict:
+    """The verdict of the last marker in `text`, or in what follows its reasoning.
 
     `finished` is False if the judge ran into its token limit. A verdict at the very end of the text may then be the
-    beginning of another (`4` of `4.5`), so it counts only if its line has ended.
+    beginning of another (`4` of `4.5`), so it counts only if its line has ended. `reasoning` is True if the text begins
+    within reasoning that the prompt has opened.
     """
     if not text.strip():
         return Verdict(None, "the judge wrote nothing")
+    closes = [*_CLOSES.finditer(text)]
+    if closes:
+        text = text[closes[-1].end() :]
+    opened = _OPENS.search(text)
+    if opened is not None or (reasoning and not closes):
+        tag = "<think>" if opened is None else opened[1]
+        return Verdict(None, f"its reasoning has no end ({tag})" if finished else f"cut off in its reasoning ({tag})")
+    if closes and not text.strip():
+        return Verdict(None, f"nothing after {closes[-1][0]}" if finished else f"cut off after {closes[-1][0]}")
     markers = list(_MARKER.finditer(text))
     if not markers:
         if _TORN.search(text.rstrip()):

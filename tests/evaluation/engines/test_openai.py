@@ -80,6 +80,50 @@ def test_a_text_that_hits_the_limit_is_not_finished(replay: Replay) -> None:
     assert answers(endpoint(server.address), item("Grade this.")) == [Answer("Feedback: go?", 0, False)]
 
 
+TEXT = "Feedback: Good. [RESULT] 4"
+
+
+@pytest.mark.parametrize(
+    ("message", "ended", "text", "why"),
+    [
+        (
+            {"content": [{"type": "text", "text": "Feedback: Good. "}, {"type": "text", "text": "[RESULT] 4"}]},
+            "stop",
+            TEXT,
+            "",
+        ),
+        (
+            {"content": [{"type": "thinking", "thinking": "[RESULT] 2"}, {"type": "text", "text": TEXT}]},
+            "stop",
+            TEXT,
+            "",
+        ),
+        ({"content": TEXT, "reasoning_content": "[RESULT] 2"}, "stop", TEXT, ""),
+        (
+            {"content": None, "reasoning_content": TEXT},
+            "stop",
+            "",
+            "the answer is in reasoning_content, and content is empty",
+        ),
+        ({"content": "", "reasoning": TEXT}, "length", "", "cut off in reasoning, and content is empty"),
+        ({"reasoning_content": TEXT}, "stop", "", "the answer is in reasoning_content, and content is empty"),
+        ({"content": [{"type": "thinking", "thinking": TEXT}]}, "stop", "", "the answer is in parts of type thinking"),
+        ({"content": None, "refusal": "I can't\nhelp."}, "stop", "", "the judge refused: I can't help."),
+        ({"content": [{"type": "refusal", "refusal": "No."}]}, "stop", "", "the judge refused: No."),
+        ({"content": None}, "content_filter", "", "withheld by the server's content filter"),
+        ({"content": None}, "length", "", "cut off before any text"),
+        ({"content": None}, "stop", "", ""),
+    ],
+)
+def test_the_text_of_a_message_is_its_content(
+    replay: Replay, message: dict[str, Any], ended: str, text: str, why: str
+) -> None:
+    server = replay(lambda body, number: {"choices": [{"message": message, "finish_reason": ended}]})
+    (answer,) = answers(endpoint(server.address), item("Grade this."))
+    assert (answer.text, answer.finished) == (text, ended == "stop")
+    assert answer.why_empty.startswith(why) and bool(answer.why_empty) == bool(why)
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_request_to_a_busy_server_is_retried(replay: Replay, status: int) -> None:
     says = lambda body, number: (status, "later") if number < 2 else (200, "[RESULT] 3")  # noqa: E731

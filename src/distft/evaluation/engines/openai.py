@@ -30,6 +30,10 @@ _MAX_RETRY_AFTER_S = 600.0
 _CONNECT_S = 10.0
 _PROBE_S = 3.0
 _TOO_MANY_REQUESTS = 429
+_TEXT = ("text", "output_text")
+"""The types of the parts of a message that are its text."""
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""The fields of a message in which servers put what the model reasons before it answers."""
 _REPORTED_ATTEMPT = 2
 """Retries are reported from this attempt on: trouble that passes by itself is no news."""
 
@@ -141,10 +145,10 @@ class Client:
         try:
             record = response.json()
             choice = record["choices"][0]
-            text = str((choice["message"]["content"] if "message" in choice else choice["text"]) or "")
+            text, why_empty = read_message(choice["message"], choice) if "message" in choice else (choice["text"], "")
             tokens = int((record.get("usage") or {}).get("completion_tokens") or 0)
             # JSON can hold a lone surrogate, which UTF-8 cannot.
-            return Answer(text.encode("utf-8", "replace").decode(), tokens, choice.get("finish_reason") != "length")
+            return Answer(str(text or "").encode("utf-8", "replace").decode(), tokens, _ended(choice), why_empty)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             address, excerpt = without_secrets(self.url), self._excerpt(response)
             raise self.error(f"{address} does not respond like an OpenAI-compatible server: {excerpt}") from error
@@ -153,6 +157,43 @@ class Client:
         """The beginning of the response, without the key, which some servers repeat."""
         text = " ".join(response.text.split())
         return (text.replace(self.key, "…") if self.key else text)[:300]
+
+
+def read_message(message: Mapping[str, Any], choice: Mapping[str, Any]) -> tuple[str, str]:
+    """The text of an assistant's message and, if there is none, why: "" if unknown.
+
+    The text is `content`: a string, or a list of parts, of which those of type text are joined. Reasoning, which
+    servers put into a field or into parts of its own, is not part of it.
+
+    Raises:
+        KeyError: the message has neither `content` nor a field that takes its place.
+    """
+    reasoning = next((key for key in _REASONING if message.get(key)), None)
+    content = message["content"] if not (reasoning or message.get("refusal")) else message.get("content")
+    refusal = str(message.get("refusal") or "")
+    if isinstance(content, list):
+        kinds = [part.get("type", "") if isinstance(part, Mapping) else "text" for part in content]
+        parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+        texts = [str(part) for kind, part in zip(kinds, parts, strict=True) if kind in _TEXT and part]
+        refusal = refusal or next((part["refusal"] for part in content if "refusal" in part), "")
+        reasoning = reasoning or next((f"parts of type {kind}" for kind in kinds if kind not in _TEXT), None)
+        content = "".join(texts)
+    text = str(content or "")
+    if text.strip():
+        return text, ""
+    if refusal:
+        return "", f"the judge refused: {' '.join(str(refusal).split())[:80]}"
+    if choice.get("finish_reason") == "content_filter":
+        return "", "withheld by the server's content filter"
+    if reasoning:
+        cut = "the answer is in" if _ended(choice) else "cut off in"
+        return "", f"{cut} {reasoning}, and content is empty"
+    return "", "" if _ended(choice) else "cut off before any text"
+
+
+def _ended(choice: Mapping[str, Any]) -> bool:
+    """Whether the text ended by itself, as opposed to at a limit or by the server."""
+    return str(choice.get("finish_reason")).lower() not in ("length", "max_tokens", "content_filter", "abort", "error")
 
 
 class JudgeServer:
