@@ -9,9 +9,10 @@ Every process that may start others has a *template*: a child that was forked be
 process, the template forks twice and the process in the middle exits, so that the new process is adopted by the one
 that asked, which has declared itself a subreaper. Before the new process runs anything, it forks a template of its own.
 
-`DISTFT_TESTS_EXEC=1` in the environment of a command executes it as usual. So does an environment that differs from the
-template's in a variable that libraries read while they are imported. Linux only; elsewhere, and on machines with NVIDIA
-GPUs, every command is executed.
+`DISTFT_TESTS_EXEC=1` in the environment of a command executes it as usual. An environment that differs from the
+template's in a variable that libraries read while they are imported gets a template of its own when it is used for the
+second time; until then, its command is executed. Linux only; elsewhere, and on machines with NVIDIA GPUs, every command
+is executed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import inspect
 import json
 import logging
 import multiprocessing.util
@@ -85,6 +87,11 @@ PAD = "DISTFT_TESTS_PAD"
 ARGUMENTS_SIZE, ENVIRONMENT_SIZE = 16_000, 120_000
 """Bytes that a template's command line and environment take, for those of its descendants are written over them."""
 
+OTHERS_AT_ONCE = 2
+"""How many templates for other environments are kept; each takes about 600 MB."""
+
+Signature = tuple[tuple[str, str], ...]
+_UNUSED: Any = object()
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -95,15 +102,13 @@ class Template:
         self._connection = connection
         self._environment = dict(environment)
 
-    def takes(self, args: Any, env: Mapping[str, str] | None) -> bool:
-        """Whether `args` is a command that can be forked."""
-        if not isinstance(args, list | tuple) or not args or args[0] != sys.executable or _module(args) not in MODULES:
-            return False
-        wanted = dict(os.environ if env is None else env)
-        if wanted.get(EXEC):
-            return False
-        names = {name for name in wanted.keys() | self._environment.keys() if READ_AT_IMPORT.match(name)} - SPARE_READS
-        return all(wanted.get(name) == self._environment.get(name) for name in names)
+    @property
+    def signature(self) -> Signature:
+        return _signature(self._environment)
+
+    def end(self) -> None:
+        """Let the template exit. The processes that it has started go on."""
+        self._connection.close()
 
     def start(
         self, args: Sequence[str], env: Mapping[str, str] | None, cwd: str | None, session: bool, fds: Sequence[int]
@@ -125,6 +130,9 @@ class Template:
 
 
 _template: Template | None = None
+_others: dict[Signature, Template | None] = {}
+"""Templates for other environments, the last used one last; None for an environment that was used once."""
+_starts_others = False
 _lock = threading.Lock()
 _execute = subprocess.Popen
 
@@ -133,54 +141,64 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
     """`subprocess.Popen` that forks where it can."""
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
-        (
-            executable,
-            preexec_fn,
-            close_fds,
-            pass_fds,
-            cwd,
-            env,
-            _startupinfo,
-            _creationflags,
-            shell,
-            p2cread,
-            p2cwrite,
-            c2pread,
-            c2pwrite,
-            errread,
-            errwrite,
-            _restore_signals,
-            gid,
-            gids,
-            uid,
-            umask,
-            start_new_session,
-            process_group,
-        ) = rest
-        plain = not (executable or preexec_fn or pass_fds or shell) and (gid, gids, uid, umask) == (
-            None,
-            None,
-            None,
-            -1,
-        )
-        plain = plain and close_fds and process_group in (-1, None) and _template is not None
-        if not plain or _template is None or not _template.takes(args, env):
+        names = list(inspect.signature(super()._execute_child).parameters)
+        options = dict(zip(names[1:], rest, strict=True))
+        plain = options["close_fds"] and options["umask"] == -1 and options["process_group"] in (-1, None)
+        plain = plain and not any(options[name] for name in ("executable", "preexec_fn", "pass_fds", "shell"))
+        plain = plain and all(options[name] is None for name in ("gid", "gids", "uid"))
+        pipes = [options[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
+        env = options["env"]
+        fds = [given if given != -1 else own for given, own in ((pipes[0], 0), (pipes[3], 1), (pipes[5], 2))]
+        with _lock:
+            template = _template_for(args, os.environ if env is None else env) if plain else None
+            if template is not None:
+                self.pid = template.start(args, env, options["cwd"], options["start_new_session"], fds)
+        if template is None:
             super()._execute_child(args, *rest)
             return
-        fds = [given if given != -1 else own for given, own in ((p2cread, 0), (c2pwrite, 1), (errwrite, 2))]
-        with _lock:
-            self.pid = _template.start(args, env, cwd, start_new_session, fds)
         self._child_created = True
-        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+        self._close_pipe_fds(*pipes)
+
+
+def _template_for(args: Any, env: Mapping[str, str]) -> Template | None:
+    """The template from which the command can be forked; None if it has to be executed."""
+    if _template is None or env.get(EXEC):
+        return None
+    if not isinstance(args, list | tuple) or not args or args[0] != sys.executable or _module(args) not in MODULES:
+        return None
+    signature = _signature(env)
+    if signature == _template.signature:
+        return _template
+    if not _starts_others:
+        return None
+    known = _others.pop(signature, _UNUSED)
+    _others[signature] = None if known is _UNUSED else known or _start_template(env)
+    for other in [key for key, template in _others.items() if template is not None][:-OTHERS_AT_ONCE]:
+        ended = _others.pop(other)
+        assert ended is not None
+        ended.end()
+    return _others[signature]
+
+
+def _signature(environment: Mapping[str, str]) -> Signature:
+    """The variables that libraries read at import."""
+    read = {name: value for name, value in environment.items() if READ_AT_IMPORT.match(name)}
+    return tuple(sorted((name, value) for name, value in read.items() if name not in SPARE_READS))
 
 
 def install() -> None:
     """Start this process's template, and have `subprocess.Popen` fork from it."""
-    global _template
+    global _template, _starts_others
     # A process that has initialised CUDA cannot fork one that uses it, and importing alone may do so.
     if _template is not None or not sys.platform.startswith("linux") or Path("/dev/nvidiactl").exists():
         return
     _become_subreaper()
+    _template = _start_template(os.environ)
+    _starts_others = True
+    subprocess.Popen = Popen  # type: ignore[misc]
+
+
+def _start_template(environment: Mapping[str, str]) -> Template:
     ours, theirs = socket.socketpair()
     # Libraries make temporary folders while they are imported, which all forked processes share.
     folder = tempfile.mkdtemp(prefix="distft-tests-")
@@ -189,7 +207,7 @@ def install() -> None:
     with tempfile.TemporaryFile() as log:
         _execute(
             [sys.executable, "-c", program, str(theirs.fileno()), folder, "x" * ARGUMENTS_SIZE],
-            env={**os.environ, PAD: "x" * ENVIRONMENT_SIZE},
+            env={**environment, PAD: "x" * ENVIRONMENT_SIZE},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -197,8 +215,7 @@ def install() -> None:
             start_new_session=True,
         )
         theirs.close()
-    _template = Template(ours, os.environ)
-    subprocess.Popen = Popen  # type: ignore[misc]
+    return Template(ours, environment)
 
 
 def main() -> None:
