@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from distft.config.files import list_recipes
 from distft.config.recipe import Recipe
@@ -25,11 +24,10 @@ from distft.data.sources import HubSplit, data_sources, read_source, require_fil
 from distft.errors import DataError, ModelError
 from distft.models.digest import WHOLE
 from distft.models.digest import files as weight_files
+from distft.models.locations import TOKENIZER_FILES, local_folder, location_problem, may_be_on_hub
 
 _TEXTS = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 _WEIGHTS = "model*.safetensors"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
-"""A tokenizer has at least one of these."""
 
 
 def fetch(recipe: Recipe) -> list[str]:
@@ -63,7 +61,7 @@ def fetch_model(recipe: Recipe, role: str = "") -> list[str]:
 
     lines = []
     for name, parts in _repositories(recipe).items():
-        folder = tiny_model() if name == "tiny" else _local(name) or _download(recipe, name, parts)
+        folder = tiny_model() if name == "tiny" else local_folder(name) or _download(recipe, name, parts)
         if lacking := _lacking(folder, parts):
             raise ModelError(f"{name} has no {' and no '.join(lacking)}, which distft needs")
         lines.append(f"{' and '.join(parts)} {name}{role}: {folder}, {_size(folder)}")
@@ -104,16 +102,16 @@ def missing_model(recipe: Recipe, role: str = "", *, hub: bool = True) -> list[s
     for name, parts in _repositories(recipe).items():
         if name == "tiny":
             continue  # built if it does not exist
-        local = _local(name)
-        if local is None and not hub and _may_be_on_hub(name):
+        local = local_folder(name)
+        if local is None and not hub and may_be_on_hub(name):
             continue
         folder = local or _cached(recipe, name)
         what = " and ".join(parts)
         if folder is not None:
             fix = "copy the complete folder" if local else remedy(recipe)
             found += [f"{name} lacks {part} in {folder}; {fix}" for part in _lacking(folder, parts)]
-        elif not _may_be_on_hub(name):
-            found.append(f"there is no folder {name} ({what}){role}")
+        elif problem := location_problem(name, parts[0]):
+            found.append(f"{problem} ({what}){role}")
         else:
             found.append(f"the {what} {name}{role} is not in the cache; {remedy(recipe)}")
     return found
@@ -145,20 +143,6 @@ def _sources(recipe: Recipe, found: list[str]) -> list[Path | HubSplit]:
     except DataError as error:
         found.append(str(error))
         return []
-
-
-def _local(name: str) -> Path | None:
-    path = Path(name).expanduser()
-    return path if path.is_dir() else None
-
-
-def _may_be_on_hub(name: str) -> bool:
-    """Whether the hub could have a repository of this name."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not name.startswith(("/", ".", "~"))
 
 
 def _revision(recipe: Recipe, name: str) -> str | None:
@@ -199,8 +183,8 @@ def _lacking(folder: Path, parts: Sequence[str]) -> list[str]:
     if "model" in parts:
         wanted |= weight_files(folder) or {WHOLE}
     found = [name for name in sorted(wanted) if not (folder / name).is_file()]
-    if "tokenizer" in parts and not any((folder / name).is_file() for name in _TOKENIZERS):
-        found.append(_TOKENIZERS[0])
+    if "tokenizer" in parts and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        found.append(TOKENIZER_FILES[0])
     return found
 
 

@@ -76,7 +76,6 @@ VALUES: dict[Upstream, list[dict[str, Any]]] = {
         {"layer_replication": [[0, 4], [2, 5]]},
         {"rank_pattern": {"q": 4}},
         {"init_lora_weights": "gaussian"},
-        {"init_lora_weights": 3},
         {"loftq_config": {"loftq_bits": 4}},
         {"eva_config": {"rho": 2.0}},
         {"eva_config": None},
@@ -106,6 +105,15 @@ def test_the_source_gives_a_model_that_judges_as_the_imported_class_does(section
     verdicts = [errors(model, values) for values in VALUES[section]]
     assert verdicts == [errors(oracle, values) for values in VALUES[section]]
     assert [] in verdicts and sum(map(bool, verdicts)) >= 4
+
+
+def test_a_placeholder_in_a_name_takes_a_number() -> None:
+    """PEFT declares the literal text `pissa_niter_[number of iters]`."""
+    lora = upstream_section("lora")
+    for value in ("pissa_niter_4", "pissa_niter_16", "pissa", True, False):
+        assert errors(lora, {"init_lora_weights": value}) == []
+    for value in ("pissa_niter_", "pissa_niter_x", "pissa_niter_[number of iters]", "pissa_niter_4 ", "pisa", 3):
+        assert errors(lora, {"init_lora_weights": value})
 
 
 @pytest.mark.parametrize("section", UPSTREAMS)

@@ -14,7 +14,8 @@ from pydantic import Field, PrivateAttr, ValidationError, WithJsonSchema
 from distft.config.evaluation import Evaluation
 from distft.config.files import read_values, related
 from distft.config.schema import Batching, Data, Model, Quantization, Run, Section, Slurm, StrategyName, Tracking
-from distft.config.upstream import UPSTREAMS, upstream_section
+from distft.config.upstream import UPSTREAMS, Upstream, upstream_section
+from distft.config.upstream_rules import UNSUPPORTED, UNSUPPORTED_VALUES
 from distft.config.validation import COMMAND_LINE, Source, faults_of, location_of
 from distft.config.yaml import dump_yaml
 from distft.errors import Fault, RecipeError
@@ -223,6 +224,7 @@ def _validate(values: dict[str, Any], source: Source, faults: list[Fault]) -> Re
     tree = dict(values)
     for name in UPSTREAMS:
         if isinstance(tree.get(name), dict):
+            tree[name] = _supported(name, tree[name], source, faults)
             try:
                 upstream_section(name).model_validate(tree[name])
             except ValidationError as error:
@@ -241,6 +243,21 @@ def _validate(values: dict[str, Any], source: Source, faults: list[Fault]) -> Re
             for item in error.errors():
                 _drop(tree, location_of(item))
     return None
+
+
+def _supported(section: Upstream, values: dict[str, Any], source: Source, faults: list[Fault]) -> dict[str, Any]:
+    """`values` without those that distft cannot carry out, each of which becomes a fault."""
+    kept = {}
+    for key, value in values.items():
+        refused = UNSUPPORTED_VALUES[section].get(key, {})
+        where = f"{section}.{key}"
+        if isinstance(value, str) and value in refused:
+            faults.append(Fault(source.of(where), where, f"{value} is not supported", refused[value]))
+        elif key in UNSUPPORTED[section] and value:  # null, false and {} switch it off
+            faults.append(Fault(source.of(where), where, "is not supported", UNSUPPORTED[section][key]))
+        else:
+            kept[key] = value
+    return kept
 
 
 def _drop(tree: Any, location: Sequence[Any]) -> None:

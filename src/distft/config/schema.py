@@ -8,9 +8,11 @@ names, read from the installed versions by `distft.config.upstream`, without the
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from distft.text import parse_duration
@@ -77,14 +79,28 @@ class Run(Section):
         return None if self.train_time is None else parse_duration(self.train_time)
 
 
+def _absolute(name: str) -> str:
+    """A local path made absolute, so that a run folder can be used from any working folder. Hub IDs stay as they are:
+    a name that begins with `.`, `/` or `~` is a path, any other is one if it exists."""
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # there is no home
+        return name
+    is_path = name != "tiny" and (name.startswith((".", "/", "~")) or path.exists())
+    return os.path.normpath(path.absolute()) if is_path else name
+
+
+ModelName = Annotated[str, AfterValidator(_absolute)]
+
+
 class Model(Section):
     """The base model and its tokenizer."""
 
-    name: str
+    name: ModelName
     """Hub ID or local folder of a causal language model, or `tiny` for the embedded one."""
     revision: str | None = None
     """Branch, tag or commit on the hub; null for the default branch."""
-    tokenizer: str | None = None
+    tokenizer: ModelName | None = None
     """Hub ID or folder of a different tokenizer; null for the model's own."""
     dtype: DType = "bfloat16"
     """Data type of the base weights that are not quantised."""

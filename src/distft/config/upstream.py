@@ -12,11 +12,13 @@ import enum
 import functools
 import importlib.metadata
 import importlib.util
+import operator
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -52,6 +54,7 @@ CONFIGS: dict[Upstream, _Config] = {
     "lora": _Config("peft", "LoraConfig", ("peft/tuners/lora/config.py", "peft/config.py")),
 }
 _WITHOUT_FIELDS = {"PushToHubMixin"}
+_PLACEHOLDER = re.compile(r"\[.*\]")
 
 
 @dataclass(frozen=True)
@@ -193,4 +196,17 @@ class _Types(dict[str, Any]):
         source = ast.unparse(annotation)  # from an installed package, never from a file of the user's
         hint = eval(source, {"__builtins__": {}}, self)  # noqa: S307
         enums = [one for one in typing.get_args(hint) if isinstance(one, type) and issubclass(one, enum.Enum)]
-        return Literal[tuple(member.value for member in enums[0])] if enums else hint
+        return Literal[tuple(member.value for member in enums[0])] if enums else _fill_in(hint)
+
+
+def _fill_in(hint: Any) -> Any:
+    """`hint`, in which text such as `pissa_niter_[number of iters]` accepts a number at the place in brackets."""
+    if typing.get_origin(hint) is Union:
+        return functools.reduce(operator.or_, map(_fill_in, typing.get_args(hint)))
+    if typing.get_origin(hint) is not Literal:
+        return hint
+    texts = typing.get_args(hint)
+    patterns = [_PLACEHOLDER.split(text) for text in texts if isinstance(text, str) and _PLACEHOLDER.search(text)]
+    exact = tuple(text for text in texts if not (isinstance(text, str) and _PLACEHOLDER.search(text)))
+    filled = [Annotated[str, Field(pattern="^" + r"\d+".join(map(re.escape, parts)) + "$")] for parts in patterns]
+    return functools.reduce(operator.or_, filled, Literal[exact]) if filled else hint

@@ -74,6 +74,34 @@ RANGES: dict[str, dict[str, dict[str, Any]]] = {
 """What upstream's types do not say. Upstream refuses some of these values after it has loaded the weights, and trains
 with the others: a negative `max_grad_norm` reverses the gradient, a `lora_alpha` of 0 learns nothing."""
 
+_FROM_DATA = "it needs batches of data before training; use true, pissa, olora, gaussian or orthogonal"
+UNSUPPORTED_VALUES: dict[str, dict[str, dict[str, str]]] = {
+    "training": {},
+    "lora": {
+        "init_lora_weights": {
+            "eva": _FROM_DATA,
+            "corda": _FROM_DATA,
+            "loftq": "its 4-bit weights are not those that quantization loads; use true, pissa, olora or gaussian",
+            "mica": "it trains and saves only half of each adapter; use true, pissa, olora, gaussian or orthogonal",
+        }
+    },
+}
+"""Values that upstream knows and distft cannot carry out, each with the reason and what to use."""
+
+_UNSUPPORTED_LORA = {
+    "distft does not initialise adapters from data": "eva_config corda_config lora_ga_config loftq_config",
+    "distft trains plain LoRA, rank-stabilised LoRA (use_rslora) and DoRA (use_dora)": (
+        "velora_config alora_invocation_tokens use_qalora monteclora_config use_bdlora arrow_config kasa_config "
+        "megatron_config"
+    ),
+    "it changes the layers of the base, so that there is no base to compare with": "layer_replication",
+}
+UNSUPPORTED: dict[str, dict[str, str]] = {
+    "training": {},
+    "lora": {field: reason for reason, fields in _UNSUPPORTED_LORA.items() for field in fields.split()},
+}
+"""Fields that a recipe may only set to what switches them off, each with the reason."""
+
 UNITS: dict[str, dict[str, str]] = {
     "training": {
         "num_train_epochs": "epochs",

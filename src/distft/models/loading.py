@@ -17,6 +17,7 @@ from distft.errors import ModelError
 from distft.kernels.liger import use_liger_kernels
 from distft.models import attention
 from distft.models.adapter import add_adapter
+from distft.models.locations import local_folder, location_problem
 from distft.models.tiny import tiny_model
 
 _MISSING = (
@@ -36,7 +37,7 @@ _MISSING = (
 
 def model_path(recipe: Recipe) -> str:
     """Hub id or folder of the base model. The embedded model `tiny` is built on first use."""
-    return str(tiny_model()) if recipe.model.name == "tiny" else str(Path(recipe.model.name).expanduser())
+    return _place(recipe.model.name)
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
@@ -47,9 +48,9 @@ def load_tokenizer(recipe: Recipe) -> Any:
     Raises:
         ModelError: the tokenizer cannot be loaded, or has no end-of-sequence token.
     """
-    tokenizer = _from_pretrained(
+    tokenizer = from_pretrained(
         AutoTokenizer,
-        recipe.model.tokenizer or model_path(recipe),
+        _place(recipe.model.tokenizer or recipe.model.name),
         "tokenizer",
         revision=None if recipe.model.tokenizer else recipe.model.revision,
         trust_remote_code=recipe.model.trust_remote_code,
@@ -79,7 +80,7 @@ def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
     if not strategy.world.is_main or recipe.model.name == "tiny":
         disable_progress_bar()
     attention.register()
-    config = _from_pretrained(
+    config = from_pretrained(
         AutoConfig,
         model_path(recipe),
         "model",
@@ -103,7 +104,7 @@ def load_base(
         ModelError: the model is gated or not available.
     """
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    base = _from_pretrained(
+    base = from_pretrained(
         AutoModelForCausalLM,
         model_path(recipe),
         "model",
@@ -141,11 +142,19 @@ def load_trained(recipe: Recipe, result: Path) -> Any:
     return PeftModel.from_pretrained(base, str(result)).eval()
 
 
-def _from_pretrained(cls: Any, name: str, what: str, **options: Any) -> Any:
-    """`cls.from_pretrained(name)`; a failure says what the user can do. `what` is "model" or "tokenizer"."""
-    is_folder = Path(name).is_dir()
-    if name.startswith(("/", "./", "../", "~")) and not is_folder:
-        raise ModelError(f"there is no folder {name} (model.name)")
+def _place(name: str) -> str:
+    return str(tiny_model() if name == "tiny" else local_folder(name) or name)
+
+
+def from_pretrained(cls: Any, name: str, what: str, **options: Any) -> Any:
+    """`cls.from_pretrained(name)`; a failure says what the user can do. `what` is "model" or "tokenizer".
+
+    Raises:
+        ModelError: there is no such model, or it is gated, incomplete, or of an unknown kind.
+    """
+    if problem := location_problem(name, what):
+        raise ModelError(f"{problem} (model.{'name' if what == 'model' else what})")
+    is_folder = local_folder(name) is not None
     try:
         return cls.from_pretrained(name, **options)
     except (OSError, ValueError) as error:

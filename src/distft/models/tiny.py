@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,13 +46,20 @@ _SHAPE = {
 }
 
 
+def tiny_config() -> Any:
+    """The configuration of the tiny model, which does not have to be built for it."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2, **_SHAPE)
+
+
 def _config_text() -> str:
     return repr(sorted(_SHAPE.items()))
 
 
 def _build(corpus: str, folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -75,8 +83,7 @@ def _build(corpus: str, folder: Path) -> None:
     torch.set_num_threads(os.cpu_count() or 1)  # the other processes are waiting
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2, **_SHAPE)
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(tiny_config())
         loss = _pretrain(model, torch.tensor(tokens))
     torch.set_num_threads(threads)
     size = sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,100 @@
+"""What is wrong with a recipe for its model, found before any weight is loaded."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from distft.config.recipe import Recipe
+from distft.errors import Fault, ModelError
+from distft.models.loading import load_tokenizer
+from distft.models.locations import local_folder, location_problem
+from distft.models.lora_checks import lora_faults
+from distft.models.skeleton import Skeleton
+from distft.text import count, shorten
+
+_MULTIMODAL = ("image", "boi", "eoi", "audio", "video")
+"""Names under which tokenizers of multimodal models keep placeholders that no text contains. A text-only variant may
+lack rows for them (Gemma 3 1B)."""
+
+
+class ModelFindings(NamedTuple):
+    """`faults`, `notes` on what works but deserves attention, and `skipped`: what could not be checked."""
+
+    faults: list[Fault]
+    notes: list[str]
+    skipped: list[str]
+
+
+def model_faults(recipe: Recipe, *, local_only: bool = True) -> ModelFindings:
+    """What is wrong with the recipe's model, tokenizer and adapter.
+
+    Loads config.json and the tokenizer, and no weights. `local_only` asks nothing of the hub.
+    """
+    section, faults, skipped = recipe.model, [], []
+    for key, name, what in (("name", section.name, "model"), ("tokenizer", section.tokenizer, "tokenizer")):
+        if name is not None and name != "tiny" and (problem := location_problem(name, what)):
+            faults.append(_fault(recipe, key, problem))
+    if faults:
+        return ModelFindings(faults, [], [])
+    try:
+        skeleton = Skeleton.of(recipe, local_only=local_only)
+        _ = skeleton.model
+    except ModelError as error:
+        if local_only and local_folder(section.name) is None:
+            return ModelFindings([], [], [f"the model {section.name}, which is not in the cache"])
+        return ModelFindings([_fault(recipe, "name", str(error))], [], [])
+    try:
+        # The tiny model has a tokenizer that fits, and may have yet to be built.
+        tokenizer = None if section.name == "tiny" and section.tokenizer is None else load_tokenizer(recipe)
+    except ModelError as error:
+        tokenizer = None
+        if local_only and local_folder(section.tokenizer or section.name) is None:
+            skipped.append(f"the tokenizer of {section.tokenizer or section.name}, which is not in the cache")
+        else:
+            faults.append(_fault(recipe, "tokenizer" if section.tokenizer else "name", str(error)))
+    if tokenizer is not None:
+        faults += tokenizer_faults(recipe, skeleton, tokenizer)
+    found, notes = position_findings(recipe, skeleton)
+    return ModelFindings([*faults, *found, *lora_faults(recipe, skeleton)], notes, skipped)
+
+
+def tokenizer_faults(recipe: Recipe, skeleton: Skeleton, tokenizer: Any) -> list[Fault]:
+    """Entries of the tokenizer for which the model has no embedding."""
+    rows = skeleton.embedding_rows
+    placeholders = {getattr(tokenizer, f"{name}_token", None) for name in _MULTIMODAL}
+    beyond = sorted(
+        (number, token)
+        for token, number in tokenizer.get_vocab().items()
+        if number >= rows and token not in placeholders
+    )
+    if not beyond:
+        return []
+    key = "tokenizer" if recipe.model.tokenizer else "name"
+    names = shorten((f"{token!r} ({number})" for number, token in beyond), 3)
+    problem = (
+        f"the tokenizer has {count(len(beyond), 'token')} beyond the {rows:,} rows of the model's embedding: {names}"
+    )
+    return [_fault(recipe, key, problem, "use the model's own tokenizer")]
+
+
+def position_findings(recipe: Recipe, skeleton: Skeleton, longest: int | None = None) -> tuple[list[Fault], list[str]]:
+    """Faults of, and notes on, samples that are longer than what the model was built for.
+
+    `longest` is the number of tokens in the longest sample, where it is known; else `training.max_length` counts. In a
+    pack, positions start anew with each sample.
+    """
+    limit: int | None = recipe.training.get("max_length", 1024)  # TRL's default
+    positions = skeleton.positions
+    found = longest if longest is not None else limit
+    if positions is None or found is None or found <= positions:
+        return [], []
+    what = "the longest sample has" if longest is not None else "samples may have"
+    problem = f"{what} {found:,} tokens; {recipe.model.name} was built for {positions:,} positions"
+    if not skeleton.has_learned_positions:
+        return [], [f"{problem} (max_position_embeddings), and may compute poorly beyond them"]
+    key = "training.max_length"
+    return [Fault(recipe.source.of(key), key, f"{problem}, and has none beyond", f"set it to {positions}")], []
+
+
+def _fault(recipe: Recipe, key: str, problem: str, hint: str = "") -> Fault:
+    return Fault(recipe.source.of(f"model.{key}"), f"model.{key}", problem, hint)
