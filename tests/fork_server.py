@@ -49,6 +49,7 @@ MODULES = {
     "distft.evaluation",
     "distft.train",
     "distft.training.batch_size_worker",
+    "tests.distributed.program",
 }
 PRELOADED = (
     "accelerate.commands.launch",

@@ -250,6 +250,36 @@ def test_a_sample_longer_than_the_budget_is_an_error_with_both_numbers(batch: di
         plan.accumulation(2, 1)
 
 
+@pytest.mark.parametrize(
+    ("batching", "size", "expected"),
+    [
+        (Batching(global_batch_size=6, micro_batch=2), 2, [1, 4]),
+        (Batching(global_batch_size=6, micro_batch=2), 4, [1, 4, 2, 5]),
+        (Batching(global_batch_size=6, micro_batch_tokens=20), 20, [1, 4]),
+        (Batching(global_batch_size=6, micro_batch_tokens=20), 21, [1, 4, 2]),
+        (Batching(global_batch_size=6, micro_batch_tokens=20), 5, [1]),
+    ],
+    ids=["2 samples", "4 samples", "20 tokens", "21 tokens", "less than the longest"],
+)
+def test_the_longest_samples_fill_a_micro_batch(batching: Batching, size: int, expected: list[int]) -> None:
+    """The search for a micro-batch measures them: shorter ones would need less memory than the run does."""
+    assert Plan([3, 9, 5, 1, 7, 4], batching).longest(size) == expected
+
+
+def test_the_micro_batches_worth_trying() -> None:
+    padded = Plan([3] * 40, Batching(global_batch_size=24, micro_batch=1))
+    assert [padded.sizes(world_size) for world_size in (1, 2, 8)] == [
+        [1, 2, 3, 4, 6, 8, 12, 24],
+        [1, 2, 3, 4, 6, 12],
+        [1, 3],
+    ]
+    few = Plan([3] * 5, Batching(global_batch_size=24, micro_batch=1))
+    assert few.sizes(1) == [1, 2, 3, 4], "a micro-batch cannot have more samples than there are"
+    packed = Plan([10, 20, 30, 40], Batching(global_batch_size=4, micro_batch_tokens=50))
+    assert packed.sizes(1) == [40, 60, 90, 101]  # the longest sample to one rank's share of 100 tokens, and one spare
+    assert packed.sizes(2) == [40, 51]
+
+
 # ---- the batch sampler of a rank
 # --------------------------------------------------------------------------------------
 

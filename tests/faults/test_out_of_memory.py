@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from distft.runs.folder import RunFolder
+from distft.training.batch_size_probe import free_port
 from distft.training.checkpoints import read_tensors
 from distft.training.oom import asked_bytes, taken_bytes
 
@@ -78,7 +79,7 @@ def go(where: Path, *overrides: str, nproc: int = 2, site: Path | None = None, l
             "--num_machines",
             "1",
             "--main_process_port",
-            "29741",
+            str(free_port()),
             "-m",
             "distft.train",
             *RUN,

@@ -121,6 +121,26 @@ def test_the_tiled_mlp_regenerates_its_dropout_masks_in_the_backward() -> None:
     assert torch.autograd.gradcheck(node, (x, *trained))
 
 
+def test_every_tile_of_the_mlp_drops_elements_of_its_own() -> None:
+    """Three tiles of the same two rows: with one mask for all tiles, their outputs would be the same."""
+    specs, tensors, trained = mlp([2, 3, 1], [2.0, 0.5, 1.0], bias=False)
+    rows, p = torch.randn(2, 4, dtype=torch.float64), (0.3, 0.5)
+    x = rows.repeat(3, 1).requires_grad_()
+    out = TiledLoraMlp.apply(x, Origin(), True, 2, specs, p, SEEDS, *tensors)
+    tiles = out.detach().split(2)
+    assert not any(torch.equal(tiles[one], tiles[other]) for one, other in [(0, 1), (0, 2), (1, 2)])
+
+    # Each tile is the MLP with seeds of its own, forward and backward.
+    weights = torch.randn(6, 4, dtype=torch.float64)
+    of_tiles = torch.autograd.grad(out, (x, *trained), weights)
+    y = rows.repeat(3, 1).requires_grad_()
+    parts_of_y = zip(y.split(2), [(SEEDS[0] + tile, SEEDS[1] + tile) for tile in range(3)], strict=True)
+    expected = torch.cat([LoraMlp.apply(part, Origin(), specs, p, seeds, *tensors) for part, seeds in parts_of_y])
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    for found, gradient in zip(of_tiles, torch.autograd.grad(expected, (y, *trained), weights), strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-12, atol=1e-12)
+
+
 def test_an_unused_output_contributes_nothing_to_the_gradients() -> None:
     specs, tensors, trained = parts([(5, 6), (5, 2), (5, 2)], [2, 2, 2], [1.0, 1.0, 1.0], bias=False)
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
