@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from distft.data.tokenize import IGNORED
+from distft.errors import ModelError
 
 Tokens = Sequence[int]
 
@@ -23,7 +25,11 @@ def _padded(rows: Sequence[Tokens], fill: int, device: torch.device) -> tuple[to
 def trained_log_likelihoods(
     model: Any, rows: Sequence[Tokens], labels: Sequence[Tokens], pad: int, device: torch.device
 ) -> list[float]:
-    """For each row, the sum of the log-probabilities of the tokens whose label is not -100, in one forward pass."""
+    """For each row, the sum of the log-probabilities of the tokens whose label is not -100, in one forward pass.
+
+    Raises:
+        ModelError: a sum is not finite.
+    """
     ids, mask = _padded(rows, pad, device)
     targets, _ = _padded(labels, IGNORED, device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -33,7 +39,7 @@ def trained_log_likelihoods(
             logits[row, :-1].float(), targets[row, 1:], ignore_index=IGNORED, reduction="none"
         )
         found.append(-float(losses.double().sum()))
-    return found
+    return _finite(found)
 
 
 def continuation_log_likelihoods(
@@ -43,6 +49,9 @@ def continuation_log_likelihoods(
 
     Every prefix must have the same number of continuations. Their first tokens are scored by the prefix's last logits.
     Only if a continuation has several tokens is the prefix's key-value cache used to score the rest.
+
+    Raises:
+        ModelError: a log-likelihood is not finite.
     """
     ids, mask = _padded(prefixes, pad, device)
     lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)
@@ -53,7 +62,7 @@ def continuation_log_likelihoods(
     last = output.logits[torch.arange(len(prefixes), device=device), place].float().log_softmax(-1)
     found = [[float(last[row, tokens[0]]) for tokens in continuations[row]] for row in range(len(prefixes))]
     if not several:
-        return found
+        return [_finite(row) for row in found]
     cache = output.past_key_values
     for number in range(len(continuations[0])):
         tails = [row[number] for row in continuations]
@@ -73,4 +82,14 @@ def continuation_log_likelihoods(
         for row, tokens in enumerate(tails):
             found[row][number] += sum(float(logits[row, step, token]) for step, token in enumerate(tokens[1:]))
         cache.crop(-fed.shape[1])  # back to the prefix for the next continuation
-    return found
+    return [_finite(row) for row in found]
+
+
+def _finite(values: list[float]) -> list[float]:
+    """The values, if all are finite: a NaN would pass for the largest value, and its class for the likeliest."""
+    if not all(map(math.isfinite, values)):
+        raise ModelError(
+            "the model's log-likelihoods are NaN or infinite, so nothing can be measured: its weights are damaged, or "
+            "its dtype overflows (try model.dtype=bfloat16 or float32)"
+        )
+    return values

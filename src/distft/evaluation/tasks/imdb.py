@@ -63,12 +63,17 @@ class ImdbTask(Task):
             )
         max_length = section.max_length or recipe.training.get("max_length", 1024)
         prompts = [reviews.prompt_of(row.text, words, target.tokenizer, max_length) for row in rows]
+        if "generation" in section.methods:
+            together(world, lambda: _check_room(prompts, words, section.max_new_tokens))
+        # If "good" is scored without its end, "good not" can never be likelier. With it, as in training, it can.
+        ends = any(prompt.nested for prompt in prompts)
+        scored = [prompt.ended(target.tokenizer.eos_token_id) for prompt in prompts] if ends else prompts
         labels: Classes = np.array([row.label for row in rows])
         predicted: dict[str, dict[SideName, Classes]] = {method: {} for method in section.methods}
         unparsed: dict[SideName, list[str]] = {}
         for side in target.sides:
             if "logprob" in section.methods:
-                likelihoods = _score(target, side, rows, prompts, settings, folder)
+                likelihoods = _score(target, side, rows, scored, settings, folder)
                 predicted["logprob"][side] = np.array([int(np.argmax(row)) for row in likelihoods])
             if "generation" in section.methods:
                 answers = _write(target, side, rows, prompts, words, settings, folder)
@@ -79,6 +84,7 @@ class ImdbTask(Task):
             "reviews": len(rows),
             "of_class": np.bincount(labels, minlength=len(words)).tolist(),
             "label_words": words,
+            "end_scored": ends,
             "positive": words[section.positive],
             "balanced": section.balanced,
             "seed": settings.seed,
@@ -105,6 +111,18 @@ def _check_reviews(recipe: Recipe) -> None:
             f"positive={positive} is not a class: the label words ({', '.join(words)}) are 0 to {len(words) - 1}"
         )
     reviews.select(recipe, reviews.load(recipe, len(words)), len(words))
+
+
+def _check_room(prompts: Sequence[reviews.Prompt], words: Sequence[str], limit: int) -> None:
+    """Raises DataError if a label word is longer than an answer may be: the model could never write it."""
+    longest = [max(len(prompt.continuations[label]) for prompt in prompts) for label in range(len(words))]
+    if too_long := [
+        f"{word!r} ({tokens} tokens)" for word, tokens in zip(words, longest, strict=True) if tokens > limit
+    ]:
+        raise DataError(
+            f"{', '.join(too_long)}: longer than an answer may be, so the model could never write it; set "
+            f"evaluation.imdb.max_new_tokens={max(longest) + 1} (now {limit})"
+        )
 
 
 def _figures(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,16 @@ class Prompt:
 
     prefix: list[int]
     continuations: list[list[int]]
+
+    @property
+    def nested(self) -> bool:
+        """Whether a label word begins with the tokens of another, whose probability then contains its own."""
+        ordered = sorted(self.continuations)
+        return any(longer[: len(shorter)] == shorter for shorter, longer in pairwise(ordered))
+
+    def ended(self, end: int) -> Prompt:
+        """With the token `end` after every label word."""
+        return Prompt(self.prefix, [[*tokens, end] for tokens in self.continuations])
 
 
 def words_of(recipe: Recipe) -> list[str]:
