@@ -20,7 +20,8 @@ from huggingface_hub.errors import (
 
 from distft.config.files import list_recipes
 from distft.config.recipe import Recipe
-from distft.data.sources import HubSplit, data_sources, read_source, require_files
+from distft.data.checks import require_files
+from distft.data.sources import HubSplit, data_sources, read_source
 from distft.errors import DataError, ModelError
 from distft.models.digest import WHOLE
 from distft.models.digest import files as weight_files
@@ -42,7 +43,7 @@ def fetch(recipe: Recipe) -> list[str]:
     from distft.data.prepare import prepare_data  # take seconds to import, and `missing` does not need them
     from distft.models.loading import load_tokenizer
 
-    require_files(recipe.data)
+    require_files(recipe)
     lines = fetch_model(recipe)
     splits = prepare_data(recipe, load_tokenizer(recipe))
     lines += map(fetch_data, data_sources(recipe.data))
@@ -74,7 +75,7 @@ def fetch_data(source: Path | HubSplit) -> str:
     Raises:
         DataError: it is unavailable.
     """
-    files = [Path(file["filename"]) for file in read_source(source).cache_files]
+    files = read_source(source).files
     name = f"{source.name}, {source.split} split" if isinstance(source, HubSplit) else str(source)
     return f"data {name}: {files[0].parent if files else source}, {_size(*files)}"
 

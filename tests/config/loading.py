@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from distft.config.recipe import Recipe, load_recipe
-from distft.data.formats import data_faults
+from distft.data.checks import data_faults
 from distft.distributed.strategies import strategy_faults
 from distft.errors import Fault, RecipeError
 from distft.paths import packaged

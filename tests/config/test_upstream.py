@@ -126,7 +126,7 @@ def test_ranges_units_and_defaults_are_those_of_fields_that_exist(section: Upstr
 
 def test_a_recipe_is_checked_without_importing_the_libraries() -> None:
     program = (
-        "import sys\nfrom distft.config.recipe import load_recipe\nfrom distft.data.formats import data_faults\n"
+        "import sys\nfrom distft.config.recipe import load_recipe\nfrom distft.data.checks import data_faults\n"
         "words = ['recipe=ddp_qlora', 'lora.r=8', 'training.max_steps=3', 'lora.loftq_config={}']\n"
         "print(load_recipe(words, checks=[data_faults]).lora['r'], 'torch' in sys.modules)\n"
         "from distft.distributed.strategies import strategy_faults\n"

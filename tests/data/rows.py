@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.config.recipe import Recipe, load_recipe
-from distft.data.formats import data_faults
+from distft.data.checks import data_faults
 from distft.data.prepare import Splits
 from distft.data.templates import Example
 from distft.data.tokenize import IGNORED, tokenize

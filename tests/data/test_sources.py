@@ -109,7 +109,7 @@ def test_a_file_without_rows_is_reported_as_empty(prepare: Prepare, tmp_path: Pa
 
 def test_a_folder_without_data_files_is_an_error_that_lists_the_formats(prepare: Prepare, tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
-    with pytest.raises(DataError, match=r"rows contains no \.jsonl, \.json, \.csv, \.parquet, \.arrow files"):
+    with pytest.raises(DataError, match=r"rows contains no \.jsonl, \.json, \.csv, \.tsv, \.parquet, \.arrow files"):
         prepare(f"data.name={tmp_path / 'rows'}", QA)
 
 
@@ -123,7 +123,7 @@ def test_a_folder_of_mixed_formats_is_refused(prepare: Prepare, tmp_path: Path) 
 
 def test_a_file_of_unknown_format_is_an_error_that_lists_the_formats(prepare: Prepare, tmp_path: Path) -> None:
     (tmp_path / "rows.xml").write_text("<rows/>")
-    with pytest.raises(DataError, match=r"rows\.xml is not a \.jsonl, \.json, \.csv, \.parquet, \.arrow file"):
+    with pytest.raises(DataError, match=r"rows\.xml is not a \.jsonl, \.json, \.csv, \.tsv, \.parquet, \.arrow file"):
         prepare(f"data.path={tmp_path / 'rows.xml'}")
 
 

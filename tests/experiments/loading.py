@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distft.data.formats import data_faults
+from distft.data.checks import data_faults
 from distft.distributed.strategies import strategy_faults
 from distft.errors import ExperimentError, Fault
 from distft.experiments.expand import Experiment, load_experiment

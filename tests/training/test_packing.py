@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from distft.config.recipe import load_recipe
 from distft.data.batch_plan import Plan
-from distft.data.formats import data_faults
+from distft.data.checks import data_faults
 from distft.data.loader import Collator
 from distft.data.prepare import lengths_of, prepare_data
 from distft.data.tokenize import IGNORED

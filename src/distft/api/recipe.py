@@ -56,7 +56,7 @@ def load_experiment(words: Sequence[str], repeats: int | None = None) -> Experim
 
 def checks() -> tuple[Callable[[Recipe], list[Fault]], ...]:
     """The checks that need more than the recipe itself: its strategy, its data and its SLURM section."""
-    from distft.data.formats import data_faults
+    from distft.data.checks import data_faults
     from distft.distributed.strategies import strategy_faults
     from distft.launch.slurm import slurm_faults
 

@@ -5,14 +5,18 @@ The templates themselves are in `distft.data.templates`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+import re
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from distft.config.recipe import Recipe
 from distft.config.schema import Data, Format
-from distft.data.sources import KNOWN_DATASETS, local_source
+from distft.data.files import Row
+from distft.data.sources import KNOWN_DATASETS, Rows
 from distft.data.templates import Example, format_dolly, format_review
-from distft.errors import DataError, Fault
+from distft.errors import DataError
 
 RowFormatter = Callable[[Mapping[str, Any]], Example | None]
 """Turns a row into an `Example`, or into None if there is nothing to train on."""
@@ -26,44 +30,6 @@ _KINDS = {
 _COLUMNS = ("text", "prompt", "completion", "instruction", "context", "response", "review", "label")
 
 
-def data_faults(recipe: Recipe) -> list[Fault]:
-    """Find the mistakes in the data section that are visible without reading any data."""
-    data, found = recipe.data, []
-
-    def fault(key: str, *texts: str) -> None:
-        found.append(Fault(recipe.source.of(key), key, *texts))
-
-    if data.name not in KNOWN_DATASETS and data.format is None:
-        file = local_source(data)
-        if file is not None and not file.exists():
-            fault("data.name", f"there is no file or folder {file}")
-        else:
-            found.append(
-                Fault(
-                    recipe.source.of("data.name"),
-                    "data.format",
-                    f"is required for {data.name!r}, which is not one of {', '.join(KNOWN_DATASETS)}",
-                    "data.format.text=COLUMN, or data.format.prompt=COLUMN data.format.completion=COLUMN",
-                )
-            )
-    form = format_of(data)
-    if form is not None:
-        try:
-            kind = _kind(form)
-        except DataError as error:
-            fault("data.format", str(error))
-            return found
-        if kind == "text" and recipe.training.get("completion_only_loss"):
-            fault(
-                "training.completion_only_loss",
-                "needs a completion, and data.format.text names whole texts",
-                "set data.format.prompt and data.format.completion",
-            )
-    if data.validation_fraction + data.test_fraction >= 1:
-        fault("data", "validation_fraction and test_fraction leave nothing to train on")
-    return found
-
-
 def format_of(data: Data) -> Format | None:
     """The columns to read: the recipe's, merged over the known data set's if they are of the same kind."""
     if data.name not in KNOWN_DATASETS:
@@ -73,7 +39,12 @@ def format_of(data: Data) -> Format | None:
     return known.model_copy(update=given) if given.keys() <= known.model_dump(exclude_none=True).keys() else data.format
 
 
-def _kind(form: Format) -> str:
+def kind_of(form: Format) -> str:
+    """The kind of format that the columns of `form` make up.
+
+    Raises:
+        DataError: they are not those of any kind.
+    """
     given = {name for name in _COLUMNS if getattr(form, name)}
     for kind, required in _KINDS.items():
         if given - ({"context"} if kind == "dolly" else set()) == required:
@@ -84,25 +55,57 @@ def _kind(form: Format) -> str:
     )
 
 
-def check_columns(column_names: list[str], data: Data, where: str) -> None:
-    """Check that the rows of `where` (a name for the message) have every column that the format of `data` requires.
+def check_columns(rows: Rows, data: Data) -> None:
+    """Check that `rows` have the columns that the format of `data` names. The `context` of a known data set may be
+    absent.
 
     Raises:
-        DataError: a column is missing.
+        DataError: a column is missing in one of the files, or the columns are a pair of preferences.
     """
-    form = format_of(data)
+    form, own = format_of(data), data.format
     assert form is not None
-    missing = {
-        field: column
-        for field in _COLUMNS
-        if field != "context" and (column := getattr(form, field)) and column not in column_names
-    }
-    if missing:
-        overrides = " ".join(f"data.format.{field}=COLUMN" for field in missing)
-        raise DataError(
-            f"the data ({where}) has no column {', '.join(missing.values())}; it has {', '.join(column_names)}\n"
-            f"  name yours: {overrides}"
-        )
+    optional = () if own is not None and own.context else ("context",)
+    named = {field: column for field in _COLUMNS if field not in optional and (column := getattr(form, field))}
+    for part in rows.parts:
+        columns = part.columns(named.values())
+        if not columns:
+            continue  # an empty file beside others
+        missing = {field: column for field, column in named.items() if column not in columns}
+        if missing:
+            overrides = " ".join(f"data.format.{field}=COLUMN" for field in missing)
+            raise DataError(
+                f"the data ({part.name}) has no column {', '.join(missing.values())}; it has {', '.join(columns)}\n"
+                f"  name yours: {overrides}"
+            )
+        _check_preferences(part.name, named.values(), columns)
+
+
+def _check_preferences(name: str, named: Iterable[str], columns: Collection[str]) -> None:
+    """Refuse `chosen` as the text to train on where `rejected` stands beside it (also `chosen_response`, …)."""
+    for column in named:
+        for one, other in (("chosen", "rejected"), ("rejected", "chosen")):
+            if one in column and (ignored := column.replace(one, other)) in columns:
+                raise DataError(
+                    f"the data ({name}) has pairs of preferences, {column} and {ignored}, and distft trains on single "
+                    f"answers: {ignored} would be ignored\n  to train on {column} alone, write a file without the "
+                    f"column {ignored}"
+                )
+
+
+def format_rows(rows: Rows, recipe: Recipe, head: int | None = None) -> Iterator[tuple[Row, Example | None]]:
+    """Each row, or the first `head` of each file, with what `formatter` makes of it.
+
+    Raises:
+        DataError: a row does not fit the format; the message says which row, counted from 1.
+    """
+    apply = formatter(recipe)
+    for part in rows.parts:
+        for number, row in enumerate(itertools.islice(part, head), 1):
+            try:
+                example = apply(row)
+            except DataError as error:
+                raise DataError(f"{part.name}, row {number}: {error}") from None
+            yield row, example
 
 
 def formatter(recipe: Recipe) -> RowFormatter:
@@ -112,7 +115,7 @@ def formatter(recipe: Recipe) -> RowFormatter:
     """
     form = format_of(recipe.data)
     assert form is not None
-    return _FORMATTERS[_kind(form)](form, recipe.training.get("completion_only_loss"))
+    return _FORMATTERS[kind_of(form)](form, recipe.training.get("completion_only_loss"))
 
 
 def _format_texts(form: Format, completion_only: bool | None) -> RowFormatter:
@@ -145,18 +148,25 @@ def _format_instructions(form: Format, completion_only: bool | None) -> RowForma
 
 
 def _format_reviews(form: Format, completion_only: bool | None) -> RowFormatter:
-    words = form.label_words
+    words, column = form.label_words, form.label or "label"
 
     def apply(row: Mapping[str, Any]) -> Example | None:
-        label = row[form.label or "label"]
-        if not isinstance(label, int) or not 0 <= label < len(words):
+        label = class_number(row.get(column), len(words))
+        if label is None:
             raise DataError(
-                f"column {form.label!r} contains {label!r}; expected a class number from 0 to {len(words) - 1} "
+                f"column {column!r} contains {row.get(column)!r}; expected a class number from 0 to {len(words) - 1} "
                 "(data.format.label_words)"
             )
         return format_review(_text(row, form.review), words[label], completion_only=completion_only is not False)
 
     return apply
+
+
+def class_number(value: Any, classes: int) -> int | None:
+    """The number of a class, written as a number or, as in a CSV file, as its digits; None if it is not one of
+    0 … `classes` - 1."""
+    number = int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value.strip()) else value
+    return number if isinstance(number, int) and 0 <= number < classes else None
 
 
 _FORMATTERS = {
@@ -167,9 +177,31 @@ _FORMATTERS = {
 }
 
 
+def blanks(row: Mapping[str, Any], form: Format) -> Iterator[str]:
+    """What `row` lacks in the columns of `form`: `null prompt`, `empty completion`. A context may be empty."""
+    for field in _COLUMNS:
+        column = getattr(form, field)
+        if column is None or field == "label":
+            continue
+        value = row.get(column)
+        if value is None and (field != "context" or column in row):
+            yield f"null {field}"
+        elif isinstance(value, str) and not value.strip() and field != "context":
+            yield f"empty {field}"
+
+
 def _text(row: Mapping[str, Any], column: str | None) -> str:
     """The text in `column`; "" for a null, a column that the row lacks, or no column."""
     value = row.get(column) if column else None
-    if value is not None and not isinstance(value, str):
-        raise DataError(f"column {column!r} contains {type(value).__name__} values; expected text")
-    return value or ""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(
+            f"column {column!r} contains {type(value).__name__} values; expected text\n"
+            f"  found {reprlib.repr(value)}; write it in quotes, as it should be trained"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"column {column!r} contains half of a surrogate pair, which is not a character") from None
+    return value

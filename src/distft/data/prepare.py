@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,19 @@ import torch
 from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
 from datasets.utils.logging import disable_progress_bar
 
-from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.config.schema import Data
-from distft.data.formats import check_columns, formatter
-from distft.data.sources import data_sources, read_source
+from distft.data.formats import blanks, check_columns, format_of, format_rows
+from distft.data.sources import Rows, data_sources, read_source, source_notes
 from distft.data.templates import Example
 from distft.data.tokenize import IGNORED, tokenize
 from distft.errors import DataError
 from distft.files import build_folder_once
 from distft.paths import cache_folder
+from distft.text import count
 
 _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-_VERSION = 3
+_VERSION = 4
 """Part of the cache key: raise it whenever the same recipe and rows should give different samples."""
 
 
@@ -41,23 +42,40 @@ class Report:
     rows: dict[str, int]
     dropped_empty: int
     """Rows with a blank response, over all splits."""
+    blanks: dict[str, int]
+    """Rows that lack something, by what they lack: `null prompt`, `empty completion`."""
     dropped_untrained: dict[str, int]
     """Samples that truncation left without any trained token."""
     truncated: dict[str, int]
     tokens: dict[str, int]
+    overlap: dict[str, int]
+    """Samples of `validation` and `test` whose text is also that of a training sample."""
     digest: str
     """Hash of the training texts in order: independent of the tokenizer and of file names."""
+    held_out_digest: str
+    """Hash of the validation and test texts in order."""
+    notes: tuple[str, ...] = ()
+    """What else to tell the user about this run's data; not cached."""
 
     def lines(self) -> list[str]:
         sizes = ", ".join(f"{name} {count:,}" for name, count in self.rows.items())
         found = [f"data: {sizes} samples; {self.tokens['train']:,} training tokens"]
         if self.dropped_empty:
             found.append(f"data: dropped {self.dropped_empty:,} rows with an empty response")
+        if self.blanks:
+            kinds = ", ".join(f"{what} in {count(number, 'row')}" for what, number in self.blanks.items())
+            found.append(f"data: {kinds}")
         if untrained := sum(self.dropped_untrained.values()):
             found.append(f"data: dropped {untrained:,} samples: training.max_length leaves nothing to train on")
         if truncated := sum(self.truncated.values()):
             found.append(f"data: truncated {truncated:,} samples to training.max_length")
-        return found
+        for name, number in self.overlap.items():
+            if number:
+                found.append(
+                    f"data: {number:,} of {self.rows[name]:,} {name} samples also occur in the training split, so that "
+                    "figures on that split are not those of unseen text"
+                )
+        return [*found, *(f"data: {note}" for note in self.notes)]
 
 
 @dataclass(frozen=True)
@@ -85,13 +103,17 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Splits:
             "the model's tokenizer has no fast version, which distft needs to map tokens to characters; "
             "set model.tokenizer"
         )
-    raw, *held_out = map(read_source, data_sources(recipe.data))
+    data = recipe.data
+    raw, *held_out = map(read_source, data_sources(data))
     test = held_out[0] if held_out else None
+    form = format_of(data)
+    assert form is not None
     max_length = recipe.training.get("max_length", 1024)
     key = {
         "version": _VERSION,
-        "data": recipe.data.model_dump(),
-        "sources": [None if each is None else upstream_api.dataset_fingerprint(each) for each in (raw, test)],
+        "format": form.model_dump(),
+        "splits": [data.validation_fraction, data.test_fraction, data.max_samples],
+        "sources": [None if each is None else each.digest() for each in (raw, test)],
         "seed": recipe.run.seed,
         "max_length": max_length,
         "completion_only": recipe.training.get("completion_only_loss"),
@@ -108,26 +130,35 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Splits:
     build_folder_once(folder, build)
     splits = DatasetDict(load_from_disk(str(folder)))
     report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    report = replace(report, notes=(*source_notes(data), *_batch_notes(recipe, report)))
     return Splits(splits["train"], splits.get("validation"), splits.get("test"), report)
 
 
+def _batch_notes(recipe: Recipe, report: Report) -> list[str]:
+    """Say so if the training split is smaller than one global batch."""
+    sizes = {"global_batch_size": report.rows["train"], "global_batch_tokens": report.tokens["train"]}
+    return [
+        f"batching.{key}={asked:,} is more than the {have:,} of the training split: every step has {have:,}"
+        for key, have in sizes.items()
+        if (asked := getattr(recipe.batching, key)) is not None and asked > have
+    ]
+
+
 def _prepare(
-    recipe: Recipe, tokenizer: Any, raw: Dataset, official: Dataset | None, max_length: int | None
+    recipe: Recipe, tokenizer: Any, raw: Rows, official: Rows | None, max_length: int | None
 ) -> tuple[DatasetDict, Report]:
     """Format, split and tokenize `raw`; `official` holds the rows of a separate test split, if there is one."""
-    apply = formatter(recipe)
-    data = recipe.data
-    check_columns(raw.column_names, data, data.path or data.name)
-    kept = [example for row in raw if (example := apply(row)) is not None]
-    empty = len(raw) - len(kept)
+    data, lacks = recipe.data, Counter[str]()
+    rows, kept = _examples(recipe, raw, lacks)
+    empty = rows - len(kept)
     parts: dict[str, list[Example]] = split_rows(kept, data, recipe.run.seed, with_test=official is None)
     if official is not None:
-        check_columns(official.column_names, data, data.test_path or f"{data.name}, test split")
-        parts["test"] = [example for row in official if (example := apply(row)) is not None]
-        empty += len(official) - len(parts["test"])
+        held_out, parts["test"] = _examples(recipe, official, lacks)
+        empty += held_out - len(parts["test"])
     if not parts["train"]:
         raise DataError(
-            f"no row is left to train on: {empty} of {len(raw)} rows are empty, the rest went to the other splits"
+            f"no row is left to train on: {rows - len(kept)} of {rows} rows are empty, the rest went to the other "
+            "splits\n  give more rows, or set data.validation_fraction=0 data.test_fraction=0 training.eval_strategy=no"
         )
     counts: dict[str, dict[str, int]] = {"rows": {}, "dropped_untrained": {}, "truncated": {}, "tokens": {}}
     splits: dict[str, Dataset] = {}
@@ -148,10 +179,51 @@ def _prepare(
         counts["tokens"][name] = sum(map(len, ids))
         if ids:
             splits[name] = Dataset.from_dict({"input_ids": ids, "labels": labels}, features=_FEATURES)
+    trained = {example.text for example in parts["train"]}
+    overlap = {
+        name: sum(example.text in trained for example in examples)
+        for name, examples in parts.items()
+        if name != "train" and examples
+    }
+    report = Report(
+        rows=counts["rows"],
+        dropped_empty=empty,
+        blanks=dict(lacks),
+        dropped_untrained=counts["dropped_untrained"],
+        truncated=counts["truncated"],
+        tokens=counts["tokens"],
+        overlap=overlap,
+        digest=_digest(parts["train"]),
+        held_out_digest=_digest([*parts["validation"], *parts["test"]]),
+    )
+    return DatasetDict(splits), report
+
+
+def _examples(recipe: Recipe, rows: Rows, lacks: Counter[str]) -> tuple[int, list[Example]]:
+    """The number of `rows`, and the examples of those that have something to train on; `lacks` counts what is blank.
+
+    Raises:
+        DataError: there are no rows, a column is missing, or a row does not fit the format.
+    """
+    form = format_of(recipe.data)
+    assert form is not None
+    check_columns(rows, recipe.data)
+    total, kept = 0, []
+    for row, example in format_rows(rows, recipe):
+        total += 1
+        lacks.update(blanks(row, form))
+        if example is not None:
+            kept.append(example)
+    if not total:
+        raise DataError(f"{rows.name} is empty")
+    return total, kept
+
+
+def _digest(examples: Iterable[Example]) -> str:
     texts = hashlib.sha256()
-    for example in parts["train"]:
+    for example in examples:
         texts.update(json.dumps([example.text, example.trained_from]).encode())
-    return DatasetDict(splits), Report(dropped_empty=empty, **counts, digest=texts.hexdigest()[:16])
+    return texts.hexdigest()[:16]
 
 
 def split_rows(rows: Sequence[Any], data: Data, seed: int, *, with_test: bool) -> dict[str, list[Any]]:

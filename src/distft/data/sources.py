@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import xxhash
+
+from distft import upstream_api
 from distft.config.schema import Data, Format
+from distft.data.files import DataFile, Row, exists, files_at, left_out, path_of, suffix_of
 from distft.data.toy import tiny_sentiment
 from distft.errors import DataError
 from distft.paths import packaged
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-"""File suffix to the name of the `datasets` builder that reads it."""
+from distft.text import shorten
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,72 @@ class HubSplit(NamedTuple):
     split: str
 
 
+class Part(Protocol):
+    """Rows that are read one after the other: those of a file, or of a split on the hub."""
+
+    @property
+    def name(self) -> str: ...
+    def __iter__(self) -> Iterator[Row]: ...
+    def columns(self, wanted: Collection[str]) -> list[str]: ...
+    def digest(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class HubRows:
+    """The rows of a split that `datasets` has downloaded."""
+
+    name: str
+    dataset: Any
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.dataset)
+
+    def columns(self, wanted: Collection[str]) -> list[str]:
+        return list(self.dataset.column_names)
+
+    def digest(self) -> str:
+        """The fingerprint, which depends on the commit that was downloaded."""
+        return upstream_api.dataset_fingerprint(self.dataset)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a source, in order; they are read anew by each iteration."""
+
+    name: str
+    parts: Sequence[Part]
+
+    def __iter__(self) -> Iterator[Row]:
+        return itertools.chain.from_iterable(self.parts)
+
+    def digest(self) -> str:
+        """A hash of the content, independent of names, places and times."""
+        return xxhash.xxh3_128(" ".join(part.digest() for part in self.parts).encode()).hexdigest()
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the rows."""
+        found: list[Path] = []
+        for part in self.parts:
+            if isinstance(part, DataFile):
+                found.append(part.path)
+            elif isinstance(part, HubRows):
+                found += [Path(file["filename"]) for file in part.dataset.cache_files]
+        return found
+
+
 def local_source(data: Data) -> Path | None:
-    """The local file or folder that `data` names, whether or not it exists; None if the rows come from the hub."""
+    """The local file or folder that `data` names, whether or not it exists; None if the rows come from the hub.
+
+    Whatever exists is local, and so is what looks like a path. Only the known data sets keep their names.
+    """
     if data.path:
-        return Path(data.path).expanduser()
+        return path_of(data.path)
     known = KNOWN_DATASETS.get(data.name)
-    if known is not None and known.file is not None:
-        return packaged(known.file)
-    if known is not None and known.build is not None:
-        return known.build()
-    is_path = data.name.startswith((".", "/", "~")) or Path(data.name).suffix in _READERS
-    return Path(data.name).expanduser() if is_path else None
+    if known is not None:
+        return packaged(known.file) if known.file is not None else known.build() if known.build is not None else None
+    path = path_of(data.name)
+    return path if data.name.startswith((".", "/", "~")) or suffix_of(path) or exists(path) else None
 
 
 def data_sources(data: Data) -> list[Path | HubSplit]:
@@ -72,7 +127,7 @@ def data_sources(data: Data) -> list[Path | HubSplit]:
         DataError: `data.name` is not a known data set, a path or a hub id.
     """
     known, file = KNOWN_DATASETS.get(data.name), local_source(data)
-    test = [Path(data.test_path).expanduser()] if data.test_path else []
+    test = [path_of(data.test_path)] if data.test_path else []
     if file is not None:
         return [file, *test]
     hub = known.hub if known else data.name
@@ -86,29 +141,41 @@ def data_sources(data: Data) -> list[Path | HubSplit]:
     return [HubSplit(hub, data.config, data.train_split), *test, *official]
 
 
-def require_files(data: Data) -> None:
-    """Check that the local files exist, before anything slow is done for them, such as loading a tokenizer.
-
-    Raises:
-        DataError: a file or folder is missing.
-    """
+def source_notes(data: Data) -> list[str]:
+    """What to tell the user about the sources: which meaning of an ambiguous name was taken, and which files of a
+    folder are not read."""
+    lines = []
+    path = path_of(data.name)
+    if not data.path and exists(path):
+        if data.name in KNOWN_DATASETS:
+            lines.append(
+                f"data.name={data.name} is distft's data set of that name; to read the local one, set data.path"
+            )
+        elif data.name.count("/") == 1 and not data.name.startswith((".", "/", "~")) and suffix_of(path) is None:
+            lines.append(f"data.name={data.name} is the local folder of that name, not the data set on the hub")
     for source in data_sources(data):
-        if isinstance(source, Path):
-            _require(source)
+        if isinstance(source, Path) and source.is_dir() and (others := left_out(source)):
+            lines.append(f"not read in {source}: {shorten(others, 5)}")
+    return lines
 
 
-def read_source(source: Path | HubSplit) -> Dataset:
-    """Read the rows of a source. `datasets` caches them.
+def read_source(source: Path | HubSplit) -> Rows:
+    """Open a source. `datasets` downloads and caches what is on the hub; local files are read when iterated over.
 
     Raises:
         DataError: the source is missing, unreadable or empty.
     """
+    if isinstance(source, Path):
+        return Rows(str(source), files_at(source))
     from datasets import load_dataset
 
-    if isinstance(source, Path):
-        return _read_local(source)
+    name = f"{source.name}, {source.split} split"
+    if exists(Path(source.name)):
+        raise DataError(
+            f"a local folder named {source.name} hides the data set on the hub; rename it, or set data.path to read it"
+        )
     try:
-        return load_dataset(source.name, source.config, split=source.split)
+        return Rows(name, [HubRows(name, load_dataset(source.name, source.config, split=source.split))])
     except Exception as error:  # datasets and the hub client raise many types here; all mean "unavailable"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
@@ -116,47 +183,3 @@ def read_source(source: Path | HubSplit) -> Dataset:
             "  run distft fetch with the same arguments on a machine with network access, "
             "or use a local copy: data.path=FILE.jsonl"
         ) from error
-
-
-def _require(path: Path) -> None:
-    if not path.exists():
-        raise DataError(f"there is no data file or folder {path}")
-
-
-def _read_local(path: Path) -> Dataset:
-    from datasets import load_dataset, load_from_disk
-
-    _require(path)
-    if path.is_dir() and (path / "state.json").exists():
-        return load_from_disk(str(path))
-    files = _files_in(path) if path.is_dir() else [path]
-    reader = _READERS.get(files[0].suffix)
-    if reader is None:
-        raise DataError(f"{path} is not a {', '.join(_READERS)} file")
-    if not any(file.stat().st_size for file in files):
-        raise DataError(f"{path} is empty")
-    # "None" and "NA" are legitimate responses, not missing values.
-    options: dict[str, Any] = {"keep_default_na": False} if reader == "csv" else {}
-    try:
-        rows: Dataset = load_dataset(reader, data_files=[str(file) for file in files], split="train", **options)
-    except Exception as error:  # the readers raise many types; the innermost error says what is wrong
-        inner: BaseException = error
-        while inner.__cause__ is not None:
-            inner = inner.__cause__
-        if "corresponds to no data" in str(inner):
-            raise DataError(f"{path} is empty") from error
-        raise DataError(f"{path} cannot be read as {reader}: {str(inner).strip().splitlines()[0]}") from error
-    if len(rows) == 0:
-        raise DataError(f"{path} is empty")
-    return rows
-
-
-def _files_in(folder: Path) -> list[Path]:
-    """The data files in `folder`, sorted by name; all must have the same suffix."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in _READERS)
-    if not files:
-        raise DataError(f"{folder} contains no {', '.join(_READERS)} files")
-    suffixes = sorted({file.suffix for file in files})
-    if len(suffixes) > 1:
-        raise DataError(f"{folder} mixes file formats ({', '.join(suffixes)}); name a single file")
-    return files

@@ -14,7 +14,7 @@ from datasets.utils.logging import disable_progress_bar
 from huggingface_hub import constants
 
 from distft.config.recipe import Recipe
-from distft.data.formats import data_faults
+from distft.data.checks import data_faults
 from distft.errors import Fault, MissingExtraError, RecipeError, UserError
 from distft.evaluation.engines.openai import unreachable
 from distft.evaluation.judge import as_recipe, rubric_of

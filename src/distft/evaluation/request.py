@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distft.config.recipe import Recipe, load_recipe
 from distft.config.validation import COMMAND_LINE
-from distft.data.formats import data_faults
+from distft.data.checks import data_faults
 from distft.errors import Fault, LaunchError, RunFolderError
 from distft.evaluation import preflight
 from distft.runs.folder import RunFolder

@@ -119,6 +119,8 @@ FIGURES = (
     _count("samples", "samples", logged="samples", fact=True),
     _count("tokens", "tokens", logged="tokens", fact=True),
     _key("data_digest"),
+    _key("held_out_digest"),
+    _key("held_out_overlap"),
     _key("weights_digest"),
     _key("trainable_parameters", fact=True),
     _key("parameters", fact=True),

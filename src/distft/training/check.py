@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from distft.config.recipe import Recipe
-from distft.data.sources import require_files
+from distft.data.checks import data_file_faults, split_faults
 from distft.distributed.collectives import together
 from distft.distributed.world import World
 from distft.errors import Fault, RecipeError, UserError
@@ -61,7 +61,7 @@ class Findings:
 
 def check_files(recipe: Recipe, working_folder: Path) -> Findings:
     """Look at the files and folders that the recipe names. Imports no torch."""
-    _, missing = attempt(recipe, "data.path" if recipe.data.path else "data.name", lambda: require_files(recipe.data))
+    missing = data_file_faults(recipe)
     folder = folder_faults(recipe, working_folder)
     checked = [*([] if missing else ["data files"]), *([] if folder else ["run folder"])]
     return Findings(faults=(*missing, *folder), checked=tuple(checked))
@@ -76,8 +76,8 @@ def check_settings(recipe: Recipe, processes: int) -> Findings:
 
 def check_data(recipe: Recipe, processes: int) -> Findings:
     """Read and tokenize the data, which is cached for the run, and plan its batches."""
-    splits, faults = attempt(recipe, "data.name", lambda: _prepare_data(recipe))
-    if splits is None:
+    splits, faults = attempt(recipe, "data", lambda: _prepare_data(recipe))
+    if splits is None or (faults := split_faults(recipe, splits)):
         return Findings(faults=tuple(faults))
     return Findings(checked=("data: every row",), run=tuple(splits.report.lines()))
 

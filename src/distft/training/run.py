@@ -10,7 +10,7 @@ from pathlib import Path
 from distft import upstream_api
 from distft.config.recipe import load_recipe
 from distft.console import say
-from distft.data.formats import data_faults
+from distft.data.checks import data_faults
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import strategy_faults
 from distft.training.check import check_together

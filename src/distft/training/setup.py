@@ -15,6 +15,7 @@ from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.data.batch_plan import Lengths, Plan
+from distft.data.checks import require_splits
 from distft.data.loader import DataWait
 from distft.data.prepare import Splits, first_samples, lengths_of, prepare_data
 from distft.distributed.collectives import together
@@ -111,6 +112,7 @@ def setup_data(recipe: Recipe, strategy: Strategy) -> TrainingData:
     """Load the tokenizer, then read and tokenize the data. All ranks enter."""
     tokenizer = together(strategy.world, lambda: load_tokenizer(recipe))
     splits = together(strategy.world, lambda: prepare_data(recipe, tokenizer))
+    together(strategy.world, lambda: require_splits(recipe, splits))
     return TrainingData(tokenizer, splits, lengths_of(splits.train))
 
 
@@ -119,7 +121,14 @@ def open_run(recipe: Recipe, strategy: Strategy, data: TrainingData) -> Iterator
     """Claim or resume the run folder, start what watches the run, and settle the micro-batch. All ranks enter."""
     with (
         closing_wandb(),
-        Record.open(recipe, strategy, Path.cwd(), data_digest=data.splits.report.digest) as record,
+        Record.open(
+            recipe,
+            strategy,
+            Path.cwd(),
+            data_digest=data.splits.report.digest,
+            held_out_digest=data.splits.report.held_out_digest,
+            held_out_overlap=data.splits.report.overlap,
+        ) as record,
         rank_log(record.folder, strategy.world),
         Watchdog(strategy.world, record, recipe.run.hang_timeout_s) as watchdog,
         MemoryGuard(recipe, strategy, data.lengths, record) as memory,

@@ -54,8 +54,7 @@ def _check_held_out(recipe: Recipe) -> None:
     if len(sources) == 1 and recipe.data.test_fraction == 0:
         raise DataError(_NOTHING_HELD_OUT)
     for source in sources:
-        name = str(source) if isinstance(source, Path) else source.name
-        check_columns(read_source(source).column_names, recipe.data, name)
+        check_columns(read_source(source), recipe.data)
 
 
 def _score(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from distft.config.recipe import Recipe
-from distft.data.formats import format_of, formatter
+from distft.data.formats import class_number, format_of, formatter
 from distft.data.prepare import split_rows
 from distft.data.sources import KNOWN_DATASETS, HubSplit, data_sources, read_source
 from distft.data.templates import format_review
@@ -93,15 +93,16 @@ def load(recipe: Recipe, classes: int) -> list[Review]:
         )
     found = []
     for number, row in enumerate(rows):
-        if not isinstance(row[text], str):
+        if not isinstance(row.get(text), str):
             raise DataError(f"row {number} of {where} has no text in column {text}: {str(row)[:200]}")
-        if not isinstance(row[label], int) or not 0 <= row[label] < classes:
+        number_of_class = class_number(row.get(label), classes)
+        if number_of_class is None:
             words = ", ".join(f"{number} for {word!r}" for number, word in enumerate(words_of(recipe)))
             raise DataError(
-                f"row {number} of {where} has {str(row[label])[:40]!r} in column {label}, which must hold class "
+                f"row {number} of {where} has {str(row.get(label))[:40]!r} in column {label}, which must hold class "
                 f"numbers: {words}\n  for other classes: evaluation.imdb.label_words=[WORD,WORD]"
             )
-        found.append(Review(number, row[text], row[label]))
+        found.append(Review(number, row[text], number_of_class))
     return found
 
 
@@ -122,7 +123,7 @@ def _held_out(recipe: Recipe) -> list[Mapping[str, Any]]:
     """The raw rows of the prepared test split."""
     raw, *official = map(read_source, data_sources(recipe.data))
     apply = formatter(recipe)
-    kept = [row for row in (official[0] if official else raw) if apply(row) is not None]
+    kept: list[Mapping[str, Any]] = [row for row in (official[0] if official else raw) if apply(row) is not None]
     return kept if official else split_rows(kept, recipe.data, recipe.run.seed, with_test=True)["test"]
 
 

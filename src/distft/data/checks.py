@@ -1,0 +1,158 @@
+"""What is wrong with the data of a recipe: in its section, in the first rows of its files, or anywhere in them.
+
+Nothing here imports torch, except for the full read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distft.config.recipe import Recipe
+from distft.data.files import DataFile
+from distft.data.formats import check_columns, format_of, format_rows, kind_of
+from distft.data.sources import KNOWN_DATASETS, Rows, data_sources, local_source, read_source
+from distft.errors import DataError, Fault, RecipeError
+from distft.text import count
+
+if TYPE_CHECKING:
+    from distft.data.prepare import Splits
+
+_HEAD_FILES, _HEAD_ROWS = 20, 20
+"""How many files of a folder, and rows of each, the quick check reads."""
+
+
+def data_faults(recipe: Recipe) -> list[Fault]:
+    """Find the mistakes in the data section that are visible without reading any data."""
+    data, found = recipe.data, []
+
+    def fault(key: str, *texts: str) -> None:
+        found.append(Fault(recipe.source.of(key), key, *texts))
+
+    if data.name not in KNOWN_DATASETS and data.format is None:
+        file = local_source(data)
+        if file is not None and not file.exists():
+            fault("data.name", f"there is no file or folder {file}")
+        else:
+            found.append(
+                Fault(
+                    recipe.source.of("data.name"),
+                    "data.format",
+                    f"is required for {data.name!r}, which is not one of {', '.join(KNOWN_DATASETS)}",
+                    "data.format.text=COLUMN, or data.format.prompt=COLUMN data.format.completion=COLUMN",
+                )
+            )
+    form = format_of(data)
+    if form is not None:
+        try:
+            kind = kind_of(form)
+        except DataError as error:
+            fault("data.format", str(error))
+            return found
+        if kind == "text" and recipe.training.get("completion_only_loss"):
+            fault(
+                "training.completion_only_loss",
+                "needs a completion, and data.format.text names whole texts",
+                "set data.format.prompt and data.format.completion",
+            )
+    if local_source(data) is not None:
+        given = {"config": data.config, "test_split": data.test_split, "train_split": data.train_split != "train"}
+        for key in (key for key, value in given.items() if value):
+            fault(
+                f"data.{key}",
+                f"is for data on the hub, not for {data.path or data.name}",
+                "name a held-out file with data.test_path",
+            )
+    elif data.test_path and data.test_split:
+        fault("data.test_path", "and data.test_split both name the held-out rows", "set one of them to null")
+    if data.validation_fraction + data.test_fraction >= 1:
+        fault("data", "validation_fraction and test_fraction leave nothing to train on")
+    return found
+
+
+def data_file_faults(recipe: Recipe) -> list[Fault]:
+    """Find the mistakes that the local files and their first rows show: paths, formats of files, columns, types.
+
+    Reads only the heads of files. What is on the hub is not checked.
+    """
+    if data_faults(recipe):
+        return []  # reported by that check; the files cannot be read without a valid section
+    found: list[Fault] = []
+    try:
+        sources = data_sources(recipe.data)
+    except DataError as error:
+        return [_fault(recipe, "data.name", error)]
+    for key, source in zip(_keys(recipe), sources, strict=False):
+        if isinstance(source, Path):
+            try:
+                _check_head(recipe, source)
+            except DataError as error:
+                found.append(_fault(recipe, key, error))
+    return found
+
+
+def require_files(recipe: Recipe) -> None:
+    """Do what `data_file_faults` does, before anything slow is done for the data, such as loading a tokenizer.
+
+    Raises:
+        RecipeError: all that it finds.
+    """
+    if found := data_file_faults(recipe):
+        raise RecipeError(found)
+
+
+def deep_data_faults(recipe: Recipe, tokenizer: Any) -> list[Fault]:
+    """Find what only a full read and tokenization show. The prepared data stays in the cache for the run."""
+    from distft.data.prepare import prepare_data
+
+    try:
+        return split_faults(recipe, prepare_data(recipe, tokenizer))
+    except DataError as error:
+        return [_fault(recipe, _keys(recipe)[0], error)]
+
+
+def split_faults(recipe: Recipe, splits: Splits) -> list[Fault]:
+    """Find the splits that the recipe evaluates on and that have no rows."""
+    data, rows, found = recipe.data, splits.report.rows, []
+    if recipe.training.get("eval_strategy", "no") != "no" and splits.validation is None:
+        found.append(_empty(recipe, "validation", "training.eval_strategy=no data.validation_fraction=0", rows))
+    if recipe.evaluation.before_and_after and splits.test is None and data.test_fraction > 0:
+        found.append(_empty(recipe, "test", "data.test_fraction=0", rows))
+    return found
+
+
+def require_splits(recipe: Recipe, splits: Splits) -> None:
+    """Check that what the recipe evaluates on has rows.
+
+    Raises:
+        RecipeError: a split is empty.
+    """
+    if found := split_faults(recipe, splits):
+        raise RecipeError(found)
+
+
+def _empty(recipe: Recipe, split: str, without: str, rows: Mapping[str, int]) -> Fault:
+    key = f"data.{split}_fraction"
+    share = getattr(recipe.data, key.removeprefix("data."))
+    problem = f"{share:g} of {count(sum(rows.values()), 'row')} leaves no row to evaluate on ({split} split)"
+    return Fault(recipe.source.of(key), key, problem, f"raise it, give more rows, or set {without}")
+
+
+def _keys(recipe: Recipe) -> tuple[str, str]:
+    """The keys that name the two sources."""
+    return "data.path" if recipe.data.path else "data.name", "data.test_path"
+
+
+def _fault(recipe: Recipe, key: str, error: DataError) -> Fault:
+    problem, _, remedy = str(error).partition("\n")
+    return Fault(recipe.source.of(key), key, problem, " ".join(remedy.split()))
+
+
+def _check_head(recipe: Recipe, source: Path) -> None:
+    rows = read_source(source)
+    quick = [part for part in rows.parts[:_HEAD_FILES] if isinstance(part, DataFile) and part.has_quick_head()]
+    head = Rows(rows.name, quick)
+    check_columns(head, recipe.data)
+    if len(quick) == len(rows.parts) and not any(True for _ in format_rows(head, recipe, _HEAD_ROWS)):
+        raise DataError(f"{source} is empty")
