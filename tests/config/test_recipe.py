@@ -125,6 +125,23 @@ def test_a_recipe_is_frozen() -> None:
         recipe.strategy = "single"
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["model.dtype=bfloat16"], "bf16"),
+        (["model.dtype=bfloat16", "training.bf16=false"], "no"),
+        (["model.dtype=bfloat16", "training.fp16=true"], "fp16"),
+        (["model.dtype=float16"], "no"),
+        (["model.dtype=float32"], "no"),
+        (["model.dtype=float32", "training.bf16=true"], "bf16"),
+    ],
+    ids=" ".join,
+)
+def test_mixed_precision_follows_the_model_unless_the_recipe_sets_it(words: list[str], expected: str) -> None:
+    """tiny sets neither training.bf16 nor training.fp16."""
+    assert load(*words).mixed_precision == expected
+
+
 def test_null_takes_back_what_a_base_recipe_set() -> None:
     recipe = load_recipe(["recipe=ddp_qlora", "training.learning_rate=null", "lora.lora_dropout=null"])
     assert "learning_rate" not in recipe.training

@@ -94,6 +94,17 @@ def test_the_saved_tensors_are_safetensors_with_every_lora_pair(finished: Ended)
     assert not list(finished.folder.adapter.glob("*.bin"))
 
 
+def test_the_adapter_and_the_optimizer_s_states_are_fp32(finished: Ended) -> None:
+    """TRL casts the adapter of a 4-bit base to bfloat16, which rounds away small updates."""
+    adapter = read_tensors(finished.folder.adapter)
+    assert len(adapter) == 56 and {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    (checkpoint,) = finished.folder.checkpoints.iterdir()
+    assert {tensor.dtype for tensor in read_tensors(checkpoint).values()} == {torch.float32}
+    states = torch.load(checkpoint / "optimizer.pt")["state"]
+    moments = [state[name] for state in states.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert len(moments) == 2 * 56 and {tensor.dtype for tensor in moments} == {torch.float32}
+
+
 def test_what_is_read_back_must_be_what_was_trained(finished: Ended) -> None:
     saved = read_tensors(finished.folder.adapter)
     compare(saved, saved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from distft.models.activation_checkpointing import layers_of, set_up_checkpointi
 from distft.models.adapter import keep_adapter_in_fp32
 from distft.models.export import merge
 from distft.models.fused_lora import keeps_int8_products
-from distft.models.loading import load_model
+from distft.models.loading import load_base, load_model
 
 FOUR = ["quantization.load_in_4bit=true"]
 EIGHT = ["quantization.load_in_4bit=false", "quantization.load_in_8bit=true"]
@@ -63,6 +64,18 @@ def test_weights_dequantised_at_load_compute_what_4_bit_weights_do() -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
     plain, _, _ = loaded("quantization=null")
     assert not torch.equal(learn(plain)[0], expected[0]), "4-bit weights must differ from the original ones"
+
+
+@pytest.mark.parametrize("overrides", [FOUR, DEQUANTISED], ids=["4 bits", "dequantised"])
+def test_no_4_bit_linear_may_be_repacked_for_a_kernel_without_a_gradient(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes marks its linears on CPUs with AVX512-BF16; here they are marked on every CPU."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    assert bitsandbytes.nn.Linear4bit(2, 2).support_avx512bf16_for_cpu
+    base = load_base(load_recipe(["recipe=tiny", *overrides]))
+    marks = [module.support_avx512bf16_for_cpu for module in base.modules() if "Linear4bit" in type(module).__name__]
+    assert marks == ([] if overrides == DEQUANTISED else [False] * 28)
 
 
 def test_merging_does_not_depend_on_dequantisation_at_load(tmp_path: Any) -> None:
