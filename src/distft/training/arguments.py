@@ -50,6 +50,8 @@ def build_arguments(
     given.setdefault("logging_nan_inf_filter", False)
     given.setdefault("dataloader_num_workers", 1 if strategy.on_gpu else 0)
     given["pad_to_multiple_of"] = pad_multiple(recipe, strategy)
+    if given.get("router_aux_loss_coef") is not None:  # the model's configuration refuses an int
+        given["router_aux_loss_coef"] = float(given["router_aux_loss_coef"])
     if strategy.checkpoints_by_layer(recipe):
         given["gradient_checkpointing"] = False
     own: dict[str, Any] = {

@@ -26,6 +26,10 @@ from distft.training.lm_head import TrainedPositions
 from distft.training.nonfinite import BadNumbers
 
 
+_OURS = ("scored", "targets")
+"""What `data.loader` adds to a batch for the head: the trained positions of the flattened rows, and their tokens."""
+
+
 def build_trainer(
     recipe: Recipe,
     strategy: Strategy,
@@ -153,19 +157,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     ) -> Any:
         """TRL's loss, without gathering metrics from all ranks in every micro-batch, which waits for the device.
 
-        Returns the summed negative log-likelihood of the trained tokens (nats), divided by the number of trained tokens
-        in the whole global batch.
+        Returns the summed loss of the trained tokens, for `loss_type: nll` their negative log-likelihood in nats,
+        divided by the number of trained tokens in the whole global batch.
         """
-        ours = ("scored", "targets")
-        scored, targets = map(inputs.get, ours)
-        inputs = {key: value for key, value in inputs.items() if key not in ours}
         if self.aux_loss_enabled or self.label_smoother is not None or return_outputs:
+            inputs = {key: value for key, value in inputs.items() if key not in _OURS}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if scored is not None:
-            del inputs["labels"]
-            inputs["shift_labels"] = targets
-            self._trained_positions.select_in_next_call(scored)
-        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        outputs = self._score(model, inputs)
         loss = -outputs.log_probs  # zero for ignored labels
         if self.args.loss_type == "dft":  # Wu et al. 2025 (arXiv:2508.05629)
             loss = loss * outputs.log_probs.detach().exp()
@@ -176,6 +174,16 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             return loss.sum() / trained.clamp(min=1)
         # Ranks average their gradients, but `num_items_in_batch` counts the trained tokens of all of them.
         return loss.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+
+    def _score(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """The outputs of TRL's fused head: log-probabilities (zero for ignored labels), entropy, `label_mask`, …"""
+        scored, targets = map(inputs.get, _OURS)
+        inputs = {key: value for key, value in inputs.items() if key not in _OURS}
+        if scored is not None:
+            del inputs["labels"]
+            inputs["shift_labels"] = targets
+            self._trained_positions.select_in_next_call(scored)
+        return model(**inputs, use_cache=False, fused_lm_head=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, with the metrics since the last one reduced over all ranks. All ranks enter."""
@@ -212,8 +220,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     ) -> EvalLoopOutput:
         """Compute the mean negative log-likelihood over all trained tokens of the split, in nats.
 
-        It is the same for any number of processes. The trainer's own loop averages the means of batches, which depends
-        on how the samples fall into batches.
+        It is the same for any training loss and any number of processes. The trainer's own loop would evaluate the
+        training loss (smoothed, weighted, or with a mixture of experts' auxiliary loss), and average the means of
+        batches, which depends on how the samples fall into batches.
         """
         self.model.eval()
         self.callback_handler.eval_dataloader = dataloader
@@ -222,12 +231,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             inputs = upstream_api.to_trainer_device(self, inputs)
             tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(self.model, inputs)
-            total += torch.stack([loss.detach().double() * tokens, tokens.double()])
+                likelihood = self._score(self.model, inputs).log_probs.double().sum()
+            total += torch.stack([-likelihood, tokens.double()])
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        likelihood, tokens = self.accelerator.reduce(total, reduction="sum").tolist()
+        loss, trained = self.accelerator.reduce(total, reduction="sum").tolist()
         upstream_api.clear_evaluation_metrics(self)
-        metrics = {f"{metric_key_prefix}_loss": likelihood / max(tokens, 1)}
+        metrics = {f"{metric_key_prefix}_loss": loss / max(trained, 1)}
         return EvalLoopOutput(
             predictions=None, label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader)
         )
