@@ -18,6 +18,9 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--rdzv", default="", metavar="HOST:PORT", help="where the machines meet: node 0, and a free port on it"
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the interrupted run of this name, or fail (run.resume=must)"
+    )
     parser.set_defaults(run=train)
 
 
@@ -27,6 +30,7 @@ def train(options: argparse.Namespace) -> int:
 
     node = Node.of(options.nnodes, options.node_rank, options.rdzv)
     node.check_rendezvous()
-    recipe, _ = load_checked(options.overrides)  # find the user's mistakes before starting any process
+    words = [*options.overrides, *(["run.resume=must"] if options.resume else [])]
+    recipe, _ = load_checked(words)  # find the user's mistakes before starting any process
     processes = processes_for(recipe, options.nproc, node.count)
-    return run(options.overrides, processes, recipe.run.max_restarts, node).code
+    return run(words, processes, recipe.run.max_restarts, node).code

@@ -48,10 +48,12 @@ class Run(Section):
     """Folder that holds the run folders."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the adapter's initial weights, dropout, the data splits and the order of the samples."""
-    resume: Literal["auto", "never"] = "auto"
-    """`auto` resumes an interrupted run of this name from its newest valid checkpoint; `never` starts a new run."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """`auto` resumes the newest interrupted run of this name from its newest valid checkpoint, if its recipe, data and
+    base are the same, and otherwise starts a new run; `must` (`distft train --resume`) resumes it or fails; `never`
+    starts a new run."""
     force: bool = False
-    """Resume even if the recipe has changed since the run was interrupted."""
+    """Resume even if the recipe, the data or the base's weights have changed since the run was interrupted."""
     on_bad_numbers: Literal["stop", "skip"] = "stop"
     """What to do about a NaN or infinite loss or gradient norm: `stop` ends the run; `skip` discards that step's
     update. The run survives nine such steps in a row; the tenth ends it."""

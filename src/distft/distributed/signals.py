@@ -6,11 +6,12 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
 from distft.console import say
+from distft.distributed.supervisor import IN_PROCESS, OUTCOME
 from distft.errors import Interrupted
 
 Handler = Callable[[int, FrameType | None], None]
@@ -35,11 +36,21 @@ class StopRequest:
 STOP = StopRequest()  # one per process, like signal handlers
 
 
+def announce(signum: int) -> None:
+    """Say at once what a signal does, because a step may take minutes. On rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        again = "; press Ctrl-C again to abort" if signum == signal.SIGINT else ""
+        with suppress(RuntimeError):  # the signal came in the middle of a write to the same stream
+            say(f"{signal.Signals(signum).name}: stopping after this step{again}")
+
+
 def _handler(handled: threading.Event) -> Handler:
     def handle(signum: int, frame: FrameType | None) -> None:
         handled.set()
         if STOP.deferred and STOP.signum is None:
             STOP.signum = signum
+            if OUTCOME not in os.environ or IN_PROCESS in os.environ:  # otherwise `distft train` has said so
+                announce(signum)
             return
         if STOP.signum == signum != signal.SIGINT:
             return  # launchers repeat their signals; a user who wants to stop at once presses Ctrl-C again

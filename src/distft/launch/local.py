@@ -18,7 +18,7 @@ from types import FrameType
 import psutil
 
 from distft.console import say
-from distft.distributed.signals import STOPPING, Handler, handling
+from distft.distributed.signals import STOPPING, Handler, announce, handling
 from distft.distributed.supervisor import ATTEMPT, OUTCOME, launcher_name, read_error, read_note
 from distft.errors import DistftError, Interrupted, RankLost
 from distft.launch import output
@@ -86,6 +86,10 @@ def _start(command: Sequence[str], environment: Mapping[str, str], outcome: Path
         A second Ctrl-C does kill them.
         """
         again = signum == signal.SIGINT and signum in passed
+        if again:
+            say("stopping now")
+        elif signum not in passed:
+            announce(signum)
         passed.append(signum)
         (outcome / "stop").touch()
         workers = _workers(child.pid)

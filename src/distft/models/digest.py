@@ -8,7 +8,9 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+from distft.errors import ModelError
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The file names that transformers looks for: one file with all tensors, or the index of several."""
@@ -31,6 +33,9 @@ def digest(name: str, revision: str | None = None) -> str | None:
     It covers the name, type, shape and middle row of every tensor: it takes no longer than opening the files, yet full
     fine-tuning or a merged adapter changes it. None if there are no safetensors files under the usual names, or the
     model is not in the cache.
+
+    Raises:
+        ModelError: a file is missing or damaged.
     """
     place = Path(name)
     if not place.is_dir():
@@ -38,7 +43,10 @@ def digest(name: str, revision: str | None = None) -> str | None:
             place = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
         except LocalEntryNotFoundError:
             return None
-    samples = {key: sample for file in files(place) for key, sample in _samples(place / file).items()}
+    try:
+        samples = {key: sample for file in files(place) for key, sample in _samples(place / file).items()}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the weights in {place} cannot be read ({error}); download or copy them again") from error
     if not samples:
         return None
     found = hashlib.sha256()

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -141,14 +142,18 @@ class RunFolder:
         Raises:
             RunFolderError: the folder exists and `exact` allows no other name, or it cannot be created.
         """
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"cannot create the folder {parent}: {error.strerror}; set run.dir") from error
         for number in range(1, 10_000):
             path = parent / (name if number == 1 else f"{name}-{number}")
             try:
-                path.mkdir(parents=True)
+                path.mkdir()
                 return cls(path)
             except FileExistsError:
                 if exact:
-                    free = next(n for n in range(2, 10_000) if not (parent / f"{name}-{n}").exists())
+                    free = next(n for n in range(2, 10_000) if not os.path.lexists(parent / f"{name}-{n}"))
                     raise RunFolderError(
                         f"run folder {path} is in use, and distft never overwrites a run; choose another name, such as "
                         f"run.name={name}-{free}"

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint. A checkpoint without a valid manifest is ignored.
+"""The manifest of a checkpoint. A run resumes only from a checkpoint with a valid manifest and the optimizer's state.
 
 All ranks write their files first. The manifest is written last and atomically, so a kill at any moment leaves either a
 complete checkpoint or none.
@@ -60,11 +60,22 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
+def lacks_optimizer(checkpoint: Path) -> str | None:
+    """Why a run cannot resume from a valid `checkpoint`: it has the trainer's state but no optimizer's; else None."""
+    try:
+        files = read(checkpoint)["files"]
+    except (ValueError, KeyError, AssertionError):
+        return "its manifest is damaged"
+    if "trainer_state.json" in files and not any("optim" in name for name in files):
+        return "it has the weights but not the optimizer's state (training.save_only_model)"
+    return None
+
+
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest valid checkpoint, and a line about each newer one that is not valid."""
+    """The newest checkpoint that a run can resume from, and a line about each newer one that it cannot resume from."""
     skipped: list[str] = []
     for path in sorted((p for p in checkpoints.glob("checkpoint-*") if step_of(p) >= 0), key=step_of, reverse=True):
-        reason = fault(path)
+        reason = fault(path) or lacks_optimizer(path)
         if reason is None:
             return path, skipped
         skipped.append(f"skipping {path.name}: {reason}")
@@ -79,12 +90,17 @@ def drop_after(checkpoints: Path, step: int) -> None:
 
 
 def retire(checkpoints: Path, keep: int | None) -> None:
-    """Delete the oldest complete checkpoints, so that `keep` remain (None: all). Never deletes the newest."""
-    if keep is None:
+    """Delete the oldest complete checkpoints, so that `keep` remain; None or a number below 1 keeps all, as upstream.
+
+    The newest that a run can resume from always remains.
+    """
+    if keep is None or keep < 1:
         return
     finished = sorted((p for p in checkpoints.glob("checkpoint-*") if (p / NAME).is_file()), key=step_of)
-    for path in finished[: -max(keep, 1)]:
-        _delete(path)
+    resumable = next((path for path in reversed(finished) if lacks_optimizer(path) is None), None)
+    for path in finished[:-keep]:
+        if path != resumable:
+            _delete(path)
 
 
 def _delete(checkpoint: Path) -> None:

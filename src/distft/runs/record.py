@@ -53,8 +53,8 @@ class Record:
         All ranks must call this.
 
         Raises:
-            RunFolderError: the name was given on the command line and is in use, or the recipe has changed since the
-                run was interrupted.
+            RunFolderError: the name was given on the command line and is in use, or the run must be resumed and
+                cannot.
             AlreadyFinished: a restarted run has nothing left to do.
         """
         world = strategy.world
@@ -64,7 +64,7 @@ class Record:
             nonlocal lock
             if not world.is_main:
                 return None
-            place, lock = find_place(recipe, strategy, working_folder)
+            place, lock = find_place(recipe, strategy, working_folder, facts)
             return place
 
         place = broadcast(together(world, find), world)

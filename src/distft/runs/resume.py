@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,12 @@ FREE_TO_CHANGE = (
     "training.ddp_timeout",
 )
 """Keys, or prefixes of keys, that do not change the optimisation: a run may resume with different values."""
+IDENTITY = {
+    "data_digest": "the training data",
+    "held_out_digest": "the held-out data",
+    "weights_digest": "the base's weights",
+}
+"""Keys of `summary.json` that identify what a run reads besides its recipe."""
 
 
 @dataclass(frozen=True)
@@ -80,25 +86,27 @@ class _Candidate:
     job: str | None
 
 
-def find_place(recipe: Recipe, strategy: Strategy, working_folder: Path) -> tuple[Place, FileLock]:
-    """Return the place of this run and the lock on it.
+def find_place(
+    recipe: Recipe, strategy: Strategy, working_folder: Path, facts: Mapping[str, Any]
+) -> tuple[Place, FileLock]:
+    """Return the place of this run and the lock on it. `facts` has the digests named in `IDENTITY`.
 
     That is the folder that a restarted launch worked in before; otherwise the newest run of this name that did not
-    finish; otherwise a new folder.
+    finish and had the same recipe, data and base; otherwise a new folder.
 
     Raises:
-        RunFolderError: the name was given on the command line and is in use, or the recipe has changed since the run
-            was interrupted.
+        RunFolderError: the name was given on the command line and is in use, or the run must be resumed and cannot.
         AlreadyFinished: a restarted run has nothing left to do.
     """
     parent = working_folder / Path(recipe.run.dir).expanduser()
-    exact = recipe.source.of("run.name") == COMMAND_LINE
+    exact, insists = recipe.source.of("run.name") == COMMAND_LINE, recipe.run.resume == "must"
+    notes: list[str] = []
     for candidate in _candidates(parent, recipe.run.name):
         folder, ours = candidate.folder, candidate.ours
         if not ours and (recipe.run.resume == "never" or (exact and folder.name != recipe.run.name)):
             continue
         if not ours and candidate.job is not None and is_queued(candidate.job):
-            if exact:
+            if exact or insists:
                 raise RunFolderError(
                     f"{folder.path} belongs to job {candidate.job}, which is still in the queue; wait for it, "
                     "scancel it, or choose another run.name"
@@ -108,7 +116,7 @@ def find_place(recipe: Recipe, strategy: Strategy, working_folder: Path) -> tupl
         try:
             lock.acquire(timeout=LOCK_S if ours else 0)
         except Timeout:
-            if exact:
+            if exact or insists:
                 message = f"another process is running in {folder.path}; wait for it, or choose another run.name"
                 raise RunFolderError(message) from None
             continue
@@ -116,16 +124,27 @@ def find_place(recipe: Recipe, strategy: Strategy, working_folder: Path) -> tupl
         if finished and ours:
             leave_note("folder", str(folder.path))
             raise AlreadyFinished(f"the run in {folder.path} had already finished when it was restarted")
-        place = None if finished else _resumable(folder, recipe, strategy)
+        changed = _changes(folder, recipe, facts)
+        if finished:
+            lock.release()
+            if changed and not insists:
+                continue  # an earlier run may be the one that this command was stopped in
+            break
+        place = _resumable(folder, recipe, strategy, changed, facts, must=ours or exact or insists)
         if place is not None:
             return place, lock
         lock.release()
-        if finished:
-            break
+        if manifest.newest(folder.checkpoints)[0] is not None:
+            notes.append(
+                f"starting a new run: {folder.path} was interrupted with different settings ({'; '.join(changed)}); to "
+                "continue it, restore them, or set run.force=true"
+            )
+    if insists:
+        raise RunFolderError(f"there is no interrupted run of the name {recipe.run.name} in {parent} to resume")
     folder = RunFolder.claim(parent, recipe.run.name, exact=exact)
     lock = FileLock(folder.lock)
     lock.acquire(timeout=0)
-    return Place(folder), lock
+    return Place(folder, notes=tuple(notes)), lock
 
 
 def _candidates(parent: Path, name: str) -> list[_Candidate]:
@@ -140,20 +159,41 @@ def _candidates(parent: Path, name: str) -> list[_Candidate]:
     return sorted(found, key=lambda candidate: not candidate.ours)
 
 
-def _resumable(folder: RunFolder, recipe: Recipe, strategy: Strategy) -> Place | None:
+def _changes(folder: RunFolder, recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
+    """A line for everything that decides what is learned and differs from the run in `folder`."""
+    summary = folder.read_summary()
+    changed = list(differences(parse_yaml(folder.recipe.read_text(encoding="utf-8")), recipe.model_dump()))
+    for key, what in IDENTITY.items():
+        before, now = summary.get(key), facts.get(key)
+        if before is not None and now is not None and before != now:
+            changed.append(f"{what}: the digest was {before}, is now {now}")
+    return changed
+
+
+def _resumable(
+    folder: RunFolder,
+    recipe: Recipe,
+    strategy: Strategy,
+    changed: Sequence[str],
+    facts: Mapping[str, Any],
+    *,
+    must: bool,
+) -> Place | None:
     """The place to continue from in an unfinished folder that no other process holds.
 
-    None if the folder has no checkpoint and was started with a different recipe.
+    None if something has `changed` and the run need not be continued: it has no checkpoint, or `must` is false.
+
+    Raises:
+        RunFolderError: it must be continued, but something has changed, or its checkpoints cannot be read.
     """
     summary = folder.read_summary()
     checkpoint, skipped = manifest.newest(folder.checkpoints)
-    changed = list(differences(parse_yaml(folder.recipe.read_text(encoding="utf-8")), recipe.model_dump()))
-    if changed and checkpoint is None:
+    if changed and (checkpoint is None or not (must or recipe.run.force)):
         return None
     if changed and not recipe.run.force:
         lines = "\n".join(f"  {line}" for line in changed)
         raise RunFolderError(
-            f"{folder.path} was started with a different recipe:\n{lines}\n"
+            f"{folder.path} was started with a different recipe, other data or another base:\n{lines}\n"
             "restore the old values to continue it, set run.force=true to continue with the new ones, or start over "
             "with run.resume=never or another run.name"
         )
@@ -173,6 +213,9 @@ def _resumable(folder: RunFolder, recipe: Recipe, strategy: Strategy) -> Place |
             f"world size {world_size} instead of {facts['world_size']}: every step has the same samples, but sums are "
             "taken in a different order, so rounding differs, and dropout masks differ"
         )
+    unknown = [what for key, what in IDENTITY.items() if facts.get(key) and summary.get(key) is None]
+    if unknown and checkpoint is not None:
+        notes.append(f"not checked whether it changed, because the run did not record its digest: {', '.join(unknown)}")
     return replace(place, notes=(*notes, *changed))
 
 

@@ -128,12 +128,22 @@ def open_run(recipe: Recipe, strategy: Strategy, data: TrainingData) -> Iterator
             data_digest=data.splits.report.digest,
             held_out_digest=data.splits.report.held_out_digest,
             held_out_overlap=data.splits.report.overlap,
+            weights_digest=weights_digest(recipe, strategy.world),
         ) as record,
         rank_log(record.folder, strategy.world),
         Watchdog(strategy.world, record, recipe.run.hang_timeout_s) as watchdog,
         MemoryGuard(recipe, strategy, data.lengths, record) as memory,
     ):
         yield OpenRun(memory.recipe, strategy, data, record, watchdog, memory)
+
+
+def weights_digest(recipe: Recipe, world: World) -> str | None:
+    """The digest of the base's weights, on rank 0. All ranks enter."""
+
+    def read() -> str | None:
+        return digest(model_path(recipe), recipe.model.revision) if world.is_main else None
+
+    return together(world, read)
 
 
 def setup_model(run: OpenRun) -> PreparedModel:
@@ -153,7 +163,6 @@ def setup_model(run: OpenRun) -> PreparedModel:
         parameters=sum(map(whole_numel, model.parameters())),
         attn_implementation=upstream_api.attn_implementation(model.config),
         checkpointed_layers=checkpointed,
-        weights_digest=digest(model_path(recipe), recipe.model.revision) if world.is_main else None,
     )
     if world.is_main:
         for line in [*run.data.splits.report.lines(), *record.lines()]:

@@ -60,7 +60,7 @@ class StopTogether(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
             if plan[1] != _TRAIN_TIME:
                 self._stopped = plan
-                control.should_save = True
+                control.should_save, args.save_only_model = True, False  # the run resumes from this checkpoint
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._save_s = max(self._save_s, time.monotonic() - self._clock)

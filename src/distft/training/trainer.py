@@ -25,7 +25,6 @@ from distft.training.checkpoints import Checkpoints
 from distft.training.lm_head import TrainedPositions
 from distft.training.nonfinite import BadNumbers
 
-
 _OURS = ("scored", "targets")
 """What `data.loader` adds to a batch for the head: the trained positions of the flattened rows, and their tokens."""
 
