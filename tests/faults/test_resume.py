@@ -124,7 +124,7 @@ def test_a_changed_recipe_is_refused_with_its_differences(tmp_path: Path) -> Non
     wait_for_step(tmp_path, 4)
     process.send_signal(signal.SIGTERM)
     assert finish(process, tmp_path).code == 75
-    refused = go(tmp_path, "single", "training.learning_rate=1e-5", "lora.lora_dropout=0")
+    refused = go(tmp_path, "single", "training.learning_rate=1e-5", "lora.lora_dropout=0", "--resume")
     assert refused.code == 2
     assert "training.learning_rate: was 0.003, is now 1e-05" in refused.stderr
     assert "lora.lora_dropout: was 0.05, is now 0" in refused.stderr

@@ -197,20 +197,20 @@ def _resumable(
             "restore the old values to continue it, set run.force=true to continue with the new ones, or start over "
             "with run.resume=never or another run.name"
         )
-    facts = {"carried": {}} if checkpoint is None else manifest.read(checkpoint)
+    saved = {"carried": {}} if checkpoint is None else manifest.read(checkpoint)
     world_size = strategy.world.world_size
-    if facts.get("format", strategy.checkpoint_format) != strategy.checkpoint_format:
+    if saved.get("format", strategy.checkpoint_format) != strategy.checkpoint_format:
         raise RunFolderError(
-            f"{folder.path} has checkpoints in the format {facts['format']!r}; {strategy.name} on "
+            f"{folder.path} has checkpoints in the format {saved['format']!r}; {strategy.name} on "
             f"{count(world_size, 'process')} cannot read them\nresume with as many processes as before "
-            f"({facts['world_size']}), or start over with another run.name"
+            f"({saved['world_size']}), or start over with another run.name"
         )
-    place = Place(folder, False, checkpoint, (summary["restarts"] or 0) + 1, facts["carried"])
+    place = Place(folder, False, checkpoint, (summary["restarts"] or 0) + 1, saved["carried"])
     where = f"after step {place.step}" if checkpoint else "from the start, because it has no checkpoint"
     notes = [*skipped, f"resuming {folder.path} {where} ({_reason(folder, summary)})"]
-    if facts.get("world_size", world_size) != world_size:
+    if saved.get("world_size", world_size) != world_size:
         notes.append(
-            f"world size {world_size} instead of {facts['world_size']}: every step has the same samples, but sums are "
+            f"world size {world_size} instead of {saved['world_size']}: every step has the same samples, but sums are "
             "taken in a different order, so rounding differs, and dropout masks differ"
         )
     unknown = [what for key, what in IDENTITY.items() if facts.get(key) and summary.get(key) is None]
