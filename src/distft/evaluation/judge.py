@@ -7,7 +7,6 @@ verdict cannot be parsed, the judge is asked again; after the last attempt it co
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +29,7 @@ from distft.evaluation.generate import Answer, Engine, Item, Message, Sampling, 
 from distft.evaluation.judge_parsing import Kind, Verdict, opens_reasoning, parse_verdict, reasons_from_the_start
 from distft.evaluation.target import SideName, Target
 from distft.files import to_json, write_atomically
+from distft.models.digest import contents
 from distft.models.loading import load_base, load_tokenizer, model_path
 
 RUBRIC = """\
@@ -331,13 +331,9 @@ def as_recipe(recipe: Recipe, judge: Judge) -> Recipe:
 
 
 def _revision(recipe: Recipe) -> str:
-    """The commit of a model on the hub, or a hash of a folder's weights and settings."""
+    """The commit of a model on the hub, or a digest of everything in a folder that is loaded."""
     folder = Path(model_path(recipe))
     if not folder.is_dir():
         config = hf_hub_download(str(folder), "config.json", revision=recipe.model.revision)
         return Path(config).parent.name  # the hub's cache has a folder for each commit
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]):
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()[:16]
+    return str(contents(str(folder)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,9 +16,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from distft.config.recipe import Recipe
 from distft.data.prepare import prepare_data
-from distft.distributed.collectives import together
+from distft.distributed.collectives import broadcast, together
 from distft.distributed.world import World
 from distft.errors import ModelError
+from distft.models.digest import contents
 from distft.models.loading import load_base, load_tokenizer, model_path
 
 SideName = Literal["base", "adapter"]
@@ -44,7 +46,7 @@ class Target:
     is_adapter: bool
     """False if `result` is a whole model. It is the side `adapter` all the same."""
     identity: dict[SideName, str]
-    """The weights of each side by their content, for cache keys."""
+    """A digest of each side for cache keys: the content of everything that was loaded for it, and how."""
     _loaded: _Loaded = field(default_factory=_Loaded, repr=False)
 
     @classmethod
@@ -64,12 +66,10 @@ class Target:
         disable_progress_bar()
         tokenizer = together(world, lambda: load_tokenizer(recipe))
         is_adapter = result is not None and (result / "adapter_config.json").is_file()
-        base = _digest(model_path(recipe), recipe.model.revision, recipe.model.dtype, recipe.quantization)
-        identity: dict[SideName, str] = {"base": base}
-        if result is not None:
-            identity["adapter"] = _digest(base if is_adapter else "", *_contents(result))
+        identity: dict[SideName, str] = {}
         target = cls(recipe, world, tokenizer, device, result, is_adapter, identity)
         together(world, target._load_first)
+        identity |= broadcast(together(world, target._identify), world)
         return target
 
     @property
@@ -114,6 +114,20 @@ class Target:
                 ) from error
         self._loaded.model = model.eval()
 
+    def _identify(self) -> dict[SideName, str]:
+        """`identity`, found by rank 0; the others get {}."""
+        if not self.world.is_main:
+            return {}
+        recipe = self.recipe
+        how = (recipe.model.dtype, recipe.quantization, tokenizer_digest(self.tokenizer))
+        base = contents(model_path(recipe), recipe.model.revision)
+        if base is None:  # it has been loaded
+            raise ModelError(f"{recipe.model.name} was loaded, but is not in the hub's cache: its content is unknown")
+        found: dict[SideName, str] = {"base": _digest(base, *how)}
+        if self.result is not None:
+            found["adapter"] = _digest(found["base"] if self.is_adapter else how, contents(str(self.result)))
+        return found
+
     def _whole(self, name: SideName) -> Any:
         recipe = self.recipe
         if name == "adapter" and not self.is_adapter:
@@ -134,11 +148,11 @@ class Target:
         return together(self.world, lambda: prepare_data(self.recipe, self.tokenizer)).test
 
 
-def _contents(folder: Path) -> Iterator[str]:
-    """The hash of every file of weights and settings in `folder`."""
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
-        with file.open("rb") as stream:
-            yield f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A digest of what turns text into tokens. Templates are part of the text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    return _digest(text, tokenizer.eos_token_id, tokenizer.bos_token_id)
 
 
 def _digest(*parts: Any) -> str:

@@ -1,9 +1,11 @@
-"""A digest of model weights, independent of the name of their folder and of how they are split into files."""
+"""Digests of models: of their weights by samples, independent of the name of their folder and of how they are split
+into files; and of everything that is loaded, byte by byte."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -14,6 +16,11 @@ from distft.errors import ModelError
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The file names that transformers looks for: one file with all tensors, or the index of several."""
+
+_LOADED = ("adapter_model.*", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+"""What is loaded besides weights in safetensors files."""
+_NOT_LOADED = ("trainer_state.json",)
+_READERS = 8
 
 
 def files(folder: Path) -> set[str]:
@@ -37,12 +44,9 @@ def digest(name: str, revision: str | None = None) -> str | None:
     Raises:
         ModelError: a file is missing or damaged.
     """
-    place = Path(name)
-    if not place.is_dir():
-        try:  # without patterns, it would require every file of the repository, even unused ones
-            place = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
-        except LocalEntryNotFoundError:
-            return None
+    place = _place(name, revision)
+    if place is None:
+        return None
     try:
         samples = {key: sample for file in files(place) for key, sample in _samples(place / file).items()}
     except (OSError, SafetensorError) as error:
@@ -53,6 +57,40 @@ def digest(name: str, revision: str | None = None) -> str | None:
     for key in sorted(samples):
         found.update(key.encode() + samples[key])
     return found.hexdigest()[:16]
+
+
+def contents(name: str, revision: str | None = None) -> str | None:
+    """A digest (16 hex digits) of every byte that is loaded from `name`, a folder with a model, an adapter or a
+    tokenizer, or a model in the hub's cache: weights, settings, tokenizer, code.
+
+    Unlike `digest`, it notices a change of a single number. Files are read in parallel, which takes less than loading
+    them. None if the model is not in the cache.
+    """
+    place = _place(name, revision)
+    if place is None:
+        return None
+    weights = {place / file for file in files(place)} or {*place.glob("*.safetensors")}
+    found = {file for pattern in _LOADED for file in place.glob(pattern)} | weights
+    found = {file for file in found if file.is_file() and file.name not in _NOT_LOADED}
+    ordered = sorted(found)
+    with ThreadPoolExecutor(_READERS) as pool:
+        lines = [f"{file.name} {sha}" for file, sha in zip(ordered, pool.map(_sha256, ordered), strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _place(name: str, revision: str | None) -> Path | None:
+    """The folder of a model, if it is one or is in the hub's cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:  # without patterns, it would require every file of the repository, even unused ones
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
+    except LocalEntryNotFoundError:
+        return None
 
 
 def _samples(path: Path) -> dict[str, bytes]:
