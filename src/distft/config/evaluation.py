@@ -99,6 +99,9 @@ class Generation(Section):
     """Sampling temperature; 0 is greedy. null: what the task defines (MT-Bench: per category), otherwise 0."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling: sample from the most likely tokens whose probabilities add up to this."""
+    template: Literal["auto", "chat", "instruction", "plain"] = "auto"
+    """How a question becomes a prompt: `chat` is the tokenizer's chat template, `instruction` Dolly's, `plain` none.
+    `auto` takes the one that the run was trained with or, if that is not known, the chat template if there is one."""
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """`auto` uses vLLM if it is installed, there is a GPU and the base is not quantised; otherwise generate() of
     transformers. vLLM loads the base a second time."""

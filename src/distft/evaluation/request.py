@@ -29,6 +29,8 @@ class Request:
     result: Path | None
     """The folder of the adapter, or of the whole model if all parameters were trained; None to evaluate a base
     alone."""
+    trained: Recipe | None = None
+    """The recipe that it was trained with, without overrides; None if it is not known."""
 
     @classmethod
     def of(cls, words: Sequence[str], *, preflight_checks: bool = True) -> Request:
@@ -61,18 +63,25 @@ class Request:
         result = next((place for place in (folder.adapter, folder.model) if place.is_dir()), None)
         if result is None:
             raise RunFolderError(f"{path} has neither adapter/ nor model/: {_unfinished(folder)}")
-        return cls(_load([f"recipe={folder.recipe.absolute()}", *words], checks), folder, result)
+        return cls(_load([_recipe_of(folder), *words], checks), folder, result, load_recipe([_recipe_of(folder)]))
 
     @classmethod
     def _of_model(cls, model: str, adapter: str | None, words: Sequence[str], checks: Sequence[Check]) -> Request:
-        """With the recipe of the adapter's run if it lies in one; otherwise the model unquantised, in bf16."""
+        """With the recipe of the adapter's run if it lies in one; otherwise the model unquantised, in bf16.
+
+        The results of a checkpoint get a folder of their own, next to which those of the run stay as they are.
+        """
         result = None if adapter is None else Path(adapter).expanduser()
         if result is not None and not (result / "adapter_config.json").is_file():
             raise RunFolderError(f"{adapter} is not an adapter folder (adapter_config.json is missing)")
         named = f"model.name={json.dumps(model)}"
-        if result is not None and RunFolder(result.parent).recipe.is_file():
-            folder = RunFolder(result.parent)
-            return cls(_load([f"recipe={folder.recipe.absolute()}", named, *words], checks), folder, result)
+        run = _run_around(Path(model).expanduser() if result is None else result)
+        trained = None if run is None else load_recipe([_recipe_of(run)])
+        if result is not None and run is not None:
+            recipe = _load([_recipe_of(run), named, *words], checks)
+            is_checkpoint = result.resolve().parent != run.path.resolve()
+            folder = RunFolder(run.path.with_name(f"evaluate-{run.name}-{result.name}")) if is_checkpoint else run
+            return cls(recipe, folder, result, trained)
         plain = [
             "recipe=tiny",
             named,
@@ -83,7 +92,17 @@ class Request:
         ]
         recipe = _load([*plain, *words], (_perplexity_needs_data, *checks))
         name = "-".join(["evaluate", *(Path(part).name for part in (model, adapter) if part)])
-        return cls(recipe, RunFolder(Path(recipe.run.dir).expanduser() / name), result)
+        return cls(recipe, RunFolder(Path(recipe.run.dir).expanduser() / name), result, trained)
+
+
+def _recipe_of(folder: RunFolder) -> str:
+    return f"recipe={folder.recipe.absolute()}"
+
+
+def _run_around(result: Path) -> RunFolder | None:
+    """The run whose result or checkpoint `result` is; None if it lies in no run."""
+    parents = [*result.resolve().parents][:2] if result.is_dir() else []
+    return next((RunFolder(parent) for parent in parents if RunFolder(parent).recipe.is_file()), None)
 
 
 def _not_a_run(path: Path) -> str:

@@ -58,7 +58,7 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
     world.export(os.environ)
     lock = _lock(request.folder, world)
     with closing_wandb():
-        target = Target.load(request.recipe, request.result, world)
+        target = Target.load(request.recipe, request.result, world, request.trained)
         record = _known(request.folder, target.identity) if world.is_main else {}
         for task in request.recipe.evaluation.tasks:
             if world.is_main:
@@ -117,7 +117,8 @@ def _record(task: TaskName, result: dict[str, Any], record: dict[str, Any], fold
     if folder.summary.is_file():
         kept = {name: {part: found[part] for part in summary.PARTS if part in found} for name, found in record.items()}
         folder.write_summary(folder.read_summary() | {"evaluation": kept})
-    for line in [*summary.figure_lines(task, result), *summary.detail_lines(task, result)]:
+    template = [line] if (line := summary.template_line(task, result)) else []
+    for line in [*template, *summary.figure_lines(task, result), *summary.detail_lines(task, result)]:
         say(line)
     for line in summary.warnings(task, result, str(folder.evaluation / task)):
         say(f"warning: {line}")

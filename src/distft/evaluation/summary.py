@@ -15,7 +15,18 @@ from typing import Any
 from distft.runs.figures import FIGURES
 from distft.text import shorten
 
-PARTS = ("figures", "categories", "confusion", "unparsed", "outcomes", "position", "judge", "judged", "reasons")
+PARTS = (
+    "figures",
+    "categories",
+    "confusion",
+    "unparsed",
+    "outcomes",
+    "position",
+    "judge",
+    "judged",
+    "reasons",
+    "template",
+)
 """The parts of a task's result that `summary.json` keeps and reports read. A task may return any of them."""
 NOTE = (
     "Base and adapter are measured on the same items. Intervals are 95%: Wilson's for shares, Student's for means, the "
@@ -23,6 +34,13 @@ NOTE = (
     "“inconclusive” if it contains 0, so that the difference may be chance, “no difference” if both sides agree on "
     "every item, and “too few items” below 10 pairs."
 )
+TEMPLATES = {
+    "chat": "in the tokenizer's chat template",
+    "instruction": "in Dolly's instruction template",
+    "review": "in IMDB's template",
+    "plain": "without a template",
+}
+"""How prompts are written, by the name of the template in a result."""
 MODES = {"absolute": "graded individually", "pairwise": "compared in both orders"}
 """How the judge compares two answers, by `evaluation.judge.mode`."""
 
@@ -124,6 +142,12 @@ def detail_lines(task: str, result: Mapping[str, Any]) -> list[str]:
             )
             found.append(f"{detail.title}: {name}: {text}")
     return found
+
+
+def template_line(task: str, result: Mapping[str, Any]) -> str:
+    """Which template the prompts of a task have, and why; empty if the result does not say."""
+    found = result.get("template")
+    return f"{task}: prompts {TEMPLATES.get(found['name'], found['name'])} ({found['why']})" if found else ""
 
 
 def tables(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Detail]:

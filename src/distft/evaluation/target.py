@@ -47,10 +47,12 @@ class Target:
     """False if `result` is a whole model. It is the side `adapter` all the same."""
     identity: dict[SideName, str]
     """A digest of each side for cache keys: the content of everything that was loaded for it, and how."""
+    trained: Recipe | None = None
+    """The recipe that the evaluated model was trained with, without overrides; None if it is not known."""
     _loaded: _Loaded = field(default_factory=_Loaded, repr=False)
 
     @classmethod
-    def load(cls, recipe: Recipe, result: Path | None, world: World) -> Target:
+    def load(cls, recipe: Recipe, result: Path | None, world: World, trained: Recipe | None = None) -> Target:
         """Load the base as the recipe does (its dtype, its quantisation), with the adapter on it through PEFT, not
         merged.
 
@@ -67,7 +69,7 @@ class Target:
         tokenizer = together(world, lambda: load_tokenizer(recipe))
         is_adapter = result is not None and (result / "adapter_config.json").is_file()
         identity: dict[SideName, str] = {}
-        target = cls(recipe, world, tokenizer, device, result, is_adapter, identity)
+        target = cls(recipe, world, tokenizer, device, result, is_adapter, identity, trained)
         together(world, target._load_first)
         identity |= broadcast(together(world, target._identify), world)
         return target

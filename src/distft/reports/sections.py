@@ -227,7 +227,13 @@ def _evaluations(report: Report) -> Iterator[Section]:
     if not found:
         return
     title = ("What the fine-tune changed",)
-    notes = [(details.NOTE,)]
+    written = {
+        line: None
+        for evaluation in found.values()
+        for task, result in evaluation.items()
+        if (line := details.template_line(task, result))
+    }
+    notes = [(details.NOTE,), *((f"{line}.",) for line in written)]
     yield Section("evaluation", title, evaluation_table(found), notes, warnings=report.warnings)
     for number, detail in enumerate(details.tables(found)):
         columns = tuple(_detail_column(n, head, detail.rows) for n, head in enumerate(detail.head))

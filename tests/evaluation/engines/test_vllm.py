@@ -228,4 +228,4 @@ def test_vllm_is_chosen_only_if_it_would_write_what_was_trained(
 def test_asking_for_vllm_without_it_names_the_extra(tmp_path: Path) -> None:
     settings = evaluation(generation={"engine": "vllm"})
     with pytest.raises(MissingExtraError, match=r"pip install 'distft\[vllm\]'"):
-        choose_engine(unloaded_target(None, tmp_path, "cuda:0"), settings, "base")
+        choose_engine(unloaded_target(None, tmp_path, "cuda:0"), settings, "base", "plain")

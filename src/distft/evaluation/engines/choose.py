@@ -12,24 +12,21 @@ from distft.distributed.process import say_once
 from distft.errors import MissingExtraError, ModelError
 from distft.evaluation.engines.transformers import TransformersEngine, end_tokens, max_positions
 from distft.evaluation.engines.vllm import LORA_RANKS, Served, VllmEngine
-from distft.evaluation.generate import Engine, template_of
+from distft.evaluation.generate import Engine, Template
 from distft.evaluation.target import SideName, Target
 from distft.models.loading import model_path
 
 
-def choose_engine(target: Target, settings: Evaluation, side: SideName) -> Engine:
+def choose_engine(target: Target, settings: Evaluation, side: SideName, template: Template) -> Engine:
     """The engine for `side`, to be used within `target.side(side)`.
 
-    Prompts use the tokenizer's chat template. Without one they use the template that the recipe trained with: Dolly's,
-    or none if the recipe's prompts are used as they are. `auto` chooses vLLM if it is installed and nothing speaks
-    against it.
+    `auto` chooses vLLM if it is installed and nothing speaks against it.
 
     Raises:
         MissingExtraError: vLLM is asked for and not installed.
         ModelError: vLLM is asked for and cannot write what this target would.
     """
-    form, wanted = target.recipe.data.format, settings.generation.engine
-    template = template_of(target.tokenizer, "plain" if form is not None and form.prompt else "instruction")
+    wanted = settings.generation.engine
     identity = {"weights": target.identity[side]}
     installed = importlib.util.find_spec("vllm") is not None
     if wanted == "vllm" or (wanted == "auto" and installed):

@@ -22,11 +22,12 @@ from distft.config.recipe import Recipe
 from distft.distributed.collectives import together
 from distft.errors import DataError
 from distft.evaluation.engines.choose import choose_engine
-from distft.evaluation.generate import Answer, Item, Sampling, describe_answers, generate
+from distft.evaluation.generate import Answer, Item, Sampling, Template, describe_answers, generate
 from distft.evaluation.judge import Judgement, Question, count, judge_sides, out_of_ten, reasons
 from distft.evaluation.metrics import mean_estimate, mean_figure, share_figure, unparsed_figure
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import InputFile, Task
+from distft.evaluation.template import prompt_template
 from distft.files import write_atomically
 from distft.stats import Floats
 
@@ -81,7 +82,8 @@ class AlpacaTask(Task):
         """
         path = Path(settings.alpaca.path or "")
         pairs = together(target.world, lambda: read_pairs(path, settings.alpaca.limit))
-        answers = {side: _answer(target, settings, side, pairs, folder) for side in target.sides}
+        template = together(target.world, lambda: prompt_template(target, settings))
+        answers = {side: _answer(target, settings, side, template.name, pairs, folder) for side in target.sides}
         ask = _in_both_orders if settings.judge.mode == "pairwise" else _individually
         asked = {side: ask(side, pairs, answers[side]) for side in target.sides}
         by_side = judge_sides(asked, target, settings, folder)
@@ -90,7 +92,7 @@ class AlpacaTask(Task):
                 generator = f"{target.recipe.model.name} ({side})"
                 _write(folder / f"outputs_{side}.json", generator, pairs, answers[side])
         described = {side: describe_answers(answers[side]) for side in target.sides}
-        return summarise(by_side, settings) | {"answers": described}
+        return summarise(by_side, settings) | {"answers": described, "template": template.record()}
 
 
 TASK = AlpacaTask()
@@ -121,12 +123,15 @@ def read_pairs(path: Path, limit: int | None = None) -> list[Pair]:
     return [Pair(one["instruction"], one["output"], str(one.get("dataset") or path.stem)) for one in records[:limit]]
 
 
-def _answer(target: Target, settings: Evaluation, side: SideName, pairs: Sequence[Pair], folder: Path) -> list[Answer]:
+def _answer(
+    target: Target, settings: Evaluation, side: SideName, template: Template, pairs: Sequence[Pair], folder: Path
+) -> list[Answer]:
     section = settings.generation
     sampling = Sampling(section.max_new_tokens, section.temperature or 0.0, section.top_p, settings.seed)
     items = [Item(({"role": "user", "content": pair.instruction},), sampling) for pair in pairs]
     with target.side(side):
-        return generate(choose_engine(target, settings, side), items, target.world, folder / "answers.jsonl", side)
+        engine = choose_engine(target, settings, side, template)
+        return generate(engine, items, target.world, folder / "answers.jsonl", side)
 
 
 def _individually(side: SideName, pairs: Sequence[Pair], answers: Sequence[Answer]) -> list[Question]:

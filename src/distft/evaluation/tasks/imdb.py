@@ -15,6 +15,7 @@ from distft.config.evaluation import Evaluation
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.data.batch_plan import batches_by_length
+from distft.data.formats import format_of
 from distft.distributed.collectives import together
 from distft.errors import DataError
 from distft.evaluation.cache import complete, key_of
@@ -85,6 +86,7 @@ class ImdbTask(Task):
             "of_class": np.bincount(labels, minlength=len(words)).tolist(),
             "label_words": words,
             "end_scored": ends,
+            "template": {"name": "review", "why": _why_reviews(target)},
             "positive": words[section.positive],
             "balanced": section.balanced,
             "seed": settings.seed,
@@ -111,6 +113,11 @@ def _check_reviews(recipe: Recipe) -> None:
             f"positive={positive} is not a class: the label words ({', '.join(words)}) are 0 to {len(words) - 1}"
         )
     reviews.select(recipe, reviews.load(recipe, len(words)), len(words))
+
+
+def _why_reviews(target: Target) -> str:
+    form = None if target.trained is None else format_of(target.trained.data)
+    return "as in training" if form is not None and form.review else "the task's own"
 
 
 def _check_room(prompts: Sequence[reviews.Prompt], words: Sequence[str], limit: int) -> None:

@@ -68,6 +68,7 @@ class LmEvalTask(Task):
                 "results": {side: results["results"] for side, results in found.items()},
                 "versions": found["base"]["versions"],
                 "num_fewshot": found["base"]["n-shot"],
+                "template": {"name": "plain", "why": "the documents of lm-eval as they are"},
             }
         return broadcast(result, target.world)
 

@@ -21,11 +21,12 @@ from distft.config.recipe import Recipe
 from distft.distributed.collectives import together
 from distft.errors import DataError
 from distft.evaluation.engines.choose import choose_engine
-from distft.evaluation.generate import Answer, Item, Message, Sampling, describe_answers, generate
+from distft.evaluation.generate import Answer, Item, Message, Sampling, Template, describe_answers, generate
 from distft.evaluation.judge import Judgement, Question, count, judge_sides, out_of_ten, reasons
 from distft.evaluation.metrics import mean_estimate, mean_figure, unparsed_figure
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import InputFile, Task
+from distft.evaluation.template import prompt_template
 from distft.files import write_atomically
 from distft.stats import Floats
 
@@ -93,7 +94,8 @@ class MtBenchTask(Task):
         """
         path = Path(settings.mt_bench.questions or "")
         questions = together(target.world, lambda: read_questions(path, settings.mt_bench.limit))
-        answers = {side: _answer(target, settings, side, questions, folder) for side in target.sides}
+        template = together(target.world, lambda: prompt_template(target, settings))
+        answers = {side: _answer(target, settings, side, template.name, questions, folder) for side in target.sides}
         asked = {side: _to_judge(side, questions, answers[side]) for side in target.sides}
         by_side = judge_sides(asked, target, settings, folder)
         if target.world.is_main:
@@ -103,7 +105,7 @@ class MtBenchTask(Task):
         described = {
             side: describe_answers([answer for turns in answers[side] for answer in turns]) for side in target.sides
         }
-        return summarise(questions, by_side, settings) | {"answers": described}
+        return summarise(questions, by_side, settings) | {"answers": described, "template": template.record()}
 
 
 TASK = MtBenchTask()
@@ -148,12 +150,17 @@ def _question(line: str, where: str) -> TwoTurns:
 
 
 def _answer(
-    target: Target, settings: Evaluation, side: SideName, questions: Sequence[TwoTurns], folder: Path
+    target: Target,
+    settings: Evaluation,
+    side: SideName,
+    template: Template,
+    questions: Sequence[TwoTurns],
+    folder: Path,
 ) -> list[tuple[Answer, ...]]:
     """The answers to each question. The second turn sees the first one and the answer to it."""
     answers: list[tuple[Answer, ...]] = [() for _ in questions]
     with target.side(side):
-        engine = choose_engine(target, settings, side)
+        engine = choose_engine(target, settings, side, template)
         for turn in range(TURNS):
             items = [
                 Item(_conversation(question, given), _sampling(question.category, settings))
