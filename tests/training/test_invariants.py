@@ -117,12 +117,13 @@ def test_the_callback_checks_before_step_1_and_after_the_first_update_that_count
     callback = Invariants(CPU, recipe, TRAINABLE, numbers)
     callback.on_train_begin(None, None, None, model=model)
 
-    def step(learning_rate: float) -> None:
+    def step(learning_rate: float, *, left_out: bool = False) -> None:
         schedule = SimpleNamespace(get_last_lr=lambda: [learning_rate])
         callback.on_step_begin(None, None, None, lr_scheduler=schedule)
-        callback.on_step_end(None, None, None, model=model)
+        callback.on_step_end(None, None, None, model=model, optimizer=SimpleNamespace(step_was_skipped=left_out))
 
     step(0.0)  # the first step of a warm-up moves nothing
+    step(0.002, left_out=True)  # nor does one that fp16's loss scaler leaves out
     numbers.in_a_row = 1
     step(0.002)  # nor does one that was skipped
     numbers.in_a_row = 0

@@ -78,7 +78,7 @@ def test_a_run_stops_while_there_is_time_for_two_more_steps_and_a_save(
         state = TrainerState(global_step=at)
         stop.on_step_begin(None, state, control)
         now[0] += 10.0
-        stop.on_step_end(None, state, control)
+        stop.on_step_end(SimpleNamespace(), state, control)
         if at == 2:
             now[0] += save_s
             stop.on_save(None, state, control)
