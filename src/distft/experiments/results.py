@@ -16,6 +16,7 @@ from distft.reports.report import Report, report_on_runs
 from distft.reports.results import DAMAGED, NOT_THERE, Run, outcome, read_run
 from distft.reports.wandb import log_report
 from distft.runs.folder import RunFolder
+from distft.runs.wandb import is_disabled, tracking_of
 from distft.text import shorten
 
 _FREE_TO_DIFFER = ("evaluation.", "slurm.", "run.max_restarts", "run.hang_")
@@ -170,5 +171,5 @@ def changed_recipes(experiment: Experiment, made: Mapping[str, Run]) -> str:
 def track(experiment: Experiment, report: Report) -> None:
     """Log the report to W&B if the runs report there."""
     run = next((run for run in experiment.runs if "wandb" in run.recipe.tracking.report_to), None)
-    if run is not None:
-        log_report(report, experiment.name, run.recipe.tracking, parent_of(run))
+    if run is not None and not is_disabled():
+        log_report(report, experiment.name, tracking_of(run.recipe), parent_of(run))
