@@ -126,6 +126,7 @@ def test_what_is_required_and_not_set_is_a_fault_of_the_file(tmp_path: Path) -> 
             "8-bit weights cannot be trained without an adapter",
         ),
         ("recipe=fsdp_bf16 quantization.load_in_8bit=true", "quantization.load_in_8bit", "cannot be sharded by FSDP2"),
+        ("recipe=fsdp_bf16 training.save_only_model=true", "training.save_only_model", "without the optimizer's state"),
         (
             "recipe=fsdp_qlora quantization.bnb_4bit_quant_storage=uint8",
             "quantization.bnb_4bit_quant_storage",
