@@ -56,6 +56,10 @@ class UserError(DistftError):
     exit_code = 2
 
 
+_LONGEST = 1_600
+"""Characters of a fault in a message: a value may be a whole file by mistake."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """One thing wrong in a recipe.
@@ -71,7 +75,9 @@ class Fault:
 
     def __str__(self) -> str:
         place = f"{self.where}: {self.key}" if self.key else self.where
-        return f"{place}: {self.problem}" + (f" ({self.hint})" if self.hint else "")
+        text = f"{place}: {self.problem}" + (f" ({self.hint})" if self.hint else "")
+        cut = len(text) - _LONGEST
+        return text if cut <= 0 else f"{text[: _LONGEST // 2]}… [{cut:,} characters] …{text[-_LONGEST // 2 :]}"
 
 
 class RecipeError(UserError):

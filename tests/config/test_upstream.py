@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from distft.config import upstream
 from distft.config.upstream import CONFIGS, UPSTREAMS, Upstream, upstream_fields, upstream_section
-from distft.config.upstream_rules import DEFAULTS, OWNED, RANGES, UNITS
+from distft.config.upstream_rules import DEFAULTS, OWNED, RANGES, TYPES, UNITS
 from distft.errors import UpstreamError
 
 
@@ -35,8 +35,11 @@ def from_imported(section: Upstream) -> type[BaseModel]:
         enums = [one for one in typing.get_args(hint) if isinstance(one, type) and issubclass(one, enum.Enum)]
         if enums:
             hint = Literal[tuple(member.value for member in enums[0])]
+        hint = TYPES[section].get(name, hint)
         typed[name] = (hint, Field(None, **RANGES[section].get(name, {})))
-    strict = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, protected_namespaces=())
+    strict = ConfigDict(
+        extra="forbid", strict=True, arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False
+    )
     return create_model(section, __config__=strict, **typed)
 
 
@@ -119,7 +122,7 @@ def test_a_placeholder_in_a_name_takes_a_number() -> None:
 @pytest.mark.parametrize("section", UPSTREAMS)
 def test_ranges_units_and_defaults_are_those_of_fields_that_exist(section: Upstream) -> None:
     known = set(upstream_section(section).model_fields)
-    for table in (RANGES, UNITS, DEFAULTS):
+    for table in (RANGES, TYPES, UNITS, DEFAULTS):
         assert set(table[section]) <= known
     assert not set(OWNED[section]) & known
 

@@ -126,7 +126,6 @@ def test_what_is_required_and_not_set_is_a_fault_of_the_file(tmp_path: Path) -> 
             "8-bit weights cannot be trained without an adapter",
         ),
         ("recipe=fsdp_bf16 quantization.load_in_8bit=true", "quantization.load_in_8bit", "cannot be sharded by FSDP2"),
-        ("recipe=fsdp_bf16 training.save_only_model=true", "training.save_only_model", "without the optimizer's state"),
         (
             "recipe=fsdp_qlora quantization.bnb_4bit_quant_storage=uint8",
             "quantization.bnb_4bit_quant_storage",
@@ -198,7 +197,7 @@ def test_a_seed_that_the_generators_do_not_take_is_a_fault() -> None:
         ("lora.r", (0, -4), (1,)),
         ("lora.lora_alpha", (0,), (1,)),
         ("lora.lora_dropout", (-0.1, 1.0), (0.0, 0.9)),
-        ("training.learning_rate", (-1e-4, ".nan"), (0.0, 3)),
+        ("training.learning_rate", (-1e-4, ".nan", ".inf", "1e400"), (0.0, 3)),
         ("training.max_grad_norm", (-1,), (0, 0.5)),
         ("training.max_steps", (-2,), (-1, 1)),
         ("training.weight_decay", (-0.1,), (0.0,)),
@@ -210,6 +209,9 @@ def test_a_seed_that_the_generators_do_not_take_is_a_fault() -> None:
         ("training.adam_beta1", (1.0,), (0.0,)),
         ("training.dataloader_num_workers", (-1,), (0,)),
         ("training.neftune_noise_alpha", (-5,), ("null", 5)),
+        ("training.torch_empty_cache_steps", (0,), ("null", 1)),
+        ("training.adam_epsilon", (0, "1e-320"), (1e-8,)),
+        ("quantization.llm_int8_threshold", (-1, ".nan"), (0,)),
     ],
 )
 def test_numbers_out_of_range_are_found_before_anything_is_loaded(
@@ -218,6 +220,39 @@ def test_numbers_out_of_range_are_found_before_anything_is_loaded(
     """Upstream takes them: it fails once the weights are loaded, or trains what nobody asked for."""
     for value in wrong:
         (fault,) = faults("recipe=tiny", f"{key}={value}").values()
-        assert fault.key == key and fault.problem.startswith("expected ") and " than " in fault.problem
+        bound = "a finite number" if value in (".nan", ".inf", "1e400") else " than "
+        assert fault.key == key and fault.problem.startswith("expected ") and bound in fault.problem
     for value in right:
         load("recipe=tiny", f"{key}={value}")
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "right", "expected"),
+    [
+        ("training.log_level", "loud", "info", "'detail', 'debug', 'info'"),
+        ("training.lr_scheduler_kwargs", "foo", "'{}'", "a valid dictionary"),
+        ("training.gradient_checkpointing_kwargs", "foo", "{use_reentrant: false}", "a valid dictionary"),
+        ("training.pad_to_multiple_of", "some", "auto", "a valid integer or 'auto'"),
+        ("training.torch_compile_mode", "fastest", "default", "'max-autotune'"),
+        ("training.include_num_input_tokens_seen", "some", "true", "'non_padding'"),
+    ],
+)
+def test_text_that_upstream_would_fail_on_or_ignore(key: str, wrong: str, right: str, expected: str) -> None:
+    (fault,) = faults("recipe=tiny", f"{key}={wrong}").values()
+    assert fault.key == key and expected in fault.problem
+    load("recipe=tiny", f"{key}={right}")
+
+
+@pytest.mark.parametrize("text", ['"a\\0b"', '"\\ud800"'])
+def test_text_that_no_file_could_hold(text: str) -> None:
+    (fault,) = faults("recipe=tiny", f"tracking.project={text}").values()
+    assert "is not a character that a file name or a text may contain" in fault.problem
+
+
+def test_a_long_value_does_not_fill_the_message() -> None:
+    (fault,) = faults("recipe=tiny", f"lora.r={'x' * 10_000}").values()
+    assert len(str(fault)) < 400 and "(10,002 characters)" in fault.problem
+
+
+def test_a_run_name_of_another_type_is_no_name() -> None:
+    assert "expected a valid string" in faults("recipe=tiny", "run.name=false")["run.name"].problem

@@ -49,7 +49,8 @@ def test_one_that_fails_leaves_the_others_alone_and_is_made_up_for(tiny: Path, t
     done = call(folder_with(tmp_path))
     assert done.returncode == 1, done.stderr
     assert "1/3 mine-four: finished in" in done.stderr and "2/3 mine-full: finished in" in done.stderr
-    assert "3/3 mine-broken: failed (exit code 2): there is no data file or folder rows.jsonl" in done.stderr
+    fault = "the recipe has a fault: command line: data.name: there is no data file or folder rows.jsonl"
+    assert f"3/3 mine-broken: failed (exit code 2): {fault}" in done.stderr
     report = json.loads((tmp_path / "runs" / "mine.json").read_text())
     assert [(run["name"], run["status"]) for run in report["runs"]] == [
         ("mine-four", "finished"),
@@ -60,13 +61,11 @@ def test_one_that_fails_leaves_the_others_alone_and_is_made_up_for(tiny: Path, t
         RunFolder(tmp_path / "runs" / f"mine-{name}").read_summary()["weights_digest"] for name in ("four", "full")
     }
     assert digests == {weights_digest(str(tiny))}
-    assert report["missing"] == {} and report["runs"][2]["cause"].startswith(
-        "there is no data file or folder rows.jsonl"
-    )
+    assert report["missing"] == {} and report["runs"][2]["cause"] == fault
     assert [(variant["name"], variant["finished"]) for variant in report["variants"]][2] == ("broken", 0)
     assert "broken has no finished run (failed)" in report["verdict"]
     row, *_ = [line for line in done.stdout.splitlines() if line.startswith("| mine-broken ")]
-    assert "failed: there is no data file or folder rows.jsonl" in row
+    assert "failed: the recipe has a fault: command line: data.name: " in row
     assert {each["what"]: each["equal"] for each in report["equality"] if each["declared"]} == {
         "order": True,
         "global_batch": True,

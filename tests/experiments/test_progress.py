@@ -121,7 +121,7 @@ def test_the_table_follows_the_runs_in_a_terminal(tiny: Path, place: Path) -> No
     assert "2 of 2 runs have ended" in plain and "mine-logs" in plain
     assert (
         "distft: 1/2 mine-small: finished in" in plain
-        and "distft: 2/2 mine-broken: failed (exit code 2): there is no data" in plain
+        and "distft: 2/2 mine-broken: failed (exit code 2): the recipe has a fault: command line: data.name: " in plain
     )
     assert "step/s" in (place / "runs" / "mine-logs" / "mine-small.log").read_text(), (
         "what a run prints is in its log, not in between"

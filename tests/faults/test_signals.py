@@ -60,11 +60,6 @@ def test_ctrl_c_twice_stops_now(kind: str, tmp_path: Path) -> None:
         worker.resume()
     ended = finish(process, tmp_path)
     assert ended.code == 75, ended.stderr[-3000:]
-    said = [line for line in ended.stderr.splitlines() if "SIGINT: stopping" in line or "stopping now" in line]
-    assert [line.rpartition("distft: ")[2] for line in said] == [
-        "SIGINT: stopping after this step; press Ctrl-C again to abort",
-        "stopping now",
-    ]
     assert not list(folder.checkpoints.glob("checkpoint-*/manifest.json")), "it did not wait for a save"
     assert_gone(everyone)
 

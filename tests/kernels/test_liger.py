@@ -66,7 +66,3 @@ def test_a_model_with_liger_s_kernels_computes_what_the_plain_model_does(monkeyp
     assert len(norms) == 5 and list(ours.state_dict()) == list(plain.state_dict())
     ids = torch.arange(34, device="cuda").view(2, 17)
     torch.testing.assert_close(ours(ids).logits, plain(ids).logits, rtol=1e-3, atol=1e-4)
-    for model in (plain, ours):
-        model(ids, labels=ids).loss.backward()
-    for (name, found), expected in zip(ours.named_parameters(), plain.parameters(), strict=True):
-        assert (found.grad - expected.grad).norm() < 1e-3 * expected.grad.norm(), name

@@ -37,14 +37,18 @@ def test_faults_of_values_and_files_come_together(tmp_path: Path) -> None:
     assert "there is no data file or folder absent.jsonl" in found["data.path"]
 
 
-def test_a_typo_is_found_without_torch() -> None:
+@pytest.mark.parametrize(
+    ("command", "word"), [("check", "training.learning_rat=1"), ("train", f"run.dir={__file__}/x")]
+)
+def test_a_typo_and_a_folder_that_cannot_be_are_found_without_torch(command: str, word: str) -> None:
     program = (
         "import sys; from distft.cli.main import main; code = main(sys.argv[1:]); "
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )
-    command = [sys.executable, "-c", program, "check", "recipe=tiny", "training.learning_rat=1"]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 2 and "did you mean learning_rate?" in ended.stderr
+    ended = subprocess.run(
+        [sys.executable, "-c", program, command, "recipe=tiny", word], capture_output=True, text=True
+    )
+    assert ended.returncode == 2 and f"command line: {word.partition('=')[0]}: " in ended.stderr
 
 
 def test_the_python_function_returns_what_the_command_prints() -> None:
@@ -63,3 +67,9 @@ def test_a_run_name_that_is_not_a_folder(tmp_path: Path, kind: str) -> None:
         path.write_text("")
     found = faults("recipe=tiny", f"run.dir={tmp_path}", "run.name=mine")
     assert str(path) in found["run.name"]
+    distft.check("tiny", {"run.dir": str(tmp_path / "new" / "deep")})
+
+
+@pytest.mark.parametrize("key", ["run.dir", "run.name"])
+def test_a_name_that_is_too_long_for_a_folder(key: str) -> None:
+    assert "more than 255 bytes" in faults("recipe=tiny", f"{key}={'x' * 256}")[key]

@@ -40,7 +40,6 @@ def found(*words: str, **options: Any) -> dict[str, str]:
             "unsupported operand",
         ),
         (["lr_scheduler_kwargs={num_cycle: 2}"], "lr_scheduler_kwargs", "'num_cycle' (training.lr_scheduler_kwargs of"),
-        (["lr_scheduler_kwargs=foo"], "lr_scheduler_kwargs", "must be a mapping"),
         (["lr_scheduler_type=constant", "lr_scheduler_kwargs={a: 1}"], "lr_scheduler_kwargs", "takes no options"),
         (
             ["lr_scheduler_type=reduce_lr_on_plateau", "eval_strategy=no"],
@@ -52,7 +51,6 @@ def found(*words: str, **options: Any) -> dict[str, str]:
             "lr_scheduler_kwargs",
             "expected 0 to 0.003",
         ),
-        (["learning_rate=.inf"], "learning_rate", "the learning rate of step 1 would be nan"),
         (["learning_rate=0"], "learning_rate", "a learning rate of 0 trains nothing"),
         (["max_steps=1"], "warmup_steps", "the warm-up takes 1 of 1 step, and the learning rate never rises above 0"),
         (["warmup_steps=0.9", "max_steps=1"], "warmup_steps", "set training.warmup_steps=0"),
@@ -76,8 +74,9 @@ def found(*words: str, **options: Any) -> dict[str, str]:
         (["save_strategy=best", "metric_for_best_model=loss"], "save_strategy", "the adapter of the last step"),
         (["metric_for_best_model=accuracy"], "metric_for_best_model", "has no 'accuracy' (it has 'loss')"),
         (["loss_type=dtf"], "loss_type", "expected 'nll' or 'dft', got 'dtf'"),
+        (["torch_compile_backend=inducter"], "torch_compile_backend", "did you mean inductor?"),
+        (["optim_target_modules=[q_proj]"], "optim_target_modules", "has no effect with this optimizer"),
         (["loss_type=dft", "label_smoothing_factor=0.1"], "label_smoothing_factor", "has no effect"),
-        (["torch_empty_cache_steps=0"], "torch_empty_cache_steps", "must be an integer bigger than 0"),
     ],
 )
 def test_a_setting_that_cannot_work_is_one_fault_that_names_it(words: list[str], key: str, message: str) -> None:

@@ -85,14 +85,3 @@ def test_a_run_stops_while_there_is_time_for_two_more_steps_and_a_save(
     now[0] += save_s
     assert (at, control.should_save, stop._stopped) == (stops_after, True, (stops_after, "run.max_time"))
     assert now[0] < 1100
-
-
-def test_a_stopped_run_saves_what_it_can_resume_from() -> None:
-    """Other checkpoints of `training.save_only_model` have no optimizer's state."""
-    arguments, control = SimpleNamespace(save_only_model=True), TrainerControl()
-    STOP.signum = signal.SIGTERM
-    try:
-        StopTogether(World(), 0.0, None).on_step_end(arguments, TrainerState(global_step=3), control)
-    finally:
-        STOP.signum = None
-    assert control.should_save and not arguments.save_only_model

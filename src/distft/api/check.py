@@ -49,37 +49,42 @@ def check_words(words: Sequence[str], *, processes: int | None = None, deep: boo
     """
     from distft.training.check import check_data, check_settings
 
-    recipe, found = load_checked(words)
+    recipe, found = _load(words)
     count, faults = _processes(recipe, processes)
-    found += check_settings(recipe, count)
+    found += check_settings(recipe, count, Path.cwd())
     if deep and not found.faults:
         found += check_data(recipe, count)
     return _without_faults(found, faults)
 
 
-def load_checked(words: Sequence[str]) -> tuple[Recipe, Findings]:
-    """The recipe that `words` ask for, and what its files and folders look like. Imports no torch.
+def load_to_run(words: Sequence[str]) -> Recipe:
+    """The recipe that `words` ask for, before anything is started for it. Imports no torch.
+
+    Raises:
+        RecipeError: the recipe, its files or its folders have faults.
+    """
+    recipe, found = _load(words)
+    found.require()
+    return recipe
+
+
+def _load(words: Sequence[str]) -> tuple[Recipe, Findings]:
+    """The recipe that `words` ask for, and what its files and folders look like.
 
     Raises:
         RecipeError: the recipe has faults; the faults of its files are among them.
     """
     from distft.config.files import related
-    from distft.config.recipe import load_recipe
+    from distft.config.recipe import read_recipe
     from distft.training.check import Findings, check_files
 
-    found = Findings()
-
-    def files(recipe: Recipe) -> list[Fault]:
-        nonlocal found
-        found = check_files(recipe, Path.cwd())
-        return []
-
-    try:
-        return load_recipe(words, checks=(*checks(), files)), found
-    except RecipeError as error:
-        known = [fault.key for fault in error.faults]
+    recipe, faults = read_recipe(words, checks=checks())
+    found = Findings() if recipe is None else check_files(recipe, Path.cwd())
+    if recipe is None or faults:
+        known = [fault.key for fault in faults]  # a default replaced these values
         more = [fault for fault in found.faults if not any(related(fault.key, key) for key in known)]
-        raise type(error)([*error.faults, *more]) from None
+        raise RecipeError([*faults, *more])
+    return recipe, found
 
 
 def _processes(recipe: Recipe, wanted: int | None) -> tuple[int, list[Fault]]:

@@ -37,11 +37,11 @@ def train(
         Interrupted: a signal or `run.max_time` stopped the run.
         DistftError: the run failed.
     """
-    from distft.api.check import load_checked
+    from distft.api.check import load_to_run
 
     quiet_libraries()
     words = recipe_words(recipe, overrides)
-    loaded, _ = load_checked(words)
+    loaded = load_to_run(words)
     processes = processes_for(loaded, processes)
     if processes == 1:
         from distft.api.in_process import train_here

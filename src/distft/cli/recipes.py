@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distft.api.check import check_words
 from distft.api.recipe import load
 from distft.api.train import check_processes
 from distft.cli.arguments import Commands, print_files
@@ -87,7 +88,7 @@ def validate(options: argparse.Namespace) -> int:
     failed = 0
     for name in names or list_recipes(Path.cwd()):
         try:
-            load([f"recipe={name}", *overrides])
+            check_words([f"recipe={name}", *overrides], processes=1)
             print(f"{name}: valid")
         except RecipeError as error:
             failed += 1

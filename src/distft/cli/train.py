@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from distft.api.check import load_checked
+from distft.api.check import load_to_run
 from distft.api.train import processes_for
 from distft.cli.arguments import RECIPE, Commands
 
@@ -31,6 +31,6 @@ def train(options: argparse.Namespace) -> int:
     node = Node.of(options.nnodes, options.node_rank, options.rdzv)
     node.check_rendezvous()
     words = [*options.overrides, *(["run.resume=must"] if options.resume else [])]
-    recipe, _ = load_checked(words)  # find the user's mistakes before starting any process
+    recipe = load_to_run(words)  # find the user's mistakes before starting any process
     processes = processes_for(recipe, options.nproc, node.count)
     return run(words, processes, recipe.run.max_restarts, node).code

@@ -29,7 +29,7 @@ def read_values(arguments: Sequence[str], folder: Path, faults: list[Fault]) -> 
         _assign(merged, key.split("."), value)
         origins = {k: v for k, v in origins.items() if not related(k, key)} | {key: COMMAND_LINE}
     run = merged.setdefault("run", {})
-    if isinstance(run, dict) and not run.get("name"):
+    if isinstance(run, dict) and run.get("name") in (None, ""):
         run["name"], origins["run.name"] = name, DERIVED
     return merged, Source(name, files, origins)
 

@@ -30,9 +30,11 @@ TOKENS: JsonDict = {"unit": "tokens"}
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, strict about types, closed to unknown keys."""
+    """Base of every section: frozen, strict about types, closed to unknown keys; numbers are finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 _DURATION = r"^(\d+-)?\d{1,2}:\d\d:\d\d$"
@@ -86,9 +88,9 @@ def _absolute(name: str) -> str:
     a name that begins with `.`, `/` or `~` is a path, any other is one if it exists."""
     try:
         path = Path(name).expanduser()
-    except RuntimeError:  # there is no home
+        is_path = name != "tiny" and (name.startswith((".", "/", "~")) or path.exists())
+    except (RuntimeError, OSError):  # there is no home, or no file can have this name
         return name
-    is_path = name != "tiny" and (name.startswith((".", "/", "~")) or path.exists())
     return os.path.normpath(path.absolute()) if is_path else name
 
 
@@ -133,7 +135,7 @@ class Quantization(Section):
     """Data type of matrix products with dequantised weights."""
     bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
     """Data type that stores the packed 4-bit weights. FSDP shards them only if it equals model.dtype."""
-    llm_int8_threshold: float = 6.0
+    llm_int8_threshold: float = Field(6.0, ge=0)
     """Outlier threshold of LLM.int8()."""
     llm_int8_skip_modules: list[str] | None = None
     """Modules to leave unquantised, in addition to the output head; null for none."""

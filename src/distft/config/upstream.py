@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from distft.config.upstream_rules import OWNED, RANGES, UNITS
+from distft.config.upstream_rules import OWNED, RANGES, TYPES, UNITS
 from distft.errors import UpstreamError
 
 Upstream = Literal["lora", "training"]
@@ -89,9 +89,8 @@ def upstream_fields(section: Upstream) -> tuple[UpstreamField, ...]:
         name, options = statement.target.id, _options(statement.value)
         if options.get("init", True) and name not in OWNED[section]:
             text = " ".join(str(options.get("help", "")).split()) or None
-            fields[name] = UpstreamField(
-                name, types.evaluate(statement.annotation), "default" in options, options.get("default"), text
-            )
+            kind = TYPES[section].get(name) or types.evaluate(statement.annotation)
+            fields[name] = UpstreamField(name, kind, "default" in options, options.get("default"), text)
     return tuple(fields.values())
 
 
@@ -114,7 +113,9 @@ def upstream_section(section: Upstream) -> type[BaseModel]:
         )
     return create_model(
         config.name,
-        __config__=ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, protected_namespaces=()),
+        __config__=ConfigDict(
+            extra="forbid", strict=True, arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False
+        ),
         __doc__=f"{config.package}.{config.name}: fields that are not set keep its defaults.",
         **typed,
     )

@@ -3,7 +3,9 @@ units."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 _OWNED_TRAINING = {
     "set batching.micro_batch or batching.global_batch_size; the accumulation is derived": (
@@ -56,12 +58,18 @@ RANGES: dict[str, dict[str, dict[str, Any]]] = {
         "save_steps": _POSITIVE,
         "max_length": _POSITIVE,
         "ddp_timeout": _POSITIVE,
+        "ddp_bucket_cap_mb": _POSITIVE,
+        "per_device_eval_batch_size": _POSITIVE,
+        "eval_accumulation_steps": _POSITIVE,
+        "torch_empty_cache_steps": _POSITIVE,
+        "dataset_num_proc": _POSITIVE,
+        "dataloader_prefetch_factor": _POSITIVE,
         "learning_rate": _NOT_NEGATIVE,
         "weight_decay": _NOT_NEGATIVE,
         "warmup_steps": _NOT_NEGATIVE,
         "max_grad_norm": _NOT_NEGATIVE,
-        "adam_epsilon": _NOT_NEGATIVE,
-        "dataloader_num_workers": _NOT_NEGATIVE,
+        "adam_epsilon": {"gt": 1e-38},  # fp32 has none smaller, and without it AdamW divides 0 by 0
+        "dataloader_num_workers": {"ge": 0, "le": 1_000},
         "neftune_noise_alpha": _NOT_NEGATIVE,
         "eval_delay": _NOT_NEGATIVE,
         "adam_beta1": _FRACTION,
@@ -73,6 +81,26 @@ RANGES: dict[str, dict[str, dict[str, Any]]] = {
 }
 """What upstream's types do not say. Upstream refuses some of these values after it has loaded the weights, and trains
 with the others: a negative `max_grad_norm` reverses the gradient, a `lora_alpha` of 0 learns nothing."""
+
+_Level = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
+_Options = dict[str, Any] | Annotated[str, Field(pattern=r"^\s*\{")] | None
+TYPES: dict[str, dict[str, Any]] = {
+    "training": {
+        "log_level": _Level,
+        "log_level_replica": _Level,
+        "include_num_input_tokens_seen": bool | Literal["all", "non_padding", "no"],
+        "pad_to_multiple_of": Annotated[int, Field(gt=0)] | Literal["auto"] | None,
+        "torch_compile_mode": Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", None],
+        "dataloader_multiprocessing_context": Literal["fork", "spawn", "forkserver", None],
+        "ddp_backend": Literal["nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl", None],
+        "lr_scheduler_kwargs": _Options,
+        "gradient_checkpointing_kwargs": _Options,
+        "activation_checkpointing_kwargs": _Options,
+    },
+    "lora": {},
+}
+"""Types of fields that upstream declares wider than it takes: it fails once the weights are loaded, or ignores the
+rest. Text in place of a mapping is JSON."""
 
 _FROM_DATA = "it needs batches of data before training; use true, pissa, olora, gaussian or orthogonal"
 UNSUPPORTED_VALUES: dict[str, dict[str, dict[str, str]]] = {
@@ -97,7 +125,7 @@ _UNSUPPORTED_LORA = {
     "it changes the layers of the base, so that there is no base to compare with": "layer_replication",
 }
 UNSUPPORTED: dict[str, dict[str, str]] = {
-    "training": {},
+    "training": dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "evaluation computes in the types of training"),
     "lora": {field: reason for reason, fields in _UNSUPPORTED_LORA.items() for field in fields.split()},
 }
 """Fields that a recipe may only set to what switches them off, each with the reason."""

@@ -31,6 +31,8 @@ SECTIONS: dict[str, type[Section]] = {
     "tracking": Tracking,
     "slurm": Slurm,
 }
+_SHOWN = 200
+"""Characters of a value in a message."""
 RENAMED: dict[str, str] = {
     "evaluation_strategy": "training.eval_strategy",
     "warmup_ratio": "training.warmup_steps, where a number below 1 is a ratio",
@@ -108,11 +110,17 @@ def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) ->
     if error["type"] == "string_pattern_mismatch":
         field = _fields(location[:-1]).get(leaf)
         description = (field.description or "") if field is not None else ""
-        return Fault(where, key, f"{error['input']!r} has the wrong format", " ".join(description.split()))
+        return Fault(where, key, f"{_shown(error['input'])} has the wrong format", " ".join(description.split()))
     expected = error["msg"].removeprefix("Input should be ")
     value = error["input"]
-    got = "null" if value is None else f"{value!r} ({type(value).__name__})"
+    got = "null" if value is None else f"{_shown(value)} ({type(value).__name__})"
     return Fault(where, key, f"expected {expected}, got {got}")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, which may be a whole file by mistake."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text):,} characters)"
 
 
 def _fields(location: Sequence[Any]) -> Mapping[str, FieldInfo]:

@@ -19,6 +19,9 @@ _SCALARS = (  # YAML 1.2's core schema: `1e-4` is a number, `no` and `on` are te
     ("merge", r"<<", "<"),
 )
 
+_NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
+"""The null character, and halves of a pair of surrogates."""
+
 
 class _Loader(yaml.SafeLoader):
     """The safe loader with YAML 1.2's scalars, which refuses duplicate keys."""
@@ -32,6 +35,13 @@ class _Loader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} appears twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and (found := _NO_CHARACTER.search(value)):
+            problem = f"{found[0]!r} is not a character that a file name or a text may contain"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return value
 
 
 class _Dumper(yaml.SafeDumper):

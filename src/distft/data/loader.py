@@ -81,9 +81,10 @@ def build_loader(
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
     device: torch.device,
     workers: int,
+    **options: Any,
 ) -> DataLoaderShard:
     """Load the micro-batches with these indices into `samples`; each moves to `device` while the previous one is
-    computed."""
+    computed. `options` are those of torch's DataLoader."""
     return DataLoaderShard(
         samples,
         device=device,
@@ -91,5 +92,5 @@ def build_loader(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        pin_memory=device.type == "cuda",
+        **({"pin_memory": device.type == "cuda"} | options),
     )

@@ -16,7 +16,6 @@ from distft.reports.report import Report, report_on_runs
 from distft.reports.results import DAMAGED, NOT_THERE, Run, outcome, read_run
 from distft.reports.wandb import log_report
 from distft.runs.folder import RunFolder
-from distft.runs.wandb import is_disabled, tracking_of
 from distft.text import shorten
 
 _FREE_TO_DIFFER = ("evaluation.", "slurm.", "run.max_restarts", "run.hang_")
@@ -52,11 +51,15 @@ def log_of(experiment: Experiment, run: ExperimentRun) -> Path:
 
 
 def last_message(log: Path) -> str:
-    """The last message of distft in a log, else its last line."""
+    """The last message of distft in a log, with its indented lines; else the last line."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     lines = [line for line in lines if line.strip() and not line.startswith(_ENDED)]
-    said = [line.removeprefix("distft: ") for line in lines if line.startswith("distft: ")]
-    return (said or lines or ["it printed nothing"])[-1]
+    starts = [number for number, line in enumerate(lines) if line.startswith("distft: ")]
+    if not starts:
+        return (lines or ["it printed nothing"])[-1]
+    first, *rest = lines[starts[-1] :]
+    more = itertools.takewhile(lambda line: line.startswith("  "), rest)
+    return " ".join([first.removeprefix("distft: "), *map(str.strip, more)])
 
 
 def note_end(log: Path, code: int) -> None:
@@ -171,5 +174,5 @@ def changed_recipes(experiment: Experiment, made: Mapping[str, Run]) -> str:
 def track(experiment: Experiment, report: Report) -> None:
     """Log the report to W&B if the runs report there."""
     run = next((run for run in experiment.runs if "wandb" in run.recipe.tracking.report_to), None)
-    if run is not None and not is_disabled():
-        log_report(report, experiment.name, tracking_of(run.recipe), parent_of(run))
+    if run is not None:
+        log_report(report, experiment.name, run.recipe.tracking, parent_of(run))

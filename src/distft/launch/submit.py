@@ -85,6 +85,25 @@ class Submission:
         if self.faults:
             raise RecipeError(self.faults)
 
+    def check_runs(self) -> None:
+        """Do what each run will do before it loads weights. What a container holds cannot be seen.
+
+        Raises:
+            RecipeError: the faults of all runs.
+        """
+        from distft.training.check import Findings, check_files, check_settings  # imports torch
+
+        if self.slurm.container is not None:
+            return
+        here, processes = Path.cwd(), self.slurm.nodes * _processes_per_node(self.slurm)
+        on_gpu = _gpus_per_node(self.slurm) > 0
+        found = [
+            finding
+            for recipe in self.recipes
+            for finding in (check_files(recipe, here), check_settings(recipe, processes, here, on_gpu=on_gpu))
+        ]
+        sum(found, Findings()).require()
+
     @property
     def missing(self) -> list[str]:
         """Files that the jobs would lack; they run with the hub offline. Files in a container cannot be seen."""
@@ -115,6 +134,7 @@ class Submission:
         self.check()
         if missing := self.missing:
             raise LaunchError("\n".join(missing))
+        self.check_runs()
         name, output = self.job.name, self.jobs.path
         number = self.jobs.submit(name, self.script)
         if self.report is None:
@@ -167,5 +187,9 @@ def _division_faults(recipes: Sequence[Recipe]) -> list[Fault]:
 
 def _processes_per_node(slurm: Slurm) -> int:
     """Number of processes on a node, as `distft train` will count them there."""
+    return slurm.processes_per_node or _gpus_per_node(slurm) or 1
+
+
+def _gpus_per_node(slurm: Slurm) -> int:
     gpus = re.search(r"(?:^|,)gpu(?::[^:,]+)?:(\d+)", slurm.gres or "")
-    return slurm.processes_per_node or slurm.gpus_per_node or (int(gpus[1]) if gpus else 1)
+    return slurm.gpus_per_node or (int(gpus[1]) if gpus else 0)

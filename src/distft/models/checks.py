@@ -18,11 +18,16 @@ lack rows for them (Gemma 3 1B)."""
 
 
 class ModelFindings(NamedTuple):
-    """`faults`, `notes` on what works but deserves attention, and `skipped`: what could not be checked."""
+    """`faults`, `notes` on what works but deserves attention, and `skipped`: what could not be checked.
+
+    `trainable` of all `parameters` are trained; both are 0 if the model is not known.
+    """
 
     faults: list[Fault]
     notes: list[str]
     skipped: list[str]
+    trainable: int = 0
+    parameters: int = 0
 
 
 def model_faults(recipe: Recipe, *, local_only: bool = True) -> ModelFindings:
@@ -55,7 +60,10 @@ def model_faults(recipe: Recipe, *, local_only: bool = True) -> ModelFindings:
     if tokenizer is not None:
         faults += tokenizer_faults(recipe, skeleton, tokenizer)
     found, notes = position_findings(recipe, skeleton)
-    return ModelFindings([*faults, *found, *lora_faults(recipe, skeleton)], notes, skipped)
+    faults += [*found, *lora_faults(recipe, skeleton)]  # this puts the adapter on the skeleton
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in skeleton.model.parameters()]
+    trainable = sum(size for size, trained in sizes if trained)
+    return ModelFindings(faults, notes, skipped, trainable, sum(size for size, _ in sizes))
 
 
 def tokenizer_faults(recipe: Recipe, skeleton: Skeleton, tokenizer: Any) -> list[Fault]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
@@ -14,7 +15,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 def local_folder(name: str) -> Path | None:
     """The folder that `name` is; None for a hub ID."""
     path = Path(name).expanduser()
-    return path if path.is_dir() else None
+    with contextlib.suppress(OSError):  # no folder can have this name
+        return path if path.is_dir() else None
+    return None
 
 
 def may_be_on_hub(name: str) -> bool:
@@ -28,10 +31,11 @@ def may_be_on_hub(name: str) -> bool:
 
 def location_problem(name: str, what: str) -> str | None:
     """What is wrong with `name` as the place of a `what` ("model" or "tokenizer"), without asking the hub."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return f"{name} is a file; name the folder that holds the {what}, or a hub ID"
-    if not path.is_dir():
+    path = local_folder(name)
+    if path is None:
+        with contextlib.suppress(OSError):
+            if Path(name).expanduser().is_file():
+                return f"{name} is a file; name the folder that holds the {what}, or a hub ID"
         return None if may_be_on_hub(name) else f"there is no folder {name}"
     if what == "model" and not (path / "config.json").is_file():
         holds = (

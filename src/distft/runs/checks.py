@@ -1,4 +1,4 @@
-"""Check a run's folder before anything else is done for the run, without creating or locking it."""
+"""Check where a run will write before anything else is done for it, without creating or locking anything."""
 
 from __future__ import annotations
 
@@ -8,35 +8,41 @@ from pathlib import Path
 from distft.config.recipe import Recipe
 from distft.config.validation import COMMAND_LINE
 from distft.errors import Fault
-from distft.runs.folder import RunFolder
+
+_LONGEST = 255
+"""Bytes that a file system takes for a name (ext4, XFS, Lustre, NFS)."""
 
 
 def folder_faults(recipe: Recipe, working_folder: Path) -> list[Fault]:
-    """What keeps a run of `recipe` from writing into its folder. Names without a run of their own get a number later.
+    """What keeps a run of `recipe` from writing into its folder.
 
-    `resume.find_place` decides about an existing folder; this finds only what no other name or recipe would cure.
+    A folder of this name is no fault here: `resume.find_place` decides whether the run resumes it or gets a number.
     """
+    for key, text in (("run.dir", recipe.run.dir), ("run.name", recipe.run.name)):
+        if any(len(os.fsencode(part)) > _LONGEST for part in Path(text).parts):
+            return [_fault(recipe, key, f"{text!r} has a part of more than {_LONGEST} bytes")]
     parent = working_folder / Path(recipe.run.dir).expanduser()
-    source, folder = recipe.source, RunFolder(parent / recipe.run.name)
+    folder = parent / recipe.run.name
     existing = existing_parent(parent)
-    if existing is None:
-        problem = f"{parent} is below a link to a folder that does not exist"
-        return [Fault(source.of("run.dir"), "run.dir", problem, "create the folder, or set another run.dir")]
+    if existing.is_symlink() and not existing.exists():
+        return [_fault(recipe, "run.dir", f"{existing} is a link to {existing.readlink()}, which does not exist")]
     if not existing.is_dir():
-        return [Fault(source.of("run.dir"), "run.dir", f"{existing} is not a folder", "set another run.dir")]
+        return [_fault(recipe, "run.dir", f"{existing} is not a folder")]
     if not os.access(existing, os.W_OK | os.X_OK):
-        return [Fault(source.of("run.dir"), "run.dir", f"{existing} is not writable", "set another run.dir")]
-    exact = source.of("run.name") == COMMAND_LINE
-    if exact and os.path.lexists(folder.path) and not folder.path.is_dir():
-        what = "a link to a folder that does not exist" if folder.path.is_symlink() else "not a folder"
-        return [Fault(COMMAND_LINE, "run.name", f"{folder.path} is {what}", "remove it, or choose another run.name")]
+        return [_fault(recipe, "run.dir", f"{existing} is not writable")]
+    exact = recipe.source.of("run.name") == COMMAND_LINE  # another name gets a number where it is taken
+    if exact and os.path.lexists(folder) and not folder.is_dir():
+        linked = f"a link to {folder.readlink()}, which does not exist" if folder.is_symlink() else "not a folder"
+        return [_fault(recipe, "run.name", f"{folder} is {linked}", "remove it, or choose another name")]
     return []
 
 
-def existing_parent(path: Path) -> Path | None:
-    """`path` or the nearest of its parents that exists; None if a link on the way leads nowhere."""
-    while not path.exists():
-        if path.is_symlink():
-            return None
+def existing_parent(path: Path) -> Path:
+    """`path`, or the nearest of its parents that is there, if only as a link."""
+    while not os.path.lexists(path):
         path = path.parent
     return path
+
+
+def _fault(recipe: Recipe, key: str, problem: str, hint: str = "set another one") -> Fault:
+    return Fault(recipe.source.of(key), key, problem, hint)

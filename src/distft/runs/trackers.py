@@ -8,37 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
-from transformers.integrations.integration_utils import rewrite_logs
+from transformers.integrations import get_reporting_integration_callbacks
 
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.distributed.world import World
 from distft.runs.folder import RunFolder
-from distft.runs.wandb import is_disabled, last_step_online, logged_step, lost_to_signal, start_wandb
-
-_OF_THE_RUN = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
-"""Figures of the whole run, which go into W&B's summary and not into its history."""
-
-
-class StepwiseWandb(WandbCallback):  # type: ignore[misc]
-    """Logs one row per optimizer step, which is W&B's `_step` as well; transformers lets W&B count the calls.
-
-    What is logged for one step, such as its loss and an evaluation, is one row, written when the next step begins.
-    `run` is the W&B run that has been started.
-    """
-
-    def __init__(self, run: Any) -> None:
-        super().__init__()
-        self._run = run
-        # A server continues the count of an earlier start, which may have counted calls.
-        self._offset = max(run.step - last_step_online(run) - 1, 0) if run.resumed else 0
-
-    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
-        self._run.summary.update({key: value for key, value in logs.items() if key in _OF_THE_RUN})
-        row = rewrite_logs({key: value for key, value in logs.items() if key not in _OF_THE_RUN})
-        step = state.global_step
-        self._run.log({**row, "train/global_step": step}, step=step + self._offset)
+from distft.runs.wandb import logged_step, lost_to_signal, start_wandb
 
 
 class GuardedTracker(TrainerCallback):  # type: ignore[misc]
@@ -112,19 +88,13 @@ def trackers(recipe: Recipe, folder: RunFolder, world: World) -> list[TrainerCal
     found: list[TrainerCallback] = []
     for name in recipe.tracking.report_to:
         seen, records = -1, []
-        if name == "wandb" and is_disabled():
-            say("wandb: turned off by the environment (WANDB_DISABLED or WANDB_MODE)")
-            continue
         try:
             if name == "wandb":
-                run = start_wandb(recipe, folder)
-                seen, records = logged_step(run, folder), folder.read_metrics()
-                found.append(GuardedTracker(name, StepwiseWandb(run), seen, records))
-                continue
+                seen, records = logged_step(start_wandb(recipe, folder), folder), folder.read_metrics()
             if name == "tensorboard":
                 os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
             (callback,) = get_reporting_integration_callbacks([name])
-            found.append(GuardedTracker(name, callback()))
+            found.append(GuardedTracker(name, callback(), seen, records))
         except Exception as error:  # whatever a tracker raises, training continues
             say(
                 f"warning: {name} cannot be used and is left out; metrics.jsonl has every figure "

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from distft.config.recipe import Recipe
-from distft.config.schema import Tracking
-from distft.config.validation import DEFAULT
 from distft.console import say
 from distft.distributed.signals import STOP
 from distft.files import to_json, write_atomically
@@ -31,18 +29,6 @@ _INSPECT_S = 120
 """Time limit for reading the file of an offline run."""
 _EMPTY_BYTES = 7
 """Size of a `.wandb` file without any record."""
-_VARIABLES = {
-    "WANDB_PROJECT": "project",
-    "WANDB_ENTITY": "entity",
-    "WANDB_RUN_GROUP": "group",
-    "WANDB_TAGS": "tags",
-}
-"""W&B's environment variables that set what a key of the recipe's `tracking` section sets as well."""
-_IGNORED = {
-    "WANDB_DIR": "W&B's files are in the run folder, where a resumed run looks for them",
-    "WANDB_RESUME": "run.resume decides whether a run is continued, and W&B's with it",
-}
-"""W&B's environment variables that have no effect, and why."""
 
 
 def has_wandb_key() -> bool:
@@ -56,37 +42,11 @@ def has_wandb_key() -> bool:
         return False
 
 
-def is_disabled() -> bool:
-    """Whether the environment turns W&B off, by its own variable or by the one that transformers used to read."""
-    return os.environ.get("WANDB_MODE") == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in (
-        "1",
-        "true",
-        "yes",
-        "on",
-    )
-
-
-def tracking_of(recipe: Recipe) -> Tracking:
-    """The recipe's `tracking` section, where a key that the recipe does not set has the value of W&B's environment
-    variable. Says which variables the recipe overrides, and which have no effect."""
-    section, found = recipe.tracking, {}
-    for variable, key in _VARIABLES.items():
-        if value := os.environ.get(variable):
-            if recipe.source.of(f"tracking.{key}") == DEFAULT:
-                found[key] = [tag.strip() for tag in value.split(",")] if key == "tags" else value
-            elif str(getattr(section, key)) != value:
-                say(f"wandb: {variable}={value} is overridden by tracking.{key}={getattr(section, key)}")
-    for variable, why in _IGNORED.items():
-        if variable in os.environ:
-            say(f"wandb: {variable} is ignored: {why}")
-    return section.model_copy(update=found)
-
-
 def start_wandb(recipe: Recipe, folder: RunFolder) -> Any:
     """Start or continue the folder's W&B run and return it: online if there is a key, otherwise offline.
 
-    The recipe is its config. Its project and entity are those of its first start. `wandb sync` takes the folders of one
-    run id in the order of their start.
+    The recipe is its config. W&B continues its own `_step` count, online and in `wandb sync`, which takes the folders
+    of one run id in the order of their start.
     """
     import wandb
 
@@ -95,14 +55,16 @@ def start_wandb(recipe: Recipe, folder: RunFolder) -> Any:
     for file in _offline_files(folder):
         if file.stat().st_size <= _EMPTY_BYTES:  # killed in its first second; `wandb sync` fails on such a file
             shutil.rmtree(file.parent, ignore_errors=True)
-    section = tracking_of(recipe)
+    section = recipe.tracking
     run = wandb.init(
-        **run_identity(section, folder),
+        project=section.project,
+        entity=section.entity,
         group=section.group,
         tags=section.tags or None,
-        name=os.environ.get("WANDB_NAME") or folder.name,
+        name=folder.name,
         dir=str(folder.path),
         config=recipe.model_dump(),
+        id=_run_id(folder),
         resume="allow",
         settings=wandb.Settings(finish_timeout=WANDB_FINISH_S, x_transaction_log_flush_interval=_FLUSH_S),
     )
@@ -115,17 +77,12 @@ def start_wandb(recipe: Recipe, folder: RunFolder) -> Any:
 def logged_step(run: Any, folder: RunFolder) -> int:
     """The last optimizer step that W&B has from earlier starts of `run`; -1 if none.
 
-    A resumed run repeats the steps after its checkpoint, and W&B's history can only grow (rewinding it needs a server),
-    so those steps must not be logged again: the history keeps the row that an earlier start has written.
+    A resumed run repeats the steps after its checkpoint with the same values, and W&B's history can only grow
+    (rewinding it needs a server), so those steps must not be logged again.
     """
     if run.settings.mode == "offline":
         current = Path(run.dir).parent
         return max((last_step(file) for file in _offline_files(folder) if file.parent != current), default=-1)
-    return last_step_online(run)
-
-
-def last_step_online(run: Any) -> int:
-    """The last `train/global_step` that the server has of a `run` that was resumed; -1 if none."""
     return int(run.summary.get("train/global_step", -1)) if run.resumed else -1
 
 
@@ -133,14 +90,12 @@ def _offline_files(folder: RunFolder) -> list[Path]:
     return [*folder.wandb.glob("offline-run-*/run-*.wandb")]
 
 
-def run_identity(section: Tracking, folder: RunFolder) -> dict[str, Any]:
-    """The id, project and entity that all starts of this run share. A sweep sets its own id."""
-    known = json.loads(folder.wandb_run.read_text(encoding="utf-8")) if folder.wandb_run.is_file() else {}
-    identity = {"id": uuid.uuid4().hex[:8], "project": section.project, "entity": section.entity} | known
-    if sweep := os.environ.get("WANDB_RUN_ID"):
-        identity["id"] = sweep
-    write_atomically(folder.wandb_run, to_json(identity) + "\n")
-    return identity
+def _run_id(folder: RunFolder) -> str:
+    """The id that all starts of this run share. A sweep sets its own."""
+    known = json.loads(folder.wandb_run.read_text(encoding="utf-8")) if folder.wandb_run.is_file() else None
+    identity = os.environ.get("WANDB_RUN_ID") or (known["id"] if known else uuid.uuid4().hex[:8])
+    write_atomically(folder.wandb_run, to_json({"id": identity}) + "\n")
+    return str(identity)
 
 
 def last_step(file: Path) -> int:
@@ -171,7 +126,7 @@ def logged_records(file: Path) -> list[dict[str, Any]]:
 
 def log_evaluation(recipe: Recipe, folder: RunFolder, figures: Mapping[str, float]) -> None:
     """Put `figures` into the summary of the folder's W&B run, if the recipe reports to W&B. Call it on rank 0 only."""
-    if "wandb" not in recipe.tracking.report_to or is_disabled():
+    if "wandb" not in recipe.tracking.report_to:
         return
     try:
         start_wandb(recipe, folder).summary.update(dict(figures))

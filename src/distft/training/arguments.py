@@ -23,8 +23,8 @@ spent a fifth of its time on that (7B model, 6,500 tokens, one H200).
 
 def pad_multiple(recipe: Recipe, strategy: Strategy) -> int | None:
     """The number of tokens whose multiple every micro-batch is padded to; None to pad only to the longest sample."""
-    if "pad_to_multiple_of" in recipe.training:
-        given: int | None = recipe.training["pad_to_multiple_of"]
+    given: int | str | None = recipe.training.get("pad_to_multiple_of", "auto")
+    if not isinstance(given, str):
         return given
     budget = recipe.batching.micro_batch_tokens
     return min(PACK_MULTIPLE, max(budget // 16, 1)) if strategy.on_gpu and isinstance(budget, int) else None

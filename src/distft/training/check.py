@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 from distft.config.recipe import Recipe
 from distft.data.checks import data_file_faults, split_faults
@@ -21,9 +21,6 @@ from distft.distributed.world import World
 from distft.errors import Fault, RecipeError, UserError
 from distft.runs.checks import folder_faults
 from distft.text import count
-
-if TYPE_CHECKING:
-    from distft.data.prepare import Splits
 
 T = TypeVar("T")
 
@@ -67,19 +64,63 @@ def check_files(recipe: Recipe, working_folder: Path) -> Findings:
     return Findings(faults=(*missing, *folder), checked=tuple(checked))
 
 
-def check_settings(recipe: Recipe, processes: int) -> Findings:
-    """Build what the recipe describes, without weights and data, as one of `processes` processes will build it."""
-    found = _check_division(recipe, processes)
-    _, faults = attempt(recipe, "model.name", lambda: _load_tokenizer(recipe))
-    return found + Findings(faults=tuple(faults), checked=() if faults else ("tokenizer",))
+def check_settings(
+    recipe: Recipe, processes: int, working_folder: Path, *, local_only: bool = True, on_gpu: bool | None = None
+) -> Findings:
+    """Build what the recipe describes, without weights and data, as one of `processes` processes will build it.
+
+    `local_only`: ask nothing of the hub. `on_gpu`: whether the run will have GPUs (None: if this machine has).
+    """
+    from distft.models.checks import model_faults
+    from distft.training.checks import training_faults
+    from distft.training.disk import disk_findings
+
+    _, divides = attempt(recipe, "batching.micro_batch", lambda: recipe.check_division(processes))
+    model = model_faults(recipe, local_only=local_only)
+    settings = training_faults(recipe, processes, on_gpu=on_gpu)
+    checked = {"global batch": divides, "training settings, optimizer and schedule": settings}
+    if not model.skipped:
+        checked["model, tokenizer and adapter"] = model.faults
+    found = Findings(
+        faults=(*divides, *model.faults, *settings),
+        checked=tuple(what for what, faults in checked.items() if not faults),
+        skipped=tuple(model.skipped),
+        run=tuple(model.notes),
+    )
+    if model.trainable and not found.faults:
+        needed, fault = disk_findings(recipe, model.trainable, working_folder)
+        trains = f"trains {model.trainable:,} of {model.parameters:,} parameters"
+        found += Findings(faults=tuple(fault), run=(trains, needed))
+    return found
 
 
 def check_data(recipe: Recipe, processes: int) -> Findings:
     """Read and tokenize the data, which is cached for the run, and plan its batches."""
-    splits, faults = attempt(recipe, "data", lambda: _prepare_data(recipe))
+    from distft.data.batch_plan import Plan
+    from distft.data.prepare import lengths_of, prepare_data
+    from distft.models.loading import load_tokenizer
+    from distft.training.schedule import total_steps
+
+    splits, faults = attempt(recipe, "data", lambda: prepare_data(recipe, load_tokenizer(recipe)))
     if splits is None or (faults := split_faults(recipe, splits)):
         return Findings(faults=tuple(faults))
-    return Findings(checked=("data: every row",), run=tuple(splits.report.lines()))
+    if recipe.micro_batch_is_auto:
+        return Findings(checked=("every row of the data",), run=tuple(splits.report.lines()))
+    plan = Plan(lengths_of(splits.train), recipe.batching, recipe.run.seed)
+    epochs = recipe.epochs(plan.steps)
+    accumulation, faults = attempt(
+        recipe, "batching.micro_batch_tokens", lambda: plan.accumulation(processes, min(epochs, 2))
+    )
+    steps = count(total_steps(recipe, plan.steps), "step")
+    batch = recipe.batching.global_batch_size or f"{recipe.batching.global_batch_tokens:,} tokens"
+    work = (
+        f"{steps} of {batch}, {plan.steps:,} an epoch, on {count(processes, 'process')} × {accumulation} accumulation"
+    )
+    return Findings(
+        faults=tuple(faults),
+        checked=("every row of the data", "batches"),
+        run=(*splits.report.lines(), work),
+    )
 
 
 def check_together(recipe: Recipe, world: World, working_folder: Path) -> None:
@@ -91,7 +132,8 @@ def check_together(recipe: Recipe, world: World, working_folder: Path) -> None:
 
     def look() -> None:
         if world.is_main:
-            (check_files(recipe, working_folder) + check_settings(recipe, world.world_size)).require()
+            found = check_files(recipe, working_folder)
+            (found + check_settings(recipe, world.world_size, working_folder, local_only=False)).require()
 
     together(world, look)
 
@@ -104,21 +146,3 @@ def attempt(recipe: Recipe, key: str, work: Callable[[], T]) -> tuple[T | None, 
         return None, list(error.faults)
     except UserError as error:
         return None, [Fault(recipe.source.of(key), key, str(error))]
-
-
-def _check_division(recipe: Recipe, processes: int) -> Findings:
-    _, faults = attempt(recipe, "batching.micro_batch", lambda: recipe.check_division(processes))
-    checked = () if faults else (f"batches: divide over {count(processes, 'process')}",)
-    return Findings(faults=tuple(faults), checked=checked)
-
-
-def _load_tokenizer(recipe: Recipe) -> Any:
-    from distft.models.loading import load_tokenizer
-
-    return load_tokenizer(recipe)
-
-
-def _prepare_data(recipe: Recipe) -> Splits:
-    from distft.data.prepare import prepare_data
-
-    return prepare_data(recipe, _load_tokenizer(recipe))

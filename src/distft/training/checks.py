@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import patch_environment
+from accelerate.utils import DynamoBackend, patch_environment
 from transformers import Trainer
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
 from distft.config.recipe import Recipe
+from distft.config.validation import nearest
 from distft.distributed.strategies import Strategy
 from distft.distributed.strategies.selection import strategy_for
 from distft.distributed.world import World
@@ -94,6 +95,11 @@ def _refused(recipe: Recipe) -> Iterator[Fault]:
         yield fault("save_strategy", f"'best' {problem}", "use 'steps' or 'epoch'")
     if (metric := training.get("metric_for_best_model")) not in _METRICS:
         yield fault("metric_for_best_model", f"an evaluation during training has no {metric!r}", "it has 'loss'")
+    if training.get("optim_target_modules") and not optimizer.startswith(_NEEDS_MODEL):
+        yield fault("optim_target_modules", "has no effect with this optimizer", "it is for GaLore and APOLLO")
+    if (backend := training.get("torch_compile_backend")) is not None and backend.upper() not in DynamoBackend.list():
+        names = [name.lower() for name in DynamoBackend.list()]
+        yield fault("torch_compile_backend", f"there is no {backend!r}", nearest(backend, names) or ", ".join(names))
     if training.get("use_liger_kernel") and not is_liger_kernel_available():
         yield fault("use_liger_kernel", "liger-kernel is not installed", "pip install liger-kernel, or leave it out")
 

@@ -23,6 +23,8 @@ _WITHOUT_OPTIONS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
 """Schedules for which transformers ignores `lr_scheduler_kwargs`."""
 _GIVEN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 """Parameters of a schedule that the trainer sets."""
+_AT_MOST = 100_000
+"""Of a longer run, this many steps, evenly spread, stand for all."""
 
 
 def total_steps(recipe: Recipe, per_epoch: int) -> int:
@@ -35,7 +37,8 @@ def total_steps(recipe: Recipe, per_epoch: int) -> int:
 def learning_rates(arguments: SFTConfig, steps: int) -> list[float]:
     """The learning rate of each of `steps` optimizer steps, built as the trainer builds it, on a dummy parameter.
 
-    Of a schedule that follows the evaluations, only the first. Raises what transformers raises.
+    Of a schedule that follows the evaluations, only the first; of a very long run, every n-th (`_stride`). Raises what
+    transformers raises.
     """
     dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
     schedule = get_scheduler(
@@ -48,7 +51,11 @@ def learning_rates(arguments: SFTConfig, steps: int) -> list[float]:
     if arguments.lr_scheduler_type in _BY_RESULT:
         return [arguments.learning_rate]
     (factor,) = schedule.lr_lambdas  # `step` computes the same, ten times slower
-    return [arguments.learning_rate * factor(step) for step in range(steps)]
+    return [arguments.learning_rate * factor(step) for step in range(0, steps, _stride(steps))]
+
+
+def _stride(steps: int) -> int:
+    return -(-steps // _AT_MOST)
 
 
 def schedule_faults(recipe: Recipe, arguments: SFTConfig, steps: int | None) -> list[Fault]:
@@ -61,12 +68,13 @@ def schedule_faults(recipe: Recipe, arguments: SFTConfig, steps: int | None) -> 
     if kind in _WITHOUT_OPTIONS and arguments.lr_scheduler_kwargs:
         return [fault(_OPTIONS, f"{kind.value} takes no options", "remove them, or use another lr_scheduler_type")]
     try:
-        rates = learning_rates(arguments, steps or 10_000)
+        total = steps or 10_000
+        rates = learning_rates(arguments, total)
     except Exception as error:  # transformers checks little, so whatever the options cause
         key = _OPTIONS if arguments.lr_scheduler_kwargs else _TYPE
         return [fault(key, f"{kind.value}: {error}", _options(kind))]
     target = arguments.learning_rate
-    for step, rate in enumerate(rates, start=1):
+    for step, rate in zip(range(1, total + 1, _stride(total)), rates, strict=False):
         if not math.isfinite(rate) or rate < 0 or rate > target * (1 + 1e-6):
             key = _OPTIONS if arguments.lr_scheduler_kwargs else "training.learning_rate"
             return [fault(key, f"the learning rate of step {step} would be {rate:g}; expected 0 to {target:g}")]
@@ -92,7 +100,7 @@ def schedule_notes(arguments: SFTConfig, steps: int) -> list[str]:
             f"the learning rate never reaches {target:g}: its highest is {max(rates):.3g}, and the warm-up takes "
             f"{warmup:,} of {count(steps, 'step')}"
         )
-    idle = _zeros(rates[1:])  # a warm-up begins with 0
+    idle = _zeros(rates[1:]) * _stride(steps)  # a warm-up begins with 0
     if idle:
         notes.append(f"the learning rate is 0 in {count(idle, 'step')} of {steps:,}: they train nothing")
     return notes

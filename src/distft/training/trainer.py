@@ -112,7 +112,16 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def _loader(self, samples: Any, plan: Plan, accumulation: int) -> Any:
         batches = RankBatches(plan, self.args.process_index, self.args.world_size, accumulation)
-        return build_loader(samples, batches, self._collate, self.args.device, self.args.dataloader_num_workers)
+        given, workers = self.args, self.args.dataloader_num_workers
+        options = {"pin_memory": given.dataloader_pin_memory and given.device.type == "cuda"}
+        if workers:  # torch refuses these without
+            options |= {
+                "persistent_workers": given.dataloader_persistent_workers,
+                "prefetch_factor": given.dataloader_prefetch_factor,
+                "multiprocessing_context": given.dataloader_multiprocessing_context,
+                "in_order": given.dataloader_in_order,
+            }
+        return build_loader(samples, batches, self._collate, given.device, workers, **options)
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         self._loss_before_step = upstream_api.running_loss(self)

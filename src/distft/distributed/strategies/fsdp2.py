@@ -54,9 +54,6 @@ class FSDP2(Strategy):
         if optimizer.startswith(_UNSHARDABLE_OPTIMIZERS):
             problem = f"{optimizer} cannot update parameters that FSDP2 has sharded"
             found.append(fault(recipe, "training.optim", problem, "adamw_torch_fused"))
-        if recipe.training.get("save_only_model"):
-            problem = "sharded weights are not saved without the optimizer's state"
-            found.append(fault(recipe, "training.save_only_model", problem, "leave it out, or strategy=ddp"))
         return found
 
     @property
