@@ -14,8 +14,9 @@ import pytest
 from distft.config.recipe import Recipe, load_recipe
 from distft.errors import ModelError
 from distft.evaluation.request import Request
+from distft.evaluation.run import _trained
 from distft.evaluation.summary import template_line
-from distft.evaluation.target import Target
+from distft.evaluation.target import Target, Trained
 from distft.evaluation.tasks.alpaca import TASK
 from distft.evaluation.template import PromptTemplate, prompt_template
 from distft.files import read_lines
@@ -27,11 +28,11 @@ SET = "as set in evaluation.generation.template"
 UNKNOWN = "the template of the training is not known; evaluation.generation.template sets it"
 
 
-def instruct(target: Target, trained: Recipe | None) -> Target:
+def instruct(target: Target, recipe: Recipe | None) -> Target:
     """`target` as an instruct model: its tokenizer has a chat template."""
     tokenizer = copy.deepcopy(target.tokenizer)
     tokenizer.chat_template = CHATML
-    return replace(target, tokenizer=tokenizer, trained=trained)
+    return replace(target, tokenizer=tokenizer, trained=recipe and Trained(recipe))
 
 
 @pytest.fixture
@@ -106,6 +107,7 @@ def test_the_training_of_an_adapter_is_known_from_its_run(adapter: Path, tmp_pat
         (["model=tiny"], None, "runs/evaluate-tiny"),
     ):
         request = Request.of([*words, *other], preflight_checks=False)
-        assert (request.trained and request.trained.data.name) == trained
+        known = _trained(request.run)
+        assert (known and known.recipe.data.name) == trained
         assert request.recipe.data.name == "tiny_sentiment"
         assert request.folder.path.resolve() == tmp_path / folder

@@ -193,8 +193,8 @@ def _prepare(
         truncated=counts["truncated"],
         tokens=counts["tokens"],
         overlap=overlap,
-        digest=_digest(parts["train"]),
-        held_out_digest=_digest([*parts["validation"], *parts["test"]]),
+        digest=texts_digest(parts["train"]),
+        held_out_digest=texts_digest([*parts["validation"], *parts["test"]]),
     )
     return DatasetDict(splits), report
 
@@ -219,7 +219,8 @@ def _examples(recipe: Recipe, rows: Rows, lacks: Counter[str]) -> tuple[int, lis
     return total, kept
 
 
-def _digest(examples: Iterable[Example]) -> str:
+def texts_digest(examples: Iterable[Example]) -> str:
+    """A hash of the texts in order, and of where their trained parts begin."""
     texts = hashlib.sha256()
     for example in examples:
         texts.update(json.dumps([example.text, example.trained_from]).encode())

@@ -29,8 +29,8 @@ class Request:
     result: Path | None
     """The folder of the adapter, or of the whole model if all parameters were trained; None to evaluate a base
     alone."""
-    trained: Recipe | None = None
-    """The recipe that it was trained with, without overrides; None if it is not known."""
+    run: RunFolder | None = None
+    """The run that trained it; None if that is not known."""
 
     @classmethod
     def of(cls, words: Sequence[str], *, preflight_checks: bool = True) -> Request:
@@ -63,7 +63,7 @@ class Request:
         result = next((place for place in (folder.adapter, folder.model) if place.is_dir()), None)
         if result is None:
             raise RunFolderError(f"{path} has neither adapter/ nor model/: {_unfinished(folder)}")
-        return cls(_load([_recipe_of(folder), *words], checks), folder, result, load_recipe([_recipe_of(folder)]))
+        return cls(_load([_recipe_of(folder), *words], checks), folder, result, folder)
 
     @classmethod
     def _of_model(cls, model: str, adapter: str | None, words: Sequence[str], checks: Sequence[Check]) -> Request:
@@ -76,12 +76,11 @@ class Request:
             raise RunFolderError(f"{adapter} is not an adapter folder (adapter_config.json is missing)")
         named = f"model.name={json.dumps(model)}"
         run = _run_around(Path(model).expanduser() if result is None else result)
-        trained = None if run is None else load_recipe([_recipe_of(run)])
         if result is not None and run is not None:
             recipe = _load([_recipe_of(run), named, *words], checks)
             is_checkpoint = result.resolve().parent != run.path.resolve()
             folder = RunFolder(run.path.with_name(f"evaluate-{run.name}-{result.name}")) if is_checkpoint else run
-            return cls(recipe, folder, result, trained)
+            return cls(recipe, folder, result, run)
         plain = [
             "recipe=tiny",
             named,
@@ -92,7 +91,7 @@ class Request:
         ]
         recipe = _load([*plain, *words], (_perplexity_needs_data, *checks))
         name = "-".join(["evaluate", *(Path(part).name for part in (model, adapter) if part)])
-        return cls(recipe, RunFolder(Path(recipe.run.dir).expanduser() / name), result, trained)
+        return cls(recipe, RunFolder(Path(recipe.run.dir).expanduser() / name), result, run)
 
 
 def _recipe_of(folder: RunFolder) -> str:

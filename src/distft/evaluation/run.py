@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from distft.config.evaluation import TaskName
 from distft.config.files import leaves
-from distft.config.recipe import Recipe
+from distft.config.recipe import Recipe, load_recipe
 from distft.console import say
 from distft.distributed.collectives import together
 from distft.distributed.supervisor import OUTCOME
@@ -24,7 +24,7 @@ from distft.errors import LaunchError, RunFolderError
 from distft.evaluation import summary
 from distft.evaluation.engines.openai import without_secrets
 from distft.evaluation.request import Request
-from distft.evaluation.target import Target
+from distft.evaluation.target import Target, Trained
 from distft.evaluation.tasks import load_task
 from distft.files import to_json, write_atomically
 from distft.hardware import describe, visible_devices
@@ -58,7 +58,7 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
     world.export(os.environ)
     lock = _lock(request.folder, world)
     with closing_wandb():
-        target = Target.load(request.recipe, request.result, world, request.trained)
+        target = Target.load(request.recipe, request.result, world, _trained(request.run))
         record = _known(request.folder, target.identity) if world.is_main else {}
         for task in request.recipe.evaluation.tasks:
             if world.is_main:
@@ -72,6 +72,13 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
     together(world, lambda: None)
     lock.release()
     return record
+
+
+def _trained(run: RunFolder | None) -> Trained | None:
+    if run is None:
+        return None
+    summary = run.read_summary() if run.summary.is_file() else {}
+    return Trained(load_recipe([f"recipe={run.recipe.absolute()}"]), summary.get("data_digest"))
 
 
 def _lock(folder: RunFolder, world: World) -> FileLock:
@@ -117,8 +124,8 @@ def _record(task: TaskName, result: dict[str, Any], record: dict[str, Any], fold
     if folder.summary.is_file():
         kept = {name: {part: found[part] for part in summary.PARTS if part in found} for name, found in record.items()}
         folder.write_summary(folder.read_summary() | {"evaluation": kept})
-    template = [line] if (line := summary.template_line(task, result)) else []
-    for line in [*template, *summary.figure_lines(task, result), *summary.detail_lines(task, result)]:
+    about = filter(None, [summary.template_line(task, result), summary.overlap_line(task, result)])
+    for line in [*about, *summary.figure_lines(task, result), *summary.detail_lines(task, result)]:
         say(line)
     for line in summary.warnings(task, result, str(folder.evaluation / task)):
         say(f"warning: {line}")

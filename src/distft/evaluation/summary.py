@@ -26,6 +26,7 @@ PARTS = (
     "judged",
     "reasons",
     "template",
+    "overlap",
 )
 """The parts of a task's result that `summary.json` keeps and reports read. A task may return any of them."""
 NOTE = (
@@ -150,6 +151,19 @@ def template_line(task: str, result: Mapping[str, Any]) -> str:
     return f"{task}: prompts {TEMPLATES.get(found['name'], found['name'])} ({found['why']})" if found else ""
 
 
+def overlap_line(task: str, result: Mapping[str, Any], *, only_if_any: bool = False) -> str:
+    """How many of a task's items were trained on; empty if nothing was trained, or the result does not say.
+
+    `only_if_any` leaves it empty unless some were.
+    """
+    found = result.get("overlap")
+    if not found or (only_if_any and not found["count"]):
+        return ""
+    if found["count"] is None:
+        return f"{task}: whether any of the {found['items']:,} items were trained on is not known: {found['why']}"
+    return f"{task}: {found['count']:,} of {found['items']:,} items were trained on"
+
+
 def tables(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Detail]:
     """The tables of details of several runs; equal tables are merged into one with a column for the run."""
     found: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {}
@@ -217,12 +231,21 @@ def _outcomes(task: str, result: Mapping[str, Any], outcomes: Mapping[str, Any])
 
 
 def warnings(task: str, result: Mapping[str, Any], folder: str) -> list[str]:
-    """Why the judged figures of a task are unreliable, one line per reason; `folder` is the task's.
+    """Why the figures of a task mislead, one line per reason; `folder` is the task's.
 
-    Either more than half of a side's verdicts could not be parsed, or the judge's two orders disagree in at least half
-    of the pairs. Coin flips disagree in half of them, and so does a judge that prefers one position in three quarters
-    of its verdicts.
+    Items were trained on; or, of judged figures, more than half of a side's verdicts could not be parsed, or the
+    judge's two orders disagree in at least half of the pairs. Coin flips disagree in half of them, and so does a judge
+    that prefers one position in three quarters of its verdicts.
     """
+    found = []
+    if (result.get("overlap") or {}).get("count"):
+        found.append(f"{overlap_line(task, result)}, so its figures are not those of unseen text")
+    found += _unreliable(task, result, folder)
+    return found
+
+
+def _unreliable(task: str, result: Mapping[str, Any], folder: str) -> list[str]:
+    """Why the judged figures of a task say nothing; `folder` is the task's."""
     found = []
     judged: Mapping[str, Any] = result.get("judged") or {}
     if any(2 * counts["unparsed"] > counts["judgements"] for counts in judged.values()):
@@ -254,7 +277,7 @@ def warnings(task: str, result: Mapping[str, Any], folder: str) -> list[str]:
 
 def headline(evaluation: Mapping[str, Any]) -> str:
     """What the fine-tune changed, in one or two sentences; empty if nothing was measured on both sides."""
-    unreliable = [task for task, result in evaluation.items() if warnings(task, result, task)]
+    unreliable = [task for task, result in evaluation.items() if _unreliable(task, result, task)]
     changes: list[str] = []
     others: dict[str, list[str]] = {}
     for task, name, figure in figures(evaluation):
@@ -270,6 +293,7 @@ def headline(evaluation: Mapping[str, Any]) -> str:
     rest = [f"{verdict} for {shorten(titles, _LISTED)}" for verdict, titles in others.items()]
     if unreliable:
         rest.append(f"the judge's verdicts are unreliable for {', '.join(unreliable)}")
+    rest += [line for task, result in evaluation.items() if (line := overlap_line(task, result, only_if_any=True))]
     text = "; ".join(rest)
     if changes:
         return f"The fine-tune changed {shorten(changes, _LISTED, '; ')}." + (

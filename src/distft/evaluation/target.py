@@ -34,6 +34,14 @@ class _Loaded:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """How a model was trained: its run's recipe, without overrides, and the digest of the texts (None if unknown)."""
+
+    recipe: Recipe
+    data_digest: str | None = None
+
+
+@dataclass(frozen=True)
 class Target:
     """A base and its adapter on this process's device."""
 
@@ -47,12 +55,12 @@ class Target:
     """False if `result` is a whole model. It is the side `adapter` all the same."""
     identity: dict[SideName, str]
     """A digest of each side for cache keys: the content of everything that was loaded for it, and how."""
-    trained: Recipe | None = None
-    """The recipe that the evaluated model was trained with, without overrides; None if it is not known."""
+    trained: Trained | None = None
+    """How the evaluated model was trained; None if it is not known."""
     _loaded: _Loaded = field(default_factory=_Loaded, repr=False)
 
     @classmethod
-    def load(cls, recipe: Recipe, result: Path | None, world: World, trained: Recipe | None = None) -> Target:
+    def load(cls, recipe: Recipe, result: Path | None, world: World, trained: Trained | None = None) -> Target:
         """Load the base as the recipe does (its dtype, its quantisation), with the adapter on it through PEFT, not
         merged.
 

@@ -44,7 +44,7 @@ def prompt_template(target: Target, settings: Evaluation) -> PromptTemplate:
         )
     if given != "auto":
         return PromptTemplate(given, "as set in evaluation.generation.template")
-    trained = None if target.trained is None else trained_template(target.trained, target.tokenizer)
+    trained = None if target.trained is None else trained_template(target.trained.recipe, target.tokenizer)
     if trained is not None:
         return PromptTemplate(trained, "as in training")
     form = format_of(target.recipe.data)

@@ -87,6 +87,8 @@ class Run:
     split: Split | None = None
     evaluation: Mapping[str, Any] = field(default_factory=dict, repr=False)
     variant: str = ""
+    overlap: Mapping[str, int] = field(default_factory=dict)
+    """How many samples of `validation` and `test` were trained on, where training counted them."""
 
     @property
     def finished(self) -> bool:
@@ -148,6 +150,7 @@ def read_run(folder: RunFolder) -> Run:
         facts=_facts(status, summary, recipe, environment),
         split=_split(folder),
         evaluation=summary.get("evaluation") or {},
+        overlap=summary.get("held_out_overlap") or {},
     )
 
 

@@ -89,7 +89,9 @@ def _runs(report: Report) -> Section:
         if not figure.quality and all(run.figures[figure.key] is None for run in report.runs)
     ]
     notes: list[Line] = [(f"Not measured in any run: {', '.join(unknown)}.",)] if unknown else []
-    return Section("runs", ("Runs",), table, [*notes, *([(_NO_ENERGY,)] if "energy" in unknown else [])])
+    notes += [(_NO_ENERGY,)] if "energy" in unknown else []
+    warnings = [f"{run.name}: {wording.overlap(run.overlap)}" for run in report.runs if any(run.overlap.values())]
+    return Section("runs", ("Runs",), table, notes, warnings=warnings)
 
 
 def _unfinished_rows(report: Report) -> list[tuple[Cell, ...]]:
@@ -227,13 +229,14 @@ def _evaluations(report: Report) -> Iterator[Section]:
     if not found:
         return
     title = ("What the fine-tune changed",)
-    written = {
+    about = {
         line: None
         for evaluation in found.values()
         for task, result in evaluation.items()
-        if (line := details.template_line(task, result))
+        for line in (details.template_line(task, result), details.overlap_line(task, result))
+        if line
     }
-    notes = [(details.NOTE,), *((f"{line}.",) for line in written)]
+    notes = [(details.NOTE,), *((f"{line}.",) for line in about)]
     yield Section("evaluation", title, evaluation_table(found), notes, warnings=report.warnings)
     for number, detail in enumerate(details.tables(found)):
         columns = tuple(_detail_column(n, head, detail.rows) for n, head in enumerate(detail.head))

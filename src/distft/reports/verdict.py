@@ -115,6 +115,12 @@ def perplexity(before: float, after: float) -> str:
     )
 
 
+def overlap(samples: Mapping[str, int]) -> str:
+    """What training says of held-out samples that it also trained on; follows the run's name."""
+    found = " and ".join(f"{number:,} {name} samples" for name, number in samples.items() if number)
+    return f"{found} were trained on, so its held-out losses are not those of unseen text"
+
+
 def divergence(step: int | None, not_finite: Mapping[str, int]) -> str:
     """What a log says that ends with losses that are not finite; follows its name."""
     losses = ", ".join(f"{key} is not finite from step {first:,} on" for key, first in not_finite.items())

@@ -25,6 +25,7 @@ from distft.evaluation.engines.choose import choose_engine
 from distft.evaluation.generate import Answer, Item, Sampling, Template, describe_answers, generate
 from distft.evaluation.judge import Judgement, Question, count, judge_sides, out_of_ten, reasons
 from distft.evaluation.metrics import mean_estimate, mean_figure, share_figure, unparsed_figure
+from distft.evaluation.overlap import overlap
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import InputFile, Task
 from distft.evaluation.template import prompt_template
@@ -83,6 +84,7 @@ class AlpacaTask(Task):
         path = Path(settings.alpaca.path or "")
         pairs = together(target.world, lambda: read_pairs(path, settings.alpaca.limit))
         template = together(target.world, lambda: prompt_template(target, settings))
+        seen = overlap(target, [pair.instruction for pair in pairs])
         answers = {side: _answer(target, settings, side, template.name, pairs, folder) for side in target.sides}
         ask = _in_both_orders if settings.judge.mode == "pairwise" else _individually
         asked = {side: ask(side, pairs, answers[side]) for side in target.sides}
@@ -92,7 +94,7 @@ class AlpacaTask(Task):
                 generator = f"{target.recipe.model.name} ({side})"
                 _write(folder / f"outputs_{side}.json", generator, pairs, answers[side])
         described = {side: describe_answers(answers[side]) for side in target.sides}
-        return summarise(by_side, settings) | {"answers": described, "template": template.record()}
+        return summarise(by_side, settings) | {"answers": described, "template": template.record()} | {"overlap": seen}
 
 
 TASK = AlpacaTask()

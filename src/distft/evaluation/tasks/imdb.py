@@ -22,6 +22,7 @@ from distft.evaluation.cache import complete, key_of
 from distft.evaluation.engines.transformers import TransformersEngine
 from distft.evaluation.generate import Item, Sampling, generate
 from distft.evaluation.likelihood import continuation_log_likelihoods
+from distft.evaluation.overlap import overlap
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import InputFile, Task, reviews
 from distft.evaluation.tasks.classification import Classes, confusion, figures
@@ -86,6 +87,7 @@ class ImdbTask(Task):
             "of_class": np.bincount(labels, minlength=len(words)).tolist(),
             "label_words": words,
             "end_scored": ends,
+            "overlap": overlap(target, [row.text for row in rows]),
             "template": {"name": "review", "why": _why_reviews(target)},
             "positive": words[section.positive],
             "balanced": section.balanced,
@@ -116,7 +118,7 @@ def _check_reviews(recipe: Recipe) -> None:
 
 
 def _why_reviews(target: Target) -> str:
-    form = None if target.trained is None else format_of(target.trained.data)
+    form = None if target.trained is None else format_of(target.trained.recipe.data)
     return "as in training" if form is not None and form.review else "the task's own"
 
 

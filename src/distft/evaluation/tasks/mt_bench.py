@@ -24,6 +24,7 @@ from distft.evaluation.engines.choose import choose_engine
 from distft.evaluation.generate import Answer, Item, Message, Sampling, Template, describe_answers, generate
 from distft.evaluation.judge import Judgement, Question, count, judge_sides, out_of_ten, reasons
 from distft.evaluation.metrics import mean_estimate, mean_figure, unparsed_figure
+from distft.evaluation.overlap import overlap
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import InputFile, Task
 from distft.evaluation.template import prompt_template
@@ -95,6 +96,7 @@ class MtBenchTask(Task):
         path = Path(settings.mt_bench.questions or "")
         questions = together(target.world, lambda: read_questions(path, settings.mt_bench.limit))
         template = together(target.world, lambda: prompt_template(target, settings))
+        seen = overlap(target, [question.turns[0] for question in questions])
         answers = {side: _answer(target, settings, side, template.name, questions, folder) for side in target.sides}
         asked = {side: _to_judge(side, questions, answers[side]) for side in target.sides}
         by_side = judge_sides(asked, target, settings, folder)
@@ -105,7 +107,11 @@ class MtBenchTask(Task):
         described = {
             side: describe_answers([answer for turns in answers[side] for answer in turns]) for side in target.sides
         }
-        return summarise(questions, by_side, settings) | {"answers": described, "template": template.record()}
+        return (
+            summarise(questions, by_side, settings)
+            | {"answers": described, "template": template.record()}
+            | {"overlap": seen}
+        )
 
 
 TASK = MtBenchTask()

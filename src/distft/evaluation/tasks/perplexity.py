@@ -20,6 +20,7 @@ from distft.errors import DataError
 from distft.evaluation.cache import complete, key_of
 from distft.evaluation.likelihood import trained_log_likelihoods
 from distft.evaluation.metrics import figure_of
+from distft.evaluation.overlap import overlap
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import Task
 from distft.stats import Estimate, Floats, bootstrap_weights
@@ -43,7 +44,12 @@ class PerplexityTask(Task):
         ids, labels = [list(row) for row in rows["input_ids"]], [list(row) for row in rows["labels"]]
         tokens = np.array([sum(label != IGNORED for label in row) for row in labels], dtype=np.float64)
         sums = {side: _score(target, side, ids, labels, settings, folder) for side in target.sides}
-        return {"samples": len(ids), "tokens": int(tokens.sum()), "figures": figures(sums, tokens, settings.seed)}
+        return {
+            "samples": len(ids),
+            "tokens": int(tokens.sum()),
+            "overlap": overlap(target),
+            "figures": figures(sums, tokens, settings.seed),
+        }
 
 
 TASK = PerplexityTask()
