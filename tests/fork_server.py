@@ -82,7 +82,11 @@ READ_AT_IMPORT = re.compile(
     r"(HF_|TRANSFORMERS_|HUGGINGFACE|PYTHON|LD_|XDG_|HOME$|DISTFT_DEBUG$|GOMP_|OPENBLAS|TORCH_)"
 )
 """Variables that the interpreter or a library reads once, so that a forked process would not see another value."""
-SPARE_READS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}  # read where they are used
+SPARE_READS = {  # read where they are used
+    "PYTHONSAFEPATH",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+}
 EXEC = "DISTFT_TESTS_EXEC"
 PAD = "DISTFT_TESTS_PAD"
 ARGUMENTS_SIZE, ENVIRONMENT_SIZE = 16_000, 120_000
@@ -302,6 +306,11 @@ def _run(request: Mapping[str, Any], fds: Sequence[int], environment: Mapping[st
         os.setsid()
     for target, fd in enumerate([os.dup(fd) for fd in fds]):
         os.dup2(fd, target)
+    # The template's streams belong to a file, and would seek.
+    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)  # type: ignore[misc]  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(  # type: ignore[misc]  # noqa: SIM115
+        2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
+    )
     _close_all_but(ours.fileno())
     os.set_inheritable(ours.fileno(), False)
     _template = Template(ours, environment)
@@ -315,7 +324,8 @@ def _run(request: Mapping[str, Any], fds: Sequence[int], environment: Mapping[st
     os.chdir(request["cwd"])
     sys.argv = ["-m", *args[args.index("-m") + 2 :]]
     sys.orig_argv = list(args)
-    sys.path.insert(0, request["cwd"])
+    if not request["env"].get("PYTHONSAFEPATH"):
+        sys.path.insert(0, request["cwd"])
     if "-u" in args[1 : args.index("-m")]:
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     if module == "accelerate.commands.launch":

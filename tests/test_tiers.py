@@ -18,6 +18,7 @@ LIGHT = {
     "hardware",
     "paths",
     "reports",
+    "startup",
     "stats",
     "text",
     "upstream_api",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
 import sys
 import warnings
+from typing import Any, TextIO
 
 DEBUG = "DISTFT_DEBUG"
 """Environment variable: if set, show every traceback and every warning."""
@@ -16,6 +19,40 @@ def say(message: str) -> None:
     for stream in (sys.stderr, getattr(sys.stderr, "console", None)):
         if stream is not None:
             print(f"distft: {message}", file=stream, flush=True)
+
+
+def set_up_streams() -> None:
+    """Make stdout and stderr such that printing never ends this process. Call it once, in a process of distft's own.
+
+    A character that the terminal's encoding lacks is printed as an escape, and what is printed to a terminal that has
+    been closed is lost.
+    """
+    sys.stdout, sys.stderr = _lenient(sys.stdout, 1), _lenient(sys.stderr, 2)
+
+
+def _lenient(stream: TextIO, descriptor: int) -> TextIO:
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    if not stream.isatty():
+        stream.reconfigure(errors="backslashreplace")
+        return stream
+    stream.flush()
+    raw: Any = io.BufferedWriter(_Terminal(descriptor, "w", closefd=False))
+    return io.TextIOWrapper(
+        raw, stream.encoding, "backslashreplace", line_buffering=True, write_through=stream.write_through
+    )
+
+
+class _Terminal(io.FileIO):
+    """A terminal that swallows what is written to it after it has been closed, as by a dropped ssh connection."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(data)
 
 
 def quiet_libraries() -> None:

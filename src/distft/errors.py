@@ -172,7 +172,7 @@ class WorkerError(DistftError):
 
 
 class Interrupted(DistftError):
-    """A signal (SIGTERM, SIGINT, SIGUSR1) or run.max_time ended the run before it finished."""
+    """A signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1) or run.max_time ended the run before it finished."""
 
     exit_code = 75
 

@@ -6,17 +6,20 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from distft.console import quiet_libraries
-from distft.distributed.process import debug_flag, guarded
+from distft.startup import start_up
 
 
 def main() -> int:
     """Entry point of `python -m distft.train`."""
+    start_up()
+    from distft.console import quiet_libraries
+    from distft.distributed.process import debug_flag, guarded
+
     arguments = debug_flag(sys.argv[1:])
     quiet_libraries()
     from distft.training.run import train
 
-    return guarded(lambda: train(arguments))
+    return guarded(lambda: train(arguments), of_launcher=True)
 
 
 class _Callable(ModuleType):

@@ -43,16 +43,17 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, "WANDB_MODE": "offline", "NO_COLOR": "1", **changes}
 
 
-def start(command: Sequence[str], where: Path, **changes: str) -> subprocess.Popen[str]:
-    """Start `command` in its own process group, in the folder `where`."""
+def start(command: Sequence[str], where: Path, terminal: int | None = None, /, **changes: str) -> subprocess.Popen[str]:
+    """Start `command` in its own process group, in the folder `where`. It prints to `terminal`, or to pipes."""
+    output = subprocess.PIPE if terminal is None else terminal
     return subprocess.Popen(
         command,
         cwd=where,
         env=environment(**changes),
         text=True,
         start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
     )
 
 

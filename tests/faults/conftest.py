@@ -38,12 +38,12 @@ KINDS = {
 }
 
 
-def begin(where: Path, kind: str, *more: str, **changes: str) -> Popen[str]:
+def begin(where: Path, kind: str, *more: str, terminal: int | None = None, **changes: str) -> Popen[str]:
     overrides, processes = KINDS[kind]
     where.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "distft.cli", "train", *RUN, *overrides, *more, "--nproc", str(processes)]
     # One thread a process: several wait for each other at every product where the cores are shared with other work.
-    return start(command, where, **{"OMP_NUM_THREADS": "1", **changes})
+    return start(command, where, terminal, **{"OMP_NUM_THREADS": "1", **changes})
 
 
 def go(where: Path, kind: str, *more: str, **changes: str) -> Ended:

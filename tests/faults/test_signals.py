@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import signal
 import sys
 import time
@@ -16,7 +18,7 @@ from distft.runs import manifest
 from distft.runs.folder import RunFolder
 from distft.training.batch_size_probe import free_port
 
-from ..distributed.conftest import finish, start
+from ..distributed.conftest import LIMIT_S, finish, start
 from ..distributed.test_guards import wait_for_step
 from .conftest import RUN, assert_gone, assert_same_run, begin, family, go, ranks, until
 
@@ -44,6 +46,24 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     assert_gone(everyone)
     assert go(tmp_path, kind).code == 0
     assert_same_run(folder, whole)
+
+
+def test_a_closed_terminal_stops_a_run_and_leaves_no_process(tmp_path: Path) -> None:
+    """The parent gets SIGHUP, and nobody can print any more."""
+    terminal, theirs = pty.openpty()
+    process = begin(tmp_path, "ddp", *LONG, terminal=theirs)
+    os.close(theirs)
+    folder = wait_for_step(tmp_path, 3)
+    everyone = family(process)
+    os.close(terminal)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(LIMIT_S) == 75
+    assert_gone(everyone)
+    summary = folder.read_summary()
+    assert summary["status"] == "interrupted" and "stopped by SIGHUP after step" in summary["cause"]
+    checkpoint, skipped = manifest.newest(folder.checkpoints)
+    assert checkpoint is not None and not skipped
+    assert folder.read_faults() == []
 
 
 @pytest.mark.parametrize("kind", ["single", "ddp"])

@@ -42,7 +42,8 @@ def test_several_workers_are_started_and_restarted_by_accelerate() -> None:
     assert command[:4] == [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     assert (option(command, "num_processes"), option(command, "max_restarts")) == ("4", "3")
     assert option(command, "rdzv_backend") == "c10d"
-    assert "--rdzv_conf" not in command and "--config_file" not in command
+    assert "--rdzv_conf" not in command
+    assert Path(option(command, "config_file")).name == "launcher.yaml", "not the user's default_config.yaml"
     assert command[-3:] == ["-m", "distft.train", *RECIPE]
 
 
@@ -59,6 +60,7 @@ def test_the_environment_names_the_size_and_the_shared_folder_and_keeps_the_user
     made = worker_environment({"OMP_NUM_THREADS": "7", "HOME": "/h"}, 2, Path("/notes"), Node())
     assert made["DISTFT_NPROC"] == "2" and made["DISTFT_OUTCOME"] == "/notes"
     assert made["OMP_NUM_THREADS"] == "7" and made["HOME"] == "/h"
+    assert made["PYTHONSAFEPATH"] == "1", "no worker imports what is in the working folder"
 
 
 def test_two_runs_on_one_machine_do_not_share_a_rendezvous() -> None:

@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distft.console import say
+from distft.distributed.leftovers import remove_launch
 from distft.distributed.signals import STOP, StopRequest, raising_on_signals
 from distft.distributed.supervisor import ATTEMPT, IN_PROCESS, NPROC, OUTCOME, read_note
 from distft.errors import AlreadyFinished, DistftError
+from distft.startup import SAFE_PATH
 
 
 def train_here(words: Sequence[str], restarts: int) -> Path:
@@ -65,7 +67,8 @@ def _state_restored(words: Sequence[str], notes: Path) -> Iterator[None]:
 
     arguments, environment = sys.argv, dict(os.environ)
     progress_bars = transformers_logging.is_progress_bar_enabled()
-    os.environ |= {OUTCOME: str(notes), NPROC: "1", IN_PROCESS: f"{os.getpid()}-{time.time():.2f}"}
+    remove_launch(os.environ)  # another launcher's, left over
+    os.environ |= {SAFE_PATH: "1", OUTCOME: str(notes), NPROC: "1", IN_PROCESS: f"{os.getpid()}-{time.time():.2f}"}
     sys.argv = ["distft.train", *words]  # environment.json records it as the command
     _reset_stop()
     try:

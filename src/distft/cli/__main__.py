@@ -2,7 +2,10 @@
 
 import sys
 
-from distft.cli.main import main
+from distft.startup import leave_working_folder
 
 if __name__ == "__main__":
+    leave_working_folder()
+    from distft.cli.main import main
+
     sys.exit(main())

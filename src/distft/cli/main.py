@@ -10,6 +10,7 @@ from distft import __version__
 from distft.cli import check, compare, data, doctor, evaluate, experiments, fetch, merge, recipes, report, submit, train
 from distft.console import quiet_libraries
 from distft.distributed.process import debug_flag, guarded
+from distft.startup import start_up
 
 _GROUPS = (train, check, evaluate, submit, fetch, recipes, experiments, compare, report, data, merge, doctor)
 
@@ -17,6 +18,8 @@ _GROUPS = (train, check, evaluate, submit, fetch, recipes, experiments, compare,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `distft` and return its exit code: 0 success, 2 the user's mistake, 75 interrupted, 1 any other failure."""
     words = debug_flag(list(sys.argv[1:] if arguments is None else arguments))
+    if arguments is None:
+        start_up()
     quiet_libraries()
     command_line = parser()
     # argparse rejects key=value words that follow an option, so they are collected here.

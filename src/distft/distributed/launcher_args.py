@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import yaml
 
-from distft.distributed.supervisor import NPROC
+from distft.distributed.leftovers import remove_settings
+from distft.distributed.supervisor import NPROC, OUTCOME
 from distft.distributed.world import World
 from distft.errors import LaunchError
 
@@ -28,15 +29,10 @@ class Launcher:
 
     @classmethod
     def of_parent(cls) -> Launcher:
-        """Read the parent's command line. Both options are None if the parent is not a launcher."""
-        try:
-            words = psutil.Process(os.getppid()).cmdline()
-        except psutil.Error:
-            return cls()
-        if not any(
-            Path(word).name in ("accelerate", "accelerate-launch", "torchrun") or "accelerate.commands" in word
-            for word in words[:4]
-        ):
+        """Read the parent's command line. Both options are None if the parent is not a launcher, or was started by
+        `distft train`, which follows the recipe."""
+        words = _parent_words()
+        if OUTCOME in os.environ or not _is_launcher(words):
             return cls()
         options: dict[str, str] = {}
         for word, following in pairwise([*words, ""]):
@@ -72,11 +68,12 @@ class Launcher:
             LaunchError: the launcher's options say something else.
         """
         launched = self._launched_strategy(environment)
-        source = "the launcher" if self.config_file is None else f"--config_file {self.config_file}"
+        source = self._source()
         if launched is not None and launched != strategy and not (world.world_size == 1 and launched == "single"):
             raise LaunchError(
                 f"{source} says {launched}, the recipe {recipe} says {strategy}; the recipe decides, so leave out the "
-                f"config file:\n  {command}\nor change the recipe: {command} strategy=…"
+                f"config file:\n  {command}\nor change the recipe: {command} strategy=…\nor let distft start the "
+                f"processes, whatever accelerate is configured to do: distft train recipe={recipe}"
             )
         mixed_precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
         if mixed_precision not in ("no", precision):
@@ -84,6 +81,20 @@ class Launcher:
                 f"{source} says mixed precision {mixed_precision}, the recipe {recipe} says {precision}; the recipe "
                 f"decides:\n  {command} training.{mixed_precision}=true\nor leave out --mixed_precision"
             )
+        dynamo = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
+        if dynamo.lower() not in ("", "no"):
+            raise LaunchError(
+                f"{source} says dynamo backend {dynamo}, which would compile the model without the recipe {recipe} "
+                "saying so; leave it out"
+            )
+
+    def _source(self) -> str:
+        """Where the launcher's settings come from."""
+        if self.config_file is not None:
+            return f"--config_file {self.config_file}"
+        from accelerate.commands.config.config_args import default_config_file
+
+        return f"the launcher (or {default_config_file})" if Path(default_config_file).is_file() else "the launcher"
 
     def _launched_strategy(self, environment: Mapping[str, str]) -> str | None:
         """The strategy that the launcher's environment or config file asks for; None if neither says."""
@@ -98,3 +109,30 @@ class Launcher:
         except (OSError, yaml.YAMLError):
             content = {}
         return _DISTRIBUTED_TYPES.get(str(content.get("distributed_type", "NO")))
+
+
+def parent_is_launcher() -> bool:
+    return _is_launcher(_parent_words())
+
+
+def left_over_settings(environment: MutableMapping[str, str]) -> list[str]:
+    """Remove accelerate's variables, and return those that were set, unless accelerate's launcher is our parent."""
+    return [] if _is_accelerate(_parent_words()) else remove_settings(environment)
+
+
+def _parent_words() -> list[str]:
+    try:
+        return psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return []
+
+
+def _is_launcher(words: Sequence[str]) -> bool:
+    torchrun = any(Path(word).name == "torchrun" or word == "torch.distributed.run" for word in words[:4])
+    return torchrun or _is_accelerate(words)
+
+
+def _is_accelerate(words: Sequence[str]) -> bool:
+    return any(
+        Path(word).name in ("accelerate", "accelerate-launch") or "accelerate.commands" in word for word in words[:4]
+    )

@@ -18,22 +18,35 @@ from pathlib import Path
 import psutil
 
 from distft.console import DEBUG, say
+from distft.distributed.launcher_args import left_over_settings, parent_is_launcher
+from distft.distributed.leftovers import check_meeting, remove_empty
 from distft.distributed.signals import raise_on_signals
 from distft.distributed.supervisor import OUTCOME, Launch, leave_error, leave_note, read_note
 from distft.distributed.world import World
 from distft.errors import DistftError, Interrupted, WorkerError
 
 
-def guarded(work: Callable[[], None]) -> int:
-    """Run `work` and return an exit code. An exception becomes a message on stderr, once per node, not per rank."""
-    world = World.from_environment(os.environ)
-    raise_on_signals(_exit_code)
+def guarded(work: Callable[[], None], *, of_launcher: bool = False) -> int:
+    """Run `work` and return an exit code. An exception becomes a message on stderr, once per node, not per rank.
+
+    `of_launcher`: this may be one of the processes that a launcher has started. Otherwise a launcher's variables are
+    left over in the environment.
+    """
+    world = World()
+    exit_code = _exit_code if of_launcher else _plain_exit_code
+    raise_on_signals(exit_code)
     try:
+        if of_launcher:
+            remove_empty(os.environ)
+            world = World.from_environment(os.environ)
+            check_meeting(world.world_size, os.environ)
+            if removed := left_over_settings(os.environ):
+                say_once(f"ignoring {', '.join(removed)}: the recipe decides", world, os.environ)
         if read_note("stop") is not None:
             raise Interrupted("a signal", "before it was started again")
         work()
         _leave_group()
-        return _exit_code(0)
+        return exit_code(0)
     except BrokenPipeError:  # the reader has closed the pipe: `distft recipes show … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
@@ -46,7 +59,7 @@ def guarded(work: Callable[[], None]) -> int:
         failure = WorkerError(f"rank {world.rank} failed: {type(error).__name__}: {error}")
     leave_error(failure)
     say_once(str(failure), world, os.environ)
-    return _exit_code(failure.exit_code, restart=failure.restart)
+    return exit_code(failure.exit_code, restart=failure.restart)
 
 
 def say_once(message: str, world: World, environment: Mapping[str, str]) -> None:
@@ -81,6 +94,10 @@ def _leave_group() -> None:
         distributed.destroy_process_group()
 
 
+def _plain_exit_code(code: int, *, restart: bool = False) -> int:
+    return code
+
+
 def _exit_code(code: int, *, restart: bool = False) -> int:
     """Return the exit code to use under the current launcher. `restart`: restarting the processes may help.
 
@@ -93,7 +110,8 @@ def _exit_code(code: int, *, restart: bool = False) -> int:
         return code if restart else 0
     if code == Interrupted.exit_code and "TORCHELASTIC_RUN_ID" in os.environ:
         return 0
-    if code and not restart and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+    if code and not restart and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and parent_is_launcher():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher is about to send it
         time.sleep(1)  # the other ranks are about to fail in the same way and print the same message
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(5)  # so that the launcher's signal ends this process, not its own failure

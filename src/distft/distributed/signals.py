@@ -1,11 +1,14 @@
-"""Signals that stop a run: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (a scheduler's warning before its time limit)."""
+"""Signals that stop a run: SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal was closed) and SIGUSR1 (a scheduler's
+warning before its time limit).
+
+SIGHUP is left alone where it is ignored already, as under nohup."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
@@ -15,7 +18,9 @@ from distft.distributed.supervisor import IN_PROCESS, OUTCOME
 from distft.errors import Interrupted
 
 Handler = Callable[[int, FrameType | None], None]
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_ENDING_SESSION = frozenset({signal.SIGTERM, signal.SIGHUP})
+"""Signals of which a system sends both when a user's session ends, so that the second is no further request."""
 HANDLER_TIMEOUT_S = 10.0
 """How long the main thread may take to run its signal handler before the process is ended. Not applied in training."""
 
@@ -52,9 +57,11 @@ def _handler(handled: threading.Event) -> Handler:
             if OUTCOME not in os.environ or IN_PROCESS in os.environ:  # otherwise `distft train` has said so
                 announce(signum)
             return
-        if STOP.signum == signum != signal.SIGINT:
+        alike = _ENDING_SESSION if signum in _ENDING_SESSION else {signum}
+        if STOP.signum in alike and signum != signal.SIGINT:
             return  # launchers repeat their signals; a user who wants to stop at once presses Ctrl-C again
-        signal.signal(signum, signal.SIG_IGN)  # raise once; the run then writes its summary undisturbed
+        for each in alike:
+            signal.signal(each, signal.SIG_IGN)  # raise once; the run then writes its summary undisturbed
         raise Interrupted(signal.Signals(STOP.signum or signum).name)
 
     return handle
@@ -66,13 +73,17 @@ def handling(handlers: Mapping[int, Handler]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+    previous = {signum: signal.signal(signum, handlers[signum]) for signum in _not_ignored(handlers)}
     try:
         yield
     finally:
         for signum, before in previous.items():
             if before is not None:  # None: a handler that Python did not install and cannot restore
                 signal.signal(signum, before)
+
+
+def _not_ignored(signums: Iterable[int]) -> list[int]:
+    return [each for each in signums if each != signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN]
 
 
 def raising_on_signals() -> AbstractContextManager[None]:
@@ -103,7 +114,7 @@ def raise_on_signals(exit_code: Callable[[int], int]) -> None:
                 say(str(error))
                 os._exit(exit_code(error.exit_code))
 
-    for signum in STOPPING:
+    for signum in _not_ignored(STOPPING):
         signal.signal(signum, handler)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
+from distft.errors import LaunchError
+
 
 @dataclass(frozen=True)
 class World:
@@ -29,14 +31,30 @@ class World:
         """Read the variables of torchrun and accelerate, else those of an srun step, else return a single process.
 
         A batch script's shell has some of SLURM's variables without being one of several processes, so
-        `SLURM_STEP_NUM_TASKS` decides.
+        `SLURM_STEP_NUM_TASKS` decides. A variable that is empty counts as not set.
+
+        Raises:
+            LaunchError: the variables contradict each other.
         """
-        if "RANK" in environment and "WORLD_SIZE" in environment:
-            size = int(environment["WORLD_SIZE"])
-            local_size = int(environment.get("LOCAL_WORLD_SIZE", size))
-            rank = int(environment["RANK"])
-            node = int(environment.get("GROUP_RANK", rank // max(local_size, 1)))
-            return cls(rank, int(environment.get("LOCAL_RANK", rank)), size, local_size, node)
+        rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+        if rank is not None and size is not None:
+            if not rank < size:
+                raise LaunchError(f"the environment has RANK={rank} of WORLD_SIZE={size}; ranks are counted from 0")
+            local_size = _number(environment, "LOCAL_WORLD_SIZE") or size
+            node, local_rank = _number(environment, "GROUP_RANK"), _number(environment, "LOCAL_RANK")
+            return cls(
+                rank,
+                rank if local_rank is None else local_rank,
+                size,
+                local_size,
+                rank // local_size if node is None else node,
+            )
+        if rank is not None or (size is not None and size > 1):
+            given, missing = ("RANK", "WORLD_SIZE") if size is None else ("WORLD_SIZE", "RANK")
+            raise LaunchError(
+                f"the environment has {given}={environment[given]}, but no {missing}; a launcher sets both, so it is "
+                f"left over from another run: unset {given}"
+            )
         if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             node = int(environment.get("SLURM_NODEID", "0"))
             local_sizes = _tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
@@ -65,6 +83,15 @@ class World:
             else:
                 environment["MASTER_ADDR"] = environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
         environment.setdefault("MASTER_PORT", str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 10_000))
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name, "").strip()
+    if not text:
+        return None
+    if not (text.isascii() and text.isdecimal()):
+        raise LaunchError(f"the environment has {name}={text}, which is not a number; unset it, or use a launcher")
+    return int(text)
 
 
 def _tasks_per_node(text: str) -> list[int]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from distft.console import quiet_libraries
-from distft.distributed.process import debug_flag, guarded
-from distft.errors import Interrupted
+from distft.startup import start_up
 
 
 def main() -> int:
     """Entry of `python -m distft.evaluation`."""
+    start_up()
+    from distft.console import quiet_libraries
+    from distft.distributed.process import debug_flag, guarded
+    from distft.errors import Interrupted
+
     arguments = debug_flag(sys.argv[1:])
     quiet_libraries()
     from distft.evaluation.run import evaluate
@@ -21,7 +24,7 @@ def main() -> int:
         except Interrupted as error:
             raise Interrupted(error.by, "(finished items are kept; run the same command to continue)") from error
 
-    return guarded(work)
+    return guarded(work, of_launcher=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from distft.distributed.supervisor import NPROC, OUTCOME
 from distft.launch.node import Node, interface_of
+from distft.paths import packaged
+from distft.startup import SAFE_PATH
 
 TRAINING, EVALUATION = "distft.train", "distft.evaluation"
 """The modules that run as workers."""
@@ -29,6 +31,7 @@ def worker_command(
     if processes * node.count == 1:
         return [sys.executable, *worker]
     options = {
+        "config_file": packaged("accelerate_configs/launcher.yaml"),  # not the user's default_config.yaml
         "num_processes": processes * node.count,
         "num_machines": node.count,
         "machine_rank": node.rank,
@@ -69,4 +72,4 @@ def worker_environment(environment: Mapping[str, str], processes: int, outcome: 
         if interface is not None:
             environment = {"GLOO_SOCKET_IFNAME": interface, **environment}
     size = {NPROC: str(processes * node.count), OUTCOME: str(outcome)}
-    return {**openmp, **environment, **store, **rendezvous, **size}
+    return {**openmp, **environment, **store, **rendezvous, **size, SAFE_PATH: "1"}

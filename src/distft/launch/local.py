@@ -18,6 +18,7 @@ from types import FrameType
 import psutil
 
 from distft.console import say
+from distft.distributed.leftovers import remove_launch
 from distft.distributed.signals import STOPPING, Handler, announce, handling
 from distft.distributed.supervisor import ATTEMPT, OUTCOME, launcher_name, read_error, read_note
 from distft.errors import DistftError, Interrupted, RankLost
@@ -44,7 +45,7 @@ def run(arguments: Sequence[str], processes: int, restarts: int, node: Node, mod
     """
     with tempfile.TemporaryDirectory(prefix="distft-") as name:
         outcome = Path(name)
-        environment = worker_environment(os.environ, processes, outcome, node)
+        environment = worker_environment(_own_environment(), processes, outcome, node)
         alone = processes * node.count == 1
         killed: RankLost | None = None
         for attempt in range(restarts + 1 if alone else 1):
@@ -73,6 +74,17 @@ def run(arguments: Sequence[str], processes: int, restarts: int, node: Node, mod
             signal.signal(signum, signal.SIG_IGN)
         time.sleep(3)
     return ended
+
+
+def _own_environment() -> dict[str, str]:
+    """Our environment without what another launcher has left in it, which the user is told of."""
+    environment = dict(os.environ)
+    if removed := remove_launch(environment):
+        say(
+            f"ignoring {', '.join(removed)}, left over in the environment: distft starts its processes itself, and the "
+            "recipe decides what they do"
+        )
+    return environment
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str], outcome: Path) -> tuple[int, bool]:
