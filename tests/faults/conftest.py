@@ -121,6 +121,7 @@ EVERY_TIME = {
     "test_a_process_stopped_during_a_save_is_found_and_brought_back[fsdp]",
     "test_a_long_evaluation_is_no_hang",
     "test_ctrl_c_twice_stops_now[single]",
+    "test_a_closed_terminal_stops_a_run_and_leaves_no_process",
     "test_a_time_in_another_spelling_is_a_fault",
     "test_a_nan_stops_all_ranks_and_names_step_rank_and_samples[ddp]",
     "test_a_skipped_step_leaves_weights_and_optimizer_to_the_bit[fsdp]",
