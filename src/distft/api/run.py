@@ -131,9 +131,10 @@ class Run:
 
         Raises:
             RunFolderError: the run has no result yet.
-            ModelError: the base model cannot be loaded.
+            ModelError: the base or the adapter cannot be loaded, or they do not fit each other.
         """
-        from distft.models.loading import load_tokenizer, load_trained
+        from distft.models.loading import load_tokenizer
+        from distft.models.saved_adapter import load_trained
 
         result = next((path for path in (self.folder.adapter, self.folder.model) if path.is_dir()), None)
         if result is None:

@@ -11,26 +11,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from transformers.utils.logging import disable_progress_bar
 
 from distft.config.recipe import Recipe
+from distft.console import say
 from distft.data.prepare import prepare_data
 from distft.distributed.collectives import broadcast, together
 from distft.distributed.world import World
 from distft.errors import ModelError
 from distft.models.digest import contents
 from distft.models.loading import load_base, load_tokenizer, model_path
+from distft.models.saved_adapter import SavedAdapter
 
 SideName = Literal["base", "adapter"]
 
 
 @dataclass
 class _Loaded:
-    """The model in memory, and whose weights it has if there is no adapter to switch off."""
+    """The model in memory, and which side it is."""
 
     model: Any = None
-    side: SideName = "base"
+    side: SideName | None = None
+    """None: both sides, because switching the adapter off leaves the base."""
 
 
 @dataclass(frozen=True)
@@ -96,33 +98,44 @@ class Target:
     def side(self, name: SideName) -> Iterator[Any]:
         """The model with the adapter switched on or off, in evaluation mode and without gradients.
 
-        If all parameters were trained, changing sides loads the other model in place of the one in memory: finish with
-        one side before the other.
+        Without an adapter that can be switched off (all parameters were trained, or the adapter has changed the base's
+        own weights), changing sides loads the other model in place of the one in memory: finish with one side before
+        the other.
 
         Raises:
             ModelError: there is no such side.
         """
         if name not in self.sides:
             raise ModelError(f"there is only a base to evaluate, no {name}; give adapter=FOLDER")
-        if not self.is_adapter and self._loaded.side != name:
-            self._loaded.model = None
+        loaded = self._loaded
+        if loaded.side not in (None, name):
+            loaded.model = None
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._loaded.model, self._loaded.side = self._whole(name), name
-        model = self._loaded.model
-        with torch.inference_mode(), model.disable_adapter() if self.is_adapter and name == "base" else nullcontext():
+            self._load(name)
+        model = loaded.model
+        with (
+            torch.inference_mode(),
+            model.disable_adapter() if loaded.side is None and name == "base" else nullcontext(),
+        ):
             yield model
 
+    def _load(self, name: SideName) -> None:
+        loaded = self._loaded
+        if name == "base" or not self.is_adapter:
+            loaded.model, loaded.side = self._whole(name), name
+            return
+        assert self.result is not None
+        adapter = SavedAdapter.read(self.result)
+        loaded.model = adapter.put_on(self._whole("base"), self.recipe.model.name)
+        loaded.side = "adapter" if adapter.changes_base(loaded.model) else None
+
     def _load_first(self) -> None:
-        model = self._whole("base")
-        if self.is_adapter:
-            try:
-                model = PeftModel.from_pretrained(model, str(self.result))
-            except (ValueError, RuntimeError) as error:
-                raise ModelError(
-                    f"the adapter in {self.result} does not fit {self.recipe.model.name}: {error}"
-                ) from error
-        self._loaded.model = model.eval()
+        self._load("adapter" if self.is_adapter else "base")
+        if self.is_adapter and self.world.is_main:
+            assert self.result is not None
+            if note := SavedAdapter.read(self.result).base_note(self.recipe):
+                say(f"warning: {note}")
 
     def _identify(self) -> dict[SideName, str]:
         """`identity`, found by rank 0; the others get {}."""

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from distft.errors import ModelError
@@ -89,7 +89,7 @@ def _place(name: str, revision: str | None) -> Path | None:
         return Path(name)
     try:  # without patterns, it would require every file of the repository, even unused ones
         return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):  # not in the cache, or a path that is not here
         return None
 
 

@@ -1,25 +1,106 @@
-"""Models for other tools: `distft merge` writes base and adapter as plain transformers weights."""
+"""Models for other tools: `distft merge` writes base and adapter as plain transformers weights, and checks them."""
 
 from __future__ import annotations
 
+import gc
+import shutil
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from distft.config.recipe import Recipe
+from distft.console import say
+from distft.errors import InvariantError
 from distft.models.loading import load_base, load_tokenizer
+from distft.models.saved_adapter import SavedAdapter
+
+_ROUNDING = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+"""By how much rounding each merged weight to the type may change the logits, relative to their spread."""
 
 
 def merge(recipe: Recipe, adapter: Path, target: Path, device_map: dict[str, int] | None = None) -> None:
     """Write the trained model to the folder `target`: the dequantised base with the adapter merged into it.
 
     Raises:
-        ModelError: the base cannot be loaded.
+        ModelError: the base or the adapter cannot be loaded, or they do not fit each other.
+        InvariantError: the merged model, read back, does not compute what base and adapter do.
     """
+    saved = SavedAdapter.read(adapter)
+    if note := saved.base_note(recipe):
+        say(f"warning: {note}")
     base = load_base(recipe, device_map=device_map)
     if recipe.bits < 16:
         base = base.dequantize(dtype=getattr(torch, recipe.model.dtype))
-    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    merged.save_pretrained(str(target), safe_serialization=True)
-    load_tokenizer(recipe).save_pretrained(str(target))
+    model: Any = saved.put_on(base, recipe.model.name)
+    expected = _logits(model)
+    merged = merge_into_base(model)
+    try:
+        _require_close(_logits(merged), expected, _ROUNDING[recipe.model.dtype], "merging has changed")
+        merged.save_pretrained(str(target), safe_serialization=True)
+        load_tokenizer(recipe).save_pretrained(str(target))
+        expected, options = _logits(merged), {"trust_remote_code": recipe.model.trust_remote_code}
+        del base, model, merged
+        gc.collect()
+        again = AutoModelForCausalLM.from_pretrained(target, dtype="auto", device_map=device_map, **options)
+        _require_close(_logits(again), expected, 1e-3, "saving has changed")
+    except InvariantError:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+def merge_into_base(model: Any) -> Any:
+    """The base with the adapter merged into it.
+
+    Where the output head shares its weight with the input embedding and only one of them was trained, they part:
+    merging in place would change both. PEFT, for its part, declares them parted wherever they are two tensors.
+    """
+    embedding = _unwrapped(model.get_input_embeddings())
+    tied = [m for m in model.modules() if m is not embedding and m._parameters.get("weight") is embedding.weight]
+    for module in tied:
+        module.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about embeddings that are no longer tied
+        merged = model.merge_and_unload(safe_merge=True)
+    rows, head = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if tied and head is not None:
+        alike = torch.equal(rows.weight, head.weight)
+        if alike:
+            head.weight = rows.weight
+        for config in (merged.config, merged.config.get_text_config()):
+            config.tie_word_embeddings = alike
+    return merged
+
+
+def _unwrapped(module: Any) -> Any:
+    """The base's own module in PEFT's wrappers."""
+    while True:
+        inner = getattr(module, "original_module", None) or getattr(module, "base_layer", None)
+        if inner is None:
+            return module
+        module = inner
+
+
+@torch.inference_mode()
+def _logits(model: Any) -> torch.Tensor:
+    """The logits of tokens from the whole vocabulary, [positions, vocabulary]."""
+    model.eval()
+    rows = _unwrapped(model.get_input_embeddings()).weight
+    ids = torch.linspace(0, rows.shape[0] - 1, 32, device=rows.device).long()
+    logits: torch.Tensor = model(input_ids=ids[None], use_cache=False).logits[0].float().cpu()
+    return logits
+
+
+def _require_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> None:
+    """Raise InvariantError if two sets of logits differ by more than `tolerance` of their spread."""
+    if found.shape == expected.shape:
+        off = ((found - expected).square().mean().sqrt() / expected.std()).item()
+        if off <= tolerance:  # not if it is NaN
+            return
+        how = f"its logits differ by {off:.1%} of their spread, where rounding explains {tolerance:.1%}"
+    else:
+        how = f"its logits have the shape {[*found.shape]}, not {[*expected.shape]}"
+    raise InvariantError(f"{what} what the model computes: {how}; nothing was written")

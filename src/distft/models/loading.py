@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -122,24 +120,6 @@ def load_base(
     for module in base.modules():
         upstream_api.disable_avx512_repacking(module)
     return base
-
-
-def load_trained(recipe: Recipe, result: Path) -> Any:
-    """The model that a run trained, in evaluation mode and with its cache on: the base with the adapter in `result` on
-    it, or the whole model in `result`; on the first GPU if there is one.
-
-    Raises:
-        ModelError: the base cannot be loaded.
-    """
-    device_map = {"": 0} if torch.cuda.is_available() else None
-    kernel = recipe.model.attn_implementation
-    implementation = kernel if kernel in ("eager", "flash_attention_2") else "sdpa"  # the others take packs only
-    if not (result / "adapter_config.json").is_file():
-        whole = recipe.model.model_copy(update={"name": str(result), "revision": None})
-        recipe = recipe.model_copy(update={"model": whole})
-        return load_base(recipe, device_map=device_map, attn_implementation=implementation).eval()
-    base = load_base(recipe, device_map=device_map, attn_implementation=implementation)
-    return PeftModel.from_pretrained(base, str(result)).eval()
 
 
 def _place(name: str) -> str:

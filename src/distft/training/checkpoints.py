@@ -55,14 +55,16 @@ def _write(model: Any, gathered: Mapping[str, torch.Tensor], recipe: Recipe, tar
             f"training has finished, but its result cannot be saved: {why}; {free_space(target.parent, needed)}. "
             "Free some space and run the same command again: it resumes from the last checkpoint"
         ) from error
-    if len(expected) != len(gathered):
-        raise InvariantError(f"{len(gathered)} tensors were trained, but only {len(expected)} would be saved")
+    trained = len(_under_all_names(model, gathered))
+    if len(expected) != trained:
+        raise InvariantError(f"{trained} tensors were trained, but only {len(expected)} would be saved")
     compare(expected, read_tensors(target))
 
 
 def _save(model: Any, gathered: Mapping[str, torch.Tensor], recipe: Recipe, target: Path) -> Mapping[str, torch.Tensor]:
     """Write the result to `target` and return the tensors that the files should now hold."""
     if recipe.lora is not None:
+        gathered = _under_all_names(model, gathered)
         # Trained embeddings are among the gathered tensors; saving them by this option would query the hub.
         expected = get_peft_model_state_dict(model, state_dict=gathered, save_embedding_layers=False)
         model.save_pretrained(str(target), state_dict=gathered, safe_serialization=True, save_embedding_layers=False)
@@ -71,6 +73,16 @@ def _save(model: Any, gathered: Mapping[str, torch.Tensor], recipe: Recipe, targ
         expected = {name: tensor.to(dtype) for name, tensor in gathered.items()}
         model.save_pretrained(str(target), state_dict=dict(expected), safe_serialization=True)
     return dict(expected)
+
+
+def _under_all_names(model: Any, gathered: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """`gathered`, which has a shared parameter once, with the other names that the parameter has.
+
+    PEFT expects an output head that is tied to trained embeddings (`ensure_weight_tying`) under its own name.
+    """
+    first: dict[int, str] = {}
+    names = [(first.setdefault(id(p), name), name) for name, p in model.named_parameters(remove_duplicate=False)]
+    return {name: gathered[owner] for owner, name in names if owner in gathered}
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -62,9 +62,12 @@ def obstacle_to_vllm(target: Target) -> str | None:
         return "vLLM does not quantise the base as in training"
     if target.result is not None and target.is_adapter:
         adapter = json.loads((target.result / "adapter_config.json").read_text(encoding="utf-8-sig"))
-        for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices"):
             if adapter.get(key):
                 return f"vLLM does not support adapters with {key}"
+        init, biases = str(adapter.get("init_lora_weights")), adapter.get("bias", "none")
+        if init.startswith(("pissa", "olora", "corda")) or biases != "none":
+            return "vLLM leaves the base's weights as they are, and this adapter changes them"
         if adapter.get("r", 0) > max(LORA_RANKS):
             return f"vLLM supports adapters up to rank {max(LORA_RANKS)}"
     return None
