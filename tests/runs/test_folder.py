@@ -180,3 +180,9 @@ def test_runs_of_a_name_are_listed_newest_first(tmp_path: Path) -> None:
         RunFolder(tmp_path / name).write_summary({"status": "finished"})
     (tmp_path / "tiny-4").mkdir()  # no run
     assert [folder.name for folder in RunFolder.named(tmp_path, "tiny")] == ["tiny-10", "tiny-3", "tiny-2", "tiny"]
+
+
+def test_the_name_of_a_run_is_no_pattern(tmp_path: Path) -> None:
+    for name in ("r[12]", "r[12]-2", "r1-3"):
+        RunFolder(tmp_path / name).write_summary({"status": "finished"})
+    assert [folder.name for folder in RunFolder.named(tmp_path, "r[12]")] == ["r[12]-2", "r[12]"]

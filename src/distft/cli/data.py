@@ -23,11 +23,12 @@ def add_to(commands: Commands) -> None:
 
 def preview(options: argparse.Namespace) -> None:
     from distft.data.checks import require_files
-    from distft.data.preview import preview
-    from distft.models.loading import load_tokenizer
 
     recipe = load(options.overrides)
     require_files(recipe)
+    from distft.data.preview import preview  # takes seconds, which a mistake should not cost
+    from distft.models.loading import load_tokenizer
+
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     rows = options.rows or range(options.samples)
     print(preview(recipe, load_tokenizer(recipe), rows=rows, colour=colour))

@@ -187,7 +187,7 @@ class Data(Section):
 
     name: str
     """`tiny`, `tiny_sentiment`, `dolly` or `imdb`; or, with `format`, a hub ID or a local .jsonl, .json, .csv,
-    .parquet or .arrow file or folder."""
+    .tsv, .parquet or .arrow file or folder."""
     path: str | None = None
     """Local file or folder to read in place of the hub's copy, with the columns of `name`."""
     config: str | None = None

@@ -1,13 +1,12 @@
-"""What is wrong with the data of a recipe: in its section, in the first rows of its files, or anywhere in them.
+"""What is wrong with the data of a recipe: in its section, in the first rows of its files, and in prepared splits.
 
-Nothing here imports torch, except for the full read.
+Nothing here imports torch. What only a full read finds is raised by `distft.data.prepare.prepare_data`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distft.config.recipe import Recipe
 from distft.data.files import DataFile
@@ -102,23 +101,22 @@ def require_files(recipe: Recipe) -> None:
         raise RecipeError(found)
 
 
-def deep_data_faults(recipe: Recipe, tokenizer: Any) -> list[Fault]:
-    """Find what only a full read and tokenization show. The prepared data stays in the cache for the run."""
-    from distft.data.prepare import prepare_data
-
-    try:
-        return split_faults(recipe, prepare_data(recipe, tokenizer))
-    except DataError as error:
-        return [_fault(recipe, _keys(recipe)[0], error)]
-
-
 def split_faults(recipe: Recipe, splits: Splits) -> list[Fault]:
     """Find the splits that the recipe evaluates on and that have no rows."""
-    data, rows, found = recipe.data, splits.report.rows, []
+    data, found = recipe.data, []
     if recipe.training.get("eval_strategy", "no") != "no" and splits.validation is None:
-        found.append(_empty(recipe, "validation", "training.eval_strategy=no data.validation_fraction=0", rows))
-    if recipe.evaluation.before_and_after and splits.test is None and data.test_fraction > 0:
-        found.append(_empty(recipe, "test", "data.test_fraction=0", rows))
+        rows, key = count(sum(splits.report.rows.values()), "row"), "data.validation_fraction"
+        problem = f"{data.validation_fraction:g} of {rows} leaves no row to evaluate on during training"
+        hint = "raise it, give more rows, or set training.eval_strategy=no data.validation_fraction=0"
+        found.append(Fault(recipe.source.of(key), key, problem, hint))
+    if recipe.evaluation.before_and_after and splits.test is None:
+        named = [key for key in ("test_path", "test_split") if getattr(data, key)]
+        if named or data.test_fraction > 0:
+            key = f"data.{(named or ['test_fraction'])[0]}"
+            hint = "give more rows, or set evaluation.before_and_after=false"
+            found.append(
+                Fault(recipe.source.of(key), key, "leaves no row to evaluate on before and after training", hint)
+            )
     return found
 
 
@@ -130,13 +128,6 @@ def require_splits(recipe: Recipe, splits: Splits) -> None:
     """
     if found := split_faults(recipe, splits):
         raise RecipeError(found)
-
-
-def _empty(recipe: Recipe, split: str, without: str, rows: Mapping[str, int]) -> Fault:
-    key = f"data.{split}_fraction"
-    share = getattr(recipe.data, key.removeprefix("data."))
-    problem = f"{share:g} of {count(sum(rows.values()), 'row')} leaves no row to evaluate on ({split} split)"
-    return Fault(recipe.source.of(key), key, problem, f"raise it, give more rows, or set {without}")
 
 
 def _keys(recipe: Recipe) -> tuple[str, str]:

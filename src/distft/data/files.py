@@ -212,7 +212,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 yield _row({"text": row} if isinstance(row, str) else row, f"element {position}")
         elif line:
             for at, text in itertools.chain([(number, line)], lines):
-                yield _row(_parsed(text, at), f"line {at}")
+                yield _row(_parsed(text.rstrip(), at), f"line {at}")
 
 
 def _is_object(text: str) -> bool:

@@ -48,6 +48,8 @@ class Report:
     """Samples that truncation left without any trained token."""
     truncated: dict[str, int]
     tokens: dict[str, int]
+    marked: dict[str, int]
+    """Samples whose text brings the token that begins or ends a sequence, by token; it is not added again."""
     overlap: dict[str, int]
     """Samples of `validation` and `test` whose text is also that of a training sample."""
     digest: str
@@ -69,6 +71,8 @@ class Report:
             found.append(f"data: dropped {untrained:,} samples: training.max_length leaves nothing to train on")
         if truncated := sum(self.truncated.values()):
             found.append(f"data: truncated {truncated:,} samples to training.max_length")
+        for token, number in self.marked.items():
+            found.append(f"data: {count(number, 'sample')} with {token} in the text, which is not added again")
         for name, number in self.overlap.items():
             if number:
                 found.append(
@@ -162,9 +166,10 @@ def _prepare(
         )
     counts: dict[str, dict[str, int]] = {"rows": {}, "dropped_untrained": {}, "truncated": {}, "tokens": {}}
     splits: dict[str, Dataset] = {}
+    marked = Counter[str]()
     for name, examples in parts.items():
         ids, labels, truncated = [], [], 0
-        for sample_ids, sample_labels, cut in tokenize(examples, tokenizer, max_length):
+        for sample_ids, sample_labels, cut in tokenize(examples, tokenizer, max_length, marked):
             if any(label != IGNORED for label in sample_labels):
                 ids.append(np.asarray(sample_ids, dtype=np.int32))
                 labels.append(np.asarray(sample_labels, dtype=np.int32))
@@ -192,6 +197,7 @@ def _prepare(
         dropped_untrained=counts["dropped_untrained"],
         truncated=counts["truncated"],
         tokens=counts["tokens"],
+        marked=dict(marked),
         overlap=overlap,
         digest=texts_digest(parts["train"]),
         held_out_digest=texts_digest([*parts["validation"], *parts["test"]]),

@@ -165,10 +165,11 @@ class RunFolder:
     @classmethod
     def named(cls, parent: Path, name: str) -> list[RunFolder]:
         """The existing run folders `name`, `name-2`, `name-3`, …, newest first."""
-        numbered = [(1, parent / name)]
-        for path in parent.glob(f"{name}-*"):
-            number = path.name.removeprefix(f"{name}-")
-            if number.isdigit():
+        first = parent / name
+        numbered = [(1, first)]
+        for path in first.parent.iterdir() if first.parent.is_dir() else ():
+            number = path.name.removeprefix(f"{first.name}-")
+            if path.name != number and number.isdecimal():
                 numbered.append((int(number), path))
         return [cls(path) for _, path in sorted(numbered, reverse=True) if (path / "summary.json").is_file()]
 
