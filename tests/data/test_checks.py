@@ -5,13 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from distft.data.checks import data_file_faults, deep_data_faults, require_files
-from distft.errors import RecipeError
-from tests.data.rows import ALL, recipe_of, write_rows
+from distft.data.checks import data_file_faults, require_files
+from distft.errors import DataError, RecipeError
+from tests.data.rows import ALL, Prepare, recipe_of, write_rows
 
 QA = "data.format={prompt: q, completion: a}"
 GOOD = {"q": "Why?", "a": "So."}
@@ -68,13 +67,12 @@ def test_what_is_not_a_usable_path_is_a_fault(path: str) -> None:
     assert len(faults(f'data.path="{path}"')) == 1
 
 
-def test_only_the_head_is_read(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "cache"))
+def test_only_the_head_is_read(prepare: Prepare, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [*[GOOD] * 50, {"q": "Why?", "a": 4}])
-    recipe = recipe_of(f"data.name={file}", QA, *ALL)
-    assert data_file_faults(recipe) == []
-    (fault,) = deep_data_faults(recipe, tokenizer)
-    assert f"data.name: {file}, row 51: column 'a' contains int values; expected text (found 4" in str(fault)
+    assert faults(f"data.name={file}", QA) == []
+    problem = r"rows\.jsonl, row 51: column 'a' contains int values; expected text\n +found 4"
+    with pytest.raises(DataError, match=problem):
+        prepare(f"data.name={file}", QA, *ALL)
 
 
 def test_the_check_of_files_imports_no_torch_and_no_datasets(tmp_path: Path) -> None:

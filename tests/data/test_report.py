@@ -125,7 +125,7 @@ def test_a_split_that_is_evaluated_and_empty_is_one_fault_each(prepare: Prepare,
     assert faults(*ALL) == []
     blank = write_rows(tmp_path / "blank.jsonl", [{"q": "Why? ", "a": ""}])
     (test,) = faults(*ALL, f"data.test_path={blank}")
-    assert "data.test_path: none of its rows has anything to evaluate" in test
+    assert "data.test_path: leaves no row to evaluate on before and after training" in test
     assert faults(*ALL, f"data.test_path={blank}", "evaluation.before_and_after=false") == []
 
 

@@ -122,7 +122,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Splits:
         "max_length": max_length,
         "completion_only": recipe.training.get("completion_only_loss"),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "eos": tokenizer.eos_token_id,
+        "ends": [tokenizer.bos_token_id, tokenizer.eos_token_id],
     }
     folder = cache_folder() / "data" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
