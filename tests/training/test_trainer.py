@@ -64,6 +64,7 @@ def test_a_bf16_model_trains_in_bf16_unless_the_recipe_says_no(words: list[str],
     assert (trainer.args.bf16, trainer.args.fp16) == (expected == "bf16", False)
     assert trainer.accelerator.mixed_precision == expected
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-        product = torch.ones(2, 2) @ torch.ones(2, 2)
+        one = torch.ones(2, 2, device=trainer.args.device)
+        product = one @ one
     assert product.dtype == (torch.bfloat16 if expected == "bf16" else torch.float32)
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}, "the adapter"
