@@ -207,12 +207,18 @@ def test_replacing_a_result_is_reported_and_a_model_alone_has_a_report(tmp_path:
     assert f"{accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]" in report
 
 
-def test_dropping_results_for_other_weights_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_for_other_weights_are_set_aside_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = RunFolder(tmp_path)
     records = {"imdb": {"weights": {"base": "a"}}, "alpaca": {"weights": {"base": "b"}}}
     write_atomically(folder.results, json.dumps(records))
     assert _known(folder, {"base": "b"}) == {"alpaca": records["alpaca"]}
-    assert f"imdb: {folder.results} has results for other weights, which are dropped now" in capsys.readouterr().err
+    assert (
+        f"imdb: {folder.results} has results for other weights, which are now in evaluation-old.json"
+        in capsys.readouterr().err
+    )
+    assert json.loads((tmp_path / "evaluation-old.json").read_text(encoding="utf-8")) == {"imdb": records["imdb"]}
 
 
 def test_a_replacement_names_the_settings_that_differ() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from distft.api.run import Run
 from distft.api.train import check_processes, raise_failure
 from distft.config.overrides import override_words
+from distft.config.recipe import load_recipe
 from distft.console import quiet_libraries
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a run, or a model with or without an adapter, on `tasks` and return the result of each task.
 
-    The base and the adapter are measured on the same items. Results are also kept in the run folder, and an evaluation
-    that was interrupted continues where it stopped.
+    The base and the adapter are measured on the same items. Results are also kept in the run folder, those on different
+    data next to each other, and an evaluation that was interrupted continues where it stopped.
 
     Args:
         run: a run or its folder; or give `model`.
@@ -53,7 +54,10 @@ def evaluate(
     request, ended = run_evaluation(words, processes)
     raise_failure(ended)
     found = json.loads(request.folder.results.read_text(encoding="utf-8-sig"))
-    return {task: found[task] for task in request.recipe.evaluation.tasks}
+    from distft.evaluation.run import set_of
+
+    trained = None if request.run is None else load_recipe([f"recipe={request.run.recipe.absolute()}"])
+    return {task: found[set_of(task, request.recipe, trained, found)] for task in request.recipe.evaluation.tasks}
 
 
 def run_evaluation(words: Sequence[str], processes: int | None) -> tuple[Request, Ended]:

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,13 +17,14 @@ from distft.config.evaluation import TaskName
 from distft.config.files import leaves
 from distft.config.recipe import Recipe, load_recipe
 from distft.console import say
-from distft.distributed.collectives import together
+from distft.distributed.collectives import broadcast, together
 from distft.distributed.supervisor import OUTCOME
 from distft.distributed.world import World
 from distft.errors import LaunchError, RunFolderError
 from distft.evaluation import summary
 from distft.evaluation.engines.openai import without_secrets
 from distft.evaluation.request import Request
+from distft.evaluation.sets import asked, key_of_set
 from distft.evaluation.target import Target, Trained
 from distft.evaluation.tasks import load_task
 from distft.files import to_json, write_atomically
@@ -63,9 +64,11 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
         for task in request.recipe.evaluation.tasks:
             if world.is_main:
                 say(f"{task}: {' and '.join(target.sides)} of {request.recipe.model.name}")
-            result = _run_task(task, request, target)
+            trained = None if target.trained is None else target.trained.recipe
+            key = broadcast(set_of(task, request.recipe, trained, record), world)
+            result = _run_task(task, key, request, target)
             if world.is_main:
-                _record(task, result, record, request.folder)
+                _record(key, result, record, request.folder)
         if world.is_main:
             log_evaluation(request.recipe, request.folder, _flat(record))
             say(f"results: {request.folder.results}")
@@ -101,21 +104,30 @@ def _lock(folder: RunFolder, world: World) -> FileLock:
     return lock
 
 
-def _run_task(task: TaskName, request: Request, target: Target) -> dict[str, Any]:
-    """The task's result with what it depends on."""
+def set_of(task: TaskName, recipe: Recipe, trained: Recipe | None, results: Mapping[str, Any]) -> str:
+    """The key of the task's results on the recipe's data (see `distft.evaluation.sets`)."""
+    data = load_task(task).data
+    own = None if trained is None else data(trained)
+    return key_of_set(task, data(recipe), own, recipe.evaluation.name, results)
+
+
+def _run_task(task: TaskName, key: str, request: Request, target: Target) -> dict[str, Any]:
+    """The task's result with what it depends on; `key` is that of its set."""
     began = time.monotonic()
-    result = load_task(task).run(target, request.recipe.evaluation, request.folder.evaluation / task)
+    result = load_task(task).run(target, request.recipe.evaluation, request.folder.evaluation / key)
     return result | {
         "settings": _settings(request.recipe, task),
         "seconds": round(time.monotonic() - began, 3),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "world_size": target.world.world_size,
         "weights": target.identity,
+        "data": asdict(load_task(task).data(request.recipe)),
+        "asked": asked(task, request.recipe),
         "adapter": None if request.result is None else str(request.result),
     }
 
 
-def _record(task: TaskName, result: dict[str, Any], record: dict[str, Any], folder: RunFolder) -> None:
+def _record(task: str, result: dict[str, Any], record: dict[str, Any], folder: RunFolder) -> None:
     """Add a result to `record`, write it, and print it."""
     if (line := replacement(record.get(task), result)) is not None:
         say(f"{task}: {line} ({folder.results})")
@@ -147,13 +159,15 @@ def _settings(recipe: Recipe, task: TaskName) -> dict[str, Any]:
 
 
 def _known(folder: RunFolder, weights: Mapping[Any, str]) -> dict[str, Any]:
-    """Earlier results for these weights. Results for other weights are dropped, with a message."""
+    """Earlier results for these weights. Those for other weights are set aside, with a message."""
     if not folder.results.is_file():
         return {}
     found = json.loads(folder.results.read_text(encoding="utf-8-sig"))
     kept = {task: result for task, result in found.items() if result["weights"] == weights}
-    if dropped := sorted(found.keys() - kept.keys()):
-        say(f"{', '.join(dropped)}: {folder.results} has results for other weights, which are dropped now")
+    if others := sorted(found.keys() - kept.keys()):
+        aside = folder.results.with_name("evaluation-old.json")
+        write_atomically(aside, to_json({task: found[task] for task in others}) + "\n")
+        say(f"{', '.join(others)}: {folder.results} has results for other weights, which are now in {aside.name}")
     return kept
 
 
@@ -167,11 +181,20 @@ def replacement(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str
         for key in old | new
         if old.get(key) != new.get(key) and not key.startswith("packages.")
     ]
+    was, now_on = (_data_of(result) for result in (before, now))
+    if not changed and None not in (was, now_on) and was != now_on:  # a setting that differs says why, if there is one
+        changed = [f"data {was} → {now_on}"]
     counts = [_item_count(result) for result in (before, now)]
     if not changed and counts[0] == counts[1]:
         return None
     how = f", with {shorten(changed, _LISTED)}" if changed else ""
     return f"replaces an earlier result on {counts[0]:,} items by one on {counts[1]:,}{how}"
+
+
+def _data_of(result: Mapping[str, Any]) -> str | None:
+    """The digest of the items, with the place of their data."""
+    digest = result.get("items_digest")
+    return None if digest is None else f"{(result.get('data') or {}).get('place')} ({digest})"
 
 
 def _item_count(result: Mapping[str, Any]) -> int:

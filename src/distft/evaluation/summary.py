@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distft.evaluation.sets import split_key
 from distft.runs.figures import FIGURES
 from distft.text import shorten
 
@@ -26,6 +27,8 @@ PARTS = (
     "judged",
     "reasons",
     "template",
+    "items_digest",
+    "asked",
     "overlap",
 )
 """The parts of a task's result that `summary.json` keeps and reports read. A task may return any of them."""
@@ -281,10 +284,12 @@ def headline(evaluation: Mapping[str, Any]) -> str:
     changes: list[str] = []
     others: dict[str, list[str]] = {}
     for task, name, figure in figures(evaluation):
-        shape = _PRESENTATION.get(task, _Presentation())
+        base, data = split_key(task)
+        shape = _PRESENTATION.get(base, _Presentation())
         if not figure["verdict"] or task in unreliable or (shape.headline is not None and name not in shape.headline):
             continue
-        title = f"{task} {figure['title']}" if shape.prefix else str(figure["title"])
+        title = f"{base} {figure['title']}" if shape.prefix else str(figure["title"])
+        title += f" on {data}" if data else ""
         if figure["verdict"] in ("gain", "loss"):
             before, after = (_value(figure[side], figure["form"]) for side in _SIDES)
             changes.append(f"{title} {before} → {after} ({figure['verdict']})")

@@ -10,6 +10,7 @@ from pathlib import Path
 from distft.config.files import leaves
 from distft.console import say
 from distft.errors import RunFolderError
+from distft.evaluation.sets import asked
 from distft.experiments.expand import Experiment, ExperimentRun
 from distft.reports.comparability import differences
 from distft.reports.report import Report, report_on_runs
@@ -84,10 +85,11 @@ def result_of(run: ExperimentRun) -> str | None:
 
 
 def tasks_left(run: ExperimentRun) -> list[str]:
-    """The evaluation tasks of a run, unless all of them have a result."""
+    """The evaluation tasks of a run, unless all of them have a result with the settings that they have now."""
     folder, tasks = folder_of(run), run.recipe.evaluation.tasks
     found = {} if folder is None else folder.read_summary().get("evaluation") or {}
-    return [] if all(task in found for task in tasks) else [*tasks]
+    done = [task in found and found[task].get("asked") in (None, asked(task, run.recipe)) for task in tasks]
+    return [] if all(done) else [*tasks]
 
 
 def is_kept(run: ExperimentRun) -> bool:

@@ -5,6 +5,7 @@ This module computes; `verdict` puts the results into words.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -150,11 +151,23 @@ class Comparer:
         found, verdict = judge(ours, theirs, self.together)
         without_interval = found and Interval(found.centre)
         if figure.quality:
+            if different := _measured_differently([run for runs in pair.values() for run in runs], figure):
+                return None, "not compared", different
             one, other = (_estimates(runs, figure.key) for runs in pair.values())
             return without_interval, *judge_items(one, other, figure.format)
         if figure.per_token and not figure.speed and verdict != "equal":  # a loss, which the shared seed determines
             return without_interval, "no spread", ""
         return found, verdict, ""
+
+
+def _measured_differently(runs: Sequence[Run], figure: Figure) -> str:
+    """Why a task's figures of the runs cannot be compared: other items, or another judge; empty if they can."""
+    task = figure.task[0] if figure.task else ""
+    results = [run.evaluation[task] for run in runs if task in run.evaluation]
+    for key, what in (("items_digest", "different items"), ("judge", "different judges")):
+        if len({json.dumps(result[key], sort_keys=True) for result in results if result.get(key) is not None}) > 1:
+            return f"its runs were evaluated with {what}"
+    return ""
 
 
 def _estimates(runs: Sequence[Run], key: str) -> list[Mapping[str, float | None]]:

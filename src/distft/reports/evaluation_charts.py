@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distft.evaluation import summary
+from distft.evaluation.sets import split_key
 from distft.reports.charts import CAPTIONED
 from distft.reports.drawing import COLOURS, INK, LABEL, Chart, draw_svg
 from distft.reports.tables import Cell, Column, Estimate, Table
@@ -27,7 +29,9 @@ def evaluation_charts(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Char
     for run, evaluation in evaluations.items():
         for task, name, figure in summary.figures(evaluation):
             if any((figure[side] or {}).get("value") is not None for side in ("base", "adapter")):
-                own = name if task == "perplexity" else figure["form"]  # perplexity and loss share no scale
+                own = (
+                    name if split_key(task)[0] == "perplexity" else figure["form"]
+                )  # perplexity and loss share no scale
                 label = figure["title"] if len(evaluations) == 1 else f"{run}, {figure['title']}"
                 grouped.setdefault((task, own), []).append((label, figure))
         for task, result in evaluation.items():
@@ -43,7 +47,7 @@ def evaluation_charts(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Char
     tasks = [task for task, _ in grouped]
     return [
         _side_by_side(
-            f"evaluation_{task}".replace(" ", "_") + (f"_{number}" if tasks.count(task) > 1 else ""), task, figures
+            re.sub("[ @.+]", "_", f"evaluation_{task}") + (f"_{number}" if tasks.count(task) > 1 else ""), task, figures
         )
         for number, ((task, _), figures) in enumerate(grouped.items())
         if figures

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from distft.evaluation.sets import DataOf
+
 if TYPE_CHECKING:
     from distft.config.evaluation import Evaluation, TaskName
     from distft.config.recipe import Recipe
@@ -60,6 +62,10 @@ class Task(ABC):
         Raises:
             DistftError: the task cannot be carried out.
         """
+
+    def data(self, recipe: Recipe) -> DataOf:
+        """What the task measures on; results on other data than the run's own are kept apart from those."""
+        return DataOf.held_out(recipe)
 
     def reads(self, recipe: Recipe) -> Mapping[str, Callable[[], object]]:
         """Functions that read the task's inputs, by the key of the recipe to blame if one raises a `UserError`.

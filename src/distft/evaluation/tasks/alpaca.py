@@ -21,11 +21,13 @@ from distft.config.evaluation import Evaluation
 from distft.config.recipe import Recipe
 from distft.distributed.collectives import together
 from distft.errors import DataError
+from distft.evaluation.cache import key_of
 from distft.evaluation.engines.choose import choose_engine
 from distft.evaluation.generate import Answer, Item, Sampling, Template, describe_answers, generate
 from distft.evaluation.judge import Judgement, Question, count, judge_sides, out_of_ten, reasons
 from distft.evaluation.metrics import mean_estimate, mean_figure, share_figure, unparsed_figure
 from distft.evaluation.overlap import overlap
+from distft.evaluation.sets import DataOf
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import InputFile, Task
 from distft.evaluation.template import prompt_template
@@ -72,6 +74,9 @@ class AlpacaTask(Task):
     files = (InputFile("alpaca.path", "instructions and outputs in AlpacaEval's format"),)
     judged = True
 
+    def data(self, recipe: Recipe) -> DataOf:
+        return DataOf.at(Path(recipe.evaluation.alpaca.path or "").expanduser())
+
     def reads(self, recipe: Recipe) -> Mapping[str, Callable[[], object]]:
         path = recipe.evaluation.alpaca.path or ""
         return {"evaluation.alpaca.path": lambda: read_pairs(Path(path))}
@@ -94,7 +99,14 @@ class AlpacaTask(Task):
                 generator = f"{target.recipe.model.name} ({side})"
                 _write(folder / f"outputs_{side}.json", generator, pairs, answers[side])
         described = {side: describe_answers(answers[side]) for side in target.sides}
-        return summarise(by_side, settings) | {"answers": described, "template": template.record()} | {"overlap": seen}
+        return (
+            summarise(by_side, settings)
+            | {"answers": described, "template": template.record()}
+            | {
+                "overlap": seen,
+                "items_digest": key_of([(pair.instruction, pair.output) for pair in pairs]),
+            }
+        )
 
 
 TASK = AlpacaTask()

@@ -23,6 +23,7 @@ from distft.evaluation.engines.transformers import TransformersEngine
 from distft.evaluation.generate import Item, Sampling, generate
 from distft.evaluation.likelihood import continuation_log_likelihoods
 from distft.evaluation.overlap import overlap
+from distft.evaluation.sets import DataOf
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import InputFile, Task, reviews
 from distft.evaluation.tasks.classification import Classes, confusion, figures
@@ -37,6 +38,10 @@ class ImdbTask(Task):
 
     files = (InputFile("imdb.path", "reviews with classes", required=False),)
     packages: ClassVar = {"sklearn": "scikit-learn"}
+
+    def data(self, recipe: Recipe) -> DataOf:
+        source = reviews.source_of(recipe)
+        return DataOf.held_out(recipe) if source is None else DataOf.at(source)
 
     def reads(self, recipe: Recipe) -> Mapping[str, Callable[[], object]]:
         key = "evaluation.imdb" if recipe.evaluation.imdb.path is None else "evaluation.imdb.path"
@@ -87,6 +92,7 @@ class ImdbTask(Task):
             "of_class": np.bincount(labels, minlength=len(words)).tolist(),
             "label_words": words,
             "end_scored": ends,
+            "items_digest": key_of([(row.text, row.label) for row in rows]),
             "overlap": overlap(target, [row.text for row in rows]),
             "template": {"name": "review", "why": _why_reviews(target)},
             "positive": words[section.positive],

@@ -23,6 +23,7 @@ from distft.distributed.collectives import broadcast, gather
 from distft.distributed.world import World
 from distft.errors import DataError
 from distft.evaluation.metrics import figure_of
+from distft.evaluation.sets import DataOf
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import InputFile, Task
 from distft.stats import Estimate, paired_share_difference
@@ -39,6 +40,10 @@ class LmEvalTask(Task):
 
     files = (InputFile("lm_eval.include_path", "a folder of task files", required=False),)
     packages: ClassVar = {"lm_eval": "lm-eval"}
+
+    def data(self, recipe: Recipe) -> DataOf:
+        section = recipe.evaluation.lm_eval
+        return DataOf("+".join(section.tasks), f"{section.tasks} {section.include_path}")
 
     def reads(self, recipe: Recipe) -> Mapping[str, Callable[[], object]]:
         return {"evaluation.lm_eval.tasks": lambda: load_benchmarks(recipe.evaluation.lm_eval)}

@@ -20,11 +20,13 @@ from distft.config.evaluation import Evaluation
 from distft.config.recipe import Recipe
 from distft.distributed.collectives import together
 from distft.errors import DataError
+from distft.evaluation.cache import key_of
 from distft.evaluation.engines.choose import choose_engine
 from distft.evaluation.generate import Answer, Item, Message, Sampling, Template, describe_answers, generate
 from distft.evaluation.judge import Judgement, Question, count, judge_sides, out_of_ten, reasons
 from distft.evaluation.metrics import mean_estimate, mean_figure, unparsed_figure
 from distft.evaluation.overlap import overlap
+from distft.evaluation.sets import DataOf
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import InputFile, Task
 from distft.evaluation.template import prompt_template
@@ -84,6 +86,9 @@ class MtBenchTask(Task):
     files = (InputFile("mt_bench.questions", "a file of questions in MT-Bench's format"),)
     judged = True
 
+    def data(self, recipe: Recipe) -> DataOf:
+        return DataOf.at(Path(recipe.evaluation.mt_bench.questions or "").expanduser())
+
     def reads(self, recipe: Recipe) -> Mapping[str, Callable[[], object]]:
         questions = recipe.evaluation.mt_bench.questions or ""
         return {"evaluation.mt_bench.questions": lambda: read_questions(Path(questions))}
@@ -110,7 +115,10 @@ class MtBenchTask(Task):
         return (
             summarise(questions, by_side, settings)
             | {"answers": described, "template": template.record()}
-            | {"overlap": seen}
+            | {
+                "overlap": seen,
+                "items_digest": key_of([(question.id, question.turns, question.reference) for question in questions]),
+            }
         )
 
 

@@ -47,6 +47,7 @@ class PerplexityTask(Task):
         return {
             "samples": len(ids),
             "tokens": int(tokens.sum()),
+            "items_digest": key_of(ids, labels),
             "overlap": overlap(target),
             "figures": figures(sums, tokens, settings.seed),
         }
