@@ -69,3 +69,33 @@ def test_a_recipe_section_that_one_variant_lacks_is_one_line(tmp_path: Path) -> 
     (line,) = [line for line in text.split("## What differs")[1].splitlines() if "quantization" in line]
     assert line.startswith("- `quantization`: load_in_4bit true, load_in_8bit false, ")
     assert line.endswith(" (in `a`), not set (in `b`)")
+
+
+def test_losses_that_nobody_measured_are_not_equal_but_unknown(tmp_path: Path) -> None:
+    folders = [
+        make(tmp_path, name, f"lora.r={r}", train_loss=None, eval_after=None) for name, r in (("a", 2), ("b", 4))
+    ]
+    made = report(folders, equal=["loss"])
+    assert {each.what: each.equal for each in made.equality}["loss"] is None
+    (speed,) = [item for item in made.comparisons if item.figure == "samples_per_second"]
+    assert (speed.verdict, speed.why) == ("withheld", "the losses were declared equal, and no run measured one")
+
+
+def test_held_out_losses_are_compared_on_the_same_rows_only(tmp_path: Path) -> None:
+    def verdict(name: str, **facts: str | None) -> tuple[str, str]:
+        folders = [
+            make(
+                tmp_path,
+                f"{name}-{each}",
+                f"lora.r={r}",
+                held_out_digest=digest,
+                eval_after={"loss": 2.0 + r, "perplexity": 7.0},
+            )
+            for each, r, digest in (("a", 2, facts["one"]), ("b", 4, facts["other"]))
+        ]
+        (item,) = [item for item in report(folders).comparisons if item.figure == "eval_loss_after"]
+        return item.verdict, item.why
+
+    assert verdict("x", one="1", other="2") == ("not compared", "it is measured on held-out rows, which differ")
+    assert verdict("y", one="1", other="1") == ("no spread", "")
+    assert verdict("z", one=None, other="1") == ("no spread", "")  # a run of before

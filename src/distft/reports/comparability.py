@@ -25,6 +25,9 @@ wider interval that contains 1 is inconclusive."""
 ROUNDING = 1e-4
 """Figures that all agree to within this share are equal: strategies sum in different orders and round differently."""
 
+_LOSSES = ("train_loss", "eval_loss_after")
+"""The figures that decide whether losses are equal."""
+
 _NAMES_OF_A_RUN = ("run.name", "run.dir", "run.resume", "run.force", "tracking.")
 """Keys that have no effect on what a run computes."""
 
@@ -57,7 +60,7 @@ BY_DEFAULT: tuple[Literal["samples", "order", "global_batch"], ...] = ("samples"
 
 @dataclass(frozen=True)
 class Equality:
-    """Whether `what` was equal in all finished runs; None if fewer than two variants have one.
+    """Whether `what` was equal in all finished runs; None if fewer than two variants have one, or it is not known.
 
     `unequal` has the facts that differ, each with its value in every variant.
     """
@@ -73,6 +76,10 @@ def equality(what: str, declared: bool, finished: Mapping[str, Sequence[Run]], t
     if len(finished) < 2:
         return Equality(what, declared, None, {})
     by_facts = differences(facts_of(finished), EQUAL[what])
+    if what == "loss" and not any(
+        run.figures[key] is not None for runs in finished.values() for run in runs for key in _LOSSES
+    ):
+        return Equality(what, declared, None, {})  # none was measured
     unequal = _unequal_losses(finished, tolerance) if what == "loss" else by_facts
     return Equality(what, declared, not unequal, unequal)
 
@@ -95,7 +102,7 @@ def all_differences(named: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, A
 
 def _unequal_losses(finished: Mapping[str, Sequence[Run]], tolerance: float) -> dict[str, dict[str, Any]]:
     found = {}
-    for key in ("train_loss", "eval_loss_after"):
+    for key in _LOSSES:
         spreads = {name: Spread.of(run.figures[key] for run in runs) for name, runs in finished.items()}
         medians = {name: None if spread is None else spread.median for name, spread in spreads.items()}
         known = [median for median in medians.values() if median is not None]

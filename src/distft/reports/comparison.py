@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from distft.evaluation import summary
 from distft.reports import verdict as wording
 from distft.reports.comparability import EQUAL, MARGIN, ROUNDING, differences, equality, facts_of
-from distft.reports.results import SHOWN, Run, known
+from distft.reports.results import HELD_OUT, SHOWN, Run, known
 from distft.runs.figures import Figure
 from distft.stats import Estimate, Interval, difference, ratio, repeats_to_find
 
@@ -116,6 +116,7 @@ class Comparer:
         }
         broken = [what for what in self.declared if what in unequal]
         retokenized = "tokens" in unequal and bool(differences(facts_of(pair), ("model.name", "model.tokenizer")))
+        other_rows = bool(differences(facts_of(pair), (HELD_OUT, "evaluation.max_samples")))
         for figure in (figure for figure in SHOWN if figure.compared):
             ours, theirs = (known([run.figures[figure.key] for run in runs]) for runs in pair.values())
             if not ours or not theirs:
@@ -130,6 +131,8 @@ class Comparer:
                 found, verdict, why = None, "not compared", f"not equal: {', '.join(broken)}"
             elif figure.per_token and retokenized:
                 found, verdict, why = None, "not compared", "it is measured per token, and the tokenizers differ"
+            elif figure.path is not None and other_rows:
+                found, verdict, why = None, "not compared", "it is measured on held-out rows, which differ"
             ratio = found or Interval(None)
             undecided = verdict == "inconclusive" and ratio.low is not None
             yield Comparison(

@@ -27,7 +27,7 @@ TIMES = tuple(figure for figure in FIGURES if figure.timing)
 """The figures in the table of where the time goes."""
 LABELS = {figure.key: figure.label for figure in FIGURES}
 
-DATA, WEIGHTS = "as run.data_digest", "as run.weights_digest"
+DATA, HELD_OUT, WEIGHTS = (f"as run.{what}_digest" for what in ("data", "held_out", "weights"))
 """Facts that identify the texts and the base weights by content: file names say nothing about later writes."""
 
 NOT_THERE = "missing"
@@ -189,7 +189,7 @@ def _facts(
         figure.key for figure in FIGURES if figure.fact and (finished or figure.key in ("strategy", "world_size"))
     ]
     facts = dict(leaves(recipe)) | {f"as run.{key}": summary.get(key) for key in as_run}
-    digests = {DATA: summary.get("data_digest"), WEIGHTS: summary.get("weights_digest")}
+    digests = {key: summary.get(key.removeprefix("as run.")) for key in (DATA, HELD_OUT, WEIGHTS)}
     facts |= {key: digest for key, digest in digests.items() if digest is not None}
     return facts | dict(leaves({key: environment.get(key) for key in _MACHINE}, "machine."))
 

@@ -188,6 +188,8 @@ def items(base: float, adapter: float, low: float, high: float, form: str) -> st
 
 def diverged(losses: Mapping[str, Mapping[str, Any]], first: str, name: str, tolerance: float) -> str:
     """By how much losses that were declared equal differ. `losses` has the medians of both variants by figure."""
+    if not losses:
+        return "the losses were declared equal, and no run measured one"
     parts = []
     for key, medians in losses.items():
         ours, theirs = medians[first], medians[name]
