@@ -165,3 +165,27 @@ def test_a_folder_that_is_a_dangling_link_is_not_followed(tmp_path: Path) -> Non
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with pytest.raises(RunFolderError, match=r"cannot create the folder .*link.*set run\.dir"):
         RunFolder.claim(tmp_path / "link", "tiny", exact=False)
+
+
+def test_what_a_run_may_be_continued_with(tmp_path: Path) -> None:
+    """Not with what would compare two different sets of held-out samples, or steer the learning rate."""
+    begin(tmp_path, "evaluation.tasks=[]", "training.eval_strategy=steps", "training.eval_steps=2")
+    free = ("training.eval_strategy=no", "training.logging_steps=1", "batching.micro_batch=2", "tracking.tags=[a]")
+    assert place(tmp_path, *free).step == 4
+    for word in ("evaluation.max_samples=8", "evaluation.before_and_after=false"):
+        assert place(tmp_path, "training.eval_strategy=steps", "training.eval_steps=2", word).claimed
+    steered = ("training.lr_scheduler_type=reduce_lr_on_plateau", "training.eval_strategy=steps")
+    begin(tmp_path, *steered, "training.eval_steps=2", "run.name=steered")
+    assert place(tmp_path, *steered, "training.eval_steps=2", "run.name=steered").step == 4
+    with pytest.raises(RunFolderError, match=r"training\.eval_steps: was 2, is now 3"):
+        place(tmp_path, *steered, "training.eval_steps=3", "run.name=steered")
+
+
+def test_a_key_that_the_earlier_version_did_not_have_has_not_changed(tmp_path: Path) -> None:
+    folder = begin(tmp_path)
+    lines = folder.recipe.read_text().splitlines(keepends=True)
+    folder.recipe.write_text("".join(line for line in lines if "trust_remote_code" not in line))
+    assert place(tmp_path).step == 4
+    folder.recipe.unlink()
+    found = place(tmp_path)
+    assert found.claimed and "recipe.yaml is not valid any more" in found.notes[0]

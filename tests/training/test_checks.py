@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from accelerate.state import PartialState
 
+from distft.config.files import list_recipes
 from distft.config.recipe import load_recipe
 from distft.distributed.strategies.selection import strategy_for
 from distft.distributed.world import World
 from distft.errors import InvariantError, RecipeError
+from distft.paths import packaged
 from distft.training.arguments import training_arguments
 from distft.training.callbacks import Invariants
 from distft.training.checks import training_faults
@@ -174,3 +176,10 @@ def test_a_run_that_never_updated_the_weights_has_no_result() -> None:
     with pytest.raises(InvariantError, match="none of the 3 steps updated the weights"):
         never.check_ended(3)
     Invariants(recipe, recipe, 0, recipe, updated=True).check_ended(3)
+
+
+@pytest.mark.parametrize("name", list_recipes(packaged("recipes").parent))
+def test_shipped_recipes_have_no_fault(name: str) -> None:
+    recipe = load_recipe([f"recipe={name}"])
+    assert training_faults(recipe, world_size=8, on_gpu=True) == []
+    assert training_faults(recipe, world_size=1, on_gpu=False) == []

@@ -10,12 +10,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from distft.config.recipe import Recipe
+from distft.config.files import leaves
+from distft.config.recipe import Recipe, load_recipe
 from distft.config.validation import COMMAND_LINE
-from distft.config.yaml import parse_yaml
 from distft.distributed.strategies import Strategy
 from distft.distributed.supervisor import Launch, leave_note
-from distft.errors import AlreadyFinished, RunFolderError
+from distft.errors import AlreadyFinished, RecipeError, RunFolderError
 from distft.runs import manifest
 from distft.runs.folder import RunFolder
 from distft.runs.slurm_job import batch_job, is_queued
@@ -44,6 +44,11 @@ FREE_TO_CHANGE = (
     "training.ddp_timeout",
 )
 """Keys, or prefixes of keys, that do not change the optimisation: a run may resume with different values."""
+MEASURED_WITH = ("evaluation.before_and_after", "evaluation.max_samples")
+"""Exceptions to these: with other values, the losses before and after training would not be of the same samples."""
+EVALUATED_WITH = ("training.eval_strategy", "training.eval_steps", "training.eval_delay")
+FOLLOWS_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
+"""Learning-rate schedules with which the keys in `EVALUATED_WITH` change the optimisation."""
 IDENTITY = {
     "data_digest": "the training data",
     "held_out_digest": "the held-out data",
@@ -162,7 +167,12 @@ def _candidates(parent: Path, name: str) -> list[_Candidate]:
 def _changes(folder: RunFolder, recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
     """A line for everything that decides what is learned and differs from the run in `folder`."""
     summary = folder.read_summary()
-    changed = list(differences(parse_yaml(folder.recipe.read_text(encoding="utf-8")), recipe.model_dump()))
+    try:
+        # Loaded, not just read: keys that the version which wrote it did not have get their defaults.
+        old = load_recipe([f"recipe={folder.recipe}"])
+    except RecipeError as error:
+        return [f"{folder.recipe.name} is not valid any more: {error}"]
+    changed = list(differences(old.model_dump(), recipe.model_dump()))
     for key, what in IDENTITY.items():
         before, now = summary.get(key), facts.get(key)
         if before is not None and now is not None and before != now:
@@ -234,11 +244,14 @@ def _reason(folder: RunFolder, summary: Mapping[str, Any]) -> str:
     return str(folder.read_faults()[-1]["cause"])
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """A line for every value that differs between two recipes, except for the keys in `FREE_TO_CHANGE`."""
-    for key in {**old, **new}:
-        path, before, after = f"{prefix}{key}", old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            yield from differences(before, after, f"{path}.")
-        elif before != after and not path.startswith(FREE_TO_CHANGE):
-            yield f"{path}: was {before!r}, is now {after!r}"
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """A line for every value that differs between two recipes, except for keys that a run may resume with."""
+    strict = MEASURED_WITH
+    if new["training"].get("lr_scheduler_type") in FOLLOWS_EVALUATIONS:
+        strict += EVALUATED_WITH
+    before, after = dict(leaves(old)), dict(leaves(new))
+    for key in {**before, **after}:
+        if key.startswith(FREE_TO_CHANGE) and key not in strict:
+            continue
+        if before.get(key) != after.get(key):
+            yield f"{key}: was {before.get(key)!r}, is now {after.get(key)!r}"

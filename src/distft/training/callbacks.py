@@ -76,7 +76,7 @@ class FSDPPrefetch(TrainerCallback):  # type: ignore[misc]
 
 
 class HeldOutLoss(TrainerCallback):  # type: ignore[misc]
-    """Measures the loss on the held-out split before the first step, unless a resumed run has it in `before`."""
+    """Measures the loss on the held-out split before the first step of a run; a resumed run has it in `before`."""
 
     def __init__(self, samples: Any, before: float | None) -> None:
         self._samples, self.before = samples, before
@@ -92,5 +92,5 @@ class HeldOutLoss(TrainerCallback):  # type: ignore[misc]
         return float(self._trainer.evaluate(self._samples, metric_key_prefix="test")["test_loss"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.before is None:
+        if self.before is None and state.global_step == 0:
             self.before = self.measure()
