@@ -246,7 +246,7 @@ def _reason(folder: RunFolder, summary: Mapping[str, Any]) -> str:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """A line for every value that differs between two recipes, except for keys that a run may resume with."""
-    strict = MEASURED_WITH
+    strict: tuple[str, ...] = MEASURED_WITH
     if new["training"].get("lr_scheduler_type") in FOLLOWS_EVALUATIONS:
         strict += EVALUATED_WITH
     before, after = dict(leaves(old)), dict(leaves(new))
