@@ -6,6 +6,7 @@ DistftError                 exit code 1: the run failed, and the message says wh
 │   │   └── ExperimentError all faults of an experiment and of the recipes of its runs
 │   ├── DataError           the data does not fit the recipe
 │   ├── ModelError          the base model is unavailable, or does not fit the recipe
+│   ├── SettingsError       an installed library refuses the recipe's settings
 │   ├── JudgeError          the judge of an evaluation is unavailable or does not answer
 │   ├── LaunchError         the processes, devices or launcher flags do not fit the recipe
 │   ├── RunFolderError      the run folder is in use or unreadable
@@ -103,6 +104,10 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """The base model cannot be loaded, or lacks something that the recipe needs."""
+
+
+class SettingsError(UserError):
+    """A library refuses the recipe's settings before the first step, where no check of distft's foresaw it."""
 
 
 class JudgeError(UserError):

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from distft.distributed.supervisor import ATTEMPT, IN_PROCESS, OUTCOME, Launch, leave_error, read_error
+from distft.distributed.supervisor import (
+    ATTEMPT,
+    IN_PROCESS,
+    OUTCOME,
+    PROGRESS,
+    Launch,
+    leave_error,
+    read_error,
+    repeats,
+)
 from distft.errors import DataError, OutOfMemory, RankLost, WorkerError
 
 
@@ -43,3 +52,34 @@ def test_without_a_supervisor_nothing_is_left(tmp_path: Path, monkeypatch: pytes
 def test_a_run_in_the_caller_s_process_began_with_the_call() -> None:
     launch = Launch.of({IN_PROCESS: "123-1700000000.25", ATTEMPT: "2"})
     assert launch == Launch("123-1700000000.25", 2, 1700000000.25)
+
+
+def test_a_consequence_does_not_hide_a_mistake(folder: Path) -> None:
+    leave_error(DataError("no data"))
+    leave_error(WorkerError("rank 1 failed: connection closed by peer"))
+    assert str(read_error(folder)) == "no data"
+
+
+def test_a_failure_is_repeated_if_the_attempt_before_had_it_after_the_same_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PROGRESS, "step", 4)
+    assert not repeats("KeyError: 'lm_head' at 0x7f00")
+    assert not repeats("TypeError: another rank's"), "all failures of an attempt are known to the next"
+    monkeypatch.setenv(ATTEMPT, "1")
+    assert not repeats("KeyError: 'lm_heads' at 0x7f00")
+    assert repeats("TypeError: another rank's")
+    assert repeats("KeyError: 'lm_head' at 0x7fab")
+    monkeypatch.setattr(PROGRESS, "step", 5)
+    assert not repeats("KeyError: 'lm_head' at 0x7f00")
+    monkeypatch.setenv(ATTEMPT, "3")
+    assert not repeats("TypeError: another rank's"), "the attempt before did not end so"
+
+
+def test_without_a_supervisor_nothing_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(OUTCOME, raising=False)
+    monkeypatch.chdir(tmp_path)
+    for attempt in "01":
+        monkeypatch.setenv(ATTEMPT, attempt)
+        assert not repeats("KeyError: 'lm_head'")
+    assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from pathlib import Path
 from distft.console import say
 from distft.distributed.leftovers import remove_launch
 from distft.distributed.signals import STOP, StopRequest, raising_on_signals
-from distft.distributed.supervisor import ATTEMPT, IN_PROCESS, NPROC, OUTCOME, read_note
+from distft.distributed.supervisor import ATTEMPT, IN_PROCESS, NPROC, OUTCOME, PROGRESS, Progress, read_note
 from distft.errors import AlreadyFinished, DistftError
 from distft.startup import SAFE_PATH
 
@@ -70,12 +70,12 @@ def _state_restored(words: Sequence[str], notes: Path) -> Iterator[None]:
     remove_launch(os.environ)  # another launcher's, left over
     os.environ |= {SAFE_PATH: "1", OUTCOME: str(notes), NPROC: "1", IN_PROCESS: f"{os.getpid()}-{time.time():.2f}"}
     sys.argv = ["distft.train", *words]  # environment.json records it as the command
-    _reset_stop()
+    _reset()
     try:
         with own_accelerate_state(), raising_on_signals():
             yield
     finally:
-        _reset_stop()
+        _reset()
         gc.unfreeze()
         _free_memory()
         sys.argv = arguments
@@ -86,8 +86,9 @@ def _state_restored(words: Sequence[str], notes: Path) -> Iterator[None]:
         os.environ |= environment
 
 
-def _reset_stop() -> None:
+def _reset() -> None:
     vars(STOP).update(vars(StopRequest()))
+    vars(PROGRESS).update(vars(Progress()))
 
 
 def _free_memory() -> None:

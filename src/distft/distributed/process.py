@@ -21,9 +21,22 @@ from distft.console import DEBUG, say
 from distft.distributed.launcher_args import left_over_settings, parent_is_launcher
 from distft.distributed.leftovers import check_meeting, remove_empty
 from distft.distributed.signals import raise_on_signals
-from distft.distributed.supervisor import OUTCOME, Launch, leave_error, leave_note, read_note
+from distft.distributed.supervisor import (
+    ATTEMPT,
+    GIVEN_UP,
+    OUTCOME,
+    PROGRESS,
+    Launch,
+    leave_error,
+    leave_note,
+    read_note,
+    repeats,
+)
 from distft.distributed.world import World
-from distft.errors import DistftError, Interrupted, WorkerError
+from distft.errors import DistftError, Interrupted, UserError, WorkerError
+
+OTHERS_S = 10.0
+"""How long a rank that has found a mistake waits for the others to find it."""
 
 
 def guarded(work: Callable[[], None], *, of_launcher: bool = False) -> int:
@@ -42,6 +55,8 @@ def guarded(work: Callable[[], None], *, of_launcher: bool = False) -> int:
             check_meeting(world.world_size, os.environ)
             if removed := left_over_settings(os.environ):
                 say_once(f"ignoring {', '.join(removed)}: the recipe decides", world, os.environ)
+        if read_note(GIVEN_UP) is not None:
+            return 0
         if read_note("stop") is not None:
             raise Interrupted("a signal", "before it was started again")
         work()
@@ -56,10 +71,48 @@ def guarded(work: Callable[[], None], *, of_launcher: bool = False) -> int:
             traceback.print_exc()
     except Exception as error:  # unexpected, so the traceback is what helps
         traceback.print_exc()
-        failure = WorkerError(f"rank {world.rank} failed: {type(error).__name__}: {error}")
+        failure = _unexpected(error, world)
+    if isinstance(failure, Interrupted) and read_note(GIVEN_UP) is not None:
+        return 0  # the launcher ends this process because of another one, which has said why
     leave_error(failure)
     say_once(str(failure), world, os.environ)
-    return exit_code(failure.exit_code, restart=failure.restart)
+    surprising = isinstance(failure, WorkerError)
+    ends = not failure.restart and failure.exit_code in (1, UserError.exit_code)
+    if ends and OUTCOME in os.environ and _on_one_node(world):
+        leave_note(GIVEN_UP, str(failure.exit_code))
+        surprising = surprising or not _others_end(world)
+    # The launcher ends ranks that wait for this one if it fails. It then starts all again, which end by the note.
+    return exit_code(failure.exit_code, restart=failure.restart or surprising)
+
+
+def _others_end(world: World) -> bool:
+    """Whether the other ranks, too, come to their end; they do if all have found the same mistake."""
+    attempt = os.environ.get(ATTEMPT, "0")
+    leave_note(f"ended-{attempt}-{world.rank}", "")
+    deadline = time.monotonic() + OTHERS_S
+    while any(read_note(f"ended-{attempt}-{rank}") is None for rank in range(world.world_size)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _unexpected(error: Exception, world: World) -> WorkerError:
+    """The failure of this process by an exception that nobody foresaw."""
+    what = f"{type(error).__name__}: {error}"
+    failure = WorkerError(f"rank {world.rank} failed: {what}")
+    if repeats(what) and _on_one_node(world):
+        failure = WorkerError(
+            f"{failure}\n  the attempt before ended in the same way, after the same step ({PROGRESS.step}), so the run "
+            "is not started again"
+        )
+        failure.restart = False
+    return failure
+
+
+def _on_one_node(world: World) -> bool:
+    """Whether all processes read the same notes; the launchers of several nodes must do the same."""
+    return world.local_world_size == world.world_size
 
 
 def say_once(message: str, world: World, environment: Mapping[str, str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +27,21 @@ IN_PROCESS = "DISTFT_IN_PROCESS"
 process of its own to end, and began with the call."""
 
 
+GIVEN_UP = "given-up"
+"""Note with the exit code of a run that must not start again, whatever its launcher does."""
+
+
+@dataclass
+class Progress:
+    """How far training has come in this process: whether its first step `began`, and the last complete `step`."""
+
+    began: bool = False
+    step: int = 0
+
+
+PROGRESS = Progress()  # one per process
+
+
 def leave_note(name: str, text: str) -> None:
     """Leave `text` for `distft train` under `name`; do nothing if another launcher started this process."""
     if OUTCOME in os.environ:
@@ -38,12 +55,14 @@ def read_note(name: str, folder: Path | None = None) -> str | None:
 
 
 def leave_error(error: DistftError) -> None:
-    """Leave the error that ended this attempt. RankLost, a consequence, does not replace an earlier error."""
+    """Leave the error that ended this attempt. A consequence does not replace an earlier error: RankLost, or an error
+    that a restart may cure after one that it would not."""
     if OUTCOME not in os.environ:
         return
     attempt = int(os.environ.get(ATTEMPT, "0"))
     path = Path(os.environ[OUTCOME]) / f"error-{attempt}"
-    if not (isinstance(error, RankLost) and path.is_file()):
+    earlier = _read(path) if path.is_file() else None
+    if earlier is None or not (isinstance(error, RankLost) or (error.restart and not earlier.restart)):
         aside = path.with_name(f"{path.name}.{os.getpid()}")
         aside.write_bytes(pickle.dumps(error))
         aside.replace(path)
@@ -54,10 +73,25 @@ def read_error(folder: Path) -> DistftError | None:
     found = [path for path in folder.glob("error-*") if path.name.removeprefix("error-").isdigit()]
     if not found:
         return None
-    last = max(found, key=lambda path: int(path.name.removeprefix("error-")))
-    error = pickle.loads(last.read_bytes())  # noqa: S301 - written by our own workers into a private folder
+    return _read(max(found, key=lambda path: int(path.name.removeprefix("error-"))))
+
+
+def _read(path: Path) -> DistftError:
+    error = pickle.loads(path.read_bytes())  # noqa: S301 - written by our own workers into a private folder
     assert isinstance(error, DistftError)
     return error
+
+
+def repeats(failure: str) -> bool:
+    """Note that this attempt ended with `failure`, and return whether the one before did, after the same step.
+
+    False without a supervisor, which alone would not start the run again.
+    """
+    attempt = int(os.environ.get(ATTEMPT, "0"))
+    text = f"after step {PROGRESS.step}: " + re.sub(r"0x[0-9a-f]+", "0x", failure)  # addresses differ each time
+    digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
+    leave_note(f"failure-{attempt}-{digest}", text)
+    return read_note(f"failure-{attempt - 1}-{digest}") is not None
 
 
 @dataclass(frozen=True)

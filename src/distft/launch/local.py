@@ -20,7 +20,7 @@ import psutil
 from distft.console import say
 from distft.distributed.leftovers import remove_launch
 from distft.distributed.signals import STOPPING, Handler, announce, handling
-from distft.distributed.supervisor import ATTEMPT, OUTCOME, launcher_name, read_error, read_note
+from distft.distributed.supervisor import ATTEMPT, GIVEN_UP, OUTCOME, launcher_name, read_error, read_note
 from distft.errors import DistftError, Interrupted, RankLost
 from distft.launch import output
 from distft.launch.command import EVALUATION, TRAINING, worker_command, worker_environment
@@ -52,15 +52,17 @@ def run(arguments: Sequence[str], processes: int, restarts: int, node: Node, mod
             if alone:
                 environment[ATTEMPT] = str(attempt)
             code, stopped = _start(worker_command(arguments, processes, restarts, node, module), environment, outcome)
-            killed = None
-            if code == 0 or stopped:
+            killed, given_up = None, read_note(GIVEN_UP, outcome)
+            if code == 0 or stopped or given_up is not None:
                 break
             if code < 0:
                 rank, who = (0, "rank 0") if alone else (None, "the launcher")
                 killed = RankLost(rank, f"{who} was killed by {signal.Signals(-code).name}")
                 _record_kill(killed, attempt, outcome)
         exit_code = read_note("exit-code", outcome)
-        if code == 0 and exit_code is not None:
+        if given_up is not None and not stopped:
+            code = int(given_up)
+        elif code == 0 and exit_code is not None:
             code = int(exit_code)
         else:
             code = Interrupted.exit_code if stopped else min(abs(code), 1)

@@ -16,6 +16,7 @@ from distft.distributed.strategies import strategy_faults
 from distft.training.check import check_together
 from distft.training.checkpoints import save_result
 from distft.training.metrics import perplexity
+from distft.training.refusals import refusals
 from distft.training.setup import (
     OpenRun,
     Training,
@@ -35,10 +36,11 @@ def train(arguments: Sequence[str]) -> None:
     """
     upstream_api.check()
     recipe = load_recipe(arguments, checks=(strategy_faults, data_faults))
-    strategy = setup_strategy(recipe, Launcher.of_parent())
-    check_together(recipe, strategy.world, Path.cwd())
-    data = setup_data(recipe, strategy)
-    with open_run(recipe, strategy, data) as run:
+    with refusals():
+        strategy = setup_strategy(recipe, Launcher.of_parent())
+        check_together(recipe, strategy.world, Path.cwd())
+        data = setup_data(recipe, strategy)
+    with open_run(recipe, strategy, data) as run, refusals():
         training = setup_trainer(run, setup_model(run))
         fit(run, training)
         finish(run, training)

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from distft.console import say
 from distft.distributed.collectives import gather
-from distft.distributed.supervisor import IN_PROCESS
+from distft.distributed.supervisor import IN_PROCESS, PROGRESS
 from distft.distributed.world import World
 from distft.errors import DistftError, Interrupted, RankLost, UserError
 from distft.runs.record import Record
@@ -59,12 +59,12 @@ class Watchdog(TrainerCallback):  # type: ignore[misc]
     # Trainer's events -------------------------------------------------------------------------------------------------
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._place = (state.global_step, 1)
+        self._place, PROGRESS.began = (state.global_step, 1), True
         self._armed = state.global_step > self._record.place.step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._place = (state.global_step, 0)
-        self._record.step = state.global_step
+        self._record.step = PROGRESS.step = state.global_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._armed = False
