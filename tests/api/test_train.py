@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 import distft
+from distft.data.prepare import prepare_data
 from distft.distributed.signals import STOP, StopRequest
+from distft.models.loading import load_tokenizer
 
 FEW = {
     "strategy": "ddp",
@@ -61,6 +63,9 @@ def test_one_process_trains_here_and_leaves_nothing_changed(run: distft.Run, whe
     assert run.path == Path("runs/tiny") or run.path == where / "runs" / "tiny"
     assert run.status == "finished" and run.summary["world_size"] == 1 and run.summary["samples_per_second"] > 0
     assert run.metrics["step"] == [1, 2] and len(run.metrics["loss"]) == 2
+    report = prepare_data(run.recipe, load_tokenizer(run.recipe)).report
+    assert run.summary["held_out_overlap"] == report.overlap and report.overlap.keys() == {"validation", "test"}
+    assert (run.summary["data_digest"], run.summary["held_out_digest"]) == (report.digest, report.held_out_digest)
     assert run.recipe.lora["r"] == 2 and run.recipe.training["max_steps"] == 2
     command = run.folder.read_environment()["command"]
     assert command[0] == "distft.train" and "recipe=tiny" in command and "lora.r=2" in command

@@ -62,7 +62,7 @@ def test_a_file_that_cannot_be_used_is_one_fault(tmp_path: Path, name: str, cont
     assert problem in fault
 
 
-@pytest.mark.parametrize("path", ["~nobody-of-that-name/rows.csv", "x" * 300 + ".csv", r"a\0b.csv", "/dev/null"])
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/rows.csv", "x" * 300 + ".csv", "/dev/null"])
 def test_what_is_not_a_usable_path_is_a_fault(path: str) -> None:
     assert len(faults(f'data.path="{path}"')) == 1
 

@@ -80,6 +80,13 @@ def test_an_empty_label_is_named_with_its_row_and_a_csv_label_is_a_number(
         prepare("data.name=imdb", f"data.path={file}", *ALL)
 
 
+def test_half_a_surrogate_pair_is_refused_with_its_row(prepare: Prepare, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"q": "x", "a": "\\ud83d\\ude00"}\n{"q": "x", "a": "\\ud83d"}\n')
+    with pytest.raises(DataError, match=r"row 2: column 'a' contains half of a surrogate pair"):
+        prepare(f"data.name={file}", QA, *ALL)
+
+
 # ---- held-out rows --------------------------------------------------------------------------------------------------
 
 

@@ -80,10 +80,10 @@ def test_an_interrupted_job_is_requeued_until_it_has_been_max_requeues_times(
 
 
 def test_a_folder_and_a_name_with_blanks_stay_whole_in_sbatch_s_options(tmp_path: Path) -> None:
-    """sbatch reads its lines like a shell: it would end a value at a blank or at a #."""
+    """sbatch reads its lines like a shell: it would end a value at a blank or at a #. It replaces %j in any part."""
     slurm = load_recipe(["recipe=tiny"]).slurm
-    text = script(slurm, Job("my ranks", (("recipe=tiny",),)), Path("it's #1/jobs"), DISTFT, template())
+    text = script(slurm, Job("my ranks", (("recipe=tiny",),)), Path("it's #1/5%j/jobs"), DISTFT, template())
     (name,) = [line.removeprefix("#SBATCH ") for line in text.splitlines() if "--job-name" in line]
     (output,) = [line.removeprefix("#SBATCH ") for line in text.splitlines() if "--output" in line]
     ended = subprocess.run(["bash", "-c", f"printf '%s\\0' {name} {output}"], capture_output=True, text=True)
-    assert arguments(ended) == ("--job-name=my ranks", "--output=it's #1/jobs/%x-%j.out")
+    assert arguments(ended) == ("--job-name=my ranks", "--output=it's #1/5%%j/jobs/%x-%j.out")

@@ -12,8 +12,8 @@ IGNORED = -100
 """Label of a token that the loss ignores."""
 _CHUNK = 1_000
 """Texts per call of the tokenizer, which spreads them over all cores."""
-Tokens = list[tuple[int, tuple[int, int]]]
-"""Token ids, each with the start and the end of its characters in the text, which are equal for an added token."""
+Offsets = list[tuple[int, int]]
+"""The start and the end of each token's characters in the text, which are equal for a token that was added."""
 
 
 def tokenize(
@@ -33,50 +33,54 @@ def tokenize(
         chunk = examples[start : start + _CHUNK]
         encoded = tokenizer([example.text for example in chunk], return_offsets_mapping=True, truncation=False)
         for example, ids, offsets in zip(chunk, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            tokens, ended = _without_end(list(zip(ids, offsets, strict=True)), example.text, eos)
-            tokens, begun = _begun_once(tokens, example, bos, eos)
+            ids, offsets, ended = _without_end(ids, offsets, example.text, eos)
+            ids, offsets, begun = _begun_once(ids, offsets, example, bos, eos)
             if marked is not None:
                 marked.update([tokenizer.eos_token] * ended + [tokenizer.bos_token] * begun)
-            yield _label(example, tokens, eos, max_length)
+            yield _label(example, ids, offsets, eos, max_length)
 
 
-def _without_end(tokens: Tokens, text: str, eos: int) -> tuple[Tokens, bool]:
-    """`tokens` without an end of sequence, with what follows it if that is blank; and whether it is in the text."""
-    tail = len(tokens)
-    while tail and (tokens[tail - 1][0] == eos or _is_blank(tokens[tail - 1], text)):
+def _without_end(ids: list[int], offsets: Offsets, text: str, eos: int) -> tuple[list[int], Offsets, bool]:
+    """The tokens without an end of sequence, with what follows it if that is blank; and whether it is in the text."""
+    tail = len(ids)
+    while tail and (ids[tail - 1] == eos or _is_blank(offsets[tail - 1], text)):
         tail -= 1
-    ends = [place for place in range(tail, len(tokens)) if tokens[place][0] == eos]
-    return tokens[: ends[0]] if ends else tokens, any(tokens[place][1][0] < tokens[place][1][1] for place in ends)
+    ends = [place for place in range(tail, len(ids)) if ids[place] == eos]
+    stop = ends[0] if ends else len(ids)
+    return ids[:stop], offsets[:stop], any(offsets[place][0] < offsets[place][1] for place in ends)
 
 
-def _begun_once(tokens: Tokens, example: Example, bos: int | None, eos: int) -> tuple[Tokens, bool]:
-    """`tokens` with a single beginning of sequence, the last one, where a prompt or a completion brings its own; and
+def _begun_once(
+    ids: list[int], offsets: Offsets, example: Example, bos: int | None, eos: int
+) -> tuple[list[int], Offsets, bool]:
+    """The tokens with a single beginning of sequence, the last one, where a prompt or a completion brings its own; and
     whether one was dropped."""
+    before = len(ids)
     if bos is None:
-        return tokens, False
+        return ids, offsets, False
     head = 0
-    while head < len(tokens) and (tokens[head][0] == bos or _is_blank(tokens[head], example.text)):
+    while head < len(ids) and (ids[head] == bos or _is_blank(offsets[head], example.text)):
         head += 1
-    begins = [place for place in range(head) if tokens[place][0] == bos]
-    kept = tokens[begins[-1] :] if len(begins) > 1 else tokens
+    begins = [place for place in range(head) if ids[place] == bos]
+    if len(begins) > 1:
+        ids, offsets = ids[begins[-1] :], offsets[begins[-1] :]
     if example.trained_from and bos != eos:
-        inside = (place for place, token in enumerate(kept) if token[1][1] > example.trained_from)
-        first = next((place for place in inside if not _is_blank(kept[place], example.text)), 0)
-        if first and kept[first][0] == bos and kept[first - 1][0] != eos:
-            kept = kept[:first] + kept[first + 1 :]
-    return kept, len(kept) < len(tokens)
+        inside = (place for place, (_, end) in enumerate(offsets) if end > example.trained_from)
+        first = next((place for place in inside if not _is_blank(offsets[place], example.text)), 0)
+        if first and ids[first] == bos and ids[first - 1] != eos:
+            ids, offsets = ids[:first] + ids[first + 1 :], offsets[:first] + offsets[first + 1 :]
+    return ids, offsets, len(ids) < before
 
 
-def _is_blank(token: tuple[int, tuple[int, int]], text: str) -> bool:
-    _, (start, end) = token
-    return not text[start:end].strip()
+def _is_blank(offsets: tuple[int, int], text: str) -> bool:
+    return not text[offsets[0] : offsets[1]].strip()
 
 
-def _label(example: Example, tokens: Tokens, eos: int, max_length: int | None) -> tuple[list[int], list[int], bool]:
-    """The ids and labels of `tokens` and of the end of sequence."""
-    ids = [token for token, _ in tokens]
-    labels = [token if end > example.trained_from else IGNORED for token, (_, end) in tokens]
-    tail = 0 if example.tail_from is None else sum(end > example.tail_from for _, (_, end) in tokens)
+def _label(
+    example: Example, ids: list[int], offsets: Offsets, eos: int, max_length: int | None
+) -> tuple[list[int], list[int], bool]:
+    labels = [token if end > example.trained_from else IGNORED for token, (_, end) in zip(ids, offsets, strict=True)]
+    tail = 0 if example.tail_from is None else sum(end > example.tail_from for _, end in offsets)
     ids, labels, tail = [*ids, eos], [*labels, eos], tail + 1 if tail else 0
     cut = max_length is not None and len(ids) > max_length
     if max_length is not None and cut:

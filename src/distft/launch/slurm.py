@@ -88,7 +88,7 @@ def script(slurm: Slurm, job: Job, output: Path, distft: Sequence[str], template
     """
     options = {
         "job-name": job.name,
-        "output": output / ("%x-%A_%a.out" if job.is_array else "%x-%j.out"),
+        "output": _output(output, "%x-%A_%a.out" if job.is_array else "%x-%j.out"),
         **_placement(slurm),
         "nodes": slurm.nodes,
         "ntasks-per-node": 1,
@@ -134,7 +134,7 @@ def report_script(
     """The script of the job that writes an experiment's report once the array job `after` has ended in any way."""
     options = {
         "job-name": f"{name}-report",
-        "output": output / "%x-%j.out",
+        "output": _output(output, "%x-%j.out"),
         **_placement(slurm),
         "nodes": 1,
         "ntasks": 1,
@@ -143,6 +143,11 @@ def report_script(
     report = f'"${{srun[@]}}" {shlex.join([*distft, "report", *arguments])}'
     head = ["#!/usr/bin/env bash", *_directives(options), *_srun(slurm, "--ntasks=1"), *_setup(slurm)]
     return "\n".join([*head, report]) + "\n"
+
+
+def _output(folder: Path, pattern: str) -> Path:
+    """The file for a job's own output. sbatch looks for patterns in the whole path, so the folder's `%` is doubled."""
+    return Path(str(folder).replace("%", "%%")) / pattern
 
 
 def template() -> str:
