@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 from distft.config.files import list_recipes
 from distft.config.recipe import Recipe
 from distft.data.checks import require_files
+from distft.data.files import exists
 from distft.data.sources import HubSplit, data_sources, read_source
 from distft.errors import DataError, ModelError
 from distft.models.digest import WHOLE
@@ -121,7 +122,7 @@ def missing_model(recipe: Recipe, role: str = "", *, hub: bool = True) -> list[s
 def missing_data(recipe: Recipe, source: Path | HubSplit) -> list[str]:
     """What `missing` finds for one data source."""
     if isinstance(source, Path):
-        return [] if source.exists() else [f"there is no data file or folder {source} (data)"]
+        return [] if exists(source) else [f"there is no data file or folder {source} (data)"]
     with offline():
         try:
             read_source(source)

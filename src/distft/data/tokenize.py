@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -65,9 +66,10 @@ def _begun_once(
     if len(begins) > 1:
         ids, offsets = ids[begins[-1] :], offsets[begins[-1] :]
     if example.trained_from and bos != eos:
-        inside = (place for place, (_, end) in enumerate(offsets) if end > example.trained_from)
-        first = next((place for place in inside if not _is_blank(offsets[place], example.text)), 0)
-        if first and ids[first] == bos and ids[first - 1] != eos:
+        first = bisect.bisect_right(offsets, example.trained_from, key=lambda each: each[1])
+        while first < len(ids) and _is_blank(offsets[first], example.text):
+            first += 1
+        if 0 < first < len(ids) and ids[first] == bos and ids[first - 1] != eos:
             ids, offsets = ids[:first] + ids[first + 1 :], offsets[:first] + offsets[first + 1 :]
     return ids, offsets, len(ids) < before
 
