@@ -155,7 +155,9 @@ def test_a_time_is_read_as_slurm_writes_it(text: str, seconds: float) -> None:
 
 def test_validate_takes_recipes_as_train_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "validate", "tiny", "recipe=ddp_qlora", "lora.r=4", "training.max_steps=3"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["tiny: valid", "ddp_qlora: valid"]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "tiny: valid"
+    assert second.startswith("ddp_qlora: valid (not checked: the data databricks/databricks-dolly-15k, which")
     assert main(["recipes", "validate", "training.max_stepz=3"]) == 2
     printed = capsys.readouterr()
     assert not printed.out and all(f"{name}: " in printed.err for name in SHIPPED)

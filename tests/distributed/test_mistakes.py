@@ -39,10 +39,10 @@ def messages(stderr: str) -> list[str]:
         (["recipe=tiny", "data.path=empty.jsonl"], "empty.jsonl is empty"),
         (["recipe=tiny", "data.path=columns.jsonl"], "has no column instruction, response; it has question, answer"),
         (["recipe=tiny", "data.path=dropped.jsonl"], "no row is left to train on"),
-        (["recipe=tiny", "model.name=/nowhere/model"], "there is no folder /nowhere/model (model.name)"),
+        (["recipe=tiny", "model.name=/nowhere/model"], "command line: model.name: there is no folder /nowhere/model"),
         (
             ["recipe=tiny", "lora.target_modules=[query]"],
-            "use any of down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj",
+            "use any of down_proj, gate_proj, k_proj, o_proj, q_proj",
         ),
         (["recipe=tiny", "model.name=nobody/no-such-model"], "hf download nobody/no-such-model"),
         (["recipe=tiny", "run.name=taken"], "such as run.name=taken-2"),

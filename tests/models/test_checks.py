@@ -80,6 +80,27 @@ def test_what_would_not_be_trained_is_a_fault(override: str, says: str) -> None:
     assert list(faults) == [key] and says in str(faults[key])
 
 
+def test_modules_to_leave_unquantised_are_matched_as_transformers_matches_them() -> None:
+    base = ["recipe=tiny", "quantization.llm_int8_skip_modules="]
+    for right in ("[q_proj]", "[model.layers.0]", "['model.layers.[01].mlp']"):
+        assert model_faults(load_recipe([base[0], base[1] + right]))[0] == []
+    for wrong, told in (
+        ("[q_porj]", "did you mean q_proj?"),
+        ("['[']", "not a regular expression"),
+        ("[layers.0]", ""),
+    ):
+        (fault,) = model_faults(load_recipe([base[0], base[1] + wrong]))[0]
+        assert fault.key == "quantization.llm_int8_skip_modules" and told in str(fault)
+
+
+def test_the_output_head_stays_unquantised_beside_others() -> None:
+    """transformers leaves out the head only where no modules are named."""
+    from distft.models.loading import quantization_config
+
+    config = quantization_config(load_recipe(["recipe=tiny", "quantization.llm_int8_skip_modules=[q_proj]"]))
+    assert config is not None and {"lm_head", "q_proj"} <= set(config.llm_int8_skip_modules)
+
+
 def test_a_target_that_is_excluded_is_a_fault() -> None:
     faults, _ = found("lora.target_modules=[q_proj,v_proj]", "lora.exclude_modules=[v_proj]")
     assert "'v_proj' gets no adapter" in faults["lora.target_modules"].problem

@@ -88,8 +88,8 @@ def validate(options: argparse.Namespace) -> int:
     failed = 0
     for name in names or list_recipes(Path.cwd()):
         try:
-            check_words([f"recipe={name}", *overrides], processes=1)
-            print(f"{name}: valid")
+            skipped = check_words([f"recipe={name}", *overrides], processes=1).skipped
+            print(f"{name}: valid" + (f" (not checked: {'; '.join(skipped)})" if skipped else ""))
         except RecipeError as error:
             failed += 1
             print(f"{name}: {error}", file=sys.stderr)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 from distft.config.recipe import Recipe
+from distft.config.validation import nearest
 from distft.errors import Fault, ModelError
 from distft.models.loading import load_tokenizer
 from distft.models.locations import local_folder, location_problem
@@ -60,7 +62,11 @@ def model_faults(recipe: Recipe, *, local_only: bool = True) -> ModelFindings:
     if tokenizer is not None:
         faults += tokenizer_faults(recipe, skeleton, tokenizer)
     found, notes = position_findings(recipe, skeleton)
-    faults += [*found, *lora_faults(recipe, skeleton)]  # this puts the adapter on the skeleton
+    faults += [
+        *found,
+        *skip_faults(recipe, skeleton),
+        *lora_faults(recipe, skeleton),
+    ]  # this puts the adapter on the skeleton
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in skeleton.model.parameters()]
     trainable = sum(size for size, trained in sizes if trained)
     return ModelFindings(faults, notes, skipped, trainable, sum(size for size, _ in sizes))
@@ -83,6 +89,26 @@ def tokenizer_faults(recipe: Recipe, skeleton: Skeleton, tokenizer: Any) -> list
         f"the tokenizer has {count(len(beyond), 'token')} beyond the {rows:,} rows of the model's embedding: {names}"
     )
     return [_fault(recipe, key, problem, "use the model's own tokenizer")]
+
+
+def skip_faults(recipe: Recipe, skeleton: Skeleton) -> list[Fault]:
+    """Entries of `llm_int8_skip_modules` that match no linear layer, as transformers matches them."""
+    section, found = recipe.quantization, []
+    kinds = ("Linear", "Conv1D")
+    names = [name for name, module in skeleton.model.named_modules() if type(module).__name__ in kinds]
+    key = "quantization.llm_int8_skip_modules"
+    for entry in (section.llm_int8_skip_modules or []) if section is not None else []:
+        try:
+            start = re.compile(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")
+        except re.error as error:
+            problem, hint = f"{entry!r} is not a regular expression: {error}", ""
+        else:
+            if any(start.match(name) or name.endswith(entry) for name in names):
+                continue
+            problem = f"{entry!r} matches no linear layer of {recipe.model.name}"
+            hint = nearest(entry, {name.rsplit(".", 1)[-1] for name in names})
+        found.append(Fault(recipe.source.of(key), key, problem, hint))
+    return found
 
 
 def position_findings(recipe: Recipe, skeleton: Skeleton, longest: int | None = None) -> tuple[list[Fault], list[str]]:

@@ -32,6 +32,9 @@ _MISSING = (
 )
 """Phrases, in lower case, with which transformers says that files are missing."""
 
+_HEADS = ("lm_head", "embed_out", "output_layer")
+"""Names of the output head in transformers' causal language models."""
+
 
 def model_path(recipe: Recipe) -> str:
     """Hub id or folder of the base model. The embedded model `tiny` is built on first use."""
@@ -65,7 +68,12 @@ def load_tokenizer(recipe: Recipe) -> Any:
 
 def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     section = recipe.quantization
-    return BitsAndBytesConfig(**section.arguments()) if section is not None and section.is_quantized else None
+    if section is None or not section.is_quantized:
+        return None
+    arguments = section.arguments()
+    if skipped := arguments.pop("llm_int8_skip_modules", None):  # transformers would quantise the head then
+        arguments["llm_int8_skip_modules"] = [*_HEADS, *skipped]
+    return BitsAndBytesConfig(**arguments)
 
 
 def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from distft.config.recipe import Recipe
 from distft.data.checks import data_file_faults, split_faults
+from distft.data.sources import HubSplit, data_sources
 from distft.distributed.collectives import together
 from distft.distributed.world import World
 from distft.errors import Fault, RecipeError, UserError
@@ -58,10 +59,15 @@ class Findings:
 
 def check_files(recipe: Recipe, working_folder: Path) -> Findings:
     """Look at the files and folders that the recipe names. Imports no torch."""
-    missing = data_file_faults(recipe)
-    folder = folder_faults(recipe, working_folder)
-    checked = [*([] if missing else ["data files"]), *([] if folder else ["run folder"])]
-    return Findings(faults=(*missing, *folder), checked=tuple(checked))
+    data, folder = data_file_faults(recipe), folder_faults(recipe, working_folder)
+    sources, _ = attempt(recipe, "data.name", lambda: data_sources(recipe.data))  # what it raises is among the faults
+    on_hub = [source.name for source in sources or () if isinstance(source, HubSplit)]
+    checked = {"data files": data or on_hub, "run folder": folder}
+    return Findings(
+        faults=(*data, *folder),
+        checked=tuple(what for what, faults in checked.items() if not faults),
+        skipped=tuple(f"the data {name}, which is on the hub: --deep reads it" for name in dict.fromkeys(on_hub)),
+    )
 
 
 def check_settings(
@@ -101,7 +107,10 @@ def check_data(recipe: Recipe, processes: int) -> Findings:
     from distft.models.loading import load_tokenizer
     from distft.training.schedule import total_steps
 
-    splits, faults = attempt(recipe, "data", lambda: prepare_data(recipe, load_tokenizer(recipe)))
+    tokenizer, missing = attempt(recipe, "model.name", lambda: load_tokenizer(recipe))
+    if missing:  # `check_settings` has said why, and whether it is a fault
+        return Findings(skipped=("the rows of the data, which need the tokenizer",))
+    splits, faults = attempt(recipe, "data", lambda: prepare_data(recipe, tokenizer))
     if splits is None or (faults := split_faults(recipe, splits)):
         return Findings(faults=tuple(faults))
     if recipe.micro_batch_is_auto:
@@ -112,7 +121,8 @@ def check_data(recipe: Recipe, processes: int) -> Findings:
         recipe, "batching.micro_batch_tokens", lambda: plan.accumulation(processes, min(epochs, 2))
     )
     steps = count(total_steps(recipe, plan.steps), "step")
-    batch = recipe.batching.global_batch_size or f"{recipe.batching.global_batch_tokens:,} tokens"
+    size = recipe.batching.global_batch_size
+    batch = f"{recipe.batching.global_batch_tokens:,} tokens" if size is None else count(size, "sample")
     work = (
         f"{steps} of {batch}, {plan.steps:,} an epoch, on {count(processes, 'process')} × {accumulation} accumulation"
     )
