@@ -10,7 +10,7 @@ DistftError                 exit code 1: the run failed, and the message says wh
 │   ├── JudgeError          the judge of an evaluation is unavailable or does not answer
 │   ├── LaunchError         the processes, devices or launcher flags do not fit the recipe
 │   ├── RunFolderError      the run folder is in use or unreadable
-│   ├── StorageError        the disk is full
+│   ├── StorageError        a file cannot be written: the disk is full, or there is no permission
 │   ├── MissingExtraError   an optional package is not installed
 │   └── UpstreamError       an installed library lacks a private name that distft relies on
 ├── InvariantError          a condition that holds in every correct distributed run is violated
@@ -123,7 +123,8 @@ class RunFolderError(UserError):
 
 
 class StorageError(UserError):
-    """A required file cannot be written: the disk is full, or a quota or file-size limit is reached."""
+    """A required file cannot be written: the disk is full, a quota or file-size limit is reached, or the user has no
+    permission or no home folder."""
 
 
 class MissingExtraError(UserError):

@@ -14,6 +14,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from distft.errors import StorageError
+
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -39,10 +41,18 @@ def build_folder_once(folder: Path, build: Callable[[Path], None]) -> None:
 
     The first process to arrive builds; the others wait for a file lock, and so for no collective that could time out.
     The folder appears under its name only when it is complete.
+
+    Raises:
+        StorageError: it does not exist, and nothing can be written next to it.
     """
     if folder.exists():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(_no_cache(folder.parent, error.strerror or str(error))) from error
+    if not os.access(folder.parent, os.W_OK):
+        raise StorageError(_no_cache(folder.parent, "it is read-only for this user"))
     with FileLock(f"{folder}.lock"):
         if folder.exists():
             return
@@ -52,6 +62,10 @@ def build_folder_once(folder: Path, build: Callable[[Path], None]) -> None:
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _no_cache(folder: Path, why: str) -> str:
+    return f"the cache {folder} cannot be written ({why}); set DISTFT_CACHE to a folder that can"
 
 
 def disk_full_reason(error: BaseException) -> str | None:

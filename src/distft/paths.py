@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from distft.errors import StorageError
+
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -25,7 +27,17 @@ def packaged(name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """`$DISTFT_CACHE`, or `distft` in the user's cache folder."""
-    if "DISTFT_CACHE" in os.environ:
-        return Path(os.environ["DISTFT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distft"
+    """`$DISTFT_CACHE`, or `distft` in the user's cache folder if that is empty or not set.
+
+    Raises:
+        StorageError: neither is set, and this user has no home folder.
+    """
+    try:
+        if own := os.environ.get("DISTFT_CACHE"):
+            return Path(own).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distft"
+    except RuntimeError as error:  # neither HOME nor an entry in the list of users
+        raise StorageError(NO_HOME) from error
+
+
+NO_HOME = "this user has no home folder: set HOME to a folder that can be written"

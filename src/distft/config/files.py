@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ def read_values(arguments: Sequence[str], folder: Path, faults: list[Fault]) -> 
         origins = {k: v for k, v in origins.items() if not related(k, key)} | {key: COMMAND_LINE}
     run = merged.setdefault("run", {})
     if isinstance(run, dict) and run.get("name") in (None, ""):
-        run["name"], origins["run.name"] = name, DERIVED
+        run["name"], origins["run.name"] = folder_name(name), DERIVED
     return merged, Source(name, files, origins)
 
 
@@ -47,9 +49,23 @@ def list_recipes(folder: Path) -> dict[str, Path]:
     """Every recipe by name; one in `folder`/recipes hides a shipped recipe of the same name."""
     found: dict[str, Path] = {}
     for place in recipe_folders(folder):
-        for path in sorted(place.glob("*.yaml")):
+        for path in yaml_files(place):
             found.setdefault(path.stem, path)
     return found
+
+
+def yaml_files(folder: Path) -> list[Path]:
+    """The YAML files in a folder, by name."""
+    return sorted(path for path in folder.glob("*") if is_yaml(path.name) and path.is_file())
+
+
+def is_yaml(name: str) -> bool:
+    return name.lower().endswith((".yaml", ".yml"))
+
+
+def folder_name(name: str) -> str:
+    """A plain name for the run folder of a recipe or experiment whose file may be called anything."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("._-") or "run"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -74,7 +90,10 @@ def _read_overrides(arguments: Sequence[str], faults: list[Fault]) -> tuple[list
     wanted = DEFAULT_RECIPE
     for argument in arguments:
         key, equals, text = argument.partition("=")
-        if not equals or not key:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            problem = f"is not text in this terminal's encoding ({sys.getfilesystemencoding()})"
+            faults.append(Fault(COMMAND_LINE, ascii(argument), problem, "set LC_ALL=C.UTF-8, and use UTF-8"))
+        elif not equals or not key:
             faults.append(
                 Fault(COMMAND_LINE, argument, "expected key.path=value", "for example recipe=ddp_qlora lora.r=8")
             )
@@ -123,17 +142,24 @@ def _read_files(
 def _find(wanted: str, folder: Path, relative_to: Path, faults: list[Fault], where: str = COMMAND_LINE) -> Path | None:
     """The path of the recipe `wanted`; None, after appending a fault, if it does not exist."""
     key = "recipe" if where == COMMAND_LINE else "extends"
-    if "/" in wanted or wanted.endswith((".yaml", ".yml")):
+    if "/" in wanted or is_yaml(wanted):
         path = relative_to / Path(wanted).expanduser()
         if path.is_file():
             return path
-        faults.append(Fault(where, key, f"there is no file {wanted}"))
+        problem = f"{wanted} is a folder, not a recipe" if path.is_dir() else f"there is no file {wanted}"
+        faults.append(Fault(where, key, problem))
         return None
     known = list_recipes(folder)
     if key == "extends" and known.get(wanted) == Path(where):  # it extends the shipped recipe of its own name
         known = list_recipes(packaged("recipes").parent)
     if wanted in known:
-        return known[wanted]
+        path = known[wanted]
+        twins = [other.name for other in yaml_files(path.parent) if other.stem == wanted]
+        if len(twins) > 1:
+            faults.append(
+                Fault(where, key, f"{' and '.join(twins)} in {path.parent} have the same name", "name a path")
+            )
+        return path
     hint = nearest(wanted, known) or f"known recipes: {', '.join(known)}"
     faults.append(Fault(where, key, f"there is no recipe {wanted!r}", hint))
     return None

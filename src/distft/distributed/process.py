@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -33,7 +34,8 @@ from distft.distributed.supervisor import (
     repeats,
 )
 from distft.distributed.world import World
-from distft.errors import DistftError, Interrupted, UserError, WorkerError
+from distft.errors import DistftError, Interrupted, StorageError, UserError, WorkerError
+from distft.paths import NO_HOME
 
 OTHERS_S = 10.0
 """How long a rank that has found a mistake waits for the others to find it."""
@@ -69,9 +71,11 @@ def guarded(work: Callable[[], None], *, of_launcher: bool = False) -> int:
         failure = error
         if os.environ.get(DEBUG):
             traceback.print_exc()
-    except Exception as error:  # unexpected, so the traceback is what helps
-        traceback.print_exc()
-        failure = _unexpected(error, world)
+    except Exception as error:
+        found = _mistake(error)
+        if found is None or os.environ.get(DEBUG):
+            traceback.print_exc()  # which is what helps if it is unexpected
+        failure = found or _unexpected(error, world)
     if isinstance(failure, Interrupted) and read_note(GIVEN_UP) is not None:
         return 0  # the launcher ends this process because of another one, which has said why
     leave_error(failure)
@@ -83,6 +87,16 @@ def guarded(work: Callable[[], None], *, of_launcher: bool = False) -> int:
         surprising = surprising or not _others_end(world)
     # The launcher ends ranks that wait for this one if it fails. It then starts all again, which end by the note.
     return exit_code(failure.exit_code, restart=failure.restart or surprising)
+
+
+def _mistake(error: Exception) -> UserError | None:
+    """What the user can do about an exception that may come from anywhere: a folder without permission, or no home."""
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+        cache = "set HF_HOME, DISTFT_CACHE or HOME" if ".cache" in str(error.filename) else "choose another place"
+        return StorageError(f"{error.filename}: {error.strerror}; change its permissions, or {cache}")
+    if isinstance(error, RuntimeError) and "determine home directory" in str(error):  # of pathlib, for `~`
+        return StorageError(NO_HOME)
+    return None
 
 
 def _others_end(world: World) -> bool:

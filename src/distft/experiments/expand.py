@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distft.config.files import folder_name
 from distft.config.recipe import Recipe, load_recipe
 from distft.config.validation import COMMAND_LINE
 from distft.config.yaml import first_comment
@@ -90,7 +91,7 @@ def load_experiment(
     found = {(fault.where, fault.key, fault.problem): fault for fault in faults}
     runs = []
     for repeat, variant in itertools.product(range(1, content.repeats + 1), variants):
-        name = f"{path.stem}-{variant.name}" + (f"-r{repeat}" if repeat > 1 else "")
+        name = f"{folder_name(path.stem)}-{variant.name}" + (f"-r{repeat}" if repeat > 1 else "")
         missed: list[Fault] = []
         budget = budget_settings(content.budget, variant, given, path, folder, missed)
         words = run_arguments(variant, (*variant.settings, *budget), given, name, path.stem)
@@ -106,7 +107,9 @@ def load_experiment(
     if faults:
         raise ExperimentError([of_command_line(fault, path) for fault in faults] if recipes else faults)
     description = "recipes as they are" if recipes else first_comment(path.read_text(encoding="utf-8"))
-    return Experiment(path.stem, tuple(runs), tuple(content.equal), description, path, content.loss_tolerance)
+    return Experiment(
+        folder_name(path.stem), tuple(runs), tuple(content.equal), description, path, content.loss_tolerance
+    )
 
 
 def _read_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, str], list[Fault]]:

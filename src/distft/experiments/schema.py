@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError
 
-from distft.config.files import read_yaml
+from distft.config.files import is_yaml, read_yaml, yaml_files
 from distft.config.schema import Section
 from distft.config.validation import COMMAND_LINE, SECTIONS, Source, faults_of, nearest
 from distft.errors import ExperimentError, Fault, RecipeError
@@ -59,7 +59,7 @@ def list_experiments(folder: Path) -> dict[str, Path]:
     """Every experiment by name. Those in `folder`/recipes/experiments hide shipped ones of the same name."""
     found: dict[str, Path] = {}
     for place in (folder / "recipes" / "experiments", packaged("recipes/experiments")):
-        for path in sorted(place.glob("*.yaml")):
+        for path in yaml_files(place):
             found.setdefault(path.stem, path)
     return found
 
@@ -73,7 +73,7 @@ def find_experiment(wanted: str, folder: Path) -> Path:
     known = list_experiments(folder)
     if wanted in known:
         return known[wanted]
-    is_path = "/" in wanted or wanted.endswith((".yaml", ".yml"))
+    is_path = "/" in wanted or is_yaml(wanted)
     if is_path and (path := folder / Path(wanted).expanduser()).is_file():
         return path
     problem = (
