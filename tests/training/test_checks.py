@@ -74,6 +74,8 @@ def found(*words: str, **options: Any) -> dict[str, str]:
         (["tf32=true"], "tf32", "tf32 requires Ampere or a newer GPU arch"),
         (["dataloader_prefetch_factor=2"], "dataloader_prefetch_factor", "dataloader_num_workers > 0"),
         (["save_strategy=best", "metric_for_best_model=loss"], "save_strategy", "the adapter of the last step"),
+        (["ignore_data_skip=true"], "ignore_data_skip", "on samples that it has seen"),
+        (["enable_jit_checkpoint=true"], "enable_jit_checkpoint", "as if it had finished"),
         (["metric_for_best_model=accuracy"], "metric_for_best_model", "has no 'accuracy' (it has 'loss')"),
         (["loss_type=dtf"], "loss_type", "expected 'nll' or 'dft', got 'dtf'"),
         (["torch_compile_backend=inducter"], "torch_compile_backend", "did you mean inductor?"),

@@ -93,6 +93,12 @@ def _refused(recipe: Recipe) -> Iterator[Fault]:
     if training.get("save_strategy") == "best":
         problem = "is not available: the result is the adapter of the last step, and resuming takes the newest one"
         yield fault("save_strategy", f"'best' {problem}", "use 'steps' or 'epoch'")
+    if training.get("ignore_data_skip"):
+        problem = "would train a resumed run on samples that it has seen, and leave out others"
+        yield fault("ignore_data_skip", problem, "leave it out: distft skips what was trained without reading it")
+    if training.get("enable_jit_checkpoint"):
+        problem = "would end a run that was stopped by a signal as if it had finished"
+        yield fault("enable_jit_checkpoint", problem, "leave it out: distft saves and stops on a signal by itself")
     if (metric := training.get("metric_for_best_model")) not in _METRICS:
         yield fault("metric_for_best_model", f"an evaluation during training has no {metric!r}", "it has 'loss'")
     if training.get("optim_target_modules") and not optimizer.startswith(_NEEDS_MODEL):
