@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,10 @@ def test_a_key_that_distft_owns_names_what_to_set_instead(key: str, instead: str
         ("strategy=dpp", "expected 'single', 'ddp', 'fsdp', 'zero2' or 'zero3', got 'dpp' (str)"),
         ("batching.global_batch_size=0", "expected greater than or equal to 1, got 0 (int)"),
         ("data.test_fraction=1.0", "expected less than 1, got 1.0 (float)"),
-        ("run.name=2025", "expected a valid string, got 2025 (int)"),
+        ("run.name=2025", "expected a valid string, got 2025 (int) (in quotes it is text: '\"2025\"')"),
+        ("model.revision=7e10", "expected a valid string, got 70000000000.0 (float) (in quotes it is text: '\"…\"')"),
+        ("data.format.text=0", "expected a valid string, got 0 (int) (in quotes it is text: '\"0\"')"),
+        ("tracking.report_to=none", "expected a valid list, got 'none' (str) (in brackets it is a list: [none])"),
         ("lora=5", "expected a valid dictionary, got 5 (int)"),
     ],
 )
@@ -104,6 +108,12 @@ def test_a_wrong_value_says_what_was_expected_and_nothing_else(override: str, ex
     with pytest.raises(RecipeError) as caught:
         load(override)
     assert [str(fault) for fault in caught.value.faults] == [f"command line: {key}: {expected}"]
+
+
+def test_the_quotes_that_a_fault_suggests_make_text_of_a_number() -> None:
+    fault = faults("tracking.group=2025")["tracking.group"]
+    (word,) = shlex.split(f"tracking.group={fault.hint.split(': ')[1]}")
+    assert load(word).tracking.group == "2025"
 
 
 def test_what_is_required_and_not_set_is_a_fault_of_the_file(tmp_path: Path) -> None:

@@ -147,6 +147,9 @@ def test_cells_with_line_breaks_and_long_cells_are_read(tmp_path: Path) -> None:
         ("rows.json", '[{"q": 1},\n {"q"}]', r"JSON parse error in line 2, column 6"),
         ("rows.json", "[1]", "element 1 is not an object"),
         ("rows.jsonl", '{"q": "caf\xe9"}\n', r"not UTF-8 text: byte 0xe9 after '{\"q\": \"caf'\n.*iconv -f LATIN1"),
+        ("rows.jsonl", "\xff\xfe{\x00", r"not UTF-8 text: byte 0xff.*\n.*iconv -f UTF-16 -t UTF-8"),
+        ("rows.jsonl", '{\n "q": "x"\n}\n', "line 1, column 2: .*; the line ends too early, and each must be a whole"),
+        ("rows.jsonl", '{"q": "x"}\n{"q": "y', "line 2, column 7: Unterminated string.*; the line ends too early"),
     ],
 )
 def test_a_malformed_file_is_refused_by_line(tmp_path: Path, name: str, content: str, problem: str) -> None:

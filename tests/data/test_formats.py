@@ -75,6 +75,32 @@ def test_a_column_that_does_not_hold_text_is_an_error(prepare: Prepare, tmp_path
         prepare(f"data.name={file}", QA, *ALL)
 
 
+@pytest.mark.parametrize(
+    ("value", "remedy"),
+    [
+        ([{"role": "user", "content": "Why?"}], "render such messages into a column of prompts"),
+        ([{"from": "human", "value": "Why?"}], "render such messages into a column of prompts"),
+        (["Why?", "So."], "give each row one text"),
+        (4.5, "write it in quotes, as it should be trained"),
+    ],
+)
+def test_what_is_not_text_comes_with_a_remedy_of_its_kind(
+    prepare: Prepare, tmp_path: Path, value: Any, remedy: str
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": value}])
+    with pytest.raises(DataError, match=rf"expected text\n  found .*; {remedy}"):
+        prepare(f"data.name={file}", "data.format.text=text", *ALL)
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_a_csv_file_with_another_separator_is_said_to_have_it(prepare: Prepare, tmp_path: Path, separator: str) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f"q{separator}a\nWhy?{separator}So.\n", encoding="utf-8")
+    with pytest.raises(DataError, match="its cells seem to be separated by") as caught:
+        prepare(f"data.name={file}", QA, *ALL)
+    assert repr(separator) in str(caught.value) and "COLUMN" not in str(caught.value)
+
+
 @pytest.mark.parametrize("label", [2, -1, "pos", None])
 def test_a_label_that_is_not_a_class_number_is_an_error(prepare: Prepare, tmp_path: Path, label: Any) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "Good.", "label": label}])

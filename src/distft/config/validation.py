@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,7 +115,17 @@ def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) ->
     expected = error["msg"].removeprefix("Input should be ")
     value = error["input"]
     got = "null" if value is None else f"{_shown(value)} ({type(value).__name__})"
-    return Fault(where, key, f"expected {expected}, got {got}")
+    return Fault(where, key, f"expected {expected}, got {got}", _spelling(str(error["type"]), value, where))
+
+
+def _spelling(problem: str, value: Any, where: str) -> str:
+    """How to write in YAML what was probably meant: text that looks like a number, or a list of one text."""
+    if problem == "string_type" and isinstance(value, int | float):
+        text = json.dumps(value) if isinstance(value, int) else "…"  # 7e10 is not known as it was written
+        return "in quotes it is text: " + (f"""'"{text}"'""" if where == COMMAND_LINE else f'"{text}"')
+    if problem == "list_type" and isinstance(value, str):
+        return f"in brackets it is a list: [{_shown(value)[1:-1]}]"
+    return ""
 
 
 def _shown(value: Any) -> str:

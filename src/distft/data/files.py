@@ -6,6 +6,7 @@ lazily, so that a file of any size takes little memory (except for a `.json` fil
 
 from __future__ import annotations
 
+import codecs
 import csv
 import errno
 import gzip
@@ -184,9 +185,10 @@ def _reading(path: Path) -> Iterator[str]:
         yield kind
     except UnicodeDecodeError as error:
         before = error.object[max(0, error.start - 20) : error.start].decode("utf-8", "replace")
+        marked = error.start == 0 and error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         raise DataError(
             f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} after {before!r}\n"
-            "  convert it, for example: iconv -f LATIN1 -t UTF-8"
+            f"  convert it{'' if marked else ', for example'}: iconv -f {'UTF-16' if marked else 'LATIN1'} -t UTF-8"
         ) from error
     except (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error, pa.ArrowException) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -212,7 +214,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 yield _row({"text": row} if isinstance(row, str) else row, f"element {position}")
         elif line:
             for at, text in itertools.chain([(number, line)], lines):
-                yield _row(_parsed(text.rstrip(), at), f"line {at}")
+                yield _row(_parsed(text.rstrip(), at, whole=False), f"line {at}")
 
 
 def _is_object(text: str) -> bool:
@@ -222,13 +224,15 @@ def _is_object(text: str) -> bool:
         return False
 
 
-def _parsed(text: str, line: int) -> Any:
-    """`text`, which starts in this line, as JSON."""
+def _parsed(text: str, line: int, *, whole: bool = True) -> Any:
+    """`text`, which starts in this line, as JSON: the `whole` of what follows, or this line alone."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {line + error.lineno - 1}, column {error.colno}"
-        raise ValueError(f"JSON parse error in {where}: {error.msg}") from None
+        ends = not whole and (error.pos >= len(text) or error.msg.startswith("Unterminated"))
+        hint = "; the line ends too early, and each must be a whole object" if ends else ""
+        raise ValueError(f"JSON parse error in {where}: {error.msg}{hint}") from None
 
 
 def _row(value: Any, where: str) -> Row:

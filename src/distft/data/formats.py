@@ -72,10 +72,14 @@ def check_columns(rows: Rows, data: Data) -> None:
             continue  # an empty file beside others
         missing = {field: column for field, column in named.items() if column not in columns}
         if missing:
-            overrides = " ".join(f"data.format.{field}=COLUMN" for field in missing)
+            hint = f"name yours: {' '.join(f'data.format.{field}=COLUMN' for field in missing)}"
+            if len(columns) == 1 and (other := re.search(r"[;\t|]", columns[0])):
+                hint = (
+                    f"its cells seem to be separated by {other[0]!r}; write commas in a .csv file, tabs in a .tsv file"
+                )
             raise DataError(
                 f"the data ({part.name}) has no column {', '.join(missing.values())}; it has {', '.join(columns)}\n"
-                f"  name yours: {overrides}"
+                f"  {hint}"
             )
         _check_preferences(part.name, named.values(), columns)
 
@@ -198,10 +202,23 @@ def _text(row: Mapping[str, Any], column: str | None) -> str:
     if not isinstance(value, str):
         raise DataError(
             f"column {column!r} contains {type(value).__name__} values; expected text\n"
-            f"  found {reprlib.repr(value)}; write it in quotes, as it should be trained"
+            f"  found {reprlib.repr(value)}; {_as_text(value)}"
         )
     try:
         value.encode()
     except UnicodeEncodeError:
         raise DataError(f"column {column!r} contains half of a surrogate pair, which is not a character") from None
     return value
+
+
+def _as_text(value: Any) -> str:
+    """How to turn `value` into text to train on."""
+    if not isinstance(value, list | dict):
+        return "write it in quotes, as it should be trained"
+    first = value[0] if isinstance(value, list) and value else value
+    if isinstance(first, dict) and first.keys() & {"role", "from"}:
+        return (
+            "render such messages into a column of prompts and a column of completions, for example with the "
+            "tokenizer's apply_chat_template, and name them: data.format.prompt, data.format.completion"
+        )
+    return "give each row one text"
