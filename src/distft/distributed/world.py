@@ -78,7 +78,7 @@ class World:
             nodes = environment.get("SLURM_STEP_NODELIST")
             if nodes:
                 command = ["scontrol", "show", "hostnames", nodes]
-                hosts = subprocess.run(command, capture_output=True, text=True, check=True)
+                hosts = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
                 environment["MASTER_ADDR"] = hosts.stdout.split()[0]
             else:
                 environment["MASTER_ADDR"] = environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")

@@ -380,4 +380,4 @@ def _slurm() -> Slurm | None:
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=_SCHEDULER_LIMIT_S)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=_SCHEDULER_LIMIT_S)

@@ -46,7 +46,9 @@ class Jobs:
             raise LaunchError(NO_SBATCH)
         file = self.path / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}.sbatch"
         write_atomically(file, text)
-        done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(file)], capture_output=True, encoding="utf-8", errors="replace"
+        )
         if done.returncode != 0:
             raise LaunchError(f"SLURM rejected the job: {done.stderr.strip()}\n  the script: {file}")
         number = done.stdout.strip().partition(";")[0]
@@ -108,7 +110,7 @@ def states(jobs: Sequence[str]) -> dict[str, str]:
         if shutil.which(command[0]) is None:
             continue
         try:
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+            answer = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=LIMIT_S)
         except subprocess.TimeoutExpired as error:
             raise LaunchError(f"SLURM did not answer within {LIMIT_S} s ({command[0]})") from error
         for line in answer.stdout.splitlines() if answer.returncode == 0 else []:

@@ -178,7 +178,9 @@ def _catches(pid: int, signum: int) -> bool:
     A worker that is still importing has none and would die. It looks for the file `stop` once it has installed one.
     """
     with contextlib.suppress(OSError):
-        caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        caught = re.search(
+            r"^SigCgt:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(errors="replace"), re.MULTILINE
+        )
         return caught is not None and bool(int(caught[1], 16) >> (signum - 1) & 1)
     return False
 

@@ -29,7 +29,7 @@ def is_queued(job: str) -> bool:
         return False
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+        answer = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
         return True  # better to leave its run alone than to take it over
     return answer.returncode == 0 and bool(answer.stdout.strip())

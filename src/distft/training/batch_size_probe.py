@@ -67,7 +67,7 @@ def probe(recipe: Path, world: World, environment: Mapping[str, str]) -> Probe:
     port = broadcast(free_port(), world)
     with tempfile.TemporaryDirectory(prefix="distft-probe-") as name:
         results = Path(name) / "results.jsonl"
-        with (Path(name) / "log").open("w+") as log:
+        with (Path(name) / "log").open("w+", encoding="utf-8", errors="replace") as log:
             command = [sys.executable, "-m", "distft.training.batch_size_worker", str(results), f"recipe={recipe}"]
             code = _run(command, _environment(environment, port), log, world, f"distft/probe/{port}")
             log.seek(0)
