@@ -116,7 +116,7 @@ def test_a_target_that_is_excluded_is_a_fault() -> None:
         "lora.target_parameters=[up_proj.weight]",
         "lora.trainable_token_indices=[0, 2047]",
         "lora.use_dora=true",
-        "lora.init_lora_weights=pissa_niter_4",
+        "lora.init_lora_weights=pissa",
     ],
 )
 def test_what_peft_can_do_is_no_fault(override: str) -> None:
@@ -131,6 +131,25 @@ def test_what_needs_weights_that_a_quantised_base_lacks_is_a_fault() -> None:
     assert "llm_int8_skip_modules=[q_proj]" in faults["lora.modules_to_save"].hint
     assert "pissa_niter_4 rewrites the base" in faults["lora.init_lora_weights"].problem
     assert found(*four, "lora.modules_to_save=[lm_head]") == ({}, [])
+
+
+def test_initialisations_that_rewrite_the_base_need_whole_weights_and_to_be_repeatable() -> None:
+    faults, _ = found("lora.init_lora_weights=pissa_niter_4")
+    assert faults["lora.init_lora_weights"].hint == "use pissa, which decomposes them exactly"
+    faults, _ = found("lora.init_lora_weights=olora", "strategy=fsdp")
+    assert "which fsdp splits among the processes" in faults["lora.init_lora_weights"].problem
+
+
+def test_tied_embeddings_that_fsdp_would_tie_again_are_a_fault(tmp_path: Path, tokenizer: Any) -> None:
+    shape = {"vocab_size": 2048, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(intermediate_size=16, tie_word_embeddings=True, **shape)
+    name = f"model.name={folder_of(config, tmp_path, tokenizer)}"
+    fsdp = [name, "strategy=fsdp", "training.max_length=64"]
+    assert found(*fsdp) == ({}, [])
+    for key, value in (("modules_to_save", "[lm_head]"), ("target_modules", "[embed_tokens]")):
+        faults, _ = found(*fsdp, f"lora.{key}={value}")
+        assert "ties the output head" in faults[f"lora.{key}"].problem
+        assert found(*fsdp, "strategy=ddp", f"lora.{key}={value}") == ({}, [])
 
 
 @pytest.mark.parametrize("value", ["eva", "corda", "loftq", "mica"])

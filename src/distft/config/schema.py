@@ -106,6 +106,9 @@ class Model(Section):
     """Branch, tag or commit on the hub; null for the default branch."""
     tokenizer: ModelName | None = None
     """Hub ID or folder of a different tokenizer; null for the model's own."""
+    resize_embeddings: bool = False
+    """Add a row to the embeddings for each entry of the tokenizer that the model lacks. A new row starts as the mean of
+    the others, and is trained and saved with the adapter."""
     dtype: DType = "bfloat16"
     """Data type of the base weights that are not quantised."""
     attn_implementation: Literal[

@@ -10,31 +10,22 @@ from transformers import set_seed
 
 from distft.config.recipe import Recipe
 from distft.distributed.strategies import Strategy
-from distft.errors import ModelError
+from distft.models.embeddings import train_new_rows
 from distft.models.fused_lora import fuse
 
 
-def add_adapter(base: Any, recipe: Recipe, strategy: Strategy) -> Any:
+def add_adapter(base: Any, recipe: Recipe, strategy: Strategy, *, known_rows: int) -> Any:
     """`base` with the recipe's LoRA adapter, fused unless the recipe or the strategy rules that out.
 
-    Raises:
-        ModelError: the base has none of the modules that `lora.target_modules` names.
+    Rows of the embeddings from `known_rows` on are new, and are trained with the adapter.
     """
     assert recipe.lora is not None
     set_seed(recipe.run.seed)  # loading the base may have drawn random numbers on some ranks and not on others
-    config = LoraConfig(task_type="CAUSAL_LM", **recipe.lora)
-    try:
-        model = get_peft_model(base, config, autocast_adapter_dtype=not strategy.keeps_adapter_in_base_dtype(recipe))
-    except ValueError as error:
-        if "target modules" not in str(error).lower():
-            raise
-        linears = {
-            name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)
-        }
-        raise ModelError(
-            f"{recipe.model.name} has no module that lora.target_modules={recipe.lora.get('target_modules')} matches; "
-            f"use any of {', '.join(sorted(linears))}, or all-linear"
-        ) from error
+    config = LoraConfig(task_type="CAUSAL_LM", **train_new_rows(recipe.lora, base, known_rows))
+    model = get_peft_model(base, config, autocast_adapter_dtype=not strategy.keeps_adapter_in_base_dtype(recipe))
+    head = model.get_output_embeddings()
+    if head is not None and not hasattr(head, "bias"):
+        head.bias = None  # PEFT's wrapper for single rows has none, and TRL's fused head reads it
     if recipe.model.kernels == "auto" and not strategy.gathers_in_submodules:
         fuse(model)
     return model

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from distft.config.recipe import Recipe
 from distft.config.validation import nearest
+from distft.distributed.strategies.selection import STRATEGIES
 from distft.errors import Fault, ModelError
+from distft.models.embeddings import train_new_rows, vocabulary_size
 from distft.models.loading import load_tokenizer
 from distft.models.locations import local_folder, location_problem
 from distft.models.lora_checks import lora_faults
@@ -59,21 +61,39 @@ def model_faults(recipe: Recipe, *, local_only: bool = True) -> ModelFindings:
             skipped.append(f"the tokenizer of {section.tokenizer or section.name}, which is not in the cache")
         else:
             faults.append(_fault(recipe, "tokenizer" if section.tokenizer else "name", str(error)))
+    lora, known = recipe, skeleton.embedding_rows
     if tokenizer is not None:
         faults += tokenizer_faults(recipe, skeleton, tokenizer)
+        lora = _with_new_rows(recipe, skeleton, tokenizer)
+        kind = STRATEGIES[recipe.strategy]
+        if skeleton.embedding_rows > known and kind.gathers_in_submodules:
+            problem = f"rows cannot be added to an embedding that {kind.title} has split among the processes"
+            faults.append(_fault(recipe, "resize_embeddings", problem, "strategy=ddp, zero2 or fsdp"))
     found, notes = position_findings(recipe, skeleton)
-    faults += [
-        *found,
-        *skip_faults(recipe, skeleton),
-        *lora_faults(recipe, skeleton),
-    ]  # this puts the adapter on the skeleton
+    faults += [*found, *skip_faults(recipe, skeleton)]
+    faults += lora_faults(lora, skeleton)  # this puts the adapter on the skeleton
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in skeleton.model.parameters()]
     trainable = sum(size for size, trained in sizes if trained)
     return ModelFindings(faults, notes, skipped, trainable, sum(size for size, _ in sizes))
 
 
+def _with_new_rows(recipe: Recipe, skeleton: Skeleton, tokenizer: Any) -> Recipe:
+    """The recipe, and the skeleton, as they will be with the rows of `model.resize_embeddings`."""
+    known = skeleton.embedding_rows
+    if not recipe.model.resize_embeddings or (rows := vocabulary_size(tokenizer)) <= known:
+        return recipe
+    skeleton.model.resize_token_embeddings(rows, mean_resizing=False)
+    if recipe.lora is None:
+        return recipe
+    changed = recipe.model_copy(update={"lora": train_new_rows(recipe.lora, skeleton.model, known)})
+    changed._source = recipe.source
+    return changed
+
+
 def tokenizer_faults(recipe: Recipe, skeleton: Skeleton, tokenizer: Any) -> list[Fault]:
-    """Entries of the tokenizer for which the model has no embedding."""
+    """Entries of the tokenizer for which the model has no embedding, and will get none."""
+    if recipe.model.resize_embeddings:
+        return []
     rows = skeleton.embedding_rows
     placeholders = {getattr(tokenizer, f"{name}_token", None) for name in _MULTIMODAL}
     beyond = sorted(
@@ -88,7 +108,9 @@ def tokenizer_faults(recipe: Recipe, skeleton: Skeleton, tokenizer: Any) -> list
     problem = (
         f"the tokenizer has {count(len(beyond), 'token')} beyond the {rows:,} rows of the model's embedding: {names}"
     )
-    return [_fault(recipe, key, problem, "use the model's own tokenizer")]
+    return [
+        _fault(recipe, key, problem, "use the model's own tokenizer, or add the rows: model.resize_embeddings=true")
+    ]
 
 
 def skip_faults(recipe: Recipe, skeleton: Skeleton) -> list[Fault]:

@@ -15,6 +15,7 @@ from distft.errors import ModelError
 from distft.kernels.liger import use_liger_kernels
 from distft.models import attention
 from distft.models.adapter import add_adapter
+from distft.models.embeddings import add_rows, vocabulary_size
 from distft.models.locations import local_folder, location_problem
 from distft.models.tiny import tiny_model
 
@@ -98,13 +99,16 @@ def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
     base.config.use_cache = False
     if recipe.model.kernels == "auto" and strategy.on_gpu:
         use_liger_kernels(base)
-    return base if recipe.lora is None else add_adapter(base, recipe, strategy)
+    if recipe.lora is None:
+        return base
+    return add_adapter(base, recipe, strategy, known_rows=config.get_text_config().vocab_size)
 
 
 def load_base(
     recipe: Recipe, *, device_map: dict[str, int] | None = None, attn_implementation: str | None = None
 ) -> Any:
-    """Load the base model without an adapter, quantised (and dequantised again) as the recipe asks.
+    """Load the base model without an adapter, quantised (and dequantised again) and with the rows of its embeddings as
+    the recipe asks.
 
     Raises:
         ModelError: the model is gated or not available.
@@ -125,6 +129,8 @@ def load_base(
     if recipe.quantization is not None and recipe.quantization.dequantize_at_load:
         base = base.dequantize(dtype=getattr(torch, recipe.model.dtype))
         base.is_loaded_in_4bit = False
+    if recipe.model.resize_embeddings:
+        add_rows(base, vocabulary_size(load_tokenizer(recipe)))
     for module in base.modules():
         upstream_api.disable_avx512_repacking(module)
     return base

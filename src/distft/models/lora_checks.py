@@ -13,10 +13,12 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from distft.config.recipe import Recipe
 from distft.config.validation import nearest
+from distft.distributed.strategies.selection import STRATEGIES
 from distft.errors import Fault
 from distft.models.skeleton import Skeleton
 from distft.text import shorten
@@ -153,8 +155,6 @@ class _Names:
             if outside := [row for row in rows if not 0 <= row < size]:
                 problem = f"there is no row {shorten(map(str, outside), 5)}"
                 yield _fault(self.recipe, key, problem, f"{name or 'the embedding'} has rows 0 to {size - 1:,}")
-            if getattr(module, "bias", None) is not None:
-                yield _fault(self.recipe, key, f"PEFT would drop the bias of {name}", "train it whole: modules_to_save")
 
 
 def _adapted_faults(recipe: Recipe, model: PeftModel) -> Iterator[Fault]:
@@ -183,19 +183,15 @@ def _adapted_faults(recipe: Recipe, model: PeftModel) -> Iterator[Fault]:
     if lora.get("init_lora_weights") == "orthogonal" and any(isinstance(rank, int) and rank % 2 for rank in ranks):
         yield _fault(recipe, "init_lora_weights", "orthogonal needs even ranks", "set lora.r to an even number")
     yield from _quantized_faults(recipe, model)
+    yield from _initialisation_faults(recipe)
+    yield from _embedding_faults(recipe, model)
 
 
 def _quantized_faults(recipe: Recipe, model: PeftModel) -> Iterator[Fault]:
-    """What needs the weights that 4-bit and 8-bit modules no longer have."""
+    """Modules that need the weights that 4-bit and 8-bit modules no longer have."""
     lora, section = recipe.lora or {}, recipe.quantization
     if section is None or recipe.bits == 16:
         return
-    init = lora.get("init_lora_weights", True)
-    if isinstance(init, str) and (init.startswith("pissa") or init == "olora"):
-        hint = "use true, gaussian or orthogonal, or quantization.dequantize_at_load=true"
-        yield _fault(
-            recipe, "init_lora_weights", f"{init} rewrites the base, whose weights have {recipe.bits} bits", hint
-        )
     base = model.get_base_model()
     head = base.get_output_embeddings()
     whole = {*head.modules(), *(part for name in section.llm_int8_skip_modules or [] for part in _inside(base, name))}
@@ -206,6 +202,44 @@ def _quantized_faults(recipe: Recipe, model: PeftModel) -> Iterator[Fault]:
                 problem = f"{entry} has weights of {recipe.bits} bits, which cannot be trained"
                 hint = f"quantization.llm_int8_skip_modules=[{module}] keeps it in {recipe.model.dtype}"
                 yield _fault(recipe, key, problem, hint)
+
+
+def _initialisation_faults(recipe: Recipe) -> Iterator[Fault]:
+    """PiSSA and OLoRA take the adapter out of the weights of the base, and do so again wherever it is loaded."""
+    init, key = (recipe.lora or {}).get("init_lora_weights"), "init_lora_weights"
+    if not isinstance(init, str) or not (init.startswith("pissa") or init == "olora"):
+        return
+    if init.startswith("pissa_niter"):
+        problem = f"{init} decomposes weights at random, which could not be repeated when the adapter is loaded"
+        yield _fault(recipe, key, problem, "use pissa, which decomposes them exactly")
+    if recipe.bits < 16:
+        hint = "use true, gaussian or orthogonal, or quantization.dequantize_at_load=true"
+        yield _fault(recipe, key, f"{init} rewrites the base, whose weights have {recipe.bits} bits", hint)
+    if "weights" in STRATEGIES[recipe.strategy].shards:
+        problem = f"{init} decomposes whole weights of the base, which {recipe.strategy} splits among the processes"
+        yield _fault(recipe, key, problem, "use true, gaussian or orthogonal, or strategy=ddp")
+
+
+def _embedding_faults(recipe: Recipe, model: PeftModel) -> Iterator[Fault]:
+    """Trained embeddings and heads that would not be trained as the recipe says."""
+    lora, kind = recipe.lora or {}, STRATEGIES[recipe.strategy]
+    base = model.get_base_model()
+    modules = [base.get_input_embeddings(), base.get_output_embeddings()]
+    changed = [module for module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    tokens = [module for module in changed if hasattr(module, "token_adapter")]
+    key = next((key for key in ("trainable_token_indices", "modules_to_save") if lora.get(key)), "target_modules")
+    if changed and kind.ties_weights_again and getattr(base.config, "tie_word_embeddings", False):
+        problem = f"{kind.title} ties the output head of {recipe.model.name} to its embedding, and cannot train either"
+        yield _fault(recipe, key, problem, "strategy=ddp or zero2, or leave both out of the adapter")
+    if tokens and "weights" in kind.shards:
+        new = recipe.model.resize_embeddings
+        where, what = ("model.resize_embeddings", "new rows") if new else (f"lora.{key}", "single rows")
+        problem = f"{what} of an embedding cannot be trained by themselves under {kind.title}"
+        hint = "strategy=ddp or zero2, or train the modules whole: lora.modules_to_save=[embed_tokens, lm_head]"
+        yield Fault(recipe.source.of(where), where, problem, hint)
+    if any(getattr(module.original_module, "bias", None) is not None for module in tokens):
+        problem = f"PEFT would drop the bias of the output head of {recipe.model.name}"
+        yield _fault(recipe, key, problem, "train it whole: lora.modules_to_save")
 
 
 def _inside(model: nn.Module, end: str) -> list[nn.Module]:

@@ -55,9 +55,9 @@ def _write(model: Any, gathered: Mapping[str, torch.Tensor], recipe: Recipe, tar
             f"training has finished, but its result cannot be saved: {why}; {free_space(target.parent, needed)}. "
             "Free some space and run the same command again: it resumes from the last checkpoint"
         ) from error
-    trained = len(_under_all_names(model, gathered))
-    if len(expected) != trained:
-        raise InvariantError(f"{trained} tensors were trained, but only {len(expected)} would be saved")
+    saved = len({tensor.data_ptr() for tensor in expected.values()})  # one may be saved under several names
+    if saved != len(gathered):
+        raise InvariantError(f"{len(gathered)} tensors were trained, but only {saved} would be saved")
     compare(expected, read_tensors(target))
 
 

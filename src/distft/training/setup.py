@@ -27,9 +27,11 @@ from distft.distributed.tensors import whole_numel
 from distft.distributed.world import World
 from distft.errors import RecipeError
 from distft.models.activation_checkpointing import set_up_checkpointing
+from distft.models.checks import position_findings
 from distft.models.digest import digest
 from distft.models.loading import load_model, load_tokenizer, model_path
 from distft.models.parameters import non_embedding_parameters, recomputed_parameters
+from distft.models.skeleton import Skeleton
 from distft.runs.logs import rank_log
 from distft.runs.record import Record
 from distft.runs.trackers import trackers
@@ -151,6 +153,8 @@ def setup_model(run: OpenRun) -> PreparedModel:
     recipe, strategy, record, world = run.recipe, run.strategy, run.record, run.strategy.world
     plan = Plan(run.data.lengths, recipe.batching, recipe.run.seed)
     accumulation = together(world, lambda: plan.accumulation(world.world_size, recipe.epochs(plan.steps)))
+    for note in together(world, lambda: _position_notes(run)):
+        record.changed(note)
     arguments = training_arguments(recipe, strategy, record.folder, accumulation)
     check_schedule(run, arguments, total_steps(recipe, plan.steps))
     model = together(world, lambda: run.memory.load(lambda: load_model(recipe, strategy)))
@@ -184,6 +188,18 @@ def check_schedule(run: OpenRun, arguments: SFTConfig, steps: int) -> None:
         raise RecipeError(faults)
     for note in schedule_notes(arguments, steps):
         run.record.changed(note)
+
+
+def _position_notes(run: OpenRun) -> list[str]:
+    """What is said about samples that are longer than what the model was built for, now that their lengths are known.
+
+    Raises:
+        RecipeError: the model has no positions beyond, and would fail at the first such sample.
+    """
+    faults, notes = position_findings(run.recipe, Skeleton.of(run.recipe), longest=int(max(run.data.lengths)))
+    if faults:
+        raise RecipeError(faults)
+    return notes
 
 
 def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:

@@ -48,6 +48,8 @@ class Strategy:
     """Whether a round of gradient accumulation without a sample may be skipped."""
     gathers_in_submodules: ClassVar[bool] = False
     """Whether a parameter is gathered by a hook of the module that owns it, so that each module must be called."""
+    ties_weights_again: ClassVar[bool] = False
+    """Whether preparing the model ties the output head to the embedding once more, by names that adapters change."""
     meets_after_failed_write: ClassVar[bool] = True
     """Whether a rank that failed to write its part of a checkpoint can still reach the others' next collective."""
 

@@ -43,6 +43,7 @@ class FSDP2(Strategy):
     name = "fsdp"
     title = "FSDP2"
     shards = frozenset({"weights", "optimizer"})
+    ties_weights_again = True  # accelerate's fsdp2_prepare_model
 
     @classmethod
     def create(cls, world: World, on_gpu: bool, requested: StrategyName, environment: Mapping[str, str]) -> Self:

@@ -1,0 +1,45 @@
+"""New rows of the embeddings, for entries of a tokenizer that the base does not know (`model.resize_embeddings`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """The number of rows that the tokenizer's entries need; their numbers may have gaps."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+@torch.no_grad()
+def add_rows(model: Any, rows: int) -> None:
+    """Enlarge the embeddings of `model` to `rows`, if they have fewer. A new row is the mean of the others."""
+    before = model.get_input_embeddings().weight.shape[0]
+    if rows <= before:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            module.weight[before:] = module.weight[:before].mean(0, dtype=torch.float32).to(module.weight.dtype)
+
+
+def train_new_rows(lora: dict[str, Any], base: Any, before: int) -> dict[str, Any]:
+    """`lora`, a LoraConfig's arguments, with the rows of `base` from number `before` on among what is trained.
+
+    Modules that are trained whole need nothing else. A tied output head follows the embedding.
+    """
+    rows = base.get_input_embeddings().weight.shape[0]
+    if rows <= before:
+        return lora
+    names = {id(module): name for name, module in base.named_modules()}
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = head is None or head.weight is embedding.weight
+    indices = lora.get("trainable_token_indices") or {}
+    wanted = indices if isinstance(indices, dict) else {names[id(embedding)]: indices}
+    for module in (embedding,) if tied else (embedding, head):
+        name = names[id(module)]
+        if not any(name == whole or name.endswith(f".{whole}") for whole in lora.get("modules_to_save") or []):
+            key = next((key for key in wanted if name == key or name.endswith(f".{key}")), name)
+            wanted = wanted | {key: sorted({*wanted.get(key, []), *range(before, rows)})}
+    return lora | ({"trainable_token_indices": wanted} if wanted else {})
