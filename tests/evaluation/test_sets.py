@@ -64,6 +64,7 @@ def test_what_a_task_measures_on(tmp_path: Path) -> None:
     assert key("alpaca", "evaluation.alpaca.path=b/pairs.json") == "alpaca@pairs"
     assert key("mt_bench", "evaluation.mt_bench.questions=q.jsonl") == "mt_bench@q"
     assert key("lm_eval", "evaluation.lm_eval.tasks=[arc_easy,gsm8k]") == "lm_eval@arc_easy+gsm8k"
+    assert len(key("imdb", f"evaluation.imdb.path=/{'long/' * 9}{'name' * 60}.csv")) == len("imdb@") + 60
 
 
 def test_a_second_file_of_the_same_name_keeps_the_first_results(tmp_path: Path) -> None:

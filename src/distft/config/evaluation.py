@@ -163,7 +163,7 @@ class Evaluation(Section):
     tasks: list[TaskName] = []
     """Tasks of `distft evaluate`, which measures base and adapter; [] for perplexity. `distft compare` runs them
     after each training run."""
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)
     """Name for this set of results, which is kept next to others as `TASK@NAME`. null: results on the run's own data
     have no name, those on other data that of the data."""
     seed: int = Field(42, ge=0, lt=2**32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -21,6 +21,8 @@ from distft.data.sources import KNOWN_DATASETS, HubSplit, data_sources
 
 _HOW_ASKED = ("endpoint", "api_key_env", "concurrency", "timeout_s", "retries")
 """Settings of a judge that do not change its judgement."""
+_LONGEST = 60
+"""Characters of a name that comes from the data."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class DataOf:
         if isinstance(source, HubSplit):
             return cls(_plain(source.name.rpartition("/")[2]), json.dumps(source))
         return cls(_plain(source.name.partition(".")[0] or source.name), str(source.resolve()))
+
+    @classmethod
+    def listed(cls, names: Sequence[str], place: str) -> DataOf:
+        """Several benchmarks."""
+        return cls(_plain("+".join(names)), place)
 
     @classmethod
     def held_out(cls, recipe: Recipe) -> DataOf:
@@ -85,4 +92,5 @@ def asked(task: str, recipe: Recipe) -> str:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-") or "data"
+    """`name` as part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-")[:_LONGEST] or "data"

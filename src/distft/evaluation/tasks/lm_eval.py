@@ -43,7 +43,7 @@ class LmEvalTask(Task):
 
     def data(self, recipe: Recipe) -> DataOf:
         section = recipe.evaluation.lm_eval
-        return DataOf("+".join(section.tasks), f"{section.tasks} {section.include_path}")
+        return DataOf.listed(section.tasks, f"{section.tasks} {section.include_path}")
 
     def reads(self, recipe: Recipe) -> Mapping[str, Callable[[], object]]:
         return {"evaluation.lm_eval.tasks": lambda: load_benchmarks(recipe.evaluation.lm_eval)}
