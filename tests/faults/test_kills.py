@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import signal
@@ -102,14 +103,19 @@ def test_a_run_that_dies_too_often_ends_and_can_be_resumed(tmp_path: Path) -> No
     assert "rank 1 was killed by SIGKILL" in folder.read_summary()["cause"]
 
 
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="FlashAttention is installed here")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mistake_is_not_started_again(kind: str, tmp_path: Path) -> None:
     """Found by the workers, with the folder claimed already: neither a restart nor an empty folder comes of it."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    ended = finish(begin(tmp_path, kind, "lora.target_modules=[query]", TMPDIR=str(temporary)), tmp_path)
+    mistake = "model.attn_implementation=flash_attention_2"  # transformers finds it when it builds the model
+    ended = finish(begin(tmp_path, kind, mistake, TMPDIR=str(temporary)), tmp_path)
     assert ended.code == 2
-    assert ended.stderr.count("lora.target_modules: 'query' matches no module") == 1
+    assert (
+        ended.stderr.count("distft: transformers refuses what the recipe asks for: ImportError: FlashAttention2") == 1
+    )
+    assert "Traceback" not in ended.stderr
     assert list((tmp_path / "runs").iterdir()) == []
     assert list(temporary.glob("distft-*")) == []
 
