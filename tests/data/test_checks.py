@@ -67,6 +67,18 @@ def test_what_is_not_a_usable_path_is_a_fault(path: str) -> None:
     assert len(faults(f'data.path="{path}"')) == 1
 
 
+@pytest.mark.parametrize("name", ["a/b/c", "http://host/rows", "é/ü", " "])
+def test_what_cannot_be_on_the_hub_is_a_fault(name: str) -> None:
+    (fault,) = faults(f"data.name={name!r}", QA)
+    assert "is not a known data set (tiny, tiny_sentiment, dolly, imdb), a file or a hub id" in fault
+
+
+@pytest.mark.parametrize("key", ["data.name", "data.path", "data.test_path"])
+def test_an_empty_name_is_a_fault_and_not_the_working_folder(key: str) -> None:
+    with pytest.raises(RecipeError, match=rf"{key}: is empty"):
+        recipe_of(f"{key}=''", QA)
+
+
 def test_only_the_head_is_read(prepare: Prepare, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [*[GOOD] * 50, {"q": "Why?", "a": 4}])
     assert faults(f"data.name={file}", QA) == []

@@ -29,6 +29,10 @@ def data_faults(recipe: Recipe) -> list[Fault]:
     def fault(key: str, *texts: str) -> None:
         found.append(Fault(recipe.source.of(key), key, *texts))
 
+    for key in (key for key in ("name", "path", "test_path") if getattr(data, key) == ""):
+        fault(f"data.{key}", "is empty", "name a file or folder, or leave it out")
+    if found:
+        return found
     if data.name not in KNOWN_DATASETS and data.format is None:
         file = local_source(data)
         if file is not None and not file.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,9 @@ KNOWN_DATASETS = {
     "dolly": KnownDataset(_INSTRUCTIONS, hub="databricks/databricks-dolly-15k"),
     "imdb": KnownDataset(_REVIEWS, hub="stanfordnlp/imdb", test_split="test"),
 }
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 class HubSplit(NamedTuple):
@@ -131,7 +135,7 @@ def data_sources(data: Data) -> list[Path | HubSplit]:
     if file is not None:
         return [file, *test]
     hub = known.hub if known else data.name
-    if hub is None or (known is None and "/" not in data.name):
+    if hub is None or (known is None and not _HUB_ID.fullmatch(data.name)):
         raise DataError(
             f"data.name={data.name} is not a known data set ({', '.join(KNOWN_DATASETS)}), a file or a hub id; "
             "set data.path to a file or folder"
@@ -151,7 +155,7 @@ def source_notes(data: Data) -> list[str]:
             lines.append(
                 f"data.name={data.name} is distft's data set of that name; to read the local one, set data.path"
             )
-        elif data.name.count("/") == 1 and not data.name.startswith((".", "/", "~")) and suffix_of(path) is None:
+        elif _HUB_ID.fullmatch(data.name) and not data.name.startswith(".") and suffix_of(path) is None:
             lines.append(f"data.name={data.name} is the local folder of that name, not the data set on the hub")
     for source in data_sources(data):
         if isinstance(source, Path) and source.is_dir() and (others := left_out(source)):
