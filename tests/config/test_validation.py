@@ -253,6 +253,12 @@ def test_text_that_upstream_would_fail_on_or_ignore(key: str, wrong: str, right:
     load("recipe=tiny", f"{key}={right}")
 
 
+def test_a_very_small_bound_is_readable() -> None:
+    assert faults("recipe=tiny", "training.adam_epsilon=0")["training.adam_epsilon"].problem == (
+        "expected greater than 1e-38, got 0 (int)"
+    )
+
+
 @pytest.mark.parametrize("text", ['"a\\0b"', '"\\ud800"'])
 def test_text_that_no_file_could_hold(text: str) -> None:
     (fault,) = faults("recipe=tiny", f"tracking.project={text}").values()

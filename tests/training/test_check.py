@@ -10,7 +10,10 @@ import pytest
 
 import distft
 from distft.cli.main import main
+from distft.config.recipe import load_recipe
 from distft.errors import RecipeError
+from distft.launch.submit import Submission
+from distft.training.disk import checkpoint_bytes, disk_findings
 
 
 def faults(*words: str) -> dict[str, str]:
@@ -73,3 +76,36 @@ def test_a_run_name_that_is_not_a_folder(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("key", ["run.dir", "run.name"])
 def test_a_name_that_is_too_long_for_a_folder(key: str) -> None:
     assert "more than 255 bytes" in faults("recipe=tiny", f"{key}={'x' * 256}")[key]
+
+
+def test_submit_finds_what_check_finds(tmp_path: Path) -> None:
+    """Before the job queues, and for all runs at once; not what only a container holds."""
+    words = ["recipe=tiny", "lora.target_modules=[q_porj]", "training.lr_scheduler_type=cosine_with_min_lr"]
+    submission = Submission.of_recipe(load_recipe([*words, f"run.dir={tmp_path}"]), words)
+    with pytest.raises(RecipeError) as caught:
+        submission.check_runs()
+    assert {fault.key for fault in caught.value.faults} == {"lora.target_modules", "training.lr_scheduler_type"}
+    Submission.of_recipe(load_recipe([*words, "slurm.container=image"]), words).check_runs()
+
+
+def test_validate_finds_what_check_finds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "validate", "tiny", "lora.target_modules=[q_porj]"]) == 2
+    assert "did you mean q_proj?" in capsys.readouterr().err
+
+
+def test_checkpoints_that_do_not_fit_on_the_disk_are_a_fault(tmp_path: Path) -> None:
+    """fp32 weights and two states of AdamW take 12 bytes; two are kept, and a third is complete before one goes."""
+    recipe = load_recipe(["recipe=tiny", "run.dir=new/runs", "training.save_total_limit=2"])
+    text, none = disk_findings(recipe, 2**20, tmp_path)
+    assert text.startswith("about 12.0 MiB a checkpoint, 3 at a time; ") and none == []
+    _, (fault,) = disk_findings(recipe, 10**15, tmp_path)
+    assert fault.key == "run.dir" and "training.save_total_limit" in fault.hint
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [("training.optim=adamw_8bit", 6), ("training.optim=sgd", 4), ("training.optim=lion_32bit", 8), ("lora=null", 12)],
+)
+def test_bytes_of_a_trained_value(word: str, expected: int) -> None:
+    recipe = load_recipe(["recipe=tiny", "quantization=null", word])
+    assert checkpoint_bytes(recipe, 1) == expected

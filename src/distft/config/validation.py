@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +114,7 @@ def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) ->
         description = (field.description or "") if field is not None else ""
         return Fault(where, key, f"{_shown(error['input'])} has the wrong format", " ".join(description.split()))
     expected = error["msg"].removeprefix("Input should be ")
+    expected = re.sub(r"0\.0{6}\d+", lambda bound: f"{float(bound[0]):g}", expected)  # 1e-38, which pydantic writes out
     value = error["input"]
     got = "null" if value is None else f"{_shown(value)} ({type(value).__name__})"
     return Fault(where, key, f"expected {expected}, got {got}", _spelling(str(error["type"]), value, where))
