@@ -59,7 +59,7 @@ def training_faults(recipe: Recipe, world_size: int = 1, *, on_gpu: bool | None 
 def _training_faults(recipe: Recipe, world_size: int, on_gpu: bool | None) -> list[Fault]:
     here = visible_devices() > 0
     strategy = strategy_for(recipe, World(world_size=world_size), here if on_gpu is None else on_gpu)
-    found = [*_refused(recipe), *_quantization_faults(recipe)]
+    found = [*_refused(recipe), *_strategy_faults(recipe, strategy), *_quantization_faults(recipe)]
     known = {fault.key for fault in found}
     changes: dict[str, Any] = {} if here or not strategy.on_gpu else {"use_cpu": True, "tf32": None}
     arguments, faults = _built(recipe, strategy, changes)
@@ -108,6 +108,27 @@ def _refused(recipe: Recipe) -> Iterator[Fault]:
         yield fault("torch_compile_backend", f"there is no {backend!r}", nearest(backend, names) or ", ".join(names))
     if training.get("use_liger_kernel") and not is_liger_kernel_available():
         yield fault("use_liger_kernel", "liger-kernel is not installed", "pip install liger-kernel, or leave it out")
+
+
+def _strategy_faults(recipe: Recipe, strategy: Strategy) -> Iterator[Fault]:
+    """Settings that do not work as the processes will train."""
+    if recipe.training.get("activation_offloading") and not strategy.on_gpu:
+        key = "training.activation_offloading"
+        yield Fault(recipe.source.of(key), key, "moves activations from a GPU, and this run has none", "leave it out")
+    if recipe.model.dtype == "float16" and strategy.updates_16_bits(recipe):
+        problem = "float16 weights cannot be trained: small gradients and updates become 0, and losses NaN"
+        hint = "model.dtype=float32 training.fp16=true computes in float16; or model.dtype=bfloat16"
+        yield Fault(recipe.source.of("model.dtype"), "model.dtype", problem, hint)
+
+
+def weights_notes(recipe: Recipe, strategy: Strategy) -> list[str]:
+    """What a user may not expect of the type of the weights that are trained."""
+    if not strategy.updates_16_bits(recipe):
+        return []
+    return [
+        f"all parameters are updated in {recipe.model.dtype}, which rounds away changes below 1/256 of a weight; "
+        "model.dtype=float32 with training.bf16=true keeps them, and takes more memory"
+    ]
 
 
 def _quantization_faults(recipe: Recipe) -> Iterator[Fault]:

@@ -39,6 +39,7 @@ from distft.runs.wandb import closing_wandb
 from distft.training.arguments import training_arguments
 from distft.training.callbacks import HeldOutLoss, Invariants
 from distft.training.checkpoints import Checkpoints
+from distft.training.checks import weights_notes
 from distft.training.metrics import Telemetry
 from distft.training.nonfinite import BadNumbers
 from distft.training.oom import MemoryGuard
@@ -157,6 +158,8 @@ def setup_model(run: OpenRun) -> PreparedModel:
         record.changed(note)
     arguments = training_arguments(recipe, strategy, record.folder, accumulation)
     check_schedule(run, arguments, total_steps(recipe, plan.steps))
+    for note in weights_notes(recipe, strategy):
+        record.changed(note)
     model = together(world, lambda: run.memory.load(lambda: load_model(recipe, strategy)))
     checkpointed = set_up_checkpointing(model, recipe, strategy, plan.heaviest_tokens)
     trainable = sum(whole_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)

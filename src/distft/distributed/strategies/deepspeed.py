@@ -26,6 +26,7 @@ _VARIABLES = {
 class DeepSpeed(Strategy):
     """What ZeRO-2 and ZeRO-3 have in common."""
 
+    updates_copies = True
     skips_empty_rounds = False  # DeepSpeed counts the rounds itself
     meets_after_failed_write = False  # its ranks wait for each other between writes
 

@@ -44,6 +44,7 @@ class FSDP2(Strategy):
     title = "FSDP2"
     shards = frozenset({"weights", "optimizer"})
     ties_weights_again = True  # accelerate's fsdp2_prepare_model
+    updates_copies = True
 
     @classmethod
     def create(cls, world: World, on_gpu: bool, requested: StrategyName, environment: Mapping[str, str]) -> Self:
