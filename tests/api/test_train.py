@@ -122,10 +122,16 @@ def test_no_process_at_all_is_a_mistake() -> None:
         distft.train("tiny", processes=0)
 
 
+def blank(where: Path) -> dict[str, Any]:
+    """Data whose mistake only a full read finds: the first rows look like any others."""
+    (where / "blank.jsonl").write_text('{"instruction": "Why?", "response": " "}\n' * 20)
+    return FEW | {"data.path": "blank.jsonl"}
+
+
 def test_a_mistake_that_training_here_finds_is_raised(where: Path) -> None:
     before = global_state()
-    with pytest.raises(distft.errors.DataError, match=r"nothing\.jsonl"):
-        distft.train("tiny", FEW | {"data.path": "nothing.jsonl"}, processes=1)
+    with pytest.raises(distft.errors.DataError, match="20 of 20 rows have nothing to train on"):
+        distft.train("tiny", blank(where), processes=1)
     assert global_state() == before
 
 
@@ -136,10 +142,10 @@ def test_several_processes_go_through_the_launcher(run: distft.Run, capfd: pytes
     assert "ddp on 2 processes" in capfd.readouterr().err
 
 
-def test_a_mistake_that_launched_processes_find_is_raised_here(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_that_launched_processes_find_is_raised_here(where: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With what they print where this process prints: `capsys` replaces the streams, as a notebook does."""
-    with pytest.raises(distft.errors.DataError, match=r"nothing\.jsonl") as caught:
-        distft.train("tiny", FEW | {"data.path": "nothing.jsonl"}, processes=2)
+    with pytest.raises(distft.errors.DataError, match="20 of 20 rows have nothing to train on") as caught:
+        distft.train("tiny", blank(where), processes=2)
     assert f"distft: {caught.value}" in capsys.readouterr().err
 
 

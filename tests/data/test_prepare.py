@@ -54,7 +54,7 @@ def test_the_default_max_length_is_that_of_trl(prepare: Prepare, tmp_path: Path)
 
 def test_all_rows_empty_is_an_error(prepare: Prepare, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{"q": "Why?", "a": ""}, {"q": "How?", "a": " "}])
-    with pytest.raises(DataError, match="no row is left to train on: 2 of 2 rows are empty"):
+    with pytest.raises(DataError, match="no row is left to train on: 2 of 2 rows have nothing to train on"):
         prepare(f"data.name={file}", QA)
 
 

@@ -159,6 +159,10 @@ def _prepare(
     if official is not None:
         held_out, parts["test"] = _examples(recipe, official, lacks)
         empty += held_out - len(parts["test"])
+    if not kept:
+        raise DataError(
+            f"no row is left to train on: {rows} of {rows} rows have nothing to train on (a blank response)"
+        )
     if not parts["train"]:
         raise DataError(
             f"no row is left to train on: {rows - len(kept)} of {rows} rows are empty, the rest went to the other "
