@@ -24,6 +24,7 @@ def leave_working_folder() -> None:
     here = os.getcwd()  # noqa: PTH109 - pathlib is not imported yet, and could be the user's
     if here == os.path.dirname(os.path.dirname(os.path.abspath(__file__))):  # noqa: PTH100, PTH120
         return  # distft itself is imported from there, without being installed
-    if not sys.flags.safe_path and sys.path[:1] in ([""], [here]):
+    # The variable says that it is done: the next entry may be the same folder, which the user has put on PYTHONPATH.
+    if not os.environ.get(SAFE_PATH) and sys.path[:1] in ([""], [here]):
         del sys.path[0]
     os.environ[SAFE_PATH] = "1"
