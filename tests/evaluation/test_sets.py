@@ -62,8 +62,12 @@ def test_what_a_task_measures_on(tmp_path: Path) -> None:
     assert key("perplexity", f"data.test_path={tmp_path}/x y.jsonl") == "perplexity@x-y"
     assert key("imdb", f"evaluation.imdb.path={tmp_path}/films.csv") == "imdb@films"
     assert key("alpaca", "evaluation.alpaca.path=b/pairs.json") == "alpaca@pairs"
-    assert key("mt_bench", "evaluation.mt_bench.questions=q.jsonl") == "mt_bench@q"
-    assert key("lm_eval", "evaluation.lm_eval.tasks=[arc_easy,gsm8k]") == "lm_eval@arc_easy+gsm8k"
+    # The run's recipe names no data for these, so the first become its own.
+    assert key("mt_bench", "evaluation.mt_bench.questions=q.jsonl") == "mt_bench"
+    benchmarks = "evaluation.lm_eval.tasks=[arc_easy,gsm8k]"
+    assert key("lm_eval", benchmarks) == "lm_eval"
+    first: dict[str, Any] = {"lm_eval": {"data": {"name": "gsm8k", "place": "['gsm8k'] None"}}}
+    assert set_of("lm_eval", load_recipe(["recipe=tiny", benchmarks]), run, first) == "lm_eval@arc_easy+gsm8k"
     assert len(key("imdb", f"evaluation.imdb.path=/{'long/' * 9}{'name' * 60}.csv")) == len("imdb@") + 60
 
 

@@ -38,7 +38,7 @@ base: tiny
 variants:
   r16: {}
   r4: {lora.r: 4}
-  broken: {lora.target_modules: [query]}
+  broken: {data.path: blank.jsonl}
 """
 LIMIT_S = 300
 
@@ -65,6 +65,11 @@ def submit(cluster: Cluster, where: Path, *overrides: str, steps: int = STEPS) -
     """The number of a job on two nodes."""
     said = distft(cluster, where, "submit", *TINY, f"training.max_steps={steps}", "slurm.nodes=2", *overrides)
     return said.split("job ")[1].split()[0].rstrip(":,")
+
+
+def blank(where: Path) -> None:
+    """Data whose mistake only the job finds: submitting reads the first rows."""
+    (where / "blank.jsonl").write_text('{"instruction": "Why?", "response": " "}\n' * 20)
 
 
 def run_of(where: Path, job: str, limit_s: float = 90) -> RunFolder:
@@ -271,6 +276,7 @@ def test_an_experiment_is_an_array_of_jobs_and_a_report_after_them(
     file = tmp_path / "recipes" / "experiments" / "ranks.yaml"
     file.parent.mkdir(parents=True)
     file.write_text(RANKS)
+    blank(tmp_path)
     settings = [*TINY[1:], f"training.max_steps={STEPS}", "slurm.nodes=2"]
     said = distft(cluster, tmp_path, "submit", "experiment=ranks", *settings)
     array, report = [line.split()[1].rstrip(":") for line in said.splitlines()]
@@ -286,10 +292,11 @@ def test_an_experiment_is_an_array_of_jobs_and_a_report_after_them(
 
 
 def test_a_mistake_ends_the_job_with_two(cluster: Cluster, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path, "lora.target_modules=[query]")
+    blank(tmp_path)
+    job = submit(cluster, tmp_path, "data.path=blank.jsonl")
     assert cluster.wait(job, limit_s=LIMIT_S) == "FAILED"
     assert cluster.show(job)["ExitCode"].startswith("2:") and cluster.show(job)["Restarts"] == "0"
-    assert "lora.target_modules: 'query' matches no module" in printed(tmp_path)
+    assert "no row is left to train on" in printed(tmp_path)
 
 
 def test_what_slurm_refuses_is_said(cluster: Cluster, tmp_path: Path) -> None:

@@ -144,5 +144,7 @@ def test_what_upstream_would_find_late(words: list[str], told: str) -> None:
     assert told in str(caught.value) and len(str(caught.value)) < 2_000
 
 
-def test_an_initialisation_with_a_number_is_accepted() -> None:
-    check_words([*BASE, "quantization=null", "lora.init_lora_weights=pissa_niter_4"])
+def test_an_initialisation_that_cannot_be_repeated_is_refused_by_name() -> None:
+    with pytest.raises(RecipeError, match="pissa_niter_4 decomposes weights at random"):
+        check_words([*BASE, "quantization=null", "lora.init_lora_weights=pissa_niter_4"])
+    check_words([*BASE, "quantization=null", "lora.init_lora_weights=pissa"])

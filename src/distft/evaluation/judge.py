@@ -8,6 +8,7 @@ verdict cannot be parsed, the judge is asked again; after the last attempt it co
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -179,7 +180,7 @@ class LocalJudge:
 
     def _unavailable(self, error: Exception) -> JudgeError:
         # The rest of the error names settings of the evaluated model, not of the judge.
-        problem = next(iter(str(error).splitlines()), type(error).__name__).replace("(model.name)", "").strip()
+        problem = re.sub(r" *\(model\.\w+\)$", "", next(iter(str(error).splitlines()), type(error).__name__))
         name = self.judge.model
         is_folder = name.startswith(("/", ".", "~")) or Path(name).is_dir()
         fetch = f"  on a machine with a connection: distft fetch with the same arguments, or hf download {name}\n"

@@ -113,6 +113,7 @@ def set_of(task: TaskName, recipe: Recipe, trained: Recipe | None, results: Mapp
 
 def _run_task(task: TaskName, key: str, request: Request, target: Target) -> dict[str, Any]:
     """The task's result with what it depends on; `key` is that of its set."""
+    data = load_task(task).data(request.recipe)
     began = time.monotonic()
     result = load_task(task).run(target, request.recipe.evaluation, request.folder.evaluation / key)
     return result | {
@@ -121,7 +122,7 @@ def _run_task(task: TaskName, key: str, request: Request, target: Target) -> dic
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "world_size": target.world.world_size,
         "weights": target.identity,
-        "data": asdict(load_task(task).data(request.recipe)),
+        "data": None if data is None else asdict(data),
         "asked": asked(task, request.recipe),
         "adapter": None if request.result is None else str(request.result),
     }

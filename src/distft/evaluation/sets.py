@@ -54,18 +54,23 @@ class DataOf:
 
 
 def key_of_set(
-    task: TaskName, data: DataOf, own: DataOf | None, name: str | None, results: Mapping[str, Mapping[str, Any]]
+    task: TaskName, data: DataOf | None, own: DataOf | None, name: str | None, results: Mapping[str, Mapping[str, Any]]
 ) -> str:
     """The key of a task's results on `data` among `results`, whether or not it is there.
 
     Args:
-        own: the run's own data; None if the model's training is not known. The first data are its own then.
+        own: the run's own data; None if its recipe names none, or the model's training is not known. The first data
+            are its own then.
         name: of the set, if the user gives one.
     """
     if name is not None:
         return f"{task}@{name}"
     there = (results.get(task) or {}).get("data")
-    if data == own or (own is None and (task not in results or (there or {}).get("place") == data.place)):
+    if (
+        data is None
+        or data == own
+        or (own is None and (task not in results or (there or {}).get("place") == data.place))
+    ):
         return str(task)
     for number in count(1):
         key = f"{task}@{data.name}" + ("" if number == 1 else f"-{number}")

@@ -52,6 +52,11 @@ def merge(recipe: Recipe, adapter: Path, target: Path, device_map: dict[str, int
         raise
 
 
+def _owned_weight(module: nn.Module) -> nn.Parameter | None:
+    """The parameter `weight` of the module itself; PEFT's wrappers have an attribute of this name that they wrap."""
+    return dict(module.named_parameters(recurse=False)).get("weight")
+
+
 def merge_into_base(model: Any) -> Any:
     """The base with the adapter merged into it.
 
@@ -59,7 +64,7 @@ def merge_into_base(model: Any) -> Any:
     merging in place would change both. PEFT, for its part, declares them parted wherever they are two tensors.
     """
     embedding = _unwrapped(model.get_input_embeddings())
-    tied = [m for m in model.modules() if m is not embedding and m._parameters.get("weight") is embedding.weight]
+    tied = [m for m in model.modules() if m is not embedding and _owned_weight(m) is embedding.weight]
     for module in tied:
         module.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     with warnings.catch_warnings():

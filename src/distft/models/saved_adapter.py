@@ -87,8 +87,7 @@ class SavedAdapter:
                 expected = _tensors_of(model)
                 if lost := [name for name in expected - set(self.tensors) if ".lora_" not in name]:
                     raise self._misfit(name, lost, [], len(expected))  # PEFT stops at the first with a KeyError
-                renamed = getattr(base, "_checkpoint_conversion_mapping", {})
-                result = model.load_adapter(str(self.folder), "default", torch_device="cpu", key_mapping=renamed)
+                result = model.load_adapter(str(self.folder), "default", torch_device="cpu")
         except IndexError as error:  # trained rows that the embedding lacks
             raise ModelError(
                 f"the adapter in {self.folder} trained rows of the embedding that {name}, with {rows:,}, lacks; it was "

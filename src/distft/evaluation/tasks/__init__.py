@@ -63,8 +63,8 @@ class Task(ABC):
             DistftError: the task cannot be carried out.
         """
 
-    def data(self, recipe: Recipe) -> DataOf:
-        """What the task measures on; results on other data than the run's own are kept apart from those."""
+    def data(self, recipe: Recipe) -> DataOf | None:
+        """What the task measures on, or None if the recipe does not say; results on other data are kept apart."""
         return DataOf.held_out(recipe)
 
     def reads(self, recipe: Recipe) -> Mapping[str, Callable[[], object]]:

@@ -74,8 +74,9 @@ class AlpacaTask(Task):
     files = (InputFile("alpaca.path", "instructions and outputs in AlpacaEval's format"),)
     judged = True
 
-    def data(self, recipe: Recipe) -> DataOf:
-        return DataOf.at(Path(recipe.evaluation.alpaca.path or "").expanduser())
+    def data(self, recipe: Recipe) -> DataOf | None:
+        path = recipe.evaluation.alpaca.path
+        return DataOf.at(Path(path).expanduser()) if path else None
 
     def reads(self, recipe: Recipe) -> Mapping[str, Callable[[], object]]:
         path = recipe.evaluation.alpaca.path or ""

@@ -41,9 +41,9 @@ class LmEvalTask(Task):
     files = (InputFile("lm_eval.include_path", "a folder of task files", required=False),)
     packages: ClassVar = {"lm_eval": "lm-eval"}
 
-    def data(self, recipe: Recipe) -> DataOf:
+    def data(self, recipe: Recipe) -> DataOf | None:
         section = recipe.evaluation.lm_eval
-        return DataOf.listed(section.tasks, f"{section.tasks} {section.include_path}")
+        return DataOf.listed(section.tasks, f"{section.tasks} {section.include_path}") if section.tasks else None
 
     def reads(self, recipe: Recipe) -> Mapping[str, Callable[[], object]]:
         return {"evaluation.lm_eval.tasks": lambda: load_benchmarks(recipe.evaluation.lm_eval)}

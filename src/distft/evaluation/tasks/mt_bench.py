@@ -86,8 +86,9 @@ class MtBenchTask(Task):
     files = (InputFile("mt_bench.questions", "a file of questions in MT-Bench's format"),)
     judged = True
 
-    def data(self, recipe: Recipe) -> DataOf:
-        return DataOf.at(Path(recipe.evaluation.mt_bench.questions or "").expanduser())
+    def data(self, recipe: Recipe) -> DataOf | None:
+        path = recipe.evaluation.mt_bench.questions
+        return DataOf.at(Path(path).expanduser()) if path else None
 
     def reads(self, recipe: Recipe) -> Mapping[str, Callable[[], object]]:
         questions = recipe.evaluation.mt_bench.questions or ""
