@@ -106,9 +106,9 @@ def _lock(folder: RunFolder, world: World) -> FileLock:
 
 def set_of(task: TaskName, recipe: Recipe, trained: Recipe | None, results: Mapping[str, Any]) -> str:
     """The key of the task's results on the recipe's data (see `distft.evaluation.sets`)."""
-    data = load_task(task).data
-    own = None if trained is None else data(trained)
-    return key_of_set(task, data(recipe), own, recipe.evaluation.name, results)
+    found = load_task(task)
+    own = None if trained is None else found.own_data(trained)
+    return key_of_set(task, found.data(recipe), own, recipe.evaluation.name, results)
 
 
 def _run_task(task: TaskName, key: str, request: Request, target: Target) -> dict[str, Any]:

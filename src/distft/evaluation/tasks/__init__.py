@@ -67,6 +67,10 @@ class Task(ABC):
         """What the task measures on, or None if the recipe does not say; results on other data are kept apart."""
         return DataOf.held_out(recipe)
 
+    def own_data(self, trained: Recipe) -> DataOf | None:
+        """What the recipe of the training names as the task's data; None if it names none."""
+        return self.data(trained)
+
     def reads(self, recipe: Recipe) -> Mapping[str, Callable[[], object]]:
         """Functions that read the task's inputs, by the key of the recipe to blame if one raises a `UserError`.
 

@@ -45,6 +45,9 @@ class LmEvalTask(Task):
         section = recipe.evaluation.lm_eval
         return DataOf.listed(section.tasks, f"{section.tasks} {section.include_path}") if section.tasks else None
 
+    def own_data(self, trained: Recipe) -> DataOf | None:
+        return None if trained.evaluation.lm_eval == type(trained.evaluation.lm_eval)() else self.data(trained)
+
     def reads(self, recipe: Recipe) -> Mapping[str, Callable[[], object]]:
         return {"evaluation.lm_eval.tasks": lambda: load_benchmarks(recipe.evaluation.lm_eval)}
 
