@@ -27,6 +27,7 @@ from distft.errors import DataError, ModelError
 from distft.models.digest import WHOLE
 from distft.models.digest import files as weight_files
 from distft.models.locations import TOKENIZER_FILES, local_folder, location_problem, may_be_on_hub
+from distft.text import first_line
 
 _TEXTS = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 _WEIGHTS = "model*.safetensors"
@@ -207,7 +208,7 @@ def _reason(error: BaseException) -> str:
     """The first line of the innermost error."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def _size(*paths: Path) -> str:

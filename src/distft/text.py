@@ -1,4 +1,4 @@
-"""Small pieces of text in messages: counts, shortened lists, durations."""
+"""Small pieces of text in messages: counts, shortened lists, first lines, durations."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def shorten(items: Iterable[str], limit: int, separator: str = ", ") -> str:
     items = list(items)
     more = len(items) - limit
     return separator.join(items[:limit]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def parse_duration(text: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ RUN = (
     "training.eval_strategy=no",
     "training.save_strategy=steps",
     "training.save_steps=2",
-    "training.save_total_limit=null",
+    "training.save_total_limit=1",
     "tracking.report_to=[]",
     "evaluation.before_and_after=false",
     "run.name=full",
@@ -63,12 +64,22 @@ def go(where: Path, kind: str, *more: str, limit_kib: int | None = None) -> Ende
     return finish(start(command, where), where)
 
 
+def go_until_full(disk: Path, mib: float, where: Path, kind: str) -> Ended:
+    """A run whose disk becomes too small once it has begun: otherwise the check before it would refuse to start."""
+    resize(disk, 64)
+    overrides, processes = KINDS[kind]
+    process = start([sys.executable, "-m", "distft.cli", "train", *overrides, *RUN, "--nproc", str(processes)], where)
+    while process.poll() is None and not (disk / "full" / "environment.json").is_file():
+        time.sleep(0.05)
+    resize(disk, mib)
+    return finish(process, where)
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_full_disk_costs_the_new_checkpoint_and_never_the_last_good_one(
     kind: str, disk: Path, tmp_path: Path
 ) -> None:
-    resize(disk, 18)
-    ended = go(tmp_path, kind)
+    ended = go_until_full(disk, 18, tmp_path, kind)
     assert ended.code == 0, ended.stderr[-3000:]
     folder = ended.folder
     assert folder.read_summary()["status"] == "finished"
@@ -80,8 +91,7 @@ def test_a_full_disk_costs_the_new_checkpoint_and_never_the_last_good_one(
 
 
 def test_a_result_that_finds_no_room_is_saved_by_the_same_command_later(disk: Path, tmp_path: Path) -> None:
-    resize(disk, 12)
-    ended = go(tmp_path, "ddp")
+    ended = go_until_full(disk, 12, tmp_path, "ddp")
     assert ended.code == 2, ended.stderr[-3000:]
     assert "training has finished, but its result cannot be saved" in ended.stderr
     folder = ended.folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,17 +10,17 @@ from pathlib import Path
 import pytest
 
 import distft
+from distft.api.check import check_words
 from distft.cli.main import main
 from distft.config.recipe import load_recipe
 from distft.errors import RecipeError
 from distft.launch.submit import Submission
+from distft.runs.folder import RunFolder
 from distft.training.disk import checkpoint_bytes, disk_findings
 
 
 def faults(*words: str) -> dict[str, str]:
     """The problem of every fault that the command finds, by its key."""
-    from distft.api.check import check_words
-
     with pytest.raises(RecipeError) as caught:
         check_words(words)
     return {fault.key: fault.problem for fault in caught.value.faults}
@@ -100,6 +101,26 @@ def test_checkpoints_that_do_not_fit_on_the_disk_are_a_fault(tmp_path: Path) -> 
     assert text.startswith("about 12.0 MiB a checkpoint, 3 at a time; ") and none == []
     _, (fault,) = disk_findings(recipe, 10**15, tmp_path)
     assert fault.key == "run.dir" and "training.save_total_limit" in fault.hint
+
+
+def test_checkpoints_that_are_there_already_need_no_more_room(tmp_path: Path) -> None:
+    """Otherwise a run on a disk that is just large enough could not be restarted."""
+    recipe = load_recipe(["recipe=tiny", "run.dir=runs", "training.save_total_limit=2"])
+    tight = shutil.disk_usage(tmp_path).free // 36 + 2**22  # three checkpoints of 12 bytes a value: 144 MiB too much
+    assert disk_findings(recipe, tight, tmp_path)[1] != []
+    folder = RunFolder.claim(tmp_path / "runs", "tiny", exact=True)
+    (folder.checkpoints / "checkpoint-1").mkdir(parents=True)
+    with (folder.checkpoints / "checkpoint-1" / "optimizer.pt").open("wb") as file:
+        file.truncate(2**30)  # sparse
+    for status, fits in (("running", True), ("finished", False), ("failed", True)):
+        folder.write_summary({"status": status})
+        assert (disk_findings(recipe, tight, tmp_path)[1] == []) == fits
+
+
+def test_what_rounding_does_to_a_full_fine_tune_is_said_before_the_run() -> None:
+    words = ["recipe=tiny", "lora=null", "quantization=null", "model.dtype=bfloat16"]
+    assert any("updated in bfloat16" in line for line in check_words(words).lines())
+    assert not any("updated in" in line for line in check_words(["recipe=tiny"]).lines())
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from typing import IO, Any
 import xxhash
 
 from distft.errors import DataError
-from distft.text import count
+from distft.text import count, first_line
 
 Row = dict[str, Any]
 
@@ -191,7 +191,7 @@ def _reading(path: Path) -> Iterator[str]:
             f"  convert it{'' if marked else ', for example'}: iconv -f {'UTF-16' if marked else 'LATIN1'} -t UTF-8"
         ) from error
     except (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error, pa.ArrowException) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"{path} cannot be read as {kind}: {reason}") from error
 
 

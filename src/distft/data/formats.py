@@ -85,7 +85,7 @@ def check_columns(rows: Rows, data: Data) -> None:
 
 
 def _check_preferences(name: str, named: Iterable[str], columns: Collection[str]) -> None:
-    """Refuse `chosen` as the text to train on where `rejected` stands beside it (also `chosen_response`, …)."""
+    """Refuse to train on the column `chosen` of data that also has `rejected` (likewise `chosen_response`, …)."""
     for column in named:
         for one, other in (("chosen", "rejected"), ("rejected", "chosen")):
             if one in column and (ignored := column.replace(one, other)) in columns:

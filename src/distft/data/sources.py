@@ -17,7 +17,7 @@ from distft.data.files import DataFile, Row, exists, files_at, left_out, path_of
 from distft.data.toy import tiny_sentiment
 from distft.errors import DataError
 from distft.paths import packaged
-from distft.text import shorten
+from distft.text import first_line, shorten
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def read_source(source: Path | HubSplit) -> Rows:
     try:
         return Rows(name, [HubRows(name, load_dataset(source.name, source.config, split=source.split))])
     except Exception as error:  # datasets and the hub client raise many types here; all mean "unavailable"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(
             f"{source.name} ({source.split} split) is not in the cache and could not be downloaded: {reason}\n"
             "  run distft fetch with the same arguments on a machine with network access, "

@@ -26,8 +26,8 @@ def tokenize(
     trained part; such a token is trained. The last token is the end-of-sequence token unless the end was cut off.
     The first label is always -100, because nothing predicts the first token.
 
-    A text that was rendered with the model's template brings its own beginning or end of sequence, which then stands
-    there once; `marked` counts these texts by the token.
+    A text that was rendered with the model's template already contains the token that begins or ends a sequence, which
+    is then not added again; `marked` counts these texts by the token.
     """
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     for start in range(0, len(examples), _CHUNK):

@@ -32,6 +32,7 @@ from distft.evaluation.target import SideName, Target
 from distft.files import to_json, write_atomically
 from distft.models.digest import contents
 from distft.models.loading import load_base, load_tokenizer, model_path
+from distft.text import first_line
 
 RUBRIC = """\
 [Would somebody who asked this be well served: is the response right, does it do all that was asked, and is it clear?]
@@ -180,7 +181,7 @@ class LocalJudge:
 
     def _unavailable(self, error: Exception) -> JudgeError:
         # The rest of the error names settings of the evaluated model, not of the judge.
-        problem = re.sub(r" *\(model\.\w+\)$", "", next(iter(str(error).splitlines()), type(error).__name__))
+        problem = re.sub(r" *\(model\.\w+\)$", "", first_line(error))
         name = self.judge.model
         is_folder = name.startswith(("/", ".", "~")) or Path(name).is_dir()
         fetch = f"  on a machine with a connection: distft fetch with the same arguments, or hf download {name}\n"

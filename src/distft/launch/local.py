@@ -79,7 +79,7 @@ def run(arguments: Sequence[str], processes: int, restarts: int, node: Node, mod
 
 
 def _own_environment() -> dict[str, str]:
-    """Our environment without what another launcher has left in it, which the user is told of."""
+    """Our environment without another launcher's variables. Prints which ones were removed."""
     environment = dict(os.environ)
     if removed := remove_launch(environment):
         say(

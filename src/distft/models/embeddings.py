@@ -7,6 +7,11 @@ from typing import Any
 import torch
 
 
+def ends_with(name: str, end: str) -> bool:
+    """Whether `end` names the module `name`, as PEFT decides it for entries of a list."""
+    return name == end or name.endswith(f".{end}")
+
+
 def vocabulary_size(tokenizer: Any) -> int:
     """The number of rows that the tokenizer's entries need; their numbers may have gaps."""
     return int(max(tokenizer.get_vocab().values())) + 1
@@ -39,7 +44,7 @@ def train_new_rows(lora: dict[str, Any], base: Any, before: int) -> dict[str, An
     wanted = indices if isinstance(indices, dict) else {names[id(embedding)]: indices}
     for module in (embedding,) if tied else (embedding, head):
         name = names[id(module)]
-        if not any(name == whole or name.endswith(f".{whole}") for whole in lora.get("modules_to_save") or []):
-            key = next((key for key in wanted if name == key or name.endswith(f".{key}")), name)
+        if not any(ends_with(name, whole) for whole in lora.get("modules_to_save") or []):
+            key = next((key for key in wanted if ends_with(name, key)), name)
             wanted = wanted | {key: sorted({*wanted.get(key, []), *range(before, rows)})}
     return lora | ({"trainable_token_indices": wanted} if wanted else {})

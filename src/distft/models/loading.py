@@ -18,6 +18,7 @@ from distft.models.adapter import add_adapter
 from distft.models.embeddings import add_rows, vocabulary_size
 from distft.models.locations import local_folder, location_problem
 from distft.models.tiny import tiny_model
+from distft.text import first_line
 
 _MISSING = (
     "couldn't connect",
@@ -159,7 +160,7 @@ def from_pretrained(cls: Any, name: str, what: str, **options: Any) -> Any:
                 f"{name} comes with its own Python code; read it, then set model.trust_remote_code=true"
             ) from error
         if is_folder and missing:
-            raise ModelError(f"cannot load a {what} from the folder {name}: {text.splitlines()[0]}") from error
+            raise ModelError(f"cannot load a {what} from the folder {name}: {first_line(error)}") from error
         if "gated" in text.lower() or "401" in text or "403" in text:
             raise ModelError(
                 f"{name} is gated: accept its licence on its hub page, then run `hf auth login` (or set HF_TOKEN)"

@@ -20,6 +20,7 @@ from distft.config.recipe import Recipe
 from distft.config.validation import nearest
 from distft.distributed.strategies.selection import STRATEGIES
 from distft.errors import Fault
+from distft.models.embeddings import ends_with
 from distft.models.skeleton import Skeleton
 from distft.text import shorten
 
@@ -90,10 +91,10 @@ class _Names:
                 return
             if not hits:
                 problem = f"no module of {self.recipe.model.name} matches the pattern {value!r} as a whole"
-                short = any(_ends_with(name, value) for name in self.modules)
+                short = any(ends_with(name, value) for name in self.modules)
                 yield _fault(self.recipe, key, problem, f"set it to [{value}]" if short else hint(value))
         for entry in value if isinstance(value, list) else []:
-            if not any(_ends_with(name, entry) for name in self.modules):
+            if not any(ends_with(name, entry) for name in self.modules):
                 yield _fault(self.recipe, key, self._nothing("module", entry), hint(entry))
 
     def _nothing(self, kind: str, name: str) -> str:
@@ -104,7 +105,7 @@ class _Names:
 
     def _target_parameters(self) -> Iterator[Fault]:
         for entry in self.lora.get("target_parameters") or []:
-            if not any(_ends_with(name, entry) for name in self.parameters):
+            if not any(ends_with(name, entry) for name in self.parameters):
                 near = nearest(entry, self.parameters) or nearest(entry, map(_leaf, self.parameters))
                 yield _fault(self.recipe, "target_parameters", self._nothing("parameter", entry), near)
 
@@ -145,7 +146,7 @@ class _Names:
         for name, rows in named.items():
             module = embeddings
             if name:
-                hits = [module for full, module in self.modules.items() if _ends_with(full, name)]
+                hits = [module for full, module in self.modules.items() if ends_with(full, name)]
                 if not hits:
                     near = nearest(name, map(_leaf, self.modules))
                     yield _fault(self.recipe, key, self._nothing("module", name), near)
@@ -164,7 +165,7 @@ def _adapted_faults(recipe: Recipe, model: PeftModel) -> Iterator[Fault]:
     name = recipe.model.name
     targets = lora.get("target_modules")
     for entry in targets if isinstance(targets, list) else []:
-        if not any(_ends_with(module, entry) for module in targeted):
+        if not any(ends_with(module, entry) for module in targeted):
             problem = f"{entry!r} gets no adapter: exclude_modules, modules_to_save or layers_to_transform leave it out"
             yield _fault(recipe, "target_modules", problem)
     for key in ("rank_pattern", "alpha_pattern"):
@@ -244,12 +245,8 @@ def _embedding_faults(recipe: Recipe, model: PeftModel) -> Iterator[Fault]:
 
 def _inside(model: nn.Module, end: str) -> list[nn.Module]:
     """All modules in those whose name ends in `end`, without what an adapter has put there."""
-    found = [module for name, module in model.named_modules() if _ends_with(name, end)]
+    found = [module for name, module in model.named_modules() if ends_with(name, end)]
     return [part for module in found for name, part in module.named_modules() if "lora_" not in name]
-
-
-def _ends_with(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
 
 
 def _leaf(name: str) -> str:

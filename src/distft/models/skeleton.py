@@ -14,6 +14,7 @@ from distft.config.recipe import Recipe
 from distft.errors import ModelError
 from distft.models.loading import from_pretrained, model_path
 from distft.models.tiny import tiny_config
+from distft.text import first_line
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Skeleton:
                 return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
             except ValueError as error:
                 kind = getattr(self.config, "model_type", type(self.config).__name__)
-                raise ModelError(f"a {kind} model is no causal language model: {_first_line(error)}") from error
+                raise ModelError(f"a {kind} model is no causal language model: {first_line(error)}") from error
 
     @property
     def embedding_rows(self) -> int:
@@ -80,7 +81,3 @@ class Skeleton:
             and (name.endswith("wpe") or "position" in name)
             for name, module in self.model.named_modules()
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -21,6 +21,8 @@ VOCABULARY = 2_048
 CONTEXT = 128
 STEPS = 250
 BATCH = 16
+_VERSION = 2
+"""Raise it when a model is built or saved in another way: a folder that exists is not built again."""
 
 
 def tiny_model() -> Path:
@@ -29,7 +31,7 @@ def tiny_model() -> Path:
     The first process to ask builds it; the others wait for a file lock rather than in a collective.
     """
     corpus = packaged("assets/tiny_corpus.txt").read_text(encoding="utf-8")
-    recipe = f"{VOCABULARY} {CONTEXT} {STEPS} {BATCH} {_config_text()}"
+    recipe = f"{_VERSION} {VOCABULARY} {CONTEXT} {STEPS} {BATCH} {_config_text()}"
     folder = cache_folder() / f"tiny-{hashlib.sha256((corpus + recipe).encode()).hexdigest()[:12]}"
     build_folder_once(folder, lambda temporary: _build(corpus, temporary))
     return folder
@@ -58,6 +60,7 @@ def _config_text() -> str:
 
 
 def _build(corpus: str, folder: Path) -> None:
+    from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
@@ -88,7 +91,11 @@ def _build(corpus: str, folder: Path) -> None:
     torch.set_num_threads(threads)
     size = sum(parameter.numel() for parameter in model.parameters())
     say(f"tiny model: {size:,} parameters, {len(tokens):,} tokens of text, loss {loss:.2f}")
-    model.save_pretrained(folder)
+    # Not model.save_pretrained: on any rank but 0 it writes nothing, and any rank may be the one that builds.
+    model.config.architectures, model.config.dtype = [type(model).__name__], "float32"
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     wrapped.save_pretrained(folder)
 
 

@@ -29,9 +29,8 @@ def evaluation_charts(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Char
     for run, evaluation in evaluations.items():
         for task, name, figure in summary.figures(evaluation):
             if any((figure[side] or {}).get("value") is not None for side in ("base", "adapter")):
-                own = (
-                    name if split_key(task)[0] == "perplexity" else figure["form"]
-                )  # perplexity and loss share no scale
+                # Perplexity and loss share no scale.
+                own = name if split_key(task)[0] == "perplexity" else figure["form"]
                 label = figure["title"] if len(evaluations) == 1 else f"{run}, {figure['title']}"
                 grouped.setdefault((task, own), []).append((label, figure))
         for task, result in evaluation.items():

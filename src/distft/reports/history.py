@@ -200,7 +200,7 @@ def _numbers(record: Any) -> dict[str, float]:
 
 
 def _with_nan(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of metrics.jsonl, in which null stands for a loss that is not finite."""
+    """A record of metrics.jsonl with NaN instead of null, which is how JSON represents a loss that is not finite."""
     return {key: math.nan if value is None and _is_loss(key) else value for key, value in record.items()}
 
 
@@ -223,7 +223,7 @@ def _record(numbers: Mapping[str, float]) -> dict[str, float]:
 
 
 def _unfiltered(records: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """The records with NaN where a loss of 0.0 stands for NaN.
+    """The records with NaN in place of each loss that transformers logged as 0.0 because it was not finite.
 
     By default (`logging_nan_inf_filter`), transformers adds nothing to the logged loss at a step whose loss is not
     finite: the log then says 0.0. Such a 0.0 is recognised by a gradient norm that is not finite or, in a log without

@@ -35,6 +35,7 @@ from distft.hardware import GIB, limit_gpu
 from distft.models.activation_checkpointing import set_up_checkpointing
 from distft.models.loading import load_model
 from distft.runs.folder import RunFolder
+from distft.text import first_line
 from distft.training.arguments import training_arguments
 from distft.training.oom import MARGIN, device_memory, is_out_of_memory
 from distft.training.setup import TrainingData, setup_data, setup_strategy
@@ -204,7 +205,7 @@ def main() -> int:
         if not is_out_of_memory(error):
             raise
         with results.open("a") as file:
-            file.write(json.dumps({"failed": str(error).strip().splitlines()[0]}) + "\n")
+            file.write(json.dumps({"failed": first_line(error)}) + "\n")
         os._exit(1)  # an orderly exit would wait for the other ranks
     return 0
 

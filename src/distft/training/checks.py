@@ -26,6 +26,7 @@ from distft.distributed.world import World
 from distft.errors import Fault
 from distft.hardware import visible_devices
 from distft.models.loading import quantization_config
+from distft.text import first_line
 from distft.training.arguments import build_arguments
 from distft.training.schedule import schedule_faults
 
@@ -56,9 +57,13 @@ def training_faults(recipe: Recipe, world_size: int = 1, *, on_gpu: bool | None 
         return _training_faults(recipe, world_size, on_gpu)
 
 
+def expected_strategy(recipe: Recipe, world_size: int, on_gpu: bool | None) -> Strategy:
+    """The strategy that `world_size` processes will use (`on_gpu` None: on GPUs if this machine has any)."""
+    return strategy_for(recipe, World(world_size=world_size), visible_devices() > 0 if on_gpu is None else on_gpu)
+
+
 def _training_faults(recipe: Recipe, world_size: int, on_gpu: bool | None) -> list[Fault]:
-    here = visible_devices() > 0
-    strategy = strategy_for(recipe, World(world_size=world_size), here if on_gpu is None else on_gpu)
+    here, strategy = visible_devices() > 0, expected_strategy(recipe, world_size, on_gpu)
     found = [*_refused(recipe), *_strategy_faults(recipe, strategy), *_quantization_faults(recipe)]
     known = {fault.key for fault in found}
     changes: dict[str, Any] = {} if here or not strategy.on_gpu else {"use_cpu": True, "tf32": None}
@@ -135,7 +140,7 @@ def _quantization_faults(recipe: Recipe) -> Iterator[Fault]:
     try:
         quantization_config(recipe)
     except Exception as error:  # the library's own
-        yield Fault(recipe.source.of("quantization"), "quantization", _first_line(error))
+        yield Fault(recipe.source.of("quantization"), "quantization", _sentence(error))
 
 
 def _built(recipe: Recipe, strategy: Strategy, changes: dict[str, Any]) -> tuple[SFTConfig | None, list[Fault]]:
@@ -147,7 +152,7 @@ def _built(recipe: Recipe, strategy: Strategy, changes: dict[str, Any]) -> tuple
             with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
                 return build_arguments(_Unplaced, recipe, strategy, Path("checkpoints"), 1, **changes), found
         except Exception as error:  # transformers raises ValueError, TypeError, ImportError, …
-            problem, words = _first_line(error).removeprefix("--"), re.findall(r"\w+", str(error))
+            problem, words = _sentence(error).removeprefix("--"), re.findall(r"\w+", str(error))
             if any(fault.problem == problem for fault in found):  # another key is behind it
                 return None, found
             name = next((word for word in words if word in recipe.training), None)
@@ -186,8 +191,8 @@ def _optimizer_faults(recipe: Recipe, arguments: SFTConfig, *, try_step: bool) -
             except Exception:  # noqa: S110 - the first one is reported
                 pass
             arguments.optim_args = given
-        yield Fault(recipe.source.of(key), key, f"{name}: {_first_line(error)}")
+        yield Fault(recipe.source.of(key), key, f"{name}: {_sentence(error)}")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _sentence(error: Exception) -> str:
+    return first_line(error).rstrip(".")

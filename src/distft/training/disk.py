@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from distft.config.recipe import Recipe
 from distft.errors import Fault
 from distft.hardware import GIB
 from distft.runs.checks import existing_parent
+from distft.runs.folder import RunFolder
 
 _WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 _STATES = (("adafactor", 0), ("sgd", 0), ("lion", 1), ("rmsprop", 1), ("adagrad", 1))
@@ -18,9 +20,10 @@ _STATES = (("adafactor", 0), ("sgd", 0), ("lion", 1), ("rmsprop", 1), ("adagrad"
 def disk_findings(recipe: Recipe, trainable: int, working_folder: Path) -> tuple[str, list[Fault]]:
     """What the checkpoints of a run that trains `trainable` values take, in words; and a fault if there is no room."""
     each, kept = checkpoint_bytes(recipe, trainable), kept_checkpoints(recipe)
-    needed = max(each * kept, trainable * _width(recipe))
+    parent = working_folder / Path(recipe.run.dir).expanduser()
+    needed = max(each * kept, trainable * _width(recipe)) - _there_already(recipe, parent)
     text = f"about {size(each)} a checkpoint, {kept} at a time"
-    place = existing_parent(working_folder / Path(recipe.run.dir).expanduser())
+    place = existing_parent(parent)
     try:
         free = shutil.disk_usage(place).free
     except OSError:  # a fault of run.dir, which is reported as such
@@ -46,6 +49,16 @@ def kept_checkpoints(recipe: Recipe) -> int:
         return 0
     limit = recipe.training.get("save_total_limit")
     return 1 if limit is None or limit < 1 else limit + 1
+
+
+def _there_already(recipe: Recipe, parent: Path) -> int:
+    """Bytes of the checkpoints of the run that would be resumed: they are among those that have to fit."""
+    unfinished = (run for run in RunFolder.named(parent, recipe.run.name) if run.read_summary()["status"] != "finished")
+    newest, found = next(unfinished, None), 0
+    for file in newest.checkpoints.rglob("*") if newest is not None else ():
+        with suppress(FileNotFoundError):  # a run in another process may delete it at any time
+            found += file.stat().st_size if file.is_file() else 0
+    return found
 
 
 def size(number: float) -> str:

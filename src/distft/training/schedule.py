@@ -24,7 +24,7 @@ _WITHOUT_OPTIONS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
 _GIVEN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 """Parameters of a schedule that the trainer sets."""
 _AT_MOST = 100_000
-"""Of a longer run, this many steps, evenly spread, stand for all."""
+"""Of a run with more steps than this, look at no more than this many, evenly spaced."""
 
 
 def total_steps(recipe: Recipe, per_epoch: int) -> int:

@@ -27,6 +27,7 @@ from distft.evaluation.sets import DataOf
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import InputFile, Task
 from distft.stats import Estimate, paired_share_difference
+from distft.text import first_line
 
 Results = Mapping[str, Any]
 """What lm-eval's `simple_evaluate` returns."""
@@ -61,7 +62,7 @@ class LmEvalTask(Task):
             try:
                 load_benchmarks(recipe.evaluation.lm_eval)
             except DataError as error:
-                return [f"{str(error).splitlines()[0]}; {hub.remedy(recipe)}"]
+                return [f"{first_line(error)}; {hub.remedy(recipe)}"]
         return []
 
     def run(self, target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def load_benchmarks(section: LmEval) -> None:
     try:
         manager.load(section.tasks)
     except Exception as error:  # datasets, the hub's client and YAML raise many kinds; all mean the same here
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(
             f"a task of {', '.join(section.tasks)} cannot be loaded: {reason}\n"
             "  its documents come from the hub: run distft fetch with the same arguments on a machine with a "
