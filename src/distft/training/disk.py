@@ -21,11 +21,12 @@ def disk_findings(recipe: Recipe, trainable: int, working_folder: Path) -> tuple
     """What the checkpoints of a run that trains `trainable` values take, in words; and a fault if there is no room."""
     each, kept = checkpoint_bytes(recipe, trainable), kept_checkpoints(recipe)
     parent = working_folder / Path(recipe.run.dir).expanduser()
-    needed = max(each * kept, trainable * _width(recipe)) - _there_already(recipe, parent)
+    needed = max(each * kept, trainable * _width(recipe))
     text = f"about {size(each)} a checkpoint, {kept} at a time"
     place = existing_parent(parent)
     try:
         free = shutil.disk_usage(place).free
+        needed -= _there_already(recipe, parent)
     except OSError:  # a fault of run.dir, which is reported as such
         return text, []
     text += f"; {size(free)} free in {place}"
