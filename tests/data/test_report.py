@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from distft.data.checks import split_faults
-from distft.data.prepare import prepare_data
+from distft.data.prepare import Report, prepare_data
 from distft.data.preview import preview
 from distft.data.templates import Example
 from distft.data.tokenize import tokenize
@@ -37,6 +38,23 @@ def test_null_and_empty_cells_are_counted_by_column(prepare: Prepare, tmp_path: 
     assert (
         "data: null prompt in 2 rows, empty prompt in 2 rows, null completion in 1 row, empty completion in 1 row"
     ) in report.lines()
+
+
+def test_rows_that_were_dropped_are_reported_once() -> None:
+    once = Report(
+        rows={"train": 7},
+        dropped_empty=3,
+        blanks={"empty response": 3},
+        dropped_untrained={},
+        truncated={},
+        tokens={"train": 70},
+        marked={},
+        overlap={},
+        digest="",
+        held_out_digest="",
+    )
+    assert once.lines() == ["data: train 7 samples; 70 training tokens", "data: dropped 3 rows with an empty response"]
+    assert replace(once, dropped_empty=0, blanks={"null prompt": 3}).lines()[1:] == ["data: null prompt in 3 rows"]
 
 
 def test_an_empty_context_is_normal_and_a_null_one_is_counted(prepare: Prepare, tmp_path: Path) -> None:

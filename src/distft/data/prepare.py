@@ -64,7 +64,7 @@ class Report:
         found = [f"data: {sizes} samples; {self.tokens['train']:,} training tokens"]
         if self.dropped_empty:
             found.append(f"data: dropped {self.dropped_empty:,} rows with an empty response")
-        if self.blanks:
+        if list(self.blanks.values()) not in ([], [self.dropped_empty]):  # one kind, all dropped, has just been said
             kinds = ", ".join(f"{what} in {count(number, 'row')}" for what, number in self.blanks.items())
             found.append(f"data: {kinds}")
         if untrained := sum(self.dropped_untrained.values()):
