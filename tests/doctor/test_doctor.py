@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -326,18 +327,24 @@ def disturb(signum: int, limit_s: float) -> Bandwidth:
     return results[0]
 
 
+BEFORE_THE_COLLECTIVES = "start of Python|import of torch|start of the process group"
+"""Where a signal can meet a process that has just been started. The machine's load decides which it is."""
+
+
 def test_a_hang_is_terminated_and_reported() -> None:
     ended = disturb(signal.SIGSTOP, 8.0)
     assert ended.hung
     assert ended.failed is not None
     assert ended.failed.startswith("not finished after 8 s; rank 0 is in: ")
-    assert "rank 1 is in: start of Python" in ended.failed
+    assert re.search(f"rank 1 is in: ({BEFORE_THE_COLLECTIVES})$", ended.failed)
     assert ended.all_reduce_gb_per_s is None
 
 
 def test_a_killed_process_is_reported() -> None:
     ended = disturb(signal.SIGKILL, 120.0)
-    assert (ended.hung, ended.failed) == (False, "rank 1, in: start of Python: killed by SIGKILL")
+    assert not ended.hung
+    assert ended.failed is not None
+    assert re.fullmatch(f"rank 1, in: ({BEFORE_THE_COLLECTIVES}): killed by SIGKILL", ended.failed)
 
 
 def doctor(*words: str, where: Path, **changes: str) -> subprocess.CompletedProcess[str]:
