@@ -30,7 +30,7 @@ def test_whole_texts_are_used_verbatim(prepare: Prepare, tmp_path: Path, tokeniz
     (row,) = splits.train
     assert whole(row, tokenizer) == "The climate\nis changing.</s>"
     assert row["labels"] == [IGNORED, *row["input_ids"][1:]]
-    assert splits.report.dropped_empty == 1
+    assert splits.report.dropped == {"an empty response": 1}
 
 
 def test_label_words_can_be_changed(prepare: Prepare, tmp_path: Path, tokenizer: Any) -> None:

@@ -24,7 +24,7 @@ def test_rows_with_an_empty_response_are_dropped_and_reported(prepare: Prepare, 
     )
     splits = prepare(f"data.path={file}", *ALL)
     assert sorted(whole(row, tokenizer).split("### Response:\n")[1] for row in splits.train) == ["no</s>", "yes</s>"]
-    assert (splits.report.dropped_empty, splits.report.rows["train"]) == (3, 2)
+    assert (splits.report.dropped, splits.report.rows["train"]) == ({"an empty response": 3}, 2)
     assert "data: dropped 3 rows with an empty response" in splits.report.lines()
 
 
@@ -145,7 +145,7 @@ def test_a_test_file_becomes_the_held_out_split(prepare: Prepare, dolly: str, tm
     assert splits.validation is not None and splits.test is not None
     assert (len(splits.train), len(splits.validation)) == (135, 16)
     assert [whole(row, tokenizer).split("### Response:\n")[1] for row in splits.test] == ["yes</s>", "no</s>"]
-    assert splits.report.dropped_empty == 1
+    assert splits.report.dropped == {"an empty response": 1}
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------

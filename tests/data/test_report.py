@@ -33,8 +33,8 @@ def test_null_and_empty_cells_are_counted_by_column(prepare: Prepare, tmp_path: 
         {"q": "?", "a": "x"},
     ]
     report = prepare(f"data.name={write_rows(tmp_path / 'rows.jsonl', rows)}", QA, *ALL).report
-    assert report.blanks == {"null prompt": 2, "empty prompt": 2, "null completion": 1, "empty completion": 1}
-    assert report.rows["train"] == 5 and report.dropped_empty == 2
+    assert report.noted == {"null prompt": 2, "empty prompt": 2, "null completion": 1, "empty completion": 1}
+    assert report.rows["train"] == 5 and report.dropped == {"an empty response": 2}
     assert (
         "data: null prompt in 2 rows, empty prompt in 2 rows, null completion in 1 row, empty completion in 1 row"
     ) in report.lines()
@@ -43,26 +43,27 @@ def test_null_and_empty_cells_are_counted_by_column(prepare: Prepare, tmp_path: 
 def test_rows_that_were_dropped_are_reported_once() -> None:
     once = Report(
         rows={"train": 7},
-        dropped_empty=3,
-        blanks={"empty response": 3},
+        dropped={"an empty response": 3},
+        noted={"empty response": 3},
         dropped_untrained={},
         truncated={},
         tokens={"train": 70},
+        trained={},
         marked={},
         overlap={},
         digest="",
         held_out_digest="",
     )
     assert once.lines() == ["data: train 7 samples; 70 training tokens", "data: dropped 3 rows with an empty response"]
-    assert replace(once, dropped_empty=0, blanks={"null prompt": 3}).lines()[1:] == ["data: null prompt in 3 rows"]
+    assert replace(once, dropped={}, noted={"null prompt": 3}).lines()[1:] == ["data: null prompt in 3 rows"]
 
 
 def test_an_empty_context_is_normal_and_a_null_one_is_counted(prepare: Prepare, tmp_path: Path) -> None:
     rows = [{"instruction": "Say.", "context": context, "response": "Yes."} for context in ("", "c", None)]
-    assert prepare(f"data.path={write_rows(tmp_path / 'rows.jsonl', rows)}", *ALL).report.blanks == {"null context": 1}
+    assert prepare(f"data.path={write_rows(tmp_path / 'rows.jsonl', rows)}", *ALL).report.noted == {"null context": 1}
     without = [{"instruction": "Say.", "response": "Yes."}]
     file = write_rows(tmp_path / "without.jsonl", without)
-    assert prepare(f"data.path={file}", *ALL).report.blanks == {}, "the column is optional"
+    assert prepare(f"data.path={file}", *ALL).report.noted == {}, "the column is optional"
     with pytest.raises(DataError, match="has no column contxt"):
         prepare(f"data.path={file}", "data.format.context=contxt", *ALL)
 
@@ -188,7 +189,7 @@ def test_the_beginning_and_the_end_of_a_sequence_stand_in_a_sample_once(
     adding: Any, prompt: str, completion: str, text: str, trains: str, marked: dict[str, int]
 ) -> None:
     counted = Counter[str]()
-    ((ids, labels, _),) = tokenize([Example(prompt + completion, len(prompt))], adding, None, counted)
+    ((ids, labels, _),) = tokenize([Example.trained_from(prompt + completion, len(prompt))], adding, None, counted)
     assert adding.decode(ids) == text
     assert adding.decode([label for label in labels if label >= 0]) == trains
     assert counted == marked

@@ -73,7 +73,7 @@ def test_a_sample_ends_in_eos_unless_truncated_and_never_exceeds_max_length(
 
 
 def test_a_sample_that_fits_exactly_is_not_truncated(tokenizer: Any) -> None:
-    example = Example("One of the rows.")
+    example = Example.trained_from("One of the rows.")
     ids, _, _ = tokenize_one(example, tokenizer, None)
     assert tokenize_one(example, tokenizer, len(ids)) == (ids, [IGNORED, *ids[1:]], False)
     assert tokenize_one(example, tokenizer, len(ids) - 1) == (ids[:-1], [IGNORED, *ids[1:-1]], True)
@@ -118,15 +118,15 @@ def test_a_tokenizer_that_adds_bos_and_eos_adds_each_once(tokenizer: Any) -> Non
     adding.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    ids, labels, _ = tokenize_one(Example("Yes, it is.", trained_from=5), adding, None)
+    ids, labels, _ = tokenize_one(Example.trained_from("Yes, it is.", 5), adding, None)
     assert adding.decode(ids) == "<s>Yes, it is.</s>"
     assert adding.decode([label for label in labels if label != IGNORED]) == " it is.</s>"
     # Whole text: the beginning of a sequence is nothing to learn.
-    assert tokenize_one(Example("Yes, it is."), adding, None)[1] == [IGNORED, *ids[1:]]
+    assert tokenize_one(Example.trained_from("Yes, it is."), adding, None)[1] == [IGNORED, *ids[1:]]
 
 
 def test_a_token_that_straddles_the_trained_part_is_trained(tokenizer: Any) -> None:
     (the,) = tokenizer(" the")["input_ids"]  # one token, and the boundary is in the middle of it
-    ids, labels, _ = tokenize_one(Example("So the", trained_from=4), tokenizer, None)
+    ids, labels, _ = tokenize_one(Example.trained_from("So the", 4), tokenizer, None)
     assert ids[-2:] == [the, tokenizer.eos_token_id]
     assert labels == [IGNORED] * (len(ids) - 2) + ids[-2:]

@@ -9,17 +9,19 @@ import itertools
 import re
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from distft.config.recipe import Recipe
 from distft.config.schema import Data, Format
 from distft.data.files import Row
 from distft.data.sources import KNOWN_DATASETS, Rows
-from distft.data.templates import Example, format_dolly, format_review
+from distft.data.templates import Dropped, Example, format_dolly, format_review
 from distft.errors import DataError
 
-RowFormatter = Callable[[Mapping[str, Any]], Example | None]
-"""Turns a row into an `Example`, or into None if there is nothing to train on."""
+RowFormatter = Callable[[Mapping[str, Any]], Example | Dropped]
+"""Turns a row into an `Example`, or says why there is nothing to train on."""
 _KINDS = {
     "text": {"text"},
     "prompt": {"prompt", "completion"},
@@ -96,13 +98,15 @@ def _check_preferences(name: str, named: Iterable[str], columns: Collection[str]
                 )
 
 
-def format_rows(rows: Rows, recipe: Recipe, head: int | None = None) -> Iterator[tuple[Row, Example | None]]:
+def format_rows(
+    rows: Rows, recipe: Recipe, head: int | None = None, tokenizer: Any = None
+) -> Iterator[tuple[Row, Example | Dropped]]:
     """Each row, or the first `head` of each file, with what `formatter` makes of it.
 
     Raises:
         DataError: a row does not fit the format; the message says which row, counted from 1.
     """
-    apply = formatter(recipe)
+    apply = formatter(recipe, tokenizer)
     for part in rows.parts:
         for number, row in enumerate(itertools.islice(part, head), 1):
             try:
@@ -112,58 +116,56 @@ def format_rows(rows: Rows, recipe: Recipe, head: int | None = None) -> Iterator
             yield row, example
 
 
-def formatter(recipe: Recipe) -> RowFormatter:
-    """The function that formats the rows of `recipe`; it returns None for rows whose response is blank.
+def formatter(recipe: Recipe, tokenizer: Any = None) -> RowFormatter:
+    """The function that formats the rows of `recipe`. It can be sent to other processes.
+
+    The `tokenizer` is what renders conversations; without one, they are only checked.
 
     The returned function raises DataError if a column does not hold text, or a label is not a class number.
     """
     form = format_of(recipe.data)
     assert form is not None
-    return _FORMATTERS[kind_of(form)](form, recipe.training.get("completion_only_loss"))
+    return partial(_format, form, recipe.training.get("completion_only_loss"))
 
 
-def _format_texts(form: Format, completion_only: bool | None) -> RowFormatter:
-    def apply(row: Mapping[str, Any]) -> Example | None:
-        text = _text(row, form.text)
-        return Example(text) if text.strip() else None
-
-    return apply
+def _format(form: Format, completion_only: bool | None, row: Mapping[str, Any]) -> Example | Dropped:
+    made = _FORMATTERS[kind_of(form)](form, completion_only, row)
+    notes = tuple(blanks(row, form))
+    return made._replace(notes=notes) if isinstance(made, Dropped) else replace(made, notes=notes)
 
 
-def _format_prompts(form: Format, completion_only: bool | None) -> RowFormatter:
-    def apply(row: Mapping[str, Any]) -> Example | None:
-        prompt, completion = _text(row, form.prompt), _text(row, form.completion)
-        if not completion.strip():
-            return None
-        return Example(prompt + completion, 0 if completion_only is False else len(prompt))
-
-    return apply
+_EMPTY = Dropped("an empty response")
 
 
-def _format_instructions(form: Format, completion_only: bool | None) -> RowFormatter:
-    def apply(row: Mapping[str, Any]) -> Example | None:
-        response = _text(row, form.response)
-        if not response.strip():
-            return None
-        instruction, context = _text(row, form.instruction), _text(row, form.context)
-        return format_dolly(instruction, context, response, completion_only=bool(completion_only))
-
-    return apply
+def _format_text(form: Format, completion_only: bool | None, row: Mapping[str, Any]) -> Example | Dropped:
+    text = _text(row, form.text)
+    return Example.trained_from(text) if text.strip() else _EMPTY
 
 
-def _format_reviews(form: Format, completion_only: bool | None) -> RowFormatter:
+def _format_prompt(form: Format, completion_only: bool | None, row: Mapping[str, Any]) -> Example | Dropped:
+    prompt, completion = _text(row, form.prompt), _text(row, form.completion)
+    if not completion.strip():
+        return _EMPTY
+    return Example.trained_from(prompt + completion, 0 if completion_only is False else len(prompt))
+
+
+def _format_instruction(form: Format, completion_only: bool | None, row: Mapping[str, Any]) -> Example | Dropped:
+    response = _text(row, form.response)
+    if not response.strip():
+        return _EMPTY
+    instruction, context = _text(row, form.instruction), _text(row, form.context)
+    return format_dolly(instruction, context, response, completion_only=bool(completion_only))
+
+
+def _format_review(form: Format, completion_only: bool | None, row: Mapping[str, Any]) -> Example | Dropped:
     words, column = form.label_words, form.label or "label"
-
-    def apply(row: Mapping[str, Any]) -> Example | None:
-        label = class_number(row.get(column), len(words))
-        if label is None:
-            raise DataError(
-                f"column {column!r} contains {row.get(column)!r}; expected a class number from 0 to {len(words) - 1} "
-                "(data.format.label_words)"
-            )
-        return format_review(_text(row, form.review), words[label], completion_only=completion_only is not False)
-
-    return apply
+    label = class_number(row.get(column), len(words))
+    if label is None:
+        raise DataError(
+            f"column {column!r} contains {row.get(column)!r}; expected a class number from 0 to {len(words) - 1} "
+            "(data.format.label_words)"
+        )
+    return format_review(_text(row, form.review), words[label], completion_only=completion_only is not False)
 
 
 def class_number(value: Any, classes: int) -> int | None:
@@ -174,10 +176,10 @@ def class_number(value: Any, classes: int) -> int | None:
 
 
 _FORMATTERS = {
-    "text": _format_texts,
-    "prompt": _format_prompts,
-    "dolly": _format_instructions,
-    "review": _format_reviews,
+    "text": _format_text,
+    "prompt": _format_prompt,
+    "dolly": _format_instruction,
+    "review": _format_review,
 }
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from datasets.utils.logging import disable_progress_bar
 
 from distft.config.recipe import Recipe
 from distft.config.schema import Data
-from distft.data.formats import blanks, check_columns, format_of, format_rows
+from distft.data.formats import check_columns, format_of, format_rows
 from distft.data.sources import Rows, data_sources, read_source, source_notes
-from distft.data.templates import Example
+from distft.data.templates import Dropped, Example
 from distft.data.tokenize import IGNORED, tokenize
 from distft.errors import DataError
 from distft.files import build_folder_once
@@ -31,7 +31,7 @@ from distft.paths import cache_folder
 from distft.text import count
 
 _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-_VERSION = 4
+_VERSION = 5
 """Part of the cache key: raise it whenever the same recipe and rows should give different samples."""
 
 
@@ -40,14 +40,16 @@ class Report:
     """What preparing the data did, in samples (or tokens) per split."""
 
     rows: dict[str, int]
-    dropped_empty: int
-    """Rows with a blank response, over all splits."""
-    blanks: dict[str, int]
-    """Rows that lack something, by what they lack: `null prompt`, `empty completion`."""
+    dropped: dict[str, int]
+    """Rows that are not trained on, over all splits, by the reason: `an empty response`."""
+    noted: dict[str, int]
+    """What else was found, in rows: `null prompt`, `empty completion`."""
     dropped_untrained: dict[str, int]
     """Samples that truncation left without any trained token."""
     truncated: dict[str, int]
     tokens: dict[str, int]
+    trained: dict[str, int]
+    """Trained tokens of conversations by the role that speaks, over all splits."""
     marked: dict[str, int]
     """Samples whose text brings the token that begins or ends a sequence, by token; it is not added again."""
     overlap: dict[str, int]
@@ -62,11 +64,14 @@ class Report:
     def lines(self) -> list[str]:
         sizes = ", ".join(f"{name} {count:,}" for name, count in self.rows.items())
         found = [f"data: {sizes} samples; {self.tokens['train']:,} training tokens"]
-        if self.dropped_empty:
-            found.append(f"data: dropped {self.dropped_empty:,} rows with an empty response")
-        if list(self.blanks.values()) not in ([], [self.dropped_empty]):  # one kind, all dropped, has just been said
-            kinds = ", ".join(f"{what} in {count(number, 'row')}" for what, number in self.blanks.items())
+        for reason, number in self.dropped.items():
+            found.append(f"data: dropped {number:,} rows with {reason}")
+        if list(self.noted.values()) not in ([], [*self.dropped.values()]):  # one kind, all dropped, has just been said
+            kinds = ", ".join(f"{what} in {count(number, 'row')}" for what, number in self.noted.items())
             found.append(f"data: {kinds}")
+        if self.trained:
+            roles = ", ".join(f"{number:,} of {role}" for role, number in self.trained.items())
+            found.append(f"data: trained tokens: {roles}")
         if untrained := sum(self.dropped_untrained.values()):
             found.append(f"data: dropped {untrained:,} samples: training.max_length leaves nothing to train on")
         if truncated := sum(self.truncated.values()):
@@ -152,17 +157,14 @@ def _prepare(
     recipe: Recipe, tokenizer: Any, raw: Rows, official: Rows | None, max_length: int | None
 ) -> tuple[DatasetDict, Report]:
     """Format, split and tokenize `raw`; `official` holds the rows of a separate test split, if there is one."""
-    data, lacks = recipe.data, Counter[str]()
-    rows, kept = _examples(recipe, raw, lacks)
-    empty = rows - len(kept)
+    data, tally = recipe.data, _Tally()
+    rows, kept = _examples(recipe, tokenizer, raw, tally)
     parts: dict[str, list[Example]] = split_rows(kept, data, recipe.run.seed, with_test=official is None)
     if official is not None:
-        held_out, parts["test"] = _examples(recipe, official, lacks)
-        empty += held_out - len(parts["test"])
+        _, parts["test"] = _examples(recipe, tokenizer, official, tally)
     if not kept:
-        raise DataError(
-            f"no row is left to train on: {rows} of {rows} rows have nothing to train on (a blank response)"
-        )
+        reasons = ", ".join(tally.dropped)
+        raise DataError(f"no row is left to train on: {rows} of {rows} rows have nothing to train on ({reasons})")
     if not parts["train"]:
         raise DataError(
             f"no row is left to train on: {rows - len(kept)} of {rows} rows are empty, the rest went to the other "
@@ -170,10 +172,9 @@ def _prepare(
         )
     counts: dict[str, dict[str, int]] = {"rows": {}, "dropped_untrained": {}, "truncated": {}, "tokens": {}}
     splits: dict[str, Dataset] = {}
-    marked = Counter[str]()
     for name, examples in parts.items():
         ids, labels, truncated = [], [], 0
-        for sample_ids, sample_labels, cut in tokenize(examples, tokenizer, max_length, marked):
+        for sample_ids, sample_labels, cut in tokenize(examples, tokenizer, max_length, tally.marked, tally.trained):
             if any(label != IGNORED for label in sample_labels):
                 ids.append(np.asarray(sample_ids, dtype=np.int32))
                 labels.append(np.asarray(sample_labels, dtype=np.int32))
@@ -196,12 +197,13 @@ def _prepare(
     }
     report = Report(
         rows=counts["rows"],
-        dropped_empty=empty,
-        blanks=dict(lacks),
+        dropped=dict(tally.dropped),
+        noted=dict(tally.noted),
         dropped_untrained=counts["dropped_untrained"],
         truncated=counts["truncated"],
         tokens=counts["tokens"],
-        marked=dict(marked),
+        trained=dict(tally.trained),
+        marked=dict(tally.marked),
         overlap=overlap,
         digest=texts_digest(parts["train"]),
         held_out_digest=texts_digest([*parts["validation"], *parts["test"]]),
@@ -209,20 +211,30 @@ def _prepare(
     return DatasetDict(splits), report
 
 
-def _examples(recipe: Recipe, rows: Rows, lacks: Counter[str]) -> tuple[int, list[Example]]:
-    """The number of `rows`, and the examples of those that have something to train on; `lacks` counts what is blank.
+@dataclass(frozen=True)
+class _Tally:
+    """Counts for the report, under the names that they have there."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
+    trained: Counter[str] = field(default_factory=Counter)
+    marked: Counter[str] = field(default_factory=Counter)
+
+
+def _examples(recipe: Recipe, tokenizer: Any, rows: Rows, tally: _Tally) -> tuple[int, list[Example]]:
+    """The number of `rows`, and the examples of those that have something to train on.
 
     Raises:
         DataError: there are no rows, a column is missing, or a row does not fit the format.
     """
-    form = format_of(recipe.data)
-    assert form is not None
     check_columns(rows, recipe.data)
     total, kept = 0, []
-    for row, example in format_rows(rows, recipe):
+    for _, example in format_rows(rows, recipe, tokenizer=tokenizer):
         total += 1
-        lacks.update(blanks(row, form))
-        if example is not None:
+        tally.noted.update(example.notes)
+        if isinstance(example, Dropped):
+            tally.dropped[example.reason] += 1
+        else:
             kept.append(example)
     if not total:
         raise DataError(f"{rows.name} is empty")
@@ -230,10 +242,11 @@ def _examples(recipe: Recipe, rows: Rows, lacks: Counter[str]) -> tuple[int, lis
 
 
 def texts_digest(examples: Iterable[Example]) -> str:
-    """A hash of the texts in order, and of where their trained parts begin."""
+    """A hash of the texts in order, and of their trained parts."""
     texts = hashlib.sha256()
     for example in examples:
-        texts.update(json.dumps([example.text, example.trained_from]).encode())
+        parts = example.trained if example.rendered else [example.first_trained]
+        texts.update(json.dumps([example.text, *parts]).encode())
     return texts.hexdigest()[:16]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,27 +19,97 @@ Offsets = list[tuple[int, int]]
 
 
 def tokenize(
-    examples: Sequence[Example], tokenizer: Any, max_length: int | None, marked: Counter[str] | None = None
+    examples: Sequence[Example],
+    tokenizer: Any,
+    max_length: int | None,
+    marked: Counter[str] | None = None,
+    trained: Counter[str] | None = None,
 ) -> Iterator[tuple[list[int], list[int], bool]]:
     """For each example, its input ids, its labels (same length, at most `max_length`) and whether it was truncated.
 
     The text is tokenized in one piece, exactly as the model will see it, so a token may straddle the boundary of the
-    trained part; such a token is trained. The last token is the end-of-sequence token unless the end was cut off.
-    The first label is always -100, because nothing predicts the first token.
+    trained part; such a token is trained. The first label is always -100, because nothing predicts the first token.
 
-    A text that was rendered with the model's template already contains the token that begins or ends a sequence, which
-    is then not added again; `marked` counts these texts by the token.
+    A text without a chat template ends in the end-of-sequence token, unless its end was cut off. It may have been
+    rendered elsewhere, and already contain the token that begins or ends a sequence, which is then not added again;
+    `marked` counts these texts by the token. A text that distft rendered is tokenized as it is; `trained` counts its
+    trained tokens by the role of their turn.
     """
+    for rendered, group in itertools.groupby(examples, key=lambda example: example.rendered):
+        same = list(group)
+        for start in range(0, len(same), _CHUNK):
+            chunk = same[start : start + _CHUNK]
+            encoded = tokenizer(
+                [example.text for example in chunk],
+                return_offsets_mapping=True,
+                truncation=False,
+                add_special_tokens=not rendered,
+            )
+            for example, ids, offsets in zip(chunk, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                if rendered:
+                    yield _turns(example, ids, offsets, tokenizer.bos_token_id, max_length, trained)
+                else:
+                    yield _text(example, ids, offsets, tokenizer, max_length, marked)
+
+
+def _text(
+    example: Example, ids: list[int], offsets: Offsets, tokenizer: Any, max_length: int | None, marked: Any
+) -> tuple[list[int], list[int], bool]:
+    """The sample of a text without a chat template, of which `_label` cuts tokens."""
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    for start in range(0, len(examples), _CHUNK):
-        chunk = examples[start : start + _CHUNK]
-        encoded = tokenizer([example.text for example in chunk], return_offsets_mapping=True, truncation=False)
-        for example, ids, offsets in zip(chunk, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            ids, offsets, ended = _without_end(ids, offsets, example.text, eos)
-            ids, offsets, begun = _begun_once(ids, offsets, example, bos, eos)
-            if marked is not None:
-                marked.update([tokenizer.eos_token] * ended + [tokenizer.bos_token] * begun)
-            yield _label(example, ids, offsets, eos, max_length)
+    ids, offsets, ended = _without_end(ids, offsets, example.text, eos)
+    ids, offsets, begun = _begun_once(ids, offsets, example, bos, eos)
+    if marked is not None:
+        marked.update([tokenizer.eos_token] * ended + [tokenizer.bos_token] * begun)
+    return _label(example, ids, offsets, eos, max_length)
+
+
+def _turns(
+    example: Example,
+    ids: list[int],
+    offsets: Offsets,
+    bos: int | None,
+    max_length: int | None,
+    trained: Counter[str] | None,
+) -> tuple[list[int], list[int], bool]:
+    """The sample of a conversation, from which whole turns are left out where it is too long."""
+    labels = _labels(ids, offsets, example.trained)
+    starts = [bisect.bisect_right(offsets, turn.start, key=lambda each: each[1]) for turn in example.turns]
+    turns = list(zip(starts, [*starts[1:], len(ids)], [turn.role for turn in example.turns], strict=True))
+    kept = [(0, len(ids))]
+    cut = max_length is not None and len(ids) > max_length
+    if max_length is not None and cut:
+        kept = (_first_turns if example.cut == "end" else _last_turns)(turns, labels, max_length, ids[0] == bos)
+    if trained is not None:
+        for start, end, role in turns:
+            within = [labels[max(low, start, 1) : min(high, end)] for low, high in kept]
+            if number := sum(label != IGNORED for part in within for label in part):
+                trained[role] += number
+    ids = [token for low, high in kept for token in ids[low:high]]
+    labels = [label for low, high in kept for label in labels[low:high]]
+    return ids, [IGNORED, *labels[1:]][: len(ids)], cut
+
+
+Turns = list[tuple[int, int, str]]
+"""The first token of each turn, the one after its last, and its role."""
+
+
+def _first_turns(turns: Turns, labels: list[int], room: int, begins: bool) -> list[tuple[int, int]]:
+    """The tokens to keep: as many turns from the beginning as there is `room` for, up to one that is trained."""
+    fits = [end for start, end, _ in turns if end <= room and any(label != IGNORED for label in labels[start:end])]
+    return [(0, max(fits))] if fits else []
+
+
+def _last_turns(turns: Turns, labels: list[int], room: int, begins: bool) -> list[tuple[int, int]]:
+    """The tokens to keep: the system prompt, or at least the token that `begins` a sequence, and then as many turns up
+    to the end as there is `room` for, from one of the user on."""
+    head = int(begins)
+    for _, end, role in turns:
+        if role not in ("system", "developer"):
+            break
+        head = end
+    fits = [start for start, _, role in turns if role == "user" and head + len(labels) - start <= room]
+    return [(0, head), (min(fits), len(labels))] if fits else []
 
 
 def _without_end(ids: list[int], offsets: Offsets, text: str, eos: int) -> tuple[list[int], Offsets, bool]:
@@ -65,8 +136,8 @@ def _begun_once(
     begins = [place for place in range(head) if ids[place] == bos]
     if len(begins) > 1:
         ids, offsets = ids[begins[-1] :], offsets[begins[-1] :]
-    if example.trained_from and bos != eos:
-        first = bisect.bisect_right(offsets, example.trained_from, key=lambda each: each[1])
+    if example.first_trained and bos != eos:
+        first = bisect.bisect_right(offsets, example.first_trained, key=lambda each: each[1])
         while first < len(ids) and _is_blank(offsets[first], example.text):
             first += 1
         if 0 < first < len(ids) and ids[first] == bos and ids[first - 1] != eos:
@@ -78,10 +149,20 @@ def _is_blank(offsets: tuple[int, int], text: str) -> bool:
     return not text[offsets[0] : offsets[1]].strip()
 
 
+def _labels(ids: list[int], offsets: Offsets, trained: Sequence[tuple[int, int]]) -> list[int]:
+    """The tokens with a character in one of the parts that are `trained`, which are in order; the others are -100."""
+    labels, place = [], 0
+    for token, (start, end) in zip(ids, offsets, strict=True):
+        while place < len(trained) and trained[place][1] <= start:
+            place += 1
+        labels.append(token if place < len(trained) and end > trained[place][0] else IGNORED)
+    return labels
+
+
 def _label(
     example: Example, ids: list[int], offsets: Offsets, eos: int, max_length: int | None
 ) -> tuple[list[int], list[int], bool]:
-    labels = [token if end > example.trained_from else IGNORED for token, (_, end) in zip(ids, offsets, strict=True)]
+    labels = _labels(ids, offsets, example.trained)
     tail = 0 if example.tail_from is None else sum(end > example.tail_from for _, end in offsets)
     ids, labels, tail = [*ids, eos], [*labels, eos], tail + 1 if tail else 0
     cut = max_length is not None and len(ids) > max_length

@@ -66,7 +66,7 @@ def _splits(recipe: Recipe) -> dict[str, list[tuple[Row, Example]]]:
         DataError: the data cannot be read.
     """
     kept = [
-        [(row, example) for row, example in format_rows(read_source(source), recipe) if example is not None]
+        [(row, example) for row, example in format_rows(read_source(source), recipe) if isinstance(example, Example)]
         for source in data_sources(recipe.data)
     ]
     parts: dict[str, list[tuple[Row, Example]]] = split_rows(

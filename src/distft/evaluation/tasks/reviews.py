@@ -14,7 +14,7 @@ from distft.config.recipe import Recipe
 from distft.data.formats import class_number, format_of, formatter
 from distft.data.prepare import split_rows
 from distft.data.sources import KNOWN_DATASETS, HubSplit, data_sources, read_source
-from distft.data.templates import format_review
+from distft.data.templates import Example, format_review
 from distft.errors import DataError
 
 
@@ -122,8 +122,8 @@ def select(recipe: Recipe, found: Sequence[Review], classes: int) -> list[Review
 def _held_out(recipe: Recipe) -> list[Mapping[str, Any]]:
     """The raw rows of the prepared test split."""
     raw, *official = map(read_source, data_sources(recipe.data))
-    apply = formatter(recipe)
-    kept: list[Mapping[str, Any]] = [row for row in (official[0] if official else raw) if apply(row) is not None]
+    apply, rows = formatter(recipe), official[0] if official else raw
+    kept: list[Mapping[str, Any]] = [row for row in rows if isinstance(apply(row), Example)]
     return kept if official else split_rows(kept, recipe.data, recipe.run.seed, with_test=True)["test"]
 
 
@@ -154,7 +154,7 @@ def prompt_of(review: str, words: Sequence[str], tokenizer: Any, max_length: int
         if row[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:  # the tokenizer's own
             row.pop()
     begins = [
-        next(place for place, (_, end) in enumerate(offsets) if end > example.trained_from)
+        next(place for place, (_, end) in enumerate(offsets) if end > example.first_trained)
         for offsets in encoded["offset_mapping"]
     ]
     cut = min(begins)
