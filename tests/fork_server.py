@@ -51,6 +51,9 @@ MODULES = {
     "distft.training.batch_size_worker",
     "tests.distributed.program",
 }
+SCRIPT = "without_guard.py"
+"""The name of scripts that are forked as well: `python SCRIPT` (tests/distributed/test_guards.py)."""
+
 PRELOADED = (
     "accelerate.commands.launch",
     "bitsandbytes",
@@ -169,7 +172,9 @@ def _template_for(args: Any, env: Mapping[str, str]) -> Template | None:
     """The template from which the command can be forked; None if it has to be executed."""
     if _template is None or env.get(EXEC):
         return None
-    if not isinstance(args, list | tuple) or not args or args[0] != sys.executable or _module(args) not in MODULES:
+    if not isinstance(args, list | tuple) or not args or args[0] != sys.executable:
+        return None
+    if _module(args) not in MODULES and _script(args) is None:
         return None
     signature = _signature(env)
     if signature == _template.signature:
@@ -316,17 +321,16 @@ def _run(request: Mapping[str, Any], fds: Sequence[int], environment: Mapping[st
     _template = Template(ours, environment)
 
     args: list[str] = request["args"]
-    module = _module(args)
-    assert module is not None
+    module, script = _module(args), _script(args)
     os.environ.clear()
     os.environ.update(request["env"])
     _show(args, request["env"])
     os.chdir(request["cwd"])
-    sys.argv = ["-m", *args[args.index("-m") + 2 :]]
+    sys.argv = ["-m", *args[args.index("-m") + 2 :]] if script is None else args[args.index(script) :]
     sys.orig_argv = list(args)
     if not request["env"].get("PYTHONSAFEPATH"):
-        sys.path.insert(0, request["cwd"])
-    if "-u" in args[1 : args.index("-m")]:
+        sys.path.insert(0, request["cwd"] if script is None else str(Path(script).parent))
+    if args[1] == "-u":
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     if module == "accelerate.commands.launch":
         # torch's launcher walks over sys.modules to name each caller that it logs: leave it only the modules of a fresh
@@ -340,7 +344,11 @@ def _run(request: Mapping[str, Any], fds: Sequence[int], environment: Mapping[st
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*found in sys.modules", category=RuntimeWarning)
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            if script is not None:
+                runpy.run_path(script, run_name="__main__")
+            else:
+                assert module is not None
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
@@ -364,6 +372,12 @@ def _module(args: Sequence[Any]) -> str | None:
     if words[:1] == ["-u"]:
         words = words[1:]
     return words[1] if words[:1] == ["-m"] and len(words) > 1 else None
+
+
+def _script(args: Sequence[Any]) -> str | None:
+    """SCRIPT of `python [-u] SCRIPT …`."""
+    words = [str(arg) for arg in args[1:3] if arg != "-u"]
+    return words[0] if words and Path(words[0]).name == SCRIPT else None
 
 
 def _become_subreaper() -> None:
