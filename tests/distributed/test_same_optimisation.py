@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -50,7 +51,9 @@ class Trajectory:
         assert ended.code == 0, ended.stderr[-3000:]
         self.summary = ended.folder.read_summary()
         self.records = [record for record in ended.folder.read_metrics() if "loss" in record]
-        self.adapter = read_tensors(Path(ended.folder.adapter))
+        self.folder = ended.folder.path
+        result = ended.folder.adapter if ended.folder.adapter.is_dir() else ended.folder.model
+        self.adapter = read_tensors(Path(result))
 
     def of(self, key: str) -> list[float]:
         """One figure of every step."""
@@ -116,6 +119,16 @@ def test_the_loss_of_bf16_is_as_exact_as_that_of_ddp(strategy: str, ddp_in_bf16:
     ours = Trajectory(train, f"strategy={strategy}", *BF16, nproc=2)
     for key in ("loss", "entropy"):
         assert ours.of(key) == pytest.approx(ddp_in_bf16.of(key), rel=1e-4), key
+
+
+def test_a_whole_model_learns_under_ddp_what_it_learns_under_fsdp(train: Train) -> None:
+    """In mixed precision both update fp32 weights. Updates of bf16 weights would be rounded away at this rate."""
+    words = ("lora=null", "model.dtype=bfloat16", "training.optim=adamw_torch", "training.learning_rate=2e-5")
+    ddp, fsdp = (Trajectory(train, f"strategy={strategy}", *words, nproc=2) for strategy in ("ddp", "fsdp"))
+    assert [run.summary["strategy"] for run in (ddp, fsdp)] == ["ddp", "fsdp"]
+    assert ddp.of("loss") == pytest.approx(fsdp.of("loss"), rel=2e-3)
+    config = json.loads((Path(ddp.folder / "model" / "config.json")).read_text(encoding="utf-8"))
+    assert config["dtype"] == "bfloat16" == str(next(iter(ddp.adapter.values())).dtype).removeprefix("torch.")
 
 
 @pytest.mark.parametrize(("strategy", "processes"), [("single", 1), ("ddp", 2), ("fsdp", 2)])

@@ -138,6 +138,8 @@ def test_initialisations_that_rewrite_the_base_need_whole_weights_and_to_be_repe
     assert faults["lora.init_lora_weights"].hint == "use pissa, which decomposes them exactly"
     faults, _ = found("lora.init_lora_weights=olora", "strategy=fsdp")
     assert "which fsdp splits among the processes" in faults["lora.init_lora_weights"].problem
+    faults, _ = found("lora.init_lora_weights=pissa", "quantization={load_in_4bit: true, dequantize_at_load: true}")
+    assert "would not fit the original ones" in faults["lora.init_lora_weights"].problem
 
 
 def test_tied_embeddings_that_fsdp_would_tie_again_are_a_fault(tmp_path: Path, tokenizer: Any) -> None:

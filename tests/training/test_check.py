@@ -118,7 +118,7 @@ def test_checkpoints_that_are_there_already_need_no_more_room(tmp_path: Path) ->
 
 
 def test_what_rounding_does_to_a_full_fine_tune_is_said_before_the_run() -> None:
-    words = ["recipe=tiny", "lora=null", "quantization=null", "model.dtype=bfloat16"]
+    words = ["recipe=tiny", "lora=null", "quantization=null", "model.dtype=bfloat16", "training.bf16=false"]
     assert any("updated in bfloat16" in line for line in check_words(words).lines())
     assert not any("updated in" in line for line in check_words(["recipe=tiny"]).lines())
 

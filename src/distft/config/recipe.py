@@ -68,6 +68,12 @@ class Recipe(Section):
         return "bf16" if self.training.get("bf16", self.model.dtype == "bfloat16") else "no"
 
     @property
+    def updates_16_bits(self) -> bool:
+        """Whether, without an adapter, the optimizer adds its updates to weights of 16 bits, which rounds small ones
+        away. Under mixed precision the weights that it updates have 32."""
+        return self.lora is None and self.model.dtype != "float32" and self.mixed_precision == "no"
+
+    @property
     def micro_batch(self) -> int:
         """What a device processes at once: tokens if samples are packed, otherwise samples. 1 until `auto` has been
         resolved, because 1 divides every global batch."""

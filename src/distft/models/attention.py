@@ -127,6 +127,8 @@ def varlen_attention(
         raise ModelError(f"varlen attention in PyTorch {torch.__version__} has no sliding window; use sdpa")
     if "enable_gqa" in _options():
         options["enable_gqa"] = query.shape[1] != key.shape[1]
+    # Rotations and norms of fp32 weights give fp32 under autocast, which casts for SDPA and not for this kernel.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     out = kernel()(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options)
     return out.unsqueeze(0), None

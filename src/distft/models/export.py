@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from distft.config.recipe import Recipe
 from distft.console import say
-from distft.errors import InvariantError
+from distft.errors import InvariantError, ModelError
 from distft.models.loading import load_base, load_tokenizer
 from distft.models.saved_adapter import SavedAdapter
+from distft.text import first_line
 
 _ROUNDING = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """By how much rounding each merged weight to the type may change the logits, relative to their spread."""
@@ -26,7 +27,7 @@ def merge(recipe: Recipe, adapter: Path, target: Path, device_map: dict[str, int
     """Write the trained model to the folder `target`: the dequantised base with the adapter merged into it.
 
     Raises:
-        ModelError: the base or the adapter cannot be loaded, or they do not fit each other.
+        ModelError: the base or the adapter cannot be loaded, they do not fit each other, or PEFT cannot merge them.
         InvariantError: the merged model, read back, does not compute what base and adapter do.
     """
     saved = SavedAdapter.read(adapter)
@@ -62,6 +63,9 @@ def merge_into_base(model: Any) -> Any:
 
     Where the output head shares its weight with the input embedding and only one of them was trained, they part:
     merging in place would change both. PEFT, for its part, declares them parted wherever they are two tensors.
+
+    Raises:
+        ModelError: PEFT cannot merge an adapter of this kind (`lora_bias` on modules without a bias).
     """
     embedding = _unwrapped(model.get_input_embeddings())
     tied = [m for m in model.modules() if m is not embedding and _owned_weight(m) is embedding.weight]
@@ -69,7 +73,12 @@ def merge_into_base(model: Any) -> Any:
         module.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about embeddings that are no longer tied
-        merged = model.merge_and_unload(safe_merge=True)
+        try:
+            merged = model.merge_and_unload(safe_merge=True)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            raise ModelError(
+                f"PEFT cannot merge this adapter: {first_line(error)}\n  load base and adapter with PEFT instead"
+            ) from error
     rows, head = merged.get_input_embeddings(), merged.get_output_embeddings()
     if tied and head is not None:
         alike = torch.equal(rows.weight, head.weight)

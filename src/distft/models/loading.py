@@ -101,6 +101,8 @@ def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
     if recipe.model.kernels == "auto" and strategy.on_gpu:
         use_liger_kernels(base)
     if recipe.lora is None:
+        if not (recipe.updates_16_bits or strategy.updates_copies):
+            base.float()  # mixed precision computes in 16 bits, and updates weights of 32
         return base
     return add_adapter(base, recipe, strategy, known_rows=config.get_text_config().vocab_size)
 

@@ -214,8 +214,11 @@ def _initialisation_faults(recipe: Recipe) -> Iterator[Fault]:
         problem = f"{init} decomposes weights at random, which could not be repeated when the adapter is loaded"
         yield _fault(recipe, key, problem, "use pissa, which decomposes them exactly")
     if recipe.bits < 16:
-        hint = "use true, gaussian or orthogonal, or quantization.dequantize_at_load=true"
+        hint = "use true, gaussian or orthogonal, or a base that is not quantised"
         yield _fault(recipe, key, f"{init} rewrites the base, whose weights have {recipe.bits} bits", hint)
+    elif recipe.quantization is not None and recipe.quantization.dequantize_at_load:
+        problem = f"{init} would decompose weights that were quantised, and the adapter would not fit the original ones"
+        yield _fault(recipe, key, problem, "use true, gaussian or orthogonal, or quantization=null")
     if "weights" in STRATEGIES[recipe.strategy].shards:
         problem = f"{init} decomposes whole weights of the base, which {recipe.strategy} splits among the processes"
         yield _fault(recipe, key, problem, "use true, gaussian or orthogonal, or strategy=ddp")

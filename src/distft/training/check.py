@@ -78,7 +78,7 @@ def check_settings(
     `local_only`: ask nothing of the hub. `on_gpu`: whether the run will have GPUs (None: if this machine has).
     """
     from distft.models.checks import model_faults
-    from distft.training.checks import expected_strategy, training_faults, weights_notes
+    from distft.training.checks import training_faults, weights_notes
     from distft.training.disk import disk_findings
 
     _, divides = attempt(recipe, "batching.micro_batch", lambda: recipe.check_division(processes))
@@ -91,7 +91,7 @@ def check_settings(
         faults=(*divides, *model.faults, *settings),
         checked=tuple(what for what, faults in checked.items() if not faults),
         skipped=tuple(model.skipped),
-        run=(*model.notes, *weights_notes(recipe, expected_strategy(recipe, processes, on_gpu))),
+        run=(*model.notes, *weights_notes(recipe)),
     )
     if model.trainable and not found.faults:
         needed, fault = disk_findings(recipe, model.trainable, working_folder)

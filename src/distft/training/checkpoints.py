@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,13 +16,14 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback
+from transformers.utils import CONFIG_NAME
 
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.distributed.collectives import first_failure, together
 from distft.distributed.strategies import Strategy
 from distft.errors import InvariantError, StorageError
-from distft.files import disk_full_reason, free_space
+from distft.files import disk_full_reason, free_space, to_json, write_atomically
 from distft.runs import manifest
 from distft.runs.folder import RunFolder
 
@@ -72,6 +74,10 @@ def _save(model: Any, gathered: Mapping[str, torch.Tensor], recipe: Recipe, targ
         dtype = getattr(torch, recipe.model.dtype)
         expected = {name: tensor.to(dtype) for name, tensor in gathered.items()}
         model.save_pretrained(str(target), state_dict=dict(expected), safe_serialization=True)
+        config = target / CONFIG_NAME  # names the type of the weights in memory
+        write_atomically(
+            config, to_json(json.loads(config.read_text(encoding="utf-8")) | {"dtype": recipe.model.dtype})
+        )
     return dict(expected)
 
 

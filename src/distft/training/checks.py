@@ -120,19 +120,25 @@ def _strategy_faults(recipe: Recipe, strategy: Strategy) -> Iterator[Fault]:
     if recipe.training.get("activation_offloading") and not strategy.on_gpu:
         key = "training.activation_offloading"
         yield Fault(recipe.source.of(key), key, "moves activations from a GPU, and this run has none", "leave it out")
-    if recipe.model.dtype == "float16" and strategy.updates_16_bits(recipe):
+    if recipe.model.dtype == "float16" and recipe.updates_16_bits:
         problem = "float16 weights cannot be trained: small gradients and updates become 0, and losses NaN"
         hint = "model.dtype=float32 training.fp16=true computes in float16; or model.dtype=bfloat16"
         yield Fault(recipe.source.of("model.dtype"), "model.dtype", problem, hint)
 
 
-def weights_notes(recipe: Recipe, strategy: Strategy) -> list[str]:
+def weights_notes(recipe: Recipe) -> list[str]:
     """What a user may not expect of the type of the weights that are trained."""
-    if not strategy.updates_16_bits(recipe):
+    dtype, precision = recipe.model.dtype, recipe.mixed_precision
+    if recipe.lora is not None or dtype == "float32":
         return []
+    if recipe.updates_16_bits:
+        return [
+            f"all parameters are updated in {dtype}, which rounds away changes below 1/256 of a weight; "
+            "training.bf16=true keeps them, and takes more memory"
+        ]
     return [
-        f"all parameters are updated in {recipe.model.dtype}, which rounds away changes below 1/256 of a weight; "
-        "model.dtype=float32 with training.bf16=true keeps them, and takes more memory"
+        f"all parameters train as float32 weights, with products in {precision} (mixed precision), and are saved in "
+        f"{dtype}; training.{precision}=false would update them in {dtype}, with less memory"
     ]
 
 

@@ -12,7 +12,6 @@ from distft.hardware import GIB
 from distft.runs.checks import existing_parent
 from distft.runs.folder import RunFolder
 
-_WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 _STATES = (("adafactor", 0), ("sgd", 0), ("lion", 1), ("rmsprop", 1), ("adagrad", 1))
 """States per trained value, by a part of the optimizer's name; AdamW has two."""
 
@@ -67,5 +66,5 @@ def size(number: float) -> str:
 
 
 def _width(recipe: Recipe) -> int:
-    """Bytes of a trained value: an adapter trains in fp32, a whole model in its own type."""
-    return 4 if recipe.lora is not None else _WIDTH[recipe.model.dtype]
+    """Bytes of a trained value: fp32, unless a whole model trains in 16 bits."""
+    return 2 if recipe.updates_16_bits else 4

@@ -64,12 +64,14 @@ def device_bytes(recipe: Recipe, shape: Shape, strategy: Strategy, micro_batch: 
       0.5625 without), everything else the size of `model.dtype`. A strategy that shards them divides this by the number
       of processes and holds two whole layers at a time.
     - Trained tensors: weights, gradients and two AdamW states (one byte each in an 8-bit optimizer, none on the device
-      in a paged one), in fp32 for an adapter and in `model.dtype` for a whole model.
+      in a paged one), in fp32, or in 16 bits for a whole model that trains without mixed precision.
     - Activations: 34 bytes per token, hidden unit and layer in 16 bits (Korthikanti et al. 2022, arXiv:2205.05198,
       section 4.1, without attention scores). With activation checkpointing, this applies to one layer, plus 2 bytes for
       the input of each.
     """
     world, width = strategy.world.world_size, _BYTES[recipe.model.dtype]
+    if recipe.lora is None and not recipe.updates_16_bits:
+        width = 4
     linear = sum(i * o for _, i, o in shape.linears)
     double = recipe.quantization is not None and recipe.quantization.bnb_4bit_use_double_quant
     each = {4: 0.516 if double else 0.5625, 8: 1.0, 16: float(width)}[recipe.bits]
@@ -89,7 +91,7 @@ def device_bytes(recipe: Recipe, shape: Shape, strategy: Strategy, micro_batch: 
     if "optimizer" in strategy.shards:
         trained /= world
 
-    units = micro_batch * tokens * shape.hidden_size * width / 2
+    units = micro_batch * tokens * shape.hidden_size * _BYTES[recipe.model.dtype] / 2
     checkpointing = recipe.training.get("gradient_checkpointing", True)
     activations = units * (34 + 2 * shape.layers if checkpointing else 34 * shape.layers)
     return int(_FIXED + strategy.buffer_bytes + weights + trained + activations)

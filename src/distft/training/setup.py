@@ -158,7 +158,7 @@ def setup_model(run: OpenRun) -> PreparedModel:
         record.changed(note)
     arguments = training_arguments(recipe, strategy, record.folder, accumulation)
     check_schedule(run, arguments, total_steps(recipe, plan.steps))
-    for note in weights_notes(recipe, strategy):
+    for note in weights_notes(recipe):
         record.changed(note)
     model = together(world, lambda: run.memory.load(lambda: load_model(recipe, strategy)))
     checkpointed = set_up_checkpointing(model, recipe, strategy, plan.heaviest_tokens)

@@ -45,7 +45,8 @@ class Strategy:
     buffer_bytes: ClassVar[int] = 0
     """What the sharding library allocates on each device for its own buffers."""
     updates_copies: ClassVar[bool] = False
-    """Whether, under mixed precision, the optimizer updates float32 copies of trained weights of 16 bits."""
+    """Whether, under mixed precision, the sharding library makes float32 copies of trained weights of 16 bits, and
+    updates these."""
     skips_empty_rounds: ClassVar[bool] = True
     """Whether a round of gradient accumulation without a sample may be skipped."""
     gathers_in_submodules: ClassVar[bool] = False
@@ -132,12 +133,6 @@ class Strategy:
     def keeps_adapter_in_base_dtype(self, recipe: Recipe) -> bool:
         """Whether the adapter must have the dtype of the base model."""
         return False
-
-    def updates_16_bits(self, recipe: Recipe) -> bool:
-        """Whether, without an adapter, the optimizer adds its updates to weights of 16 bits, which rounds small ones
-        away."""
-        copies = self.updates_copies and recipe.mixed_precision != "no"
-        return recipe.lora is None and recipe.model.dtype != "float32" and not copies
 
     def preserve_output_dtype(self, accelerator: Any) -> None:
         """Make losses under mixed precision as exact as under DDP. Call it before the model is prepared."""

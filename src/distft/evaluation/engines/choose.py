@@ -16,6 +16,17 @@ from distft.evaluation.generate import Engine, Template
 from distft.evaluation.target import SideName, Target
 from distft.models.loading import model_path
 
+_BEYOND_VLLM = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "target_parameters",
+    "rank_pattern",
+    "alpha_pattern",
+    "trainable_token_indices",
+)
+"""Settings of an adapter that vLLM refuses or ignores."""
+
 
 def choose_engine(target: Target, settings: Evaluation, side: SideName, template: Template) -> Engine:
     """The engine for `side`, to be used within `target.side(side)`.
@@ -62,7 +73,7 @@ def obstacle_to_vllm(target: Target) -> str | None:
         return "vLLM does not quantise the base as in training"
     if target.result is not None and target.is_adapter:
         adapter = json.loads((target.result / "adapter_config.json").read_text(encoding="utf-8-sig"))
-        for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices"):
+        for key in _BEYOND_VLLM:
             if adapter.get(key):
                 return f"vLLM does not support adapters with {key}"
         init, biases = str(adapter.get("init_lora_weights")), adapter.get("bias", "none")
