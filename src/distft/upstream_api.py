@@ -106,6 +106,8 @@ _liger_norm = _of("liger-kernel", "liger_kernel.transformers.rms_norm:LigerRMSNo
 _linear4bit = _of("bitsandbytes", "bitsandbytes.nn.modules:Linear4bit")
 _native = _of("bitsandbytes", "bitsandbytes.cextension:BNBNativeLibrary")
 _dataset = _of("datasets", "datasets.arrow_dataset:Dataset")
+_templates = _of("transformers", "transformers.utils.chat_template_utils")
+_training_templates = _of("trl", "trl.chat_template_utils")
 _wandb = _of("wandb", "wandb.sdk.wandb_settings:Settings")
 _hflm = _of("lm-eval", "lm_eval.models.huggingface:HFLM")
 _evaluation_loop = ("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix")
@@ -173,6 +175,16 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     _linear4bit("support_avx512bf16_for_cpu", "attribute", "keep 4-bit weights in a layout that has a gradient"),
     _native("_lib", "attribute", "name the native library that was loaded"),
     _dataset("_fingerprint", "attribute", "recognise data that has been tokenized before"),
+    _templates(
+        "render_jinja_template",
+        "call",
+        "render conversations as the tokenizer does, without it, and with the characters of the answers",
+        ("conversations", "tools", "chat_template", "return_assistant_tokens_mask", "add_generation_prompt"),
+    ),
+    _training_templates(
+        "has_generation_markers", "call", "see which tokens a chat template trains", ("chat_template",)
+    ),
+    _training_templates("get_training_chat_template", "call", "use TRL's training templates", ("processing_class",)),
     _wandb("x_transaction_log_flush_interval", "attribute", "lose at most a second of history when a run is killed"),
     _hflm("_rank", "attribute", "spread lm-eval's requests over the processes"),
     _hflm("_world_size", "attribute", "spread lm-eval's requests over the processes"),
@@ -371,6 +383,45 @@ def dataset_fingerprint(dataset: Any) -> str:
     """The fingerprint of a `datasets.Dataset`."""
     _checked("_fingerprint")
     return str(dataset._fingerprint)
+
+
+def render_chats(
+    template: str,
+    conversations: list[list[dict[str, Any]]],
+    tools: list[Any] | None,
+    variables: dict[str, str],
+    *,
+    spans: bool = False,
+    answer_next: bool = False,
+) -> tuple[list[str], list[list[tuple[int, int]]]]:
+    """Each conversation as text, and if `spans` is set, the characters within the template's generation markers.
+
+    Raises whatever the template raises. With `answer_next`, the text ends where the assistant is to speak.
+    """
+    render = _checked("render_jinja_template")
+    texts, indices = render(
+        conversations=conversations,
+        tools=tools,
+        chat_template=template,
+        return_assistant_tokens_mask=spans,
+        add_generation_prompt=answer_next,
+        **variables,
+    )
+    return texts, indices
+
+
+def has_generation_markers(template: str) -> bool:
+    """Whether a chat template marks what the assistant generates."""
+    return bool(_checked("has_generation_markers")(template))
+
+
+def training_template(tokenizer: Any) -> str | None:
+    """TRL's training template for the tokenizer's; None if TRL has none or knows of no need for one."""
+    try:
+        found: str | None = _checked("get_training_chat_template")(tokenizer)
+    except ValueError:
+        return None
+    return found
 
 
 def set_lm_eval_rank(model: Any, rank: int, world_size: int) -> None:

@@ -176,7 +176,7 @@ def test_what_is_required_and_not_set_is_a_fault_of_the_file(tmp_path: Path) -> 
         ("model.attn_implementation=varlen", "model.attn_implementation", "these micro-batches are padded"),
         ("data.validation_fraction=0 training.eval_strategy=steps", "training.eval_strategy", "no validation split"),
         ("data.validation_fraction=0.5 data.test_fraction=0.5", "data", "leave nothing to train on"),
-        ("data.name=some/corpus", "data.format", "is required for 'some/corpus'"),
+        ("data.chat_template=chatlm", "data.chat_template", "did you mean chatml?"),
         ("data.format.text=a data.format.label=b", "data.format", "got label, text"),
         (
             "recipe=climate_llama3b training.completion_only_loss=true",

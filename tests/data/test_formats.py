@@ -11,6 +11,7 @@ from distft.data.tokenize import IGNORED
 from distft.errors import DataError
 from tests.data.rows import ALL, Prepare, trained, whole, write_rows
 
+MESSAGES = "these are messages; name the column of conversations: data.format.messages=COLUMN"
 QA = "data.format={prompt: q, completion: a}"
 
 
@@ -78,8 +79,14 @@ def test_a_column_that_does_not_hold_text_is_an_error(prepare: Prepare, tmp_path
 @pytest.mark.parametrize(
     ("value", "remedy"),
     [
-        ([{"role": "user", "content": "Why?"}], "render such messages into a column of prompts"),
-        ([{"from": "human", "value": "Why?"}], "render such messages into a column of prompts"),
+        (
+            [{"role": "user", "content": "Why?"}],
+            MESSAGES,
+        ),
+        (
+            [{"from": "human", "value": "Why?"}],
+            MESSAGES,
+        ),
         (["Why?", "So."], "give each row one text"),
         (4.5, "write it in quotes, as it should be trained"),
     ],

@@ -95,6 +95,9 @@ def _absolute(name: str) -> str:
 
 
 ModelName = Annotated[str, AfterValidator(_absolute)]
+ChatTemplateName = Annotated[
+    str, AfterValidator(lambda name: _absolute(name) if name.endswith((".jinja", ".j2")) else name)
+]
 
 
 class Model(Section):
@@ -162,21 +165,27 @@ class Quantization(Section):
 
 
 class Format(Section):
-    """Which columns hold what: `text`; `prompt` and `completion`; `instruction` and `response`; or `review` and
-    `label`."""
+    """Which columns hold what: `messages`; `text`; `prompt` and `completion`; `instruction` and `response`; or `review`
+    and `label`."""
 
+    messages: str | None = None
+    """Column of conversations: a list of messages with `role` and `content`, or with `from` and `value`."""
+    tools: str | None = None
+    """Column of the tools that a conversation may use: a list of JSON schemas, or its JSON text."""
+    system: str | None = None
+    """Column of system prompts, which come before the conversation; rows may leave it empty."""
     text: str | None = None
     """Column of whole texts; every token is trained on."""
     prompt: str | None = None
-    """Column of prompts, used verbatim."""
+    """Column of prompts: texts, used verbatim, or lists of messages."""
     completion: str | None = None
-    """Column of the completions that follow the prompts."""
+    """Column of the completions that follow the prompts: texts, or lists of messages."""
     instruction: str | None = None
-    """Column of instructions (Dolly's template)."""
+    """Column of instructions (Dolly's template, or data.chat_template)."""
     context: str | None = None
-    """Column of contexts, which rows may leave empty (Dolly's template)."""
+    """Column of contexts, which rows may leave empty (Dolly's template, or data.chat_template)."""
     response: str | None = None
-    """Column of responses (Dolly's template)."""
+    """Column of responses (Dolly's template, or data.chat_template)."""
     review: str | None = None
     """Column of texts to classify (IMDB's template)."""
     label: str | None = None
@@ -189,8 +198,8 @@ class Data(Section):
     """The training data and its splits."""
 
     name: str
-    """`tiny`, `tiny_sentiment`, `dolly` or `imdb`; or, with `format`, a hub ID or a local .jsonl, .json, .csv,
-    .tsv, .parquet or .arrow file or folder."""
+    """`tiny`, `tiny_sentiment`, `dolly` or `imdb`; or a hub ID or a local .jsonl, .json, .csv, .tsv, .parquet or .arrow
+    file or folder."""
     path: str | None = None
     """Local file or folder to read in place of the hub's copy, with the columns of `name`."""
     config: str | None = None
@@ -209,7 +218,19 @@ class Data(Section):
     max_samples: int | None = Field(None, ge=1, json_schema_extra=SAMPLES)
     """Use only this many rows of the training split, drawn with run.seed; null for all."""
     format: Format | None = None
-    """Columns; null for `tiny`, `tiny_sentiment`, `dolly` and `imdb`, whose columns are known."""
+    """Columns; null for `tiny`, `tiny_sentiment`, `dolly` and `imdb`, whose columns are known, and for data whose
+    columns say what they are."""
+    chat_template: ChatTemplateName | None = None
+    """What turns conversations into text: `tokenizer` for the tokenizer's own template; or, for a base without one,
+    `chatml`, another that TRL ships (`llama3`, `qwen3`, …), or the path of a .jinja file. Null means the tokenizer's
+    own for conversations, and none for texts in columns that `format` names."""
+    train_on: Literal["assistant", "last_assistant", "all"] | list[str] = "assistant"
+    """Which turns of a conversation are trained: those of the assistant, its last one, all, or those of a list of
+    roles. A message's own `weight`, `loss_weight` or `train` goes before it."""
+    train_on_end_of_turn: bool = True
+    """Train on the token that ends a trained turn of the assistant, from which the model learns to stop."""
+    truncation: Literal["end", "beginning"] = "end"
+    """Which turns to leave out of a conversation that is longer than training.max_length; a system prompt stays."""
 
 
 class Batching(Section):

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distft.config.recipe import Recipe
+from distft.config.schema import Data
 from distft.data.files import DataFile
-from distft.data.formats import check_columns, format_of, format_rows, kind_of
+from distft.data.formats import check_columns, format_of, format_rows, is_chat, kind_of
+from distft.data.inference import with_format
+from distft.data.named_templates import name_problem
 from distft.data.sources import KNOWN_DATASETS, Rows, data_sources, local_source, read_source
 from distft.errors import DataError, Fault, RecipeError
 from distft.text import count
@@ -37,15 +40,7 @@ def data_faults(recipe: Recipe) -> list[Fault]:
         file = local_source(data)
         if file is not None and not file.exists():
             fault("data.name", f"there is no file or folder {file}")
-        else:
-            found.append(
-                Fault(
-                    recipe.source.of("data.name"),
-                    "data.format",
-                    f"is required for {data.name!r}, which is not one of {', '.join(KNOWN_DATASETS)}",
-                    "data.format.text=COLUMN, or data.format.prompt=COLUMN data.format.completion=COLUMN",
-                )
-            )
+    found += _template_faults(recipe)
     form = format_of(data)
     if form is not None:
         try:
@@ -59,6 +54,8 @@ def data_faults(recipe: Recipe) -> list[Fault]:
                 "needs a completion, and data.format.text names whole texts",
                 "set data.format.prompt and data.format.completion",
             )
+        if is_chat(data) and recipe.training.get("completion_only_loss") is False and data.train_on != "all":
+            fault("training.completion_only_loss", "does not say what is trained in conversations", "set data.train_on")
     if local_source(data) is not None:
         given = {"config": data.config, "test_split": data.test_split, "train_split": data.train_split != "train"}
         for key in (key for key, value in given.items() if value):
@@ -71,6 +68,23 @@ def data_faults(recipe: Recipe) -> list[Fault]:
         fault("data.test_path", "and data.test_split both name the held-out rows", "set one of them to null")
     if data.validation_fraction + data.test_fraction >= 1:
         fault("data", "validation_fraction and test_fraction leave nothing to train on")
+    return found
+
+
+def _template_faults(recipe: Recipe) -> list[Fault]:
+    """Faults of the keys that only concern conversations."""
+    data, form, found = recipe.data, format_of(recipe.data), []
+    name = data.chat_template
+    if name is not None and (problem := name_problem(name)):
+        found.append(Fault(recipe.source.of("data.chat_template"), "data.chat_template", problem))
+    if form is not None and (form.text or form.review) and name is not None:
+        problem = "is for conversations, instructions and prompts, and has no effect on the texts of this format"
+        found.append(Fault(recipe.source.of("data.chat_template"), "data.chat_template", problem, "set it to null"))
+    if form is not None and not is_chat(data) and not form.prompt:
+        for key in ("train_on", "train_on_end_of_turn", "truncation"):
+            if getattr(data, key) != Data.model_fields[key].default:
+                problem, hint = "is for conversations, and these are texts", "set data.chat_template, or leave it out"
+                found.append(Fault(recipe.source.of(f"data.{key}"), f"data.{key}", problem, hint))
     return found
 
 
@@ -147,6 +161,10 @@ def _fault(recipe: Recipe, key: str, error: DataError) -> Fault:
 def _check_head(recipe: Recipe, source: Path) -> None:
     rows = read_source(source)
     quick = [part for part in rows.parts[:_HEAD_FILES] if isinstance(part, DataFile) and part.has_quick_head()]
+    if format_of(recipe.data) is None:
+        if local_source(recipe.data) is None or not quick:
+            return  # the format is told from rows that take long to get
+        recipe, _ = with_format(recipe)
     head = Rows(rows.name, quick)
     check_columns(head, recipe.data)
     if len(quick) == len(rows.parts) and not any(True for _ in format_rows(head, recipe, _HEAD_ROWS)):

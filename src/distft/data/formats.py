@@ -8,28 +8,50 @@ from __future__ import annotations
 import itertools
 import re
 import reprlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from distft.config.recipe import Recipe
 from distft.config.schema import Data, Format
+from distft.data.conversations import Conversation, conversation, from_texts, has_messages
 from distft.data.files import Row
 from distft.data.sources import KNOWN_DATASETS, Rows
 from distft.data.templates import Dropped, Example, format_dolly, format_review
 from distft.errors import DataError
 
-RowFormatter = Callable[[Mapping[str, Any]], Example | Dropped]
-"""Turns a row into an `Example`, or says why there is nothing to train on."""
+if TYPE_CHECKING:
+    from distft.data.chat_template import ChatTemplate
+
 _KINDS = {
+    "messages": {"messages"},
     "text": {"text"},
     "prompt": {"prompt", "completion"},
     "dolly": {"instruction", "response"},
     "review": {"review", "label"},
 }
-"""The kinds of format, each with the columns that it requires; `dolly` takes an optional `context` as well."""
-_COLUMNS = ("text", "prompt", "completion", "instruction", "context", "response", "review", "label")
+"""The kinds of format, each with the columns that it requires."""
+_OPTIONAL = {
+    "messages": {"tools", "system"},
+    "prompt": {"tools"},
+    "dolly": {"context", "system"},
+}
+_COLUMNS = (
+    "messages",
+    "tools",
+    "system",
+    "text",
+    "prompt",
+    "completion",
+    "instruction",
+    "context",
+    "response",
+    "review",
+    "label",
+)
+
+
+_MEDIA_COLUMNS = ("images", "image", "videos", "audios", "audio")
 
 
 def format_of(data: Data) -> Format | None:
@@ -49,11 +71,11 @@ def kind_of(form: Format) -> str:
     """
     given = {name for name in _COLUMNS if getattr(form, name)}
     for kind, required in _KINDS.items():
-        if given - ({"context"} if kind == "dolly" else set()) == required:
+        if given - _OPTIONAL.get(kind, set()) == required:
             return kind
     raise DataError(
-        "set text; or prompt and completion; or instruction, response and optionally context; or review and label "
-        f"(got {', '.join(sorted(given)) or 'none'})"
+        "set messages; or text; or prompt and completion; or instruction, response and optionally context; or review "
+        f"and label (got {', '.join(sorted(given)) or 'none'})"
     )
 
 
@@ -116,48 +138,139 @@ def format_rows(
             yield row, example
 
 
-def formatter(recipe: Recipe, tokenizer: Any = None) -> RowFormatter:
+def formatter(recipe: Recipe, tokenizer: Any = None) -> Formatter:
     """The function that formats the rows of `recipe`. It can be sent to other processes.
 
-    The `tokenizer` is what renders conversations; without one, they are only checked.
+    The `tokenizer` has the template of conversations; without one, they are only checked.
 
-    The returned function raises DataError if a column does not hold text, or a label is not a class number.
+    Raises:
+        DataError: the rows are conversations, and the tokenizer has no template for them.
     """
-    form = format_of(recipe.data)
+    form, through_chat = format_of(recipe.data), is_chat(recipe.data)
     assert form is not None
-    return partial(_format, form, recipe.training.get("completion_only_loss"))
+    template, problem = None, None
+    if tokenizer is not None and (through_chat or kind_of(form) == "prompt"):
+        from distft.data.chat_template import chat_template
+
+        try:
+            template = chat_template(recipe, tokenizer)
+        except DataError as error:
+            if through_chat:
+                raise
+            problem = str(error)  # matters only if the prompts turn out to be messages
+    rules = _Rules(
+        completion_only=recipe.training.get("completion_only_loss"),
+        through_chat=recipe.data.chat_template is not None,
+        trains_all=recipe.data.train_on == "all",
+        template=template,
+        problem=problem,
+    )
+    return Formatter(form, rules)
 
 
-def _format(form: Format, completion_only: bool | None, row: Mapping[str, Any]) -> Example | Dropped:
-    made = _FORMATTERS[kind_of(form)](form, completion_only, row)
-    notes = tuple(blanks(row, form))
-    return made._replace(notes=notes) if isinstance(made, Dropped) else replace(made, notes=notes)
+def is_chat(data: Data) -> bool:
+    """Whether a chat template renders the rows; prompts may be lists of messages all the same."""
+    form = format_of(data)
+    return form is not None and (form.messages is not None or data.chat_template is not None)
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What the recipe says of formatting."""
+
+    completion_only: bool | None
+    through_chat: bool
+    """Whether texts of columns become a conversation, too."""
+    trains_all: bool
+    template: ChatTemplate | None
+    problem: str | None
+    """Why there is no template."""
+
+    def example(self, said: Conversation) -> Example | Dropped:
+        """The conversation by the template; without one, its text as far as it is known."""
+        if self.problem is not None:
+            raise DataError(self.problem)
+        if self.template is not None:
+            return self.template.example(said)
+        return Example.trained_from("\n".join(str(message["content"]) for message in said.messages))
+
+
+@dataclass(frozen=True)
+class Formatter:
+    """Turns a row into an `Example`, or says why there is nothing to train on."""
+
+    form: Format
+    rules: _Rules
+
+    def __call__(self, row: Mapping[str, Any]) -> Example | Dropped:
+        """Raises:
+        DataError: a column does not hold text, or a label is not a class number.
+        """
+        made = _FORMATTERS[kind_of(self.form)](self.form, self.rules, row)
+        notes = (*blanks(row, self.form), *made.notes)
+        return Dropped(made.reason, notes) if isinstance(made, Dropped) else replace(made, notes=notes)
+
+    def key(self) -> dict[str, Any]:
+        """All that the examples depend on besides the rows, for JSON."""
+        return {"form": self.form.model_dump(), "rules": asdict(self.rules)}
+
+    def lines(self) -> list[str]:
+        """What to tell the user about the template of conversations."""
+        template = self.rules.template
+        return [] if template is None or self.form.messages is None else [f"chat template: {template.source}"]
 
 
 _EMPTY = Dropped("an empty response")
 
 
-def _format_text(form: Format, completion_only: bool | None, row: Mapping[str, Any]) -> Example | Dropped:
+def _format_messages(form: Format, rules: _Rules, row: Mapping[str, Any]) -> Example | Dropped:
+    assert form.messages is not None
+    if media := next((column for column in _MEDIA_COLUMNS if row.get(column)), None):
+        raise DataError(f"column {media!r} is not empty, and distft trains on text alone\n  leave out such rows")
+    if row.get(form.messages) is None:
+        return Dropped("no conversation")
+    tools = row.get(form.tools) if form.tools else None
+    return rules.example(conversation(row[form.messages], form.messages, tools, _text(row, form.system)))
+
+
+def _format_text(form: Format, rules: _Rules, row: Mapping[str, Any]) -> Example | Dropped:
     text = _text(row, form.text)
     return Example.trained_from(text) if text.strip() else _EMPTY
 
 
-def _format_prompt(form: Format, completion_only: bool | None, row: Mapping[str, Any]) -> Example | Dropped:
+def _format_prompt(form: Format, rules: _Rules, row: Mapping[str, Any]) -> Example | Dropped:
+    assert form.prompt is not None and form.completion is not None
+    if has_messages(row.get(form.prompt)) or isinstance(row.get(form.completion), list):
+        return _format_turns(form, rules, row)
     prompt, completion = _text(row, form.prompt), _text(row, form.completion)
     if not completion.strip():
         return _EMPTY
-    return Example.trained_from(prompt + completion, 0 if completion_only is False else len(prompt))
+    if rules.through_chat:
+        return rules.example(from_texts(prompt, "", completion))
+    return Example.trained_from(prompt + completion, 0 if rules.completion_only is False else len(prompt))
 
 
-def _format_instruction(form: Format, completion_only: bool | None, row: Mapping[str, Any]) -> Example | Dropped:
+def _format_turns(form: Format, rules: _Rules, row: Mapping[str, Any]) -> Example | Dropped:
+    """A prompt and a completion that are messages. The turns of the prompt are trained only with all others."""
+    assert form.prompt is not None and form.completion is not None
+    prompt = conversation(row.get(form.prompt), form.prompt, row.get(form.tools) if form.tools else None)
+    completion = conversation(row.get(form.completion), form.completion)
+    if not rules.trains_all:
+        prompt = replace(prompt, trained=(False,) * len(prompt.messages))
+    return rules.example(prompt + completion)
+
+
+def _format_instruction(form: Format, rules: _Rules, row: Mapping[str, Any]) -> Example | Dropped:
     response = _text(row, form.response)
     if not response.strip():
         return _EMPTY
     instruction, context = _text(row, form.instruction), _text(row, form.context)
-    return format_dolly(instruction, context, response, completion_only=bool(completion_only))
+    if rules.through_chat:
+        return rules.example(from_texts(instruction, context, response, _text(row, form.system)))
+    return format_dolly(instruction, context, response, completion_only=bool(rules.completion_only))
 
 
-def _format_review(form: Format, completion_only: bool | None, row: Mapping[str, Any]) -> Example | Dropped:
+def _format_review(form: Format, rules: _Rules, row: Mapping[str, Any]) -> Example | Dropped:
     words, column = form.label_words, form.label or "label"
     label = class_number(row.get(column), len(words))
     if label is None:
@@ -165,7 +278,7 @@ def _format_review(form: Format, completion_only: bool | None, row: Mapping[str,
             f"column {column!r} contains {row.get(column)!r}; expected a class number from 0 to {len(words) - 1} "
             "(data.format.label_words)"
         )
-    return format_review(_text(row, form.review), words[label], completion_only=completion_only is not False)
+    return format_review(_text(row, form.review), words[label], completion_only=rules.completion_only is not False)
 
 
 def class_number(value: Any, classes: int) -> int | None:
@@ -176,6 +289,7 @@ def class_number(value: Any, classes: int) -> int | None:
 
 
 _FORMATTERS = {
+    "messages": _format_messages,
     "text": _format_text,
     "prompt": _format_prompt,
     "dolly": _format_instruction,
@@ -187,7 +301,7 @@ def blanks(row: Mapping[str, Any], form: Format) -> Iterator[str]:
     """What `row` lacks in the columns of `form`: `null prompt`, `empty completion`. A context may be empty."""
     for field in _COLUMNS:
         column = getattr(form, field)
-        if column is None or field == "label":
+        if column is None or field in ("label", "tools", "system"):
             continue
         value = row.get(column)
         if value is None and (field != "context" or column in row):
@@ -219,8 +333,5 @@ def _as_text(value: Any) -> str:
         return "write it in quotes, as it should be trained"
     first = value[0] if isinstance(value, list) and value else value
     if isinstance(first, dict) and first.keys() & {"role", "from"}:
-        return (
-            "render such messages into a column of prompts and a column of completions, for example with the "
-            "tokenizer's apply_chat_template, and name them: data.format.prompt, data.format.completion"
-        )
+        return "these are messages; name the column of conversations: data.format.messages=COLUMN"
     return "give each row one text"

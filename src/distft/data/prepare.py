@@ -21,7 +21,8 @@ from datasets.utils.logging import disable_progress_bar
 
 from distft.config.recipe import Recipe
 from distft.config.schema import Data
-from distft.data.formats import check_columns, format_of, format_rows
+from distft.data.formats import check_columns, format_rows, formatter
+from distft.data.inference import with_format
 from distft.data.sources import Rows, data_sources, read_source, source_notes
 from distft.data.templates import Dropped, Example
 from distft.data.tokenize import IGNORED, tokenize
@@ -89,8 +90,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Splits:
-    """Prepared samples; `validation` and `test` are None if the recipe has no such split."""
+    """Prepared samples; `validation` and `test` are None if the recipe has no such split. `recipe` names the format of
+    the data, also where that was inferred."""
 
+    recipe: Recipe
     train: Dataset
     validation: Dataset | None
     test: Dataset | None
@@ -112,20 +115,18 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Splits:
             "the model's tokenizer has no fast version, which distft needs to map tokens to characters; "
             "set model.tokenizer"
         )
-    data = recipe.data
+    recipe, inferred = with_format(recipe, tokenizer)
+    data, form = recipe.data, formatter(recipe, tokenizer)
     raw, *held_out = map(read_source, data_sources(data))
     test = held_out[0] if held_out else None
-    form = format_of(data)
-    assert form is not None
     max_length = recipe.training.get("max_length", 1024)
     key = {
         "version": _VERSION,
-        "format": form.model_dump(),
+        "format": form.key(),
         "splits": [data.validation_fraction, data.test_fraction, data.max_samples],
         "sources": [None if each is None else each.digest() for each in (raw, test)],
         "seed": recipe.run.seed,
         "max_length": max_length,
-        "completion_only": recipe.training.get("completion_only_loss"),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "ends": [tokenizer.bos_token_id, tokenizer.eos_token_id],
     }
@@ -139,8 +140,9 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Splits:
     build_folder_once(folder, build)
     splits = DatasetDict(load_from_disk(str(folder)))
     report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
-    report = replace(report, notes=(*source_notes(data), *_batch_notes(recipe, report)))
-    return Splits(splits["train"], splits.get("validation"), splits.get("test"), report)
+    notes = [*([] if inferred is None else [inferred]), *form.lines(), *source_notes(data)]
+    report = replace(report, notes=(*notes, *_batch_notes(recipe, report)))
+    return Splits(recipe, splits["train"], splits.get("validation"), splits.get("test"), report)
 
 
 def _batch_notes(recipe: Recipe, report: Report) -> list[str]:

@@ -33,8 +33,9 @@ class Example:
     its end."""
     turns: tuple[Turn, ...] = ()
     """The turns of a conversation, which cover the text. Truncation leaves out whole turns."""
-    cut: Literal["end", "beginning"] = "end"
-    """Which turns of a long conversation truncation leaves out. A system prompt at the beginning stays."""
+    cut: Literal["end", "beginning", "nowhere"] = "end"
+    """Which turns of a long conversation truncation leaves out. A system prompt at the beginning stays. `nowhere`: it
+    cannot be shortened."""
     notes: tuple[str, ...] = ()
     """What the report counts about this row, such as `null prompt`."""
 

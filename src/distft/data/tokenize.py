@@ -79,7 +79,8 @@ def _turns(
     kept = [(0, len(ids))]
     cut = max_length is not None and len(ids) > max_length
     if max_length is not None and cut:
-        kept = (_first_turns if example.cut == "end" else _last_turns)(turns, labels, max_length, ids[0] == bos)
+        shorten = {"end": _first_turns, "beginning": _last_turns, "nowhere": lambda *_: []}[example.cut]
+        kept = shorten(turns, labels, max_length, ids[0] == bos)
     if trained is not None:
         for start, end, role in turns:
             within = [labels[max(low, start, 1) : min(high, end)] for low, high in kept]

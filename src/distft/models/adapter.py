@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,14 +15,16 @@ from distft.models.embeddings import train_new_rows
 from distft.models.fused_lora import fuse
 
 
-def add_adapter(base: Any, recipe: Recipe, strategy: Strategy, *, known_rows: int) -> Any:
+def add_adapter(
+    base: Any, recipe: Recipe, strategy: Strategy, *, known_rows: int, new_tokens: Sequence[int] = ()
+) -> Any:
     """`base` with the recipe's LoRA adapter, fused unless the recipe or the strategy rules that out.
 
-    Rows of the embeddings from `known_rows` on are new, and are trained with the adapter.
+    Rows of the embeddings from `known_rows` on, and those of `new_tokens`, are new, and are trained with the adapter.
     """
     assert recipe.lora is not None
     set_seed(recipe.run.seed)  # loading the base may have drawn random numbers on some ranks and not on others
-    config = LoraConfig(task_type="CAUSAL_LM", **train_new_rows(recipe.lora, base, known_rows))
+    config = LoraConfig(task_type="CAUSAL_LM", **train_new_rows(recipe.lora, base, known_rows, new_tokens))
     model = get_peft_model(base, config, autocast_adapter_dtype=not strategy.keeps_adapter_in_base_dtype(recipe))
     head = model.get_output_embeddings()
     if head is not None and not hasattr(head, "bias"):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from distft.config.recipe import Recipe
 from distft.config.validation import nearest
 from distft.distributed.strategies.selection import STRATEGIES
-from distft.errors import Fault, ModelError
+from distft.errors import DataError, Fault, ModelError
 from distft.models.embeddings import train_new_rows, vocabulary_size
-from distft.models.loading import load_tokenizer
+from distft.models.loading import tokenizer_and_new_tokens
 from distft.models.locations import local_folder, location_problem
 from distft.models.lora_checks import lora_faults
 from distft.models.skeleton import Skeleton
@@ -54,21 +55,26 @@ def model_faults(recipe: Recipe, *, local_only: bool = True) -> ModelFindings:
         return ModelFindings([_fault(recipe, "name", str(error))], [], [])
     try:
         # The tiny model has a tokenizer that fits, and may have yet to be built.
-        tokenizer = None if section.name == "tiny" and section.tokenizer is None else load_tokenizer(recipe)
+        own = section.name == "tiny" and section.tokenizer is None and recipe.data.chat_template is None
+        tokenizer, new = (None, []) if own else tokenizer_and_new_tokens(recipe)
+    except DataError as error:
+        tokenizer, new, key = None, [], "data.chat_template"
+        faults.append(Fault(recipe.source.of(key), key, str(error).replace("\n ", ";")))
     except ModelError as error:
-        tokenizer = None
+        tokenizer, new = None, []
         if local_only and local_folder(section.tokenizer or section.name) is None:
             skipped.append(f"the tokenizer of {section.tokenizer or section.name}, which is not in the cache")
         else:
             faults.append(_fault(recipe, "tokenizer" if section.tokenizer else "name", str(error)))
     lora, known = recipe, skeleton.embedding_rows
     if tokenizer is not None:
-        faults += tokenizer_faults(recipe, skeleton, tokenizer)
-        lora = _with_new_rows(recipe, skeleton, tokenizer)
+        faults += tokenizer_faults(recipe, skeleton, tokenizer, new)
+        lora = _with_new_rows(recipe, skeleton, tokenizer, new)
         kind = STRATEGIES[recipe.strategy]
         if skeleton.embedding_rows > known and kind.gathers_in_submodules:
             problem = f"rows cannot be added to an embedding that {kind.title} has split among the processes"
-            faults.append(_fault(recipe, "resize_embeddings", problem, "strategy=ddp, zero2 or fsdp"))
+            key = "model.resize_embeddings" if recipe.model.resize_embeddings else "data.chat_template"
+            faults.append(Fault(recipe.source.of(key), key, problem, "strategy=ddp, zero2 or fsdp"))
     found, notes = position_findings(recipe, skeleton)
     faults += [*found, *skip_faults(recipe, skeleton)]
     faults += lora_faults(lora, skeleton)  # this puts the adapter on the skeleton
@@ -77,21 +83,23 @@ def model_faults(recipe: Recipe, *, local_only: bool = True) -> ModelFindings:
     return ModelFindings(faults, notes, skipped, trainable, sum(size for size, _ in sizes))
 
 
-def _with_new_rows(recipe: Recipe, skeleton: Skeleton, tokenizer: Any) -> Recipe:
-    """The recipe, and the skeleton, as they will be with the rows of `model.resize_embeddings`."""
-    known = skeleton.embedding_rows
-    if not recipe.model.resize_embeddings or (rows := vocabulary_size(tokenizer)) <= known:
+def _with_new_rows(recipe: Recipe, skeleton: Skeleton, tokenizer: Any, new: Sequence[int]) -> Recipe:
+    """The recipe, and the skeleton, as they will be with the rows of `model.resize_embeddings` and of the tokens that
+    are `new`."""
+    known, rows = skeleton.embedding_rows, vocabulary_size(tokenizer)
+    if not (recipe.model.resize_embeddings or new) or (rows <= known and not new):
         return recipe
-    skeleton.model.resize_token_embeddings(rows, mean_resizing=False)
+    if rows > known:
+        skeleton.model.resize_token_embeddings(rows, mean_resizing=False)
     if recipe.lora is None:
         return recipe
-    changed = recipe.model_copy(update={"lora": train_new_rows(recipe.lora, skeleton.model, known)})
+    changed = recipe.model_copy(update={"lora": train_new_rows(recipe.lora, skeleton.model, known, new)})
     changed._source = recipe.source
     return changed
 
 
-def tokenizer_faults(recipe: Recipe, skeleton: Skeleton, tokenizer: Any) -> list[Fault]:
-    """Entries of the tokenizer for which the model has no embedding, and will get none."""
+def tokenizer_faults(recipe: Recipe, skeleton: Skeleton, tokenizer: Any, new: Sequence[int] = ()) -> list[Fault]:
+    """Entries of the tokenizer for which the model has no embedding, and will get none; `new` ones will."""
     if recipe.model.resize_embeddings:
         return []
     rows = skeleton.embedding_rows
@@ -99,7 +107,7 @@ def tokenizer_faults(recipe: Recipe, skeleton: Skeleton, tokenizer: Any) -> list
     beyond = sorted(
         (number, token)
         for token, number in tokenizer.get_vocab().items()
-        if number >= rows and token not in placeholders
+        if number >= rows and token not in placeholders and number not in new
     )
     if not beyond:
         return []

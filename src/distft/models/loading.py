@@ -10,6 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from distft import upstream_api
 from distft.config.recipe import Recipe
+from distft.data.named_templates import OWN, use_template
 from distft.distributed.strategies import Strategy
 from distft.errors import ModelError
 from distft.kernels.liger import use_liger_kernels
@@ -44,13 +45,20 @@ def model_path(recipe: Recipe) -> str:
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
-    """Load the model's tokenizer. One without a pad token pads with its end-of-sequence token.
+    """Load the model's tokenizer, with the chat template that the recipe names. One without a pad token pads with its
+    end-of-sequence token.
 
     That is safe because labels, not tokens, decide what is trained: the end of a sequence is still learned.
 
     Raises:
         ModelError: the tokenizer cannot be loaded, or has no end-of-sequence token.
+        DataError: there is no such template, or it fails.
     """
+    return tokenizer_and_new_tokens(recipe)[0]
+
+
+def tokenizer_and_new_tokens(recipe: Recipe) -> tuple[Any, list[int]]:
+    """What `load_tokenizer` loads, and the numbers of the tokens that `data.chat_template` has added to it."""
     tokenizer = from_pretrained(
         AutoTokenizer,
         _place(recipe.model.tokenizer or recipe.model.name),
@@ -65,7 +73,9 @@ def load_tokenizer(recipe: Recipe) -> Any:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    name = recipe.data.chat_template
+    new = [] if name in (None, OWN) else use_template(tokenizer, str(name))
+    return tokenizer, tokenizer.convert_tokens_to_ids(new)
 
 
 def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
@@ -104,7 +114,8 @@ def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
         if not (recipe.updates_16_bits or strategy.updates_copies):
             base.float()  # mixed precision computes in 16 bits, and updates weights of 32
         return base
-    return add_adapter(base, recipe, strategy, known_rows=config.get_text_config().vocab_size)
+    known, (_, new) = config.get_text_config().vocab_size, tokenizer_and_new_tokens(recipe)
+    return add_adapter(base, recipe, strategy, known_rows=known, new_tokens=new)
 
 
 def load_base(
@@ -132,8 +143,9 @@ def load_base(
     if recipe.quantization is not None and recipe.quantization.dequantize_at_load:
         base = base.dequantize(dtype=getattr(torch, recipe.model.dtype))
         base.is_loaded_in_4bit = False
-    if recipe.model.resize_embeddings:
-        add_rows(base, vocabulary_size(load_tokenizer(recipe)))
+    tokenizer, new = tokenizer_and_new_tokens(recipe)
+    if recipe.model.resize_embeddings or new:
+        add_rows(base, vocabulary_size(tokenizer), new)
     for module in base.modules():
         upstream_api.disable_avx512_repacking(module)
     return base

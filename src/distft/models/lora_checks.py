@@ -236,8 +236,10 @@ def _embedding_faults(recipe: Recipe, model: PeftModel) -> Iterator[Fault]:
         problem = f"{kind.title} ties the output head of {recipe.model.name} to its embedding, and cannot train either"
         yield _fault(recipe, key, problem, "strategy=ddp or zero2, or leave both out of the adapter")
     if tokens and "weights" in kind.shards:
-        new = recipe.model.resize_embeddings
-        where, what = ("model.resize_embeddings", "new rows") if new else (f"lora.{key}", "single rows")
+        where, what = f"lora.{key}", "single rows"
+        if recipe.model.resize_embeddings or recipe.data.chat_template is not None:
+            what, resized = "new rows", recipe.model.resize_embeddings
+            where = "model.resize_embeddings" if resized else "data.chat_template"
         problem = f"{what} of an embedding cannot be trained by themselves under {kind.title}"
         hint = "strategy=ddp or zero2, or train the modules whole: lora.modules_to_save=[embed_tokens, lm_head]"
         yield Fault(recipe.source.of(where), where, problem, hint)

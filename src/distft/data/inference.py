@@ -1,0 +1,156 @@
+"""Which format data have, where the recipe does not say: told from the columns and values of the first rows.
+
+A guess is made only where one format fits, and is printed; `data.format` overrides it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from distft.config.recipe import Recipe
+from distft.config.schema import Data, Format
+from distft.data.conversations import has_messages
+from distft.data.formats import format_of
+from distft.data.named_templates import OWN
+from distft.data.sources import data_sources, read_source
+from distft.errors import DataError
+from distft.text import shorten
+
+_ROWS = 20
+"""Rows that are looked at."""
+_CONVERSATIONS = ("messages", "conversations", "conversation")
+_RESPONSES, _CONTEXTS = ("output", "response"), ("input", "context")
+_HINT = (
+    "say which columns to read: data.format.messages=COLUMN for conversations; data.format.text=COLUMN; "
+    "data.format.prompt=COLUMN data.format.completion=COLUMN; or data.format.instruction=COLUMN "
+    "data.format.response=COLUMN"
+)
+
+
+class Inferred(NamedTuple):
+    """A format, and a sentence on it for the user."""
+
+    form: Format
+    what: str
+
+
+def with_format(recipe: Recipe, tokenizer: Any = None) -> tuple[Recipe, str | None]:
+    """The recipe with the format of its data, and what was inferred for that; None if the recipe names it.
+
+    Instructions become conversations if the tokenizer has a chat template, as its model expects them.
+
+    Raises:
+        DataError: the data cannot be read, or no format or several fit their columns.
+    """
+    data = recipe.data
+    if format_of(data) is not None:
+        return recipe, None
+    form, what = infer(data)
+    changes: dict[str, Any] = {"format": form}
+    if form.instruction and data.chat_template is None:
+        if tokenizer is not None and tokenizer.chat_template:
+            changes["chat_template"] = OWN
+            what += ", as conversations through the tokenizer's chat template"
+        else:
+            what += ", through Dolly's template"
+    changed = recipe.model_copy(update={"data": data.model_copy(update=changes)})
+    changed._source = recipe.source
+    return changed, what
+
+
+def infer(data: Data) -> Inferred:
+    """The format of the rows that `data` names.
+
+    Raises:
+        DataError: they cannot be read, or no format or several fit their columns.
+    """
+    source = read_source(data_sources(data)[0])
+    rows = list(itertools.islice(source, _ROWS))
+    if not rows:
+        raise DataError(f"{source.name} is empty")
+    try:
+        return format_of_rows(rows)
+    except DataError as error:
+        raise DataError(f"the data ({source.name}) {error}") from None
+
+
+def format_of_rows(rows: Sequence[Mapping[str, Any]]) -> Inferred:
+    """The format of these rows.
+
+    Raises:
+        DataError: none or several fit; the message follows the name of the data.
+    """
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    first = {column: _first(rows, column) for column in columns}
+    _refuse_preferences(first)
+    found = _candidates(first)
+    if len(found) > 1:
+        kinds = "; or ".join(what for _, what in found)
+        raise DataError(f"can be read in several ways: {kinds}. The columns are {', '.join(columns)}\n  {_HINT}")
+    if not found:
+        raise DataError(f"have no columns that say what to train on; they have {', '.join(columns)}\n  {_HINT}")
+    form, what = found[0]
+    read = set(form.model_dump(exclude_none=True, exclude={"label_words"}).values())
+    others = [column for column in columns if column not in read]
+    rest = f" (not read: {shorten(others, 5)})" if others else ""
+    return Inferred(form, f"read as {what}{rest}; data.format overrides this")
+
+
+def _candidates(first: Mapping[str, Any]) -> list[Inferred]:
+    """The formats that fit. Whole texts beside a structured format are taken for a rendering of it."""
+    found = [
+        Inferred(_conversations(first, column), f"conversations in {column}")
+        for column, value in first.items()
+        if column not in ("prompt", "completion") and has_messages(value)
+    ]
+    if len(found) > 1 and (known := [one for one in found if one.form.messages in _CONVERSATIONS]):
+        found = known
+    if "prompt" in first and "completion" in first:
+        as_messages = has_messages(first["prompt"]) and has_messages(first["completion"])
+        if as_messages or (isinstance(first["prompt"], str) and isinstance(first["completion"], str)):
+            tools = "tools" if as_messages and "tools" in first else None
+            what = "prompts and completions" + (" that are messages" if as_messages else "")
+            found.append(Inferred(Format(prompt="prompt", completion="completion", tools=tools), what))
+    for response in (name for name in _RESPONSES if "instruction" in first and _is_text(first.get(name))):
+        context = next((name for name in _CONTEXTS if isinstance(first.get(name, 0), str | None)), None)
+        system = "system" if isinstance(first.get("system"), str) else None
+        form = Format(instruction="instruction", context=context, response=response, system=system)
+        what = ", ".join(["instruction", *([context] if context else []), response])
+        found.append(Inferred(form, f"instructions in {what}"))
+    if not found and _is_text(first.get("text")):
+        found.append(Inferred(Format(text="text"), "whole texts in text"))
+        if "label" in first:
+            found.append(Inferred(Format(review="text", label="label"), "texts with a class number in label"))
+    return found
+
+
+def _conversations(first: Mapping[str, Any], column: str) -> Format:
+    system = "system" if isinstance(first.get("system"), str) else None
+    return Format(messages=column, tools="tools" if "tools" in first else None, system=system)
+
+
+def _refuse_preferences(first: Mapping[str, Any]) -> None:
+    if "chosen" in first and "rejected" in first:
+        raise DataError(
+            "have pairs of preferences, chosen and rejected, which distft does not train on yet\n  to train on chosen "
+            "alone, write a file without the column rejected"
+        )
+    answers = any(has_messages(value) or column == "completion" for column, value in first.items())
+    if answers and isinstance(first.get("label"), bool):
+        raise DataError(
+            "mark answers as good or bad in the column label, which distft does not train on yet\n  to train on all of "
+            "them, name the columns: data.format.messages=COLUMN, or data.format.prompt=COLUMN "
+            "data.format.completion=COLUMN"
+        )
+
+
+def _first(rows: Sequence[Mapping[str, Any]], column: str) -> Any:
+    """The first value in a column that is not null or empty; None if there is none."""
+    values = [value for row in rows if (value := row.get(column)) is not None]
+    return next((value for value in values if value not in ("", [])), values[0] if values else None)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
