@@ -38,7 +38,7 @@ def template_names() -> list[str]:
 
 def name_problem(name: str) -> str | None:
     """What is wrong with a value of `data.chat_template`, or None. Reads no template."""
-    if _is_path(name):
+    if is_path(name):
         return None if Path(name).expanduser().is_file() else f"there is no file {name}"
     if name == OWN or name in template_names():
         return None
@@ -58,7 +58,7 @@ def template_text(name: str) -> str:
         raise DataError(f"data.chat_template: {problem}")
     if name == "chatml":
         return CHATML
-    path = Path(name).expanduser() if _is_path(name) else _shipped()[name]
+    path = Path(name).expanduser() if is_path(name) else _shipped()[name]
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -135,5 +135,6 @@ def _shipped() -> dict[str, Path]:
     }
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
+    """Whether a value of `data.chat_template` names a file."""
     return name.endswith((".jinja", ".j2"))

@@ -98,6 +98,8 @@ class Splits:
     validation: Dataset | None
     test: Dataset | None
     report: Report
+    inferred: str | None = None
+    """What was inferred of the format, in words; None if the recipe names it."""
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any) -> Splits:
@@ -142,7 +144,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Splits:
     report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
     notes = [*([] if inferred is None else [inferred]), *form.lines(), *source_notes(data)]
     report = replace(report, notes=(*notes, *_batch_notes(recipe, report)))
-    return Splits(recipe, splits["train"], splits.get("validation"), splits.get("test"), report)
+    return Splits(recipe, splits["train"], splits.get("validation"), splits.get("test"), report, inferred)
 
 
 def _batch_notes(recipe: Recipe, report: Report) -> list[str]:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from distft.config.recipe import Recipe
+from distft.data.conversations import conversation
 from distft.data.files import Row
 from distft.data.formats import format_of, format_rows
+from distft.data.inference import with_format
 from distft.data.prepare import split_rows, texts_digest
 from distft.data.sources import data_sources, read_source
 from distft.data.templates import Example
@@ -34,11 +36,11 @@ def overlap(target: Target, texts: Sequence[str] | None = None) -> Overlap | Non
 def _count(target: Target, texts: Sequence[str] | None) -> Overlap:
     if texts is None:
         limit = target.recipe.evaluation.max_samples
-        texts = [example.text for _, example in _splits(target.recipe)["test"][:limit]]
+        texts = [example.text for _, example in _splits(target.recipe, target.tokenizer)["test"][:limit]]
     if target.trained is None:
         return {"count": None, "items": len(texts), "why": _UNKNOWN}
     try:
-        train = _splits(target.trained.recipe)["train"]
+        train = _splits(target.trained.recipe, target.tokenizer)["train"]
     except DataError:
         return {"count": None, "items": len(texts), "why": _GONE}
     if target.trained.data_digest not in (None, texts_digest(example for _, example in train)):
@@ -52,6 +54,9 @@ def _trained_texts(recipe: Recipe, train: Sequence[tuple[Row, Example]]) -> set[
     assert form is not None
     inputs = [column for column in (form.prompt, form.review) if column]
     found = {example.text.strip() for _, example in train}
+    if form.messages:
+        said = (message for row, _ in train for message in conversation(row[form.messages], form.messages).messages)
+        return found | {str(message["content"]).strip() for message in said} - {""}
     found |= {str(row[column]).strip() for row, _ in train for column in inputs}
     if form.instruction:  # with a context, the instruction alone is not what was trained on
         alone = (row for row, _ in train if not (form.context and str(row.get(form.context) or "").strip()))
@@ -59,14 +64,19 @@ def _trained_texts(recipe: Recipe, train: Sequence[tuple[Row, Example]]) -> set[
     return found - {""}
 
 
-def _splits(recipe: Recipe) -> dict[str, list[tuple[Row, Example]]]:
+def _splits(recipe: Recipe, tokenizer: Any) -> dict[str, list[tuple[Row, Example]]]:
     """The rows of each split with their examples, without those that have nothing to train on.
 
     Raises:
         DataError: the data cannot be read.
     """
+    recipe, _ = with_format(recipe, tokenizer)
     kept = [
-        [(row, example) for row, example in format_rows(read_source(source), recipe) if isinstance(example, Example)]
+        [
+            (row, example)
+            for row, example in format_rows(read_source(source), recipe, tokenizer=tokenizer)
+            if isinstance(example, Example)
+        ]
         for source in data_sources(recipe.data)
     ]
     parts: dict[str, list[tuple[Row, Example]]] = split_rows(

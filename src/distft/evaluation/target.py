@@ -20,7 +20,7 @@ from distft.distributed.collectives import broadcast, together
 from distft.distributed.world import World
 from distft.errors import ModelError
 from distft.models.digest import contents
-from distft.models.loading import load_base, load_tokenizer, model_path
+from distft.models.loading import load_base, load_tokenizer, model_path, with_saved_template
 from distft.models.saved_adapter import SavedAdapter
 
 SideName = Literal["base", "adapter"]
@@ -76,6 +76,7 @@ class Target:
         if on_gpu:
             torch.cuda.set_device(device)
         disable_progress_bar()
+        recipe = with_saved_template(recipe, result)
         tokenizer = together(world, lambda: load_tokenizer(recipe))
         is_adapter = result is not None and (result / "adapter_config.json").is_file()
         identity: dict[SideName, str] = {}

@@ -8,7 +8,8 @@ from typing import Any
 
 from distft.config.evaluation import Evaluation
 from distft.config.recipe import Recipe
-from distft.data.formats import format_of
+from distft.data.conversations import has_messages
+from distft.data.formats import format_of, is_chat
 from distft.data.sources import data_sources, read_source
 from distft.errors import DataError, ModelError
 from distft.evaluation.generate import Template, template_of
@@ -57,6 +58,8 @@ def prompt_template(target: Target, settings: Evaluation) -> PromptTemplate:
 def trained_template(recipe: Recipe, tokenizer: Any) -> Template | None:
     """The template that `recipe` trains with; None if its data do not tell: whole texts may be in any."""
     form = format_of(recipe.data)
+    if is_chat(recipe.data):
+        return "chat"
     if form is None or not (form.instruction or form.prompt):
         return None
     return "instruction" if form.instruction else _template_of_prompts(recipe, str(form.prompt), tokenizer)
@@ -68,7 +71,10 @@ def _template_of_prompts(recipe: Recipe, column: str, tokenizer: Any) -> Templat
         return "plain"
     try:
         rows = read_source(data_sources(recipe.data)[0])
-        prompts = [str(row[column] or "") for row in islice(rows, _ROWS)]
+        prompts = [row[column] or "" for row in islice(rows, _ROWS)]
+        if any(map(has_messages, prompts)):
+            return "chat"
+        prompts = [str(prompt) for prompt in prompts]
     except (DataError, KeyError):  # the data of the training are not here any more
         return None
     question = [{"role": "user", "content": _QUESTION}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from distft import upstream_api
 from distft.config.recipe import Recipe
-from distft.data.named_templates import OWN, use_template
+from distft.data.named_templates import OWN, is_path, use_template
 from distft.distributed.strategies import Strategy
 from distft.errors import ModelError
 from distft.kernels.liger import use_liger_kernels
@@ -76,6 +77,16 @@ def tokenizer_and_new_tokens(recipe: Recipe) -> tuple[Any, list[int]]:
     name = recipe.data.chat_template
     new = [] if name in (None, OWN) else use_template(tokenizer, str(name))
     return tokenizer, tokenizer.convert_tokens_to_ids(new)
+
+
+def with_saved_template(recipe: Recipe, result: Path | None) -> Recipe:
+    """The recipe with the chat template that was saved in `result`, in place of a file that may have changed."""
+    name, saved = recipe.data.chat_template, None if result is None else result / "chat_template.jinja"
+    if saved is None or name is None or not is_path(name) or not saved.is_file():
+        return recipe
+    changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"chat_template": str(saved)})})
+    changed._source = recipe.source
+    return changed
 
 
 def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:

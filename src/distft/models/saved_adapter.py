@@ -23,6 +23,7 @@ from distft.config.recipe import Recipe
 from distft.console import say
 from distft.errors import ModelError
 from distft.models.digest import digest
+from distft.models.generation import read_stop_tokens
 from distft.models.loading import load_base, model_path
 from distft.text import count, shorten
 
@@ -79,6 +80,7 @@ class SavedAdapter:
         """
         cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(self.config.task_type, PeftModel)
         self.config.inference_mode = True
+        read_stop_tokens(base, self.folder)
         rows = base.get_input_embeddings().weight.shape[0]
         try:
             with warnings.catch_warnings():

@@ -24,12 +24,24 @@ from distft.distributed.collectives import first_failure, together
 from distft.distributed.strategies import Strategy
 from distft.errors import InvariantError, StorageError
 from distft.files import disk_full_reason, free_space, to_json, write_atomically
+from distft.models.generation import end_answers_at, save_stop_tokens
 from distft.runs import manifest
 from distft.runs.folder import RunFolder
 
 
-def save_result(model: Any, recipe: Recipe, strategy: Strategy, folder: RunFolder) -> Path:
+def save_result(
+    model: Any,
+    recipe: Recipe,
+    strategy: Strategy,
+    folder: RunFolder,
+    *,
+    tokenizer: Any = None,
+    stop_token: int | None = None,
+) -> Path:
     """Save the adapter, or the whole model if there is none, and check what is on disk. All ranks enter.
+
+    The `tokenizer` is saved beside it, with its chat template, and the settings of generation, which end an answer at
+    `stop_token` as well.
 
     Returns:
         The folder: `adapter/`, which PEFT loads, or `model/`, which transformers loads.
@@ -40,7 +52,17 @@ def save_result(model: Any, recipe: Recipe, strategy: Strategy, folder: RunFolde
     """
     gathered = strategy.gather(model)
     target = folder.adapter if recipe.lora is not None else folder.model
-    together(strategy.world, lambda: _write(model, gathered, recipe, target) if strategy.world.is_main else None)
+    if stop_token is not None:
+        end_answers_at(model, [stop_token])
+
+    def write() -> None:
+        if strategy.world.is_main:
+            _write(model, gathered, recipe, target)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(target))
+                save_stop_tokens(model, target)
+
+    together(strategy.world, write)
     return target
 
 

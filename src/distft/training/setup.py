@@ -122,6 +122,7 @@ def setup_data(recipe: Recipe, strategy: Strategy) -> TrainingData:
 @contextmanager
 def open_run(recipe: Recipe, strategy: Strategy, data: TrainingData) -> Iterator[OpenRun]:
     """Claim or resume the run folder, start what watches the run, and settle the micro-batch. All ranks enter."""
+    recipe = data.splits.recipe  # it names the format of the data also where that was inferred
     with (
         closing_wandb(),
         Record.open(
@@ -131,6 +132,8 @@ def open_run(recipe: Recipe, strategy: Strategy, data: TrainingData) -> Iterator
             data_digest=data.splits.report.digest,
             held_out_digest=data.splits.report.held_out_digest,
             held_out_overlap=data.splits.report.overlap,
+            data_inferred=data.splits.inferred,
+            trained_tokens_by_role=data.splits.report.trained or None,
             weights_digest=weights_digest(recipe, strategy.world),
         ) as record,
         rank_log(record.folder, strategy.world),
