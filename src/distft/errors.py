@@ -177,6 +177,10 @@ class WorkerError(DistftError):
     restart = True
 
 
+class RepeatedFailure(DistftError):
+    """Two attempts ended with the same exception after the same step, so the run is not started a third time."""
+
+
 class Interrupted(DistftError):
     """A signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1) or run.max_time ended the run before it finished."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,10 @@ import pytest
 from distft.errors import DataError, WorkerError
 from distft.launch import local
 from distft.launch.node import Node
+from distft.training.batch_size_probe import free_port
 
 MODULE = "tests.launch.failing_worker"
+LIMIT_S = 300
 SAME = "ended in the same way, after the same step (7), so the run is not started again"
 
 
@@ -46,3 +51,30 @@ def test_several_processes_are_not_started_again_either(
     stderr = capfd.readouterr().err
     assert stderr.count(SAME) == (1 if how == "same" else 0)
     assert stderr.count("distft: no such column") == (1 if how == "mistake" else 0)
+
+
+def test_under_a_bare_launcher_there_is_no_third_attempt_either() -> None:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    options = ["--max_restarts", "3", "--main_process_port", str(free_port())]
+    command = [*launcher, *options, "-m", MODULE, "same"]
+    environment = {**os.environ, "DISTFT_TESTS_EXEC": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment)
+    assert Path("attempts").read_text() == "01"
+    assert ended.returncode != 0 and ended.stderr.count(SAME) == 1
+
+
+def test_on_two_nodes_the_third_start_ends_before_it_does_anything() -> None:
+    """One launcher cannot end the other, which would wait for it. Both start the group again, whose ranks end."""
+    meeting = f"127.0.0.1:{free_port()}"
+    own = {"GLOO_SOCKET_IFNAME": "lo", "DISTFT_TESTS_EXEC": "1"}
+    nodes = []
+    for rank in (0, 1):
+        imports = "import sys; from distft.launch import local; from distft.launch.node import Node"
+        run = f"ended = local.run(['same'], 1, 3, Node(2, {rank}, '{meeting}'), '{MODULE}')"
+        command = [sys.executable, "-c", f"{imports}; {run}; sys.exit(ended.code)"]
+        pipe = subprocess.PIPE
+        nodes.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **own}))
+    stderr = "".join(node.communicate(timeout=LIMIT_S)[1] for node in nodes)
+    assert Path("attempts").read_text() == "01", stderr
+    assert [node.returncode for node in nodes] == [1, 1], stderr
+    assert SAME in stderr

@@ -16,8 +16,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import psutil
-
 from distft.console import DEBUG, say
 from distft.distributed.launcher_args import left_over_settings, parent_is_launcher
 from distft.distributed.leftovers import check_meeting, remove_empty
@@ -31,6 +29,8 @@ from distft.distributed.supervisor import (
     leave_error,
     leave_note,
     read_note,
+    refuse_next,
+    remove_old_markers,
     repeats,
 )
 from distft.distributed.world import World
@@ -86,7 +86,7 @@ def guarded(work: Callable[[], None], *, of_launcher: bool = False) -> int:
         leave_note(GIVEN_UP, str(failure.exit_code))
         surprising = surprising or not _others_end(world)
     # The launcher ends ranks that wait for this one if it fails. It then starts all again, which end by the note.
-    return exit_code(failure.exit_code, restart=failure.restart or surprising)
+    return exit_code(failure.exit_code, restart=failure.restart or (surprising and OUTCOME in os.environ))
 
 
 def _mistake(error: Exception) -> UserError | None:
@@ -115,12 +115,15 @@ def _unexpected(error: Exception, world: World) -> WorkerError:
     """The failure of this process by an exception that nobody foresaw."""
     what = f"{type(error).__name__}: {error}"
     failure = WorkerError(f"rank {world.rank} failed: {what}")
-    if repeats(what) and _on_one_node(world):
+    if repeats(what):
         failure = WorkerError(
             f"{failure}\n  the attempt before ended in the same way, after the same step ({PROGRESS.step}), so the run "
             "is not started again"
         )
-        failure.restart = False
+        if _on_one_node(world):
+            failure.restart = False
+        else:
+            refuse_next(str(failure))
     return failure
 
 
@@ -142,10 +145,7 @@ def say_once(message: str, world: World, environment: Mapping[str, str]) -> None
     launch = Launch.of(environment)
     digest = hashlib.sha256(message.encode()).hexdigest()[:8]
     folder = Path(environment.get(OUTCOME) or tempfile.gettempdir())
-    for other in folder.glob(f"distft-{os.getuid()}-*.said"):
-        launcher = int(other.name.split("-")[2])
-        if launcher != os.getppid() and not psutil.pid_exists(launcher):
-            other.unlink(missing_ok=True)
+    remove_old_markers(folder)
     key = f"distft-{os.getuid()}-{launch.launcher}-{launch.attempt}-{digest}.said"
     try:
         os.close(os.open(folder / key, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))

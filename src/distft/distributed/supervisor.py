@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import re
+import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from distft.errors import DistftError, RankLost
+from distft.errors import DistftError, RankLost, RepeatedFailure
 
 NPROC = "DISTFT_NPROC"
 """Environment variable: the number of processes the user asked `distft train` for."""
@@ -27,6 +28,7 @@ IN_PROCESS = "DISTFT_IN_PROCESS"
 process of its own to end, and began with the call."""
 
 
+_REFUSED = "refused"
 GIVEN_UP = "given-up"
 """Note with the exit code of a run that must not start again, whatever its launcher does."""
 
@@ -85,13 +87,55 @@ def _read(path: Path) -> DistftError:
 def repeats(failure: str) -> bool:
     """Note that this attempt ended with `failure`, and return whether the one before did, after the same step.
 
-    False without a supervisor, which alone would not start the run again.
+    False without a launcher, which alone would start the run again.
     """
     attempt = int(os.environ.get(ATTEMPT, "0"))
     text = f"after step {PROGRESS.step}: " + re.sub(r"0x[0-9a-f]+", "0x", failure)  # addresses differ each time
     digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
-    leave_note(f"failure-{attempt}-{digest}", text)
-    return read_note(f"failure-{attempt - 1}-{digest}") is not None
+    now, before = (_file_for_next(f"failure-{number}-{digest}") for number in (attempt, attempt - 1))
+    if now is None or before is None:
+        return False
+    now.write_text(text, encoding="utf-8")
+    return before.is_file()
+
+
+def refuse_next(failure: str) -> None:
+    """Let the next attempt end with `failure` as soon as its ranks have met: for processes of several nodes, whose
+    launchers cannot be ended from here."""
+    file = _file_for_next(_REFUSED)
+    if file is not None:
+        file.write_text(failure, encoding="utf-8")
+
+
+def check_not_refused() -> None:
+    """Raises:
+    RepeatedFailure: the attempt before has called `refuse_next` on this node.
+    """
+    file = _file_for_next(_REFUSED)
+    if file is not None and file.is_file():
+        raise RepeatedFailure(file.read_text(encoding="utf-8"))
+
+
+def _file_for_next(name: str) -> Path | None:
+    """A file for later attempts of this launch on this node; None if no launcher would start one."""
+    if OUTCOME in os.environ:
+        return Path(os.environ[OUTCOME]) / name
+    if ATTEMPT not in os.environ:
+        return None
+    return marker(Launch.of(os.environ), name)
+
+
+def marker(launch: Launch, name: str) -> Path:
+    """A file of a launch, which is removed some time after the launcher has ended (`remove_old_markers`)."""
+    return Path(tempfile.gettempdir()) / f"distft-{os.getuid()}-{launch.launcher}-{name}.said"
+
+
+def remove_old_markers(folder: Path) -> None:
+    """Remove the markers in `folder` whose launchers have ended."""
+    for other in folder.glob(f"distft-{os.getuid()}-*.said"):
+        launcher = int(other.name.split("-")[2])
+        if launcher != os.getppid() and not psutil.pid_exists(launcher):
+            other.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ from distft.config.recipe import load_recipe
 from distft.console import say
 from distft.data.chat_template import chat_template, stop_token
 from distft.data.checks import data_faults
+from distft.distributed.collectives import together
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import strategy_faults
+from distft.distributed.supervisor import check_not_refused
 from distft.training.check import check_together
 from distft.training.checkpoints import save_result
 from distft.training.metrics import perplexity
@@ -39,6 +41,7 @@ def train(arguments: Sequence[str]) -> None:
     recipe = load_recipe(arguments, checks=(strategy_faults, data_faults))
     with refusals():
         strategy = setup_strategy(recipe, Launcher.of_parent())
+        together(strategy.world, check_not_refused)
         check_together(recipe, strategy.world, Path.cwd())
         data = setup_data(recipe, strategy)
     with open_run(recipe, strategy, data) as run, refusals():
