@@ -126,6 +126,9 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     _trainer("_globalstep_last_logged", "attribute", "leave out a step that is not finite"),
     _trainer("_maybe_log_save_evaluate", "override", "judge a step's numbers before they are logged or saved"),
     _trainer("_save_checkpoint", "override", "save checkpoints whole or not at all", ("model", "trial")),
+    _trainer("_determine_best_metric", "override", "save the best model, and stop early", ("metrics", "trial")),
+    _trainer("_load_best_model", "call", "end with the best model"),
+    _trainer("_run_epoch", "override", "train no step after the last one when a run resumes there"),
     _trainer("_prepare_inputs", "call", "move evaluation batches to the device", ("inputs",)),
     _trainer("get_batch_samples", "override", "time the wait for data and skip empty rounds", ("epoch_iterator",)),
     _trainer("evaluation_loop", "override", "weight the evaluation loss by tokens", _evaluation_loop),
@@ -288,6 +291,13 @@ def forget_step(trainer: Any, loss_before: Any) -> None:
     _checked("_globalstep_last_logged")
     trainer._tr_loss.copy_(loss_before)
     trainer._globalstep_last_logged += 1
+
+
+def load_best_model(trainer: Any, checkpoint: Path) -> None:
+    """Give the trainer's model the weights in `checkpoint`, under any strategy. All ranks must call this."""
+    _checked("_load_best_model")
+    trainer.state.best_model_checkpoint = str(checkpoint)
+    trainer._load_best_model()
 
 
 def to_trainer_device(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:

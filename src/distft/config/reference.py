@@ -10,7 +10,7 @@ from typing import Any
 from distft.config.json_schema import json_schema
 from distft.config.schema import Quantization
 from distft.config.upstream import UPSTREAMS, upstream_fields
-from distft.config.upstream_rules import DEFAULTS
+from distft.config.upstream_rules import ADDED, DEFAULTS
 
 _ORIGINS = {"training": "TRL SFTConfig", "lora": "PEFT LoraConfig"}
 _NAMES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "array": "list", "object": "mapping"}
@@ -92,6 +92,8 @@ def _upstream_defaults(section: str) -> dict[str, str]:
 def _origin(section: str, key: str) -> str:
     if section == "quantization" and key in Quantization().arguments() | {"llm_int8_skip_modules": None}:
         return "transformers BitsAndBytesConfig"
+    if key in ADDED.get(section, {}):
+        return "transformers EarlyStoppingCallback"
     return _ORIGINS.get(section, "distft")
 
 

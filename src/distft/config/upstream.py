@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from distft.config.upstream_rules import OWNED, RANGES, TYPES, UNITS
+from distft.config.upstream_rules import ADDED, OWNED, RANGES, TYPES, UNITS
 from distft.errors import UpstreamError
 
 Upstream = Literal["lora", "training"]
@@ -70,7 +70,8 @@ class UpstreamField:
 
 @functools.cache
 def upstream_fields(section: Upstream) -> tuple[UpstreamField, ...]:
-    """The fields of `section` that a recipe may set: all of the installed version's, except those of `OWNED`.
+    """The fields of `section` that a recipe may set: all of the installed version's, except those of `OWNED`, and
+    those of `ADDED`.
 
     Raises:
         UpstreamError: the installed version does not declare the class as this module expects.
@@ -91,6 +92,8 @@ def upstream_fields(section: Upstream) -> tuple[UpstreamField, ...]:
             text = " ".join(str(options.get("help", "")).split()) or None
             kind = TYPES[section].get(name) or types.evaluate(statement.annotation)
             fields[name] = UpstreamField(name, kind, "default" in options, options.get("default"), text)
+    for name, (kind, default, text) in ADDED[section].items():
+        fields[name] = UpstreamField(name, kind, True, default, text)
     return tuple(fields.values())
 
 

@@ -31,7 +31,6 @@ _OWNED_TRAINING = {
     "distft.train always trains": "do_train",
     "set training.eval_strategy": "do_eval",
     "set evaluation": "do_predict",
-    "not available in this version: the adapter of the last step is saved": "load_best_model_at_end",
     "distft writes to the run folder; push runs/<name>/adapter with `hf upload`": (
         "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
     ),
@@ -48,6 +47,25 @@ OWNED: dict[str, dict[str, str]] = {
     for section, table in (("training", _OWNED_TRAINING), ("lora", _OWNED_LORA))
 }
 """Fields that a recipe does not set, each with what to set instead."""
+
+ADDED: dict[str, dict[str, tuple[Any, Any, str]]] = {
+    "training": {
+        "early_stopping_patience": (
+            int | None,
+            None,
+            "Stop after this many evaluations in a row in which metric_for_best_model did not improve; null for never.",
+        ),
+        "early_stopping_threshold": (
+            float,
+            0.0,
+            "With early_stopping_patience: an evaluation that is not better than the best so far by more than this has "
+            "not improved.",
+        ),
+    },
+    "lora": {},
+}
+"""Fields that upstream's class lacks, each with its type, default and description: those of transformers'
+`EarlyStoppingCallback`."""
 
 _POSITIVE, _NOT_NEGATIVE, _FRACTION = {"gt": 0}, {"ge": 0}, {"ge": 0, "lt": 1}
 RANGES: dict[str, dict[str, dict[str, Any]]] = {
@@ -71,6 +89,8 @@ RANGES: dict[str, dict[str, dict[str, Any]]] = {
         "adam_epsilon": {"gt": 1e-38},  # fp32 has none smaller, and without it AdamW divides 0 by 0
         "dataloader_num_workers": {"ge": 0, "le": 1_000},
         "neftune_noise_alpha": _NOT_NEGATIVE,
+        "early_stopping_patience": _POSITIVE,
+        "early_stopping_threshold": _NOT_NEGATIVE,
         "eval_delay": _NOT_NEGATIVE,
         "adam_beta1": _FRACTION,
         "adam_beta2": _FRACTION,
@@ -145,6 +165,7 @@ UNITS: dict[str, dict[str, str]] = {
         "max_length": "tokens",
         "pad_to_multiple_of": "tokens",
         "save_total_limit": "checkpoints",
+        "early_stopping_patience": "evaluations",
         "dataset_num_proc": "processes",
         "dataloader_num_workers": "processes",
         "dataloader_prefetch_factor": "batches",
@@ -159,6 +180,8 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "bf16": "true if model.dtype is bfloat16",
         "per_device_eval_batch_size": "batching.micro_batch; 1 with packing",
         "logging_nan_inf_filter": "false",
+        "metric_for_best_model": "loss",
+        "greater_is_better": "as the metric says: false for loss and perplexity, true for accuracy",
         "dataloader_num_workers": "1 on a GPU, 0 on a CPU",
         "pad_to_multiple_of": "with packing on a GPU: a 16th of micro_batch_tokens, at most 512; otherwise null",
     },

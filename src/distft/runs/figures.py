@@ -116,6 +116,8 @@ FIGURES = (
     _key("gradient_accumulation_steps", fact=True),
     _count("steps", "steps", logged="step", fact=True),
     _key("skipped_steps", fact=True),
+    _key("best"),
+    _key("stopped_early"),
     _count("samples", "samples", logged="samples", fact=True),
     _count("tokens", "tokens", logged="tokens", fact=True),
     _key("data_digest"),

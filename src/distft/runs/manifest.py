@@ -92,14 +92,17 @@ def drop_after(checkpoints: Path, step: int) -> None:
 def retire(checkpoints: Path, keep: int | None) -> None:
     """Delete the oldest complete checkpoints, so that `keep` remain; None or a number below 1 keeps all, as upstream.
 
-    The newest that a run can resume from always remains.
+    The newest that a run can resume from always remains, and so does the best as of each that is kept (its manifest's
+    `best_step`): a run that resumes from it needs that one at its end.
     """
     if keep is None or keep < 1:
         return
     finished = sorted((p for p in checkpoints.glob("checkpoint-*") if (p / NAME).is_file()), key=step_of)
-    resumable = next((path for path in reversed(finished) if lacks_optimizer(path) is None), None)
-    for path in finished[:-keep]:
-        if path != resumable:
+    kept = set(finished[-keep:])
+    kept.update([path for path in reversed(finished) if lacks_optimizer(path) is None][:1])
+    best = {read(path).get("best_step") for path in kept}
+    for path in finished:
+        if path not in kept and step_of(path) not in best:
             _delete(path)
 
 

@@ -124,6 +124,15 @@ class Record:
         """What to print after the last step."""
         facts = self._facts
         lines = []
+        if best := facts.get("best"):
+            what = f"{best['metric']} {best['value']:.6g} at step {best['step']:,}"
+            if stopped := facts.get("stopped_early"):
+                lines.append(
+                    f"stopped early at step {stopped['step']:,} of {stopped['of']:,}: {best['metric']} did not improve "
+                    f"for {count(stopped['evaluations'], 'evaluation')}; the best was {what}"
+                )
+            if best["is_result"]:
+                lines.append(f"the result is the model of the best evaluation: {what}")
         if facts.get("eval_before"):
             before, after = facts["eval_before"]["perplexity"], facts["eval_after"]["perplexity"]
             lines.append(f"held-out perplexity: {before:,.2f} before, {after:,.2f} after")

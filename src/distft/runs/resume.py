@@ -49,6 +49,9 @@ MEASURED_WITH = ("evaluation.before_and_after", "evaluation.max_samples")
 EVALUATED_WITH = ("training.eval_strategy", "training.eval_steps", "training.eval_delay")
 FOLLOWS_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
 """Learning-rate schedules with which the keys in `EVALUATED_WITH` change the optimisation."""
+SELECTS = ("load_best_model_at_end", "early_stopping_patience")
+"""Keys of `training` with which those in `EVALUATED_WITH` and `SCORED_WITH` change the result."""
+SCORED_WITH = ("evaluation.imdb.", "evaluation.seed")
 IDENTITY = {
     "data_digest": "the training data",
     "held_out_digest": "the held-out data",
@@ -249,9 +252,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]
     strict: tuple[str, ...] = MEASURED_WITH
     if new["training"].get("lr_scheduler_type") in FOLLOWS_EVALUATIONS:
         strict += EVALUATED_WITH
+    if any(new["training"].get(key) for key in SELECTS):
+        strict += EVALUATED_WITH
+        strict += SCORED_WITH if "imdb" in (new["training"].get("metric_for_best_model") or "") else ()
     before, after = dict(leaves(old)), dict(leaves(new))
     for key in {**before, **after}:
-        if key.startswith(FREE_TO_CHANGE) and key not in strict:
+        if key.startswith(FREE_TO_CHANGE) and not key.startswith(strict):
             continue
         if before.get(key) != after.get(key):
             yield f"{key}: was {before.get(key)!r}, is now {after.get(key)!r}"

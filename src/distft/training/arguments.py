@@ -10,8 +10,10 @@ from trl import SFTConfig
 
 from distft import upstream_api
 from distft.config.recipe import Recipe
+from distft.config.upstream_rules import ADDED
 from distft.distributed.strategies import Strategy
 from distft.runs.folder import RunFolder
+from distft.training.selection import selection_arguments
 
 PACK_MULTIPLE = 512
 """On GPUs, packs are padded to a multiple of this many tokens, or of a sixteenth of their budget if that is less.
@@ -19,6 +21,9 @@ PACK_MULTIPLE = 512
 cuBLAS takes about 4 ms on the host to choose a kernel for a shape it has not seen. With packs of every length, a step
 spent a fifth of its time on that (7B model, 6,500 tokens, one H200).
 """
+
+_OURS = ("save_total_limit", "load_best_model_at_end", *ADDED["training"])
+"""What distft carries out in place of the trainer: `Checkpoints` and `BestModel`."""
 
 
 def pad_multiple(recipe: Recipe, strategy: Strategy) -> int | None:
@@ -43,7 +48,7 @@ def build_arguments(
 ) -> SFTConfig:
     """Build the trainer's arguments as an object of class `kind`, with the fields in `changes` replaced."""
     micro_batch = recipe.batching.micro_batch if recipe.batching.micro_batch_tokens is None else 1
-    given = {key: value for key, value in recipe.training.items() if key != "save_total_limit"}
+    given = {key: value for key, value in recipe.training.items() if key not in _OURS}
     given.setdefault("bf16", recipe.mixed_precision == "bf16")
     given.setdefault("per_device_eval_batch_size", micro_batch)
     # The filter hides non-finite losses, and waits for the device in every micro-batch.
@@ -65,4 +70,4 @@ def build_arguments(
         "report_to": "none",  # `runs.trackers` starts them, on rank 0 only and after the telemetry
         "disable_tqdm": True,
     }
-    return kind(**(own | strategy.training_arguments() | given | changes))
+    return kind(**(own | strategy.training_arguments() | given | selection_arguments(recipe) | changes))

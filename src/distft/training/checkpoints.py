@@ -27,6 +27,7 @@ from distft.files import disk_full_reason, free_space, to_json, write_atomically
 from distft.models.generation import end_answers_at, save_stop_tokens
 from distft.runs import manifest
 from distft.runs.folder import RunFolder
+from distft.training.best_model import BestModel
 
 
 def save_result(
@@ -138,21 +139,31 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
     A thread reads the files back for their hashes while training continues; it finishes before the next save and before
     training ends. If the disk is full, the new checkpoint's files are removed, older ones are kept, and the run
     continues to its next save. `last` is the step of the newest checkpoint. `carried()` returns what a resumed run
-    needs and the trainer does not save.
+    needs and the trainer does not save. The checkpoint of the `best` model is kept.
     """
 
     def __init__(
-        self, folder: RunFolder, strategy: Strategy, keep: int | None, carried: Callable[[], dict[str, Any]]
+        self,
+        folder: RunFolder,
+        strategy: Strategy,
+        keep: int | None,
+        carried: Callable[[], dict[str, Any]],
+        best: BestModel,
     ) -> None:
-        self._folder, self._strategy, self._keep, self._carried = folder, strategy, keep, carried
+        self._folder, self._strategy, self._keep, self._carried, self._best = folder, strategy, keep, carried, best
         self.last: int | None = None
+        self._saved: tuple[Any, ...] | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="distft-manifest")
-        self._closing: tuple[int, int, Future[None]] | None = None
+        # Step, bytes and, on rank 0, the thread's work.
+        self._closing: tuple[int, int, Future[None] | None] | None = None
 
     def save(self, state: Any, model: Any, optimizer: Any, write: Callable[[], None]) -> None:
         """Save the files that `write` creates as the checkpoint of the trainer's `state`. All ranks enter."""
-        self._settle()
+        self._settle(state)
         step, parent, world = state.global_step, self._folder.checkpoints, self._strategy.world
+        contents = (step, state.best_metric, self._best.carried())
+        if self._saved == contents:
+            return  # at the end of an epoch whose last step was saved: a kill in the second write would damage it
         needed = self._strategy.checkpoint_bytes(model, optimizer)
 
         def reserve() -> None:
@@ -163,12 +174,12 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
 
         # A rank that fails must not leave the others waiting in the next collective.
         fault = self._anywhere(reserve) or self._anywhere(write)
-        if fault is None:
-            self.last = step
-        if not world.is_main:
-            return
         if fault is not None:
-            self._give_up(step, fault, needed)
+            self._give_up(step, fault, needed, state)
+            return
+        self.last, self._saved = step, contents
+        self._closing = step, needed, None
+        if not world.is_main:
             return
         facts = {
             "step": step,
@@ -176,31 +187,38 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             "world_size": world.world_size,
             "format": self._strategy.checkpoint_format,
             "carried": self._carried(),
+            "best_step": state.best_global_step if self._best.loads else None,
         }
         self._closing = step, needed, self._background.submit(self._close, step, facts)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._settle()
+        self._settle(state)
 
     def _close(self, step: int, facts: Mapping[str, Any]) -> None:
         manifest.write(self._folder.checkpoints / f"checkpoint-{step}", facts)
         manifest.retire(self._folder.checkpoints, self._keep)
 
-    def _settle(self) -> None:
+    def _settle(self, state: Any) -> None:
         """Wait until the last checkpoint has its manifest, and raise what failed there, unless the disk was full."""
         if self._closing is None:
             return
         (step, needed, closing), self._closing = self._closing, None
+        why: str | None = None
         try:
-            closing.result()
+            if closing is not None:
+                closing.result()
         except OSError as error:
-            why = disk_full_reason(error)
-            if why is None:
+            if (why := disk_full_reason(error)) is None:
                 raise
-            self._give_up(step, why, needed)
+        if (failed := first_failure(why, self._strategy.world)) is not None:
+            self._give_up(step, failed[1], needed, state)
 
-    def _give_up(self, step: int, why: str, needed: int) -> None:
-        """Remove what was written of a checkpoint of `needed` bytes, and say so."""
+    def _give_up(self, step: int, why: str, needed: int, state: Any) -> None:
+        """Remove what was written of a checkpoint of `needed` bytes, and say so. All ranks enter."""
+        self._best.forget(step, state)
+        self._saved = None
+        if not self._strategy.world.is_main:
+            return
         target = self._folder.checkpoints / f"checkpoint-{step}"
         shutil.rmtree(target, ignore_errors=True)
         good, _ = manifest.newest(self._folder.checkpoints)

@@ -29,13 +29,13 @@ from distft.models.loading import quantization_config
 from distft.text import first_line
 from distft.training.arguments import build_arguments
 from distft.training.schedule import schedule_faults
+from distft.training.selection import selection_faults
 
 _IN_BACKWARD = ("lomo", "adalomo")
 """Optimizers that update the weights during the backward pass, besides those whose names end in `_layerwise`."""
 _NEEDS_MODEL = ("galore", "apollo")
 """Optimizers that choose among the model's modules, by the beginning of their names."""
 _LOSSES = ("nll", "dft", "chunked_nll")
-_METRICS = (None, "loss", "eval_loss")
 
 
 class _Unplaced(SFTConfig):  # type: ignore[misc]
@@ -65,6 +65,7 @@ def expected_strategy(recipe: Recipe, world_size: int, on_gpu: bool | None) -> S
 def _training_faults(recipe: Recipe, world_size: int, on_gpu: bool | None) -> list[Fault]:
     here, strategy = visible_devices() > 0, expected_strategy(recipe, world_size, on_gpu)
     found = [*_refused(recipe), *_strategy_faults(recipe, strategy), *_quantization_faults(recipe)]
+    found += selection_faults(recipe, strategy)
     known = {fault.key for fault in found}
     changes: dict[str, Any] = {} if here or not strategy.on_gpu else {"use_cpu": True, "tf32": None}
     arguments, faults = _built(recipe, strategy, changes)
@@ -96,16 +97,15 @@ def _refused(recipe: Recipe) -> Iterator[Fault]:
     if loss == "dft" and training.get("label_smoothing_factor"):
         yield fault("label_smoothing_factor", "has no effect with training.loss_type=dft", "set it to 0")
     if training.get("save_strategy") == "best":
-        problem = "is not available: the result is the adapter of the last step, and resuming takes the newest one"
-        yield fault("save_strategy", f"'best' {problem}", "use 'steps' or 'epoch'")
+        problem = "'best' would leave a run that does not improve with nothing recent to resume from"
+        hint = "use 'steps' or 'epoch': with training.load_best_model_at_end, every new best is saved as well"
+        yield fault("save_strategy", problem, hint)
     if training.get("ignore_data_skip"):
         problem = "would train a resumed run on samples that it has seen, and leave out others"
         yield fault("ignore_data_skip", problem, "leave it out: distft skips what was trained without reading it")
     if training.get("enable_jit_checkpoint"):
         problem = "would end a run that was stopped by a signal as if it had finished"
         yield fault("enable_jit_checkpoint", problem, "leave it out: distft saves and stops on a signal by itself")
-    if (metric := training.get("metric_for_best_model")) not in _METRICS:
-        yield fault("metric_for_best_model", f"an evaluation during training has no {metric!r}", "it has 'loss'")
     if training.get("optim_target_modules") and not optimizer.startswith(_NEEDS_MODEL):
         yield fault("optim_target_modules", "has no effect with this optimizer", "it is for GaLore and APOLLO")
     if (backend := training.get("torch_compile_backend")) is not None and backend.upper() not in DynamoBackend.list():

@@ -44,11 +44,13 @@ def checkpoint_bytes(recipe: Recipe, trainable: int) -> int:
 
 
 def kept_checkpoints(recipe: Recipe) -> int:
-    """How many checkpoints are on the disk at once, at least: a new one is complete before the oldest is deleted."""
+    """How many checkpoints are on the disk at once, at least: a new one is complete before the oldest is deleted. The
+    best one is kept besides."""
     if recipe.training.get("save_strategy", "steps") == "no":
         return 0
     limit = recipe.training.get("save_total_limit")
-    return 1 if limit is None or limit < 1 else limit + 1
+    best = bool(recipe.training.get("load_best_model_at_end"))
+    return 1 if limit is None or limit < 1 else limit + 1 + best
 
 
 def _there_already(recipe: Recipe, parent: Path) -> int:

@@ -28,6 +28,7 @@ from distft.distributed.world import World
 from distft.files import disk_full_reason
 from distft.hardware import GIB, EnergyMeter, device_flops
 from distft.runs.folder import RunFolder
+from distft.training.selection import selects
 from distft.training.throughput import Window, Work
 
 _RANKS_LISTED = 64
@@ -71,6 +72,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         self._flops = device_flops()
+        self._selects = selects(self.recipe)
         if self.resumed:
             self.whole = Window(**self.resumed["whole"])
             losses = self.resumed["losses"]  # None if it was NaN, which JSON lacks
@@ -184,9 +186,11 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
     def _pause(self, control: Any) -> None:
         """End a stretch of training if something else follows.
 
-        A save or the end of training is logged first, so that the log covers everything before it.
+        A save or the end of training is logged first, so that the log covers everything before it; so is an
+        evaluation from which either may follow.
         """
         control.should_log |= control.should_save or control.should_training_stop
+        control.should_log |= control.should_evaluate and self._selects
         if control.should_log or control.should_evaluate:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()

@@ -51,7 +51,7 @@ def train(arguments: Sequence[str]) -> None:
 
 
 def fit(run: OpenRun, training: Training) -> None:
-    """Train until the last step, a signal, or a time limit.
+    """Train until the last step, early stopping, a signal or a time limit; then load the best model, if asked to.
 
     Raises:
         Interrupted: the run was stopped before its last step.
@@ -64,6 +64,7 @@ def fit(run: OpenRun, training: Training) -> None:
     if training.stop.stopped:
         training.profile.write()
     training.stop.raise_if_stopped(training.checkpoints.last)
+    training.best.load(training.trainer)
 
 
 def finish(run: OpenRun, training: Training) -> None:
@@ -87,6 +88,7 @@ def finish(run: OpenRun, training: Training) -> None:
         train_loss=None if skipped else telemetry.mean_loss,  # the mean would count a skipped step as 0
         steps=training.trainer.state.global_step,
         skipped_steps=skipped,
+        **training.best.facts(training.trainer.state),
         adapter=str(saved),
         **telemetry.figures(),
     )

@@ -37,6 +37,7 @@ from distft.runs.record import Record
 from distft.runs.trackers import trackers
 from distft.runs.wandb import closing_wandb
 from distft.training.arguments import training_arguments
+from distft.training.best_model import BestModel
 from distft.training.callbacks import HeldOutLoss, Invariants
 from distft.training.checkpoints import Checkpoints
 from distft.training.checks import weights_notes
@@ -93,6 +94,7 @@ class Training:
     telemetry: Telemetry
     numbers: BadNumbers
     checkpoints: Checkpoints
+    best: BestModel
     held_out: HeldOutLoss
     invariants: Invariants
 
@@ -235,9 +237,11 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
             "skipped_steps": numbers.skipped,
             "updated": invariants.updated,
             "telemetry": telemetry.carried(),
+            "best": best.carried(),
         }
 
-    checkpoints = Checkpoints(folder, strategy, recipe.training.get("save_total_limit"), to_carry)
+    best = BestModel(recipe, strategy, folder, stop, carried.get("best", {}), record.changed)
+    checkpoints = Checkpoints(folder, strategy, recipe.training.get("save_total_limit"), to_carry, best)
     evaluates = recipe.evaluation.before_and_after and splits.test is not None
     trainer = build_trainer(
         recipe,
@@ -250,6 +254,7 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
         callbacks=[
             invariants,
             stop,
+            best,  # after what stops the run, before what logs each evaluation that may be saved
             profile,  # before the telemetry, whose windows end where profiled steps begin and end
             telemetry,  # before the trackers, which log what it adds
             *trackers(recipe, folder, world),
@@ -260,7 +265,8 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
         changed=record.changed,
         numbers=numbers,
         checkpoints=checkpoints,
+        best=best,
         waits=waits,
     )
     held_out.attach(trainer)
-    return Training(trainer, stop, profile, telemetry, numbers, checkpoints, held_out, invariants)
+    return Training(trainer, stop, profile, telemetry, numbers, checkpoints, best, held_out, invariants)

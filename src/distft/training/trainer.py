@@ -20,9 +20,11 @@ from distft.data.tokenize import IGNORED
 from distft.distributed.strategies import Strategy
 from distft.models.adapter import keep_adapter_in_fp32
 from distft.training.arguments import pad_multiple
+from distft.training.best_model import BestModel
 from distft.training.callbacks import FSDPPrefetch
 from distft.training.checkpoints import Checkpoints
 from distft.training.lm_head import TrainedPositions
+from distft.training.metrics import perplexity
 from distft.training.nonfinite import BadNumbers
 
 _OURS = ("scored", "targets")
@@ -42,6 +44,7 @@ def build_trainer(
     changed: Callable[[str], None],
     numbers: BadNumbers | None = None,
     checkpoints: Checkpoints | None = None,
+    best: BestModel | None = None,
     waits: DataWait | None = None,
     create: Callable[..., Trainer] | None = None,
 ) -> Trainer:
@@ -59,6 +62,7 @@ def build_trainer(
         skips_empty_rounds=strategy.skips_empty_rounds,
         numbers=numbers,
         checkpoints=checkpoints,
+        best=best,
         waits=waits or DataWait(),
         train_dataset=splits.train,
         eval_dataset=first_samples(splits.validation, recipe.evaluation.max_samples),
@@ -80,7 +84,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer over prepared samples, in the micro-batches of a plan.
 
     `numbers` decides whether a step may update the weights (None: every step may). `checkpoints` saves (None: the
-    trainer's own way).
+    trainer's own way). `best` judges the evaluations (None: nothing follows from them).
     """
 
     def __init__(
@@ -91,11 +95,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         skips_empty_rounds: bool,
         numbers: BadNumbers | None,
         checkpoints: Checkpoints | None,
+        best: BestModel | None,
         waits: DataWait,
         **kwargs: Any,
     ) -> None:
         self._plan, self._collate, self._skips_empty_rounds = plan, collator, skips_empty_rounds
-        self._numbers, self._checkpoints, self._waits = numbers, checkpoints, waits
+        self._numbers, self._checkpoints, self._best, self._waits = numbers, checkpoints, best, waits
         super().__init__(*args, **kwargs)
         self._trained_positions = TrainedPositions(self.accelerator.unwrap_model(self.model))
         self._empty_rounds = 0  # rounds of the current optimizer step that are still to be skipped
@@ -215,6 +220,19 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         else:
             self._checkpoints.save(self.state, model, self.optimizer, write)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        def find_best() -> bool:
+            return bool(super(Trainer, self)._determine_best_metric(metrics, trial))
+
+        if self._best is None:
+            return find_best()
+        return self._best.judge(metrics, self.model, self.state, self.control, find_best)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The trainer's epoch; none is begun in a run that was saved after its last step and did not end."""
+        if not (self.control.should_training_stop or self.state.global_step >= self.state.max_steps):
+            super()._run_epoch(*args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no model card: rank 0 would do it before the ranks meet, and could fail alone."""
 
@@ -244,7 +262,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss, trained = self.accelerator.reduce(total, reduction="sum").tolist()
         upstream_api.clear_evaluation_metrics(self)
-        metrics = {f"{metric_key_prefix}_loss": loss / max(trained, 1)}
+        mean = loss / max(trained, 1)
+        metrics = {f"{metric_key_prefix}_loss": mean, f"{metric_key_prefix}_perplexity": perplexity(mean)}
         return EvalLoopOutput(
             predictions=None, label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader)
         )
