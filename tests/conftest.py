@@ -55,6 +55,7 @@ SLOW = (
     "api",
     "benchmarks/test_throughput",
     "distributed/test_a",
+    "distributed/test_best",
     "distributed/test_g",
     "distributed/test_m",
     "distributed/test_p",

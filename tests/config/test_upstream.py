@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from distft.config import upstream
 from distft.config.upstream import CONFIGS, UPSTREAMS, Upstream, upstream_fields, upstream_section
-from distft.config.upstream_rules import DEFAULTS, OWNED, RANGES, TYPES, UNITS
+from distft.config.upstream_rules import ADDED, DEFAULTS, OWNED, RANGES, TYPES, UNITS
 from distft.errors import UpstreamError
 
 
@@ -91,8 +91,11 @@ VALUES: dict[Upstream, list[dict[str, Any]]] = {
 def test_the_source_gives_the_fields_and_descriptions_of_the_imported_class(section: Upstream) -> None:
     cls, hints = imported(section)
     declared = {field.name: field for field in dataclasses.fields(cls)}
-    assert [field.name for field in upstream_fields(section)] == list(hints)
-    for field in upstream_fields(section):
+    added, fields = ADDED[section], {field.name: field for field in upstream_fields(section)}
+    assert list(fields) == [*hints, *added] and not set(added) & set(declared)
+    for name, (_, default, text) in added.items():
+        assert (fields.pop(name).default, bool(text)) == (default, True)
+    for field in fields.values():
         text = " ".join(str(declared[field.name].metadata.get("help", "")).split())
         assert field.description == text and text, field.name
         if field.has_default:

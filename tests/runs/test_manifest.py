@@ -61,3 +61,23 @@ def test_steps_are_numbers_and_later_checkpoints_are_dropped(tmp_path: Path) -> 
     manifest.drop_after(tmp_path, 9)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-9", "checkpoint-last"]
     assert manifest.read(tmp_path / "checkpoint-9")["step"] == 9
+
+
+@pytest.mark.parametrize(
+    ("best_steps", "keep", "left"),
+    [
+        ({1: 1, 2: 1, 3: 1, 4: 1}, 1, {1, 4}),
+        ({1: 1, 2: 2, 3: 2, 4: 2}, 2, {2, 3, 4}),
+        ({1: 1, 2: 1, 3: 1, 4: 4}, 2, {1, 3, 4}),  # a run that resumes from 3 needs 1
+        ({1: 1, 2: 1, 3: 1, 4: 4}, 1, {4}),
+        ({}, 2, {3, 4}),
+    ],
+)
+def test_the_best_checkpoint_of_each_that_is_kept_is_kept(
+    best_steps: dict[int, int], keep: int, left: set[int], tmp_path: Path
+) -> None:
+    for step in (1, 2, 3, 4):
+        made = checkpoint(tmp_path, step)
+        manifest.write(made, {"step": step, "best_step": best_steps.get(step)})
+    manifest.retire(tmp_path, keep)
+    assert {manifest.step_of(path) for path in tmp_path.iterdir()} == left
