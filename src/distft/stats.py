@@ -212,3 +212,31 @@ def bootstrap_weights(count: int, seed: int, resamples: int = RESAMPLES) -> NDAr
     for row in weights:  # drawing all at once would take ten times the memory
         row += np.bincount(draws.integers(0, count, count), minlength=count).astype(np.int32)
     return weights
+
+
+# ---- classification --------------------------------------------------------------------------------------------------
+
+
+def metrics_of_matrices(matrices: Floats, positive: int) -> dict[str, Floats]:
+    """Accuracy, precision, recall and F1 of the class `positive`, macro F1, and the share of unparsed answers, each as
+    [samples], from many confusion matrices at once, [samples, classes, classes + 1].
+
+    A rate with a zero denominator is 0.
+    """
+    classes = matrices.shape[1]
+    right = np.diagonal(matrices, axis1=1, axis2=2)
+    predicted, actual = matrices.sum(1)[:, :classes], matrices.sum(2)
+
+    def rate(part: Floats, whole: Floats) -> Floats:
+        return np.divide(part, whole, out=np.zeros_like(part, dtype=np.float64), where=whole > 0)
+
+    f1 = rate(2 * right, predicted + actual)
+    total = actual.sum(1)
+    return {
+        "accuracy": right.sum(1) / total,
+        "precision": rate(right, predicted)[:, positive],
+        "recall": rate(right, actual)[:, positive],
+        "f1": f1[:, positive],
+        "macro_f1": f1.mean(1),
+        "unparsed": matrices[:, :, classes].sum(1) / total,
+    }

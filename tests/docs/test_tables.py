@@ -84,10 +84,10 @@ def test_evaluations_are_described_by_their_tasks_and_defaults() -> None:
 
 def test_files_of_evaluations_are_as_the_page_says(tmp_path: Path) -> None:
     """A file of each kind with the columns that its row names, and no others."""
+    from distft.data.reviews import load
     from distft.evaluation.judge import rubric_of
     from distft.evaluation.tasks.alpaca import read_pairs
     from distft.evaluation.tasks.mt_bench import read_questions
-    from distft.evaluation.tasks.reviews import load
 
     values = {
         "text": "Good.",

@@ -30,6 +30,7 @@ def found(*words: str, recipe: str = "tiny", strategy: str = "ddp") -> list[str]
         ((EARLY, "save_strategy=steps"), "save_strategy: the last step of an epoch is saved before its evaluation"),
         (("metric_for_best_model=eval_los",), "has no 'los' (did you mean loss?; it has loss, perplexity)"),
         ((BEST, "metric_for_best_model=mt_bench_score"), "mt_bench_score is not measured during training"),
+        ((BEST, "metric_for_best_model=imdb_accuracy"), "the data has no classes (name columns in data.format.review"),
         ((BEST, "metric_for_best_model=loss", "greater_is_better=true"), "greater_is_better: a lower loss is better"),
         (("early_stopping_threshold=0.1",), "early_stopping_threshold: has no effect"),
         (
@@ -81,3 +82,18 @@ def test_a_run_that_evaluations_decide_about_resumes_only_with_the_same_evaluati
     assert changed() == []
     for decides in (BEST, EARLY):
         assert changed(f"training.{decides}") == ["training.eval_strategy", "training.eval_steps"]
+
+
+def test_a_task_s_metric_is_for_data_that_has_classes() -> None:
+    accuracy = "metric_for_best_model=imdb_accuracy"
+    assert found(BEST, accuracy, recipe="tiny_sentiment") == []
+    (fault,) = found(BEST, "metric_for_best_model=accuracy", recipe="tiny_sentiment")
+    assert "has no 'accuracy' (did you mean imdb_accuracy?; it has loss, perplexity, imdb_accuracy, " in fault
+    (fault,) = found(BEST, "metric_for_best_model=imdb_generation_accuracy", recipe="tiny_sentiment")
+    assert "is not measured during training: a model would have to write or judge answers" in fault
+    (fault,) = found("eval_strategy=no", accuracy, recipe="tiny_sentiment")
+    assert "metric_for_best_model: there are no evaluations" in fault
+    plateau = "lr_scheduler_type=reduce_lr_on_plateau"
+    (fault,) = found(plateau, accuracy, recipe="tiny_sentiment")
+    assert "would take a better imdb_accuracy for a worse one (mode: max)" in fault
+    assert found(plateau, accuracy, "lr_scheduler_kwargs={mode: max}", recipe="tiny_sentiment") == []

@@ -105,6 +105,7 @@ def check_data(recipe: Recipe, processes: int) -> Findings:
     from distft.data.batch_plan import Plan
     from distft.data.prepare import lengths_of, prepare_data
     from distft.models.loading import load_tokenizer
+    from distft.training.reviews import ValidationReviews
     from distft.training.schedule import total_steps
 
     tokenizer, missing = attempt(recipe, "model.name", lambda: load_tokenizer(recipe))
@@ -112,6 +113,9 @@ def check_data(recipe: Recipe, processes: int) -> Findings:
         return Findings(skipped=("the rows of the data, which need the tokenizer",))
     splits, faults = attempt(recipe, "data", lambda: prepare_data(recipe, tokenizer))
     if splits is None or (faults := split_faults(recipe, splits)):
+        return Findings(faults=tuple(faults))
+    _, faults = attempt(recipe, "training.metric_for_best_model", lambda: ValidationReviews.of(recipe, tokenizer))
+    if faults:
         return Findings(faults=tuple(faults))
     if recipe.micro_batch_is_auto:
         return Findings(checked=("every row of the data",), run=tuple(splits.report.lines()))

@@ -28,7 +28,7 @@ from distft.distributed.world import World
 from distft.files import disk_full_reason
 from distft.hardware import GIB, EnergyMeter, device_flops
 from distft.runs.folder import RunFolder
-from distft.training.selection import selects
+from distft.training.selection import metric_of, selects
 from distft.training.throughput import Window, Work
 
 _RANKS_LISTED = 64
@@ -292,7 +292,10 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
             self._bar.set_postfix(shown, refresh=True)
         for key in logs:
             if key.endswith("_loss"):
-                self._bar.write(f"step {self._bar.n}: {key} {logs[key]:.4f}, perplexity {perplexity(logs[key]):.3f}")
+                scored = {metric_of(self.recipe)} & set(logs) - {"eval_loss", "eval_perplexity"}
+                scores = "".join(f", {name.removeprefix('eval_')} {logs[name]:.3f}" for name in scored)
+                loss = f"{key} {logs[key]:.4f}, perplexity {perplexity(logs[key]):.3f}"
+                self._bar.write(f"step {self._bar.n}: {loss}{scores}")
 
 
 def perplexity(loss: float) -> float:

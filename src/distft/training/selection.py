@@ -16,7 +16,9 @@ from distft.errors import Fault
 
 IMDB = "eval_imdb_"
 """The beginning of the metrics that classify the validation split's reviews."""
-HIGHER_IS_BETTER = {"eval_loss": False, "eval_perplexity": False}
+HIGHER_IS_BETTER = {"eval_loss": False, "eval_perplexity": False} | {
+    f"{IMDB}{name}": True for name in ("accuracy", "f1", "macro_f1", "precision", "recall")
+}
 """The metrics that an evaluation during training can have, by their keys in metrics.jsonl."""
 _TASKS = ("lm_eval", "mt_bench", "alpaca", "imdb_generation")
 """Beginnings of the metrics that only `distft evaluate` measures: their answers are written or judged by a model."""

@@ -45,6 +45,7 @@ from distft.training.metrics import Telemetry
 from distft.training.nonfinite import BadNumbers
 from distft.training.oom import MemoryGuard
 from distft.training.profiler import Profile
+from distft.training.reviews import ValidationReviews
 from distft.training.schedule import schedule_faults, schedule_notes, total_steps
 from distft.training.stopping import StopTogether
 from distft.training.throughput import Work, model_flops_per_token
@@ -54,11 +55,13 @@ from distft.training.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The tokenizer, the tokenized splits, and the number of tokens of each training sample."""
+    """The tokenizer, the tokenized splits, the number of tokens of each training sample, and the reviews to classify
+    in each evaluation, if there are any."""
 
     tokenizer: Any
     splits: Splits
     lengths: Lengths
+    reviews: ValidationReviews | None
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ def setup_data(recipe: Recipe, strategy: Strategy) -> TrainingData:
     tokenizer = together(strategy.world, lambda: load_tokenizer(recipe))
     splits = together(strategy.world, lambda: prepare_data(recipe, tokenizer))
     together(strategy.world, lambda: require_splits(recipe, splits))
-    return TrainingData(tokenizer, splits, lengths_of(splits.train))
+    reviews = together(strategy.world, lambda: ValidationReviews.of(recipe, tokenizer))
+    return TrainingData(tokenizer, splits, lengths_of(splits.train), reviews)
 
 
 @contextmanager
@@ -266,6 +270,7 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
         numbers=numbers,
         checkpoints=checkpoints,
         best=best,
+        reviews=run.data.reviews,
         waits=waits,
     )
     held_out.attach(trainer)

@@ -26,6 +26,7 @@ from distft.training.checkpoints import Checkpoints
 from distft.training.lm_head import TrainedPositions
 from distft.training.metrics import perplexity
 from distft.training.nonfinite import BadNumbers
+from distft.training.reviews import ValidationReviews
 
 _OURS = ("scored", "targets")
 """What `data.loader` adds to a batch for the head: the trained positions of the flattened rows, and their tokens."""
@@ -45,6 +46,7 @@ def build_trainer(
     numbers: BadNumbers | None = None,
     checkpoints: Checkpoints | None = None,
     best: BestModel | None = None,
+    reviews: ValidationReviews | None = None,
     waits: DataWait | None = None,
     create: Callable[..., Trainer] | None = None,
 ) -> Trainer:
@@ -63,6 +65,7 @@ def build_trainer(
         numbers=numbers,
         checkpoints=checkpoints,
         best=best,
+        reviews=reviews,
         waits=waits or DataWait(),
         train_dataset=splits.train,
         eval_dataset=first_samples(splits.validation, recipe.evaluation.max_samples),
@@ -84,7 +87,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer over prepared samples, in the micro-batches of a plan.
 
     `numbers` decides whether a step may update the weights (None: every step may). `checkpoints` saves (None: the
-    trainer's own way). `best` judges the evaluations (None: nothing follows from them).
+    trainer's own way). `best` judges the evaluations (None: nothing follows from them). `reviews` are classified in
+    each (None: none are).
     """
 
     def __init__(
@@ -96,11 +100,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         numbers: BadNumbers | None,
         checkpoints: Checkpoints | None,
         best: BestModel | None,
+        reviews: ValidationReviews | None,
         waits: DataWait,
         **kwargs: Any,
     ) -> None:
         self._plan, self._collate, self._skips_empty_rounds = plan, collator, skips_empty_rounds
         self._numbers, self._checkpoints, self._best, self._waits = numbers, checkpoints, best, waits
+        self._reviews = reviews
         super().__init__(*args, **kwargs)
         self._trained_positions = TrainedPositions(self.accelerator.unwrap_model(self.model))
         self._empty_rounds = 0  # rounds of the current optimizer step that are still to be skipped
@@ -115,8 +121,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         plan = self._plan.evaluation(lengths_of(samples), self.args.per_device_eval_batch_size)
         return self._loader(samples, plan, plan.accumulation(self.args.world_size, 1))
 
+    def _batches(self, plan: Plan, accumulation: int) -> RankBatches:
+        return RankBatches(plan, self.args.process_index, self.args.world_size, accumulation)
+
     def _loader(self, samples: Any, plan: Plan, accumulation: int) -> Any:
-        batches = RankBatches(plan, self.args.process_index, self.args.world_size, accumulation)
+        batches = self._batches(plan, accumulation)
         given, workers = self.args, self.args.dataloader_num_workers
         options = {"pin_memory": given.dataloader_pin_memory and given.device.type == "cuda"}
         if workers:  # torch refuses these without
@@ -264,6 +273,26 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         upstream_api.clear_evaluation_metrics(self)
         mean = loss / max(trained, 1)
         metrics = {f"{metric_key_prefix}_loss": mean, f"{metric_key_prefix}_perplexity": perplexity(mean)}
+        if self._reviews is not None and metric_key_prefix == "eval":
+            metrics |= self._reviews.metrics(self._log_likelihoods(self._reviews.samples))
         return EvalLoopOutput(
             predictions=None, label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader)
         )
+
+    def _log_likelihoods(self, samples: Any) -> list[float]:
+        """The sum of the log-probabilities of each sample's trained tokens, in nats. All ranks enter, and get all."""
+        plan = self._plan.evaluation(lengths_of(samples), self.args.per_device_eval_batch_size)
+        accumulation = plan.accumulation(self.args.world_size, 1)
+        trained = [sum(label != IGNORED for label in labels[1:]) for labels in samples["labels"]]
+        found = torch.zeros(len(samples), dtype=torch.float64, device=self.args.device)
+        loader = self._loader(samples, plan, accumulation)
+        for indices, inputs in zip(self._batches(plan, accumulation), loader, strict=True):
+            inputs = upstream_api.to_trainer_device(self, inputs)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                scores = self._score(self.model, inputs).log_probs.double().flatten()
+            # The head has scored the trained tokens alone, in the order of the samples.
+            owners = [index for index in indices for _ in range(trained[index])]
+            found.index_add_(0, torch.tensor(owners, dtype=torch.long, device=found.device), scores[: len(owners)])
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        everywhere: list[float] = self.accelerator.reduce(found, reduction="sum").tolist()
+        return everywhere

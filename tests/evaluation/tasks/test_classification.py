@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from distft.evaluation.tasks.classification import compare, confusion, item_counts, metrics, metrics_of_matrices
+from distft.evaluation.tasks.classification import compare, confusion, item_counts, metrics
+from distft.stats import metrics_of_matrices
 
 
 def test_metrics_are_what_counting_gives() -> None:

@@ -13,13 +13,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distft.config.recipe import load_recipe
+from distft.data.reviews import prompt_of
 from distft.data.toy import reviews as made
 from distft.distributed.world import World
 from distft.errors import DataError, ModelError
 from distft.evaluation.likelihood import continuation_log_likelihoods, trained_log_likelihoods
 from distft.evaluation.target import Target
 from distft.evaluation.tasks.imdb import ImdbTask, parse
-from distft.evaluation.tasks.reviews import prompt_of
 from distft.runs.folder import RunFolder
 
 

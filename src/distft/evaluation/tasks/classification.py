@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from distft.evaluation.metrics import figure_of
 from distft.evaluation.target import SideName
-from distft.stats import RESAMPLES, Estimate, Floats, correlation
+from distft.stats import RESAMPLES, Estimate, Floats, correlation, metrics_of_matrices
 
 Classes = NDArray[np.int64]
 """Class numbers, [items]; in predictions, the number of classes marks an answer that could not be parsed."""
@@ -71,27 +71,6 @@ def metrics(labels: Classes, predicted: Classes, classes: int, positive: int) ->
         "f1": float(f1),
         "macro_f1": float(f1_score(labels, predicted, labels=range(classes), average="macro", zero_division=0)),
         "unparsed": float((predicted == classes).mean()),
-    }
-
-
-def metrics_of_matrices(matrices: Floats, positive: int) -> dict[str, Floats]:
-    """`metrics`, each as [samples], from many confusion matrices at once, [samples, classes, classes + 1]."""
-    classes = matrices.shape[1]
-    right = np.diagonal(matrices, axis1=1, axis2=2)
-    predicted, actual = matrices.sum(1)[:, :classes], matrices.sum(2)
-
-    def rate(part: Floats, whole: Floats) -> Floats:
-        return np.divide(part, whole, out=np.zeros_like(part, dtype=np.float64), where=whole > 0)
-
-    f1 = rate(2 * right, predicted + actual)
-    total = actual.sum(1)
-    return {
-        "accuracy": right.sum(1) / total,
-        "precision": rate(right, predicted)[:, positive],
-        "recall": rate(right, actual)[:, positive],
-        "f1": f1[:, positive],
-        "macro_f1": f1.mean(1),
-        "unparsed": matrices[:, :, classes].sum(1) / total,
     }
 
 

@@ -14,6 +14,7 @@ from distft import hub
 from distft.config.evaluation import Evaluation
 from distft.config.recipe import Recipe
 from distft.console import say
+from distft.data import reviews
 from distft.data.batch_plan import batches_by_length
 from distft.data.formats import format_of
 from distft.distributed.collectives import together
@@ -25,7 +26,7 @@ from distft.evaluation.likelihood import continuation_log_likelihoods
 from distft.evaluation.overlap import overlap
 from distft.evaluation.sets import DataOf
 from distft.evaluation.target import SideName, Target
-from distft.evaluation.tasks import InputFile, Task, reviews
+from distft.evaluation.tasks import InputFile, Task
 from distft.evaluation.tasks.classification import Classes, confusion, figures
 from distft.files import read_lines, write_atomically
 

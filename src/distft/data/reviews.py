@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -78,14 +78,44 @@ def load(recipe: Recipe, classes: int) -> list[Review]:
     Raises:
         DataError: they cannot be loaded, or are not reviews with classes below `classes`.
     """
-    settings, form, source = recipe.evaluation.imdb, format_of(recipe.data), source_of(recipe)
-    text, label = settings.text, settings.label
-    if source is None and form is not None:
-        where, rows = f"the held-out rows of {recipe.data.name}", _held_out(recipe)
-        text, label = form.review or text, form.label or label
-    else:
-        assert source is not None
-        where, rows = source.name if isinstance(source, HubSplit) else str(settings.path), list(read_source(source))
+    settings, source = recipe.evaluation.imdb, source_of(recipe)
+    if source is None:
+        return _of_split(recipe, "test", classes)
+    assert source is not None
+    where = source.name if isinstance(source, HubSplit) else str(settings.path)
+    return _checked(recipe, list(read_source(source)), where, settings.text, settings.label, classes)
+
+
+def load_validation(recipe: Recipe, classes: int) -> list[Review]:
+    """The validation split of a recipe whose data are reviews, drawn as the settings say for the test split, and at
+    most `evaluation.max_samples` of it.
+
+    Raises:
+        DataError: it cannot be loaded, has other classes, or nothing of it is left.
+    """
+    settings, found = recipe.evaluation.imdb, _of_split(recipe, "validation", classes)
+    sizes = [size for size in (recipe.evaluation.max_samples, settings.subset) if size is not None]
+    rows = subset(found, min(sizes, default=None), settings.balanced, recipe.evaluation.seed, classes)
+    return _some(rows)
+
+
+def _of_split(recipe: Recipe, split: Literal["validation", "test"], classes: int) -> list[Review]:
+    """The rows of the prepared split of a recipe whose data are reviews."""
+    form = format_of(recipe.data)
+    assert form is not None and form.review is not None
+    raw, *official = map(read_source, data_sources(recipe.data))
+    whole, apply = bool(official) and split == "test", formatter(recipe)
+    rows: list[Mapping[str, Any]] = [row for row in (official[0] if whole else raw) if isinstance(apply(row), Example)]
+    if not whole:
+        rows = split_rows(rows, recipe.data, recipe.run.seed, with_test=not official)[split]
+    where = f"the {'held-out' if split == 'test' else split} rows of {recipe.data.name}"
+    return _checked(recipe, rows, where, form.review, form.label or recipe.evaluation.imdb.label, classes)
+
+
+def _checked(
+    recipe: Recipe, rows: Sequence[Mapping[str, Any]], where: str, text: str, label: str, classes: int
+) -> list[Review]:
+    """`rows` as reviews."""
     if rows and (missing := [column for column in (text, label) if column not in rows[0]]):
         raise DataError(
             f"{where} has no column {', '.join(missing)}; it has {', '.join(rows[0])}\n"
@@ -113,18 +143,13 @@ def select(recipe: Recipe, found: Sequence[Review], classes: int) -> list[Review
         DataError: it is empty.
     """
     settings = recipe.evaluation.imdb
-    rows = subset(found, settings.subset, settings.balanced, recipe.evaluation.seed, classes)
+    return _some(subset(found, settings.subset, settings.balanced, recipe.evaluation.seed, classes))
+
+
+def _some(rows: list[Review]) -> list[Review]:
     if not rows:
         raise DataError("no reviews are left to classify; a class may have no rows (evaluation.imdb.balanced=false)")
     return rows
-
-
-def _held_out(recipe: Recipe) -> list[Mapping[str, Any]]:
-    """The raw rows of the prepared test split."""
-    raw, *official = map(read_source, data_sources(recipe.data))
-    apply, rows = formatter(recipe), official[0] if official else raw
-    kept: list[Mapping[str, Any]] = [row for row in rows if isinstance(apply(row), Example)]
-    return kept if official else split_rows(kept, recipe.data, recipe.run.seed, with_test=True)["test"]
 
 
 def subset(reviews: Sequence[Review], size: int | None, balanced: bool, seed: int, classes: int) -> list[Review]:

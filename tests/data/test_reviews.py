@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from distft.config.recipe import load_recipe
+from distft.data import reviews
 from distft.data.prepare import prepare_data
+from distft.data.reviews import Review, prompt_of, subset
 from distft.data.templates import format_review
 from distft.data.tokenize import tokenize
 from distft.data.toy import reviews as made
 from distft.errors import DataError
-from distft.evaluation.tasks import reviews
-from distft.evaluation.tasks.reviews import Review, prompt_of, subset
 
 
 @pytest.mark.parametrize("max_length", [None, 40])
