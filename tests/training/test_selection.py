@@ -85,15 +85,16 @@ def test_a_run_that_evaluations_decide_about_resumes_only_with_the_same_evaluati
 
 
 def test_a_task_s_metric_is_for_data_that_has_classes() -> None:
-    accuracy = "metric_for_best_model=imdb_accuracy"
-    assert found(BEST, accuracy, recipe="tiny_sentiment") == []
-    (fault,) = found(BEST, "metric_for_best_model=accuracy", recipe="tiny_sentiment")
+    def here(*words: str) -> list[str]:
+        return found("eval_strategy=epoch", "save_strategy=epoch", *words, recipe="tiny_sentiment")
+
+    accuracy, plateau = "metric_for_best_model=imdb_accuracy", "lr_scheduler_type=reduce_lr_on_plateau"
+    assert here(BEST, accuracy) == here(plateau, accuracy, "lr_scheduler_kwargs={mode: max}") == []
+    (fault,) = here(BEST, "metric_for_best_model=accuracy")
     assert "has no 'accuracy' (did you mean imdb_accuracy?; it has loss, perplexity, imdb_accuracy, " in fault
-    (fault,) = found(BEST, "metric_for_best_model=imdb_generation_accuracy", recipe="tiny_sentiment")
+    (fault,) = here(BEST, "metric_for_best_model=imdb_generation_accuracy")
     assert "is not measured during training: a model would have to write or judge answers" in fault
-    (fault,) = found("eval_strategy=no", accuracy, recipe="tiny_sentiment")
+    (fault,) = here("eval_strategy=no", accuracy)
     assert "metric_for_best_model: there are no evaluations" in fault
-    plateau = "lr_scheduler_type=reduce_lr_on_plateau"
-    (fault,) = found(plateau, accuracy, recipe="tiny_sentiment")
+    (fault,) = here(plateau, accuracy)
     assert "would take a better imdb_accuracy for a worse one (mode: max)" in fault
-    assert found(plateau, accuracy, "lr_scheduler_kwargs={mode: max}", recipe="tiny_sentiment") == []
