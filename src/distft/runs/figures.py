@@ -123,6 +123,8 @@ FIGURES = (
     _key("data_digest"),
     _key("held_out_digest"),
     _key("held_out_overlap"),
+    _key("data_inferred"),
+    _key("trained_tokens_by_role"),
     _key("weights_digest"),
     _key("trainable_parameters", fact=True),
     _key("parameters", fact=True),
