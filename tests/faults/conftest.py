@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from subprocess import Popen
 
@@ -20,6 +23,8 @@ from ..distributed.conftest import Ended, finish, start
 # Two epochs of 11 steps, the last of each shorter; with dropout and accumulation.
 RUN = (
     "recipe=tiny",
+    "batching.global_batch_size=4",
+    "batching.micro_batch=1",
     "training.num_train_epochs=2",
     "training.logging_steps=1",
     "training.eval_strategy=no",
@@ -28,7 +33,7 @@ RUN = (
     "training.save_total_limit=2",
     "tracking.report_to=[]",
     "evaluation.max_samples=8",
-    "data.max_samples=210",
+    "data.max_samples=54",
 )
 STEPS = 22
 KINDS = {
@@ -82,6 +87,29 @@ def until(condition: Callable[[], object], limit_s: float = 120, every_s: float 
     while not condition():
         assert time.monotonic() < deadline, "it never came to that"
         time.sleep(every_s)
+
+
+def stop(processes: Iterable[psutil.Process]) -> None:
+    """Suspend processes, and wait until they are: a signal sent before that would come first."""
+
+    def stopped(process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+        return True
+
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.suspend()
+    until(lambda: all(stopped(process) for process in processes))
+
+
+def is_pending(signum: signal.Signals, process: psutil.Process) -> bool:
+    """Whether a process that is stopped has got the signal, or is gone."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return True
+    return bool(int(re.findall(r"ShdPnd:\s*(\w+)", status)[0], 16) >> (signum - 1) & 1)
 
 
 def family(process: Popen[str]) -> list[psutil.Process]:

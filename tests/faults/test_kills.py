@@ -26,7 +26,7 @@ SEVERAL = [kind for kind, (_, processes) in KINDS.items() if processes > 1]
 def test_a_rank_killed_at_a_random_step_comes_back(kind: str, uninterrupted: Whole, tmp_path: Path) -> None:
     whole = uninterrupted(kind)
     process = begin(tmp_path, kind)
-    folder = wait_for_step(tmp_path, random.randint(1, 15))
+    folder = wait_for_step(tmp_path, random.randint(1, 12))
     workers, everyone = ranks(process), family(process)
     rank = random.choice(sorted(workers))
     workers[rank].send_signal(signal.SIGKILL)
