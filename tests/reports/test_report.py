@@ -33,6 +33,16 @@ def test_the_command_prints_or_writes_markdown_or_json(tmp_path: Path, capsys: A
     assert document["variants"][0]["spreads"]["samples_per_second"]["median"] == 40.0
 
 
+def test_a_run_that_ended_with_its_best_model_says_so(tmp_path: Path, capsys: Any) -> None:
+    best = {"metric": "eval_loss", "value": 1.25, "step": 40, "is_result": True}
+    folder = make(tmp_path, "a", best=best, stopped_early={"step": 60, "of": 2000, "evaluations": 2})
+    assert main(["report", str(folder.path)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    why = "eval_loss did not improve for 2 evaluations; the best was eval_loss 1.25 at step 40"
+    assert f"`a`: stopped early at step 60 of 2,000: {why}." in text
+    assert "`a`: the result is the model of the best evaluation: eval_loss 1.25 at step 40." in text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [([], "give the folders of runs"), (["."], "summary.json"), (["experiment=tiny"], "none of its 12 runs exists")],

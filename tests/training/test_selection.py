@@ -8,7 +8,7 @@ from distft.config.recipe import load_recipe
 from distft.distributed.strategies.selection import strategy_for
 from distft.distributed.world import World
 from distft.runs.resume import differences
-from distft.training.selection import selection_arguments, selection_faults
+from distft.training.selection import selection_arguments, selection_faults, selection_notes
 
 BEST, EARLY = "load_best_model_at_end=true", "early_stopping_patience=2"
 STEPS = ("eval_strategy=steps", "save_strategy=steps")
@@ -64,6 +64,18 @@ def test_weights_without_the_optimizer_cannot_be_loaded_where_it_is_sharded(stra
 )
 def test_what_works_has_no_fault(words: tuple[str, ...]) -> None:
     assert found(*words) == []
+
+
+def test_the_check_says_what_will_be_saved() -> None:
+    def notes(*words: str) -> list[str]:
+        return selection_notes(load_recipe(["recipe=tiny", *(f"training.{word}" for word in words)]))
+
+    assert notes() == []
+    assert notes(BEST) == ["saves the model of the best evaluation by loss"]
+    assert notes(EARLY) == [
+        "saves the model of the last step (training.load_best_model_at_end=false); stops when loss has not improved "
+        "for 2 evaluations"
+    ]
 
 
 def test_a_lower_perplexity_is_better() -> None:

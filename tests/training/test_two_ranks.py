@@ -11,9 +11,11 @@ from ..distributed.conftest import on_two_ranks
 PROGRAM = """
 import json, math, os
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil, torch
 from accelerate import Accelerator
+from transformers import TrainerControl, TrainerState
 
 from distft.config.recipe import load_recipe
 from distft.data.batch_plan import Plan
@@ -21,6 +23,7 @@ from distft.distributed.strategies.ddp import DDP
 from distft.distributed.world import World
 from distft.errors import BadNumbersError, InvariantError
 from distft.runs.folder import RunFolder
+from distft.training.best_model import BestModel
 from distft.training.invariants import check_prepared, check_updated, fingerprint
 from distft.training.metrics import Telemetry
 from distft.training.nonfinite import BadNumbers
@@ -66,6 +69,22 @@ model.weight.data += 1e-3 * (1 + world.rank)
 found["updated"] = error_of(check_updated, model, ddp, before, 1e-3)
 model.weight.data[:] = 2
 found["alike"] = error_of(check_updated, model, ddp, before, 1e-3)
+
+# Evaluations: rank 1 has other values of the metric.
+recipe = load_recipe(["recipe=tiny", "training.early_stopping_patience=1"])
+best = BestModel(recipe, ddp, RunFolder(Path("run")), SimpleNamespace(stopped=False), {}, print)
+state, control = TrainerState(max_steps=9), TrainerControl()
+for state.global_step, values in enumerate([(3.0, 3.0), (2.0, 4.0), (2.5, 1.0)], 1):
+    metrics = {"eval_loss": values[world.rank]}
+
+    def find_best():
+        better = metrics["eval_loss"] < (state.best_metric or math.inf)
+        if better:
+            state.best_metric, state.best_global_step = metrics["eval_loss"], state.global_step
+        return better
+
+    best.judge(metrics, model, state, control, find_best)
+found["best"] = [state.best_global_step, state.best_metric, control.should_training_stop]
 print(json.dumps(found))
 """
 
@@ -102,3 +121,7 @@ def test_weights_that_differ_after_an_update_stop_all_ranks(ranks: list[dict[str
     expected = "weight differs between rank 0 and rank 1 after one update (rank 0, strategy ddp)"
     assert [rank["updated"] for rank in ranks] == [expected, expected]
     assert [rank["alike"] for rank in ranks] == [None, None]
+
+
+def test_ranks_that_measured_different_values_decide_by_those_of_rank_0(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["best"] for rank in ranks] == [[2, 2.0, True]] * 2

@@ -20,6 +20,7 @@ from distft.evaluation.summary import columns
 from distft.reports.bottleneck import Split
 from distft.runs.figures import FIGURES
 from distft.runs.folder import RunFolder
+from distft.runs.selection import selection_lines
 
 SHOWN = tuple(figure for figure in FIGURES if figure.label and not figure.timing)
 """The figures in the tables of runs and variants."""
@@ -89,6 +90,8 @@ class Run:
     variant: str = ""
     overlap: Mapping[str, int] = field(default_factory=dict)
     """How many samples of `validation` and `test` were trained on, where training counted them."""
+    selection: tuple[str, ...] = ()
+    """Which evaluation was the best, and whether it ended the run, in words."""
 
     @property
     def finished(self) -> bool:
@@ -151,6 +154,7 @@ def read_run(folder: RunFolder) -> Run:
         split=_split(folder),
         evaluation=summary.get("evaluation") or {},
         overlap=summary.get("held_out_overlap") or {},
+        selection=tuple(selection_lines(summary)),
     )
 
 

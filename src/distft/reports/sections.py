@@ -90,6 +90,7 @@ def _runs(report: Report) -> Section:
     ]
     notes: list[Line] = [(f"Not measured in any run: {', '.join(unknown)}.",)] if unknown else []
     notes += [(_NO_ENERGY,)] if "energy" in unknown else []
+    notes += [(Code(run.name), f": {line}.") for run in report.runs for line in run.selection]
     warnings = [f"{run.name}: {wording.overlap(run.overlap)}" for run in report.runs if any(run.overlap.values())]
     return Section("runs", ("Runs",), table, notes, warnings=warnings)
 

@@ -20,6 +20,7 @@ from distft.files import disk_full_reason, to_json, write_atomically
 from distft.hardware import describe
 from distft.runs import manifest
 from distft.runs.resume import Place, find_place
+from distft.runs.selection import selection_lines
 from distft.runs.slurm_job import batch_job, requeues
 from distft.text import count
 
@@ -123,16 +124,7 @@ class Record:
     def closing_lines(self) -> list[str]:
         """What to print after the last step."""
         facts = self._facts
-        lines = []
-        if best := facts.get("best"):
-            what = f"{best['metric']} {best['value']:.6g} at step {best['step']:,}"
-            if stopped := facts.get("stopped_early"):
-                lines.append(
-                    f"stopped early at step {stopped['step']:,} of {stopped['of']:,}: {best['metric']} did not improve "
-                    f"for {count(stopped['evaluations'], 'evaluation')}; the best was {what}"
-                )
-            if best["is_result"]:
-                lines.append(f"the result is the model of the best evaluation: {what}")
+        lines = selection_lines(facts)
         if facts.get("eval_before"):
             before, after = facts["eval_before"]["perplexity"], facts["eval_after"]["perplexity"]
             lines.append(f"held-out perplexity: {before:,.2f} before, {after:,.2f} after")

@@ -80,6 +80,7 @@ def check_settings(
     from distft.models.checks import model_faults
     from distft.training.checks import training_faults, weights_notes
     from distft.training.disk import disk_findings
+    from distft.training.selection import selection_notes
 
     _, divides = attempt(recipe, "batching.micro_batch", lambda: recipe.check_division(processes))
     model = model_faults(recipe, local_only=local_only)
@@ -91,7 +92,7 @@ def check_settings(
         faults=(*divides, *model.faults, *settings),
         checked=tuple(what for what, faults in checked.items() if not faults),
         skipped=tuple(model.skipped),
-        run=(*model.notes, *weights_notes(recipe)),
+        run=(*model.notes, *weights_notes(recipe), *selection_notes(recipe)),
     )
     if model.trainable and not found.faults:
         needed, fault = disk_findings(recipe, model.trainable, working_folder)

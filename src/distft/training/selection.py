@@ -13,6 +13,7 @@ from distft.config.validation import nearest
 from distft.data.formats import format_of
 from distft.distributed.strategies import Strategy
 from distft.errors import Fault
+from distft.text import count
 
 IMDB = "eval_imdb_"
 """The beginning of the metrics that classify the validation split's reviews."""
@@ -56,6 +57,17 @@ def selection_arguments(recipe: Recipe) -> dict[str, Any]:
         return {}
     metric = metric_of(recipe)
     return {"metric_for_best_model": metric, "greater_is_better": HIGHER_IS_BETTER.get(metric)}
+
+
+def selection_notes(recipe: Recipe) -> list[str]:
+    """What the run will take for its result, and when it will stop, where evaluations decide about either."""
+    if not selects(recipe):
+        return []
+    metric, best = _plain(metric_of(recipe)), recipe.training.get("load_best_model_at_end")
+    result = f"the best evaluation by {metric}" if best else "the last step (training.load_best_model_at_end=false)"
+    limit = patience(recipe)
+    ends = "" if limit is None else f"; stops when {metric} has not improved for {count(limit, 'evaluation')}"
+    return [f"saves the model of {result}{ends}"]
 
 
 def selection_faults(recipe: Recipe, strategy: Strategy) -> Iterator[Fault]:
