@@ -218,6 +218,16 @@ def test_a_best_checkpoint_that_was_lost_gives_way_to_the_one_before() -> None:
     assert (run.state.best_metric, run.state.best_global_step) == (None, None)
 
 
+def test_values_of_another_metric_are_not_compared() -> None:
+    """`run.force=true` resumes with another `metric_for_best_model`."""
+    run = Judged("training.metric_for_best_model=perplexity")
+    run.best._judged_by, run.best._unimproved = "eval_loss", 3
+    run.state.best_metric, run.state.best_global_step = 1.5, 7
+    run.best.on_train_begin(SimpleNamespace(), run.state, run.control)
+    assert (run.state.best_metric, run.control.should_training_stop) == (None, False)
+    assert run.evaluate(9.0) == (True, False) and run.state.best_metric == 9.0
+
+
 @pytest.mark.parametrize(("stopped", "evaluates"), [(False, True), (True, False)])
 def test_the_model_that_a_time_limit_ends_with_is_evaluated(stopped: bool, evaluates: bool) -> None:
     """Not where the run is only interrupted, and will go on."""

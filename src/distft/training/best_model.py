@@ -53,12 +53,14 @@ class BestModel(TrainerCallback):  # type: ignore[misc]
         self._strategy, self._folder, self._stop, self._changed = strategy, folder, stop, changed
         self._unimproved: int = carried.get("unimproved", 0)
         self._weights: str | None = carried.get("weights")
+        self._judged_by: str = carried.get("metric", self._metric)
         # Those that were best, from the first to the best of all. One whose checkpoint is lost is taken out again.
         self._best: list[tuple[float, int, str | None]] = []
 
     def carried(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the trainer's state."""
-        return {"unimproved": self._unimproved, "weights": self._best[-1][2] if self._best else None}
+        weights = self._best[-1][2] if self._best else None
+        return {"metric": self._metric, "unimproved": self._unimproved, "weights": weights}
 
     @property
     def _exhausted(self) -> bool:
@@ -67,6 +69,9 @@ class BestModel(TrainerCallback):  # type: ignore[misc]
     # Trainer's events -------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.best_global_step is not None and self._judged_by != self._metric:  # under run.force
+            self._note(f"what was best by {self._judged_by} is forgotten: {self._metric} decides now")
+            state.best_metric, state.best_global_step, self._unimproved = None, None, 0
         if state.best_global_step is not None:
             self._best = [(state.best_metric, state.best_global_step, self._weights)]
             if self.loads and not self._is_there(state.best_global_step):
