@@ -12,7 +12,7 @@ from cases import Batch
 
 from distft.config.recipe import Recipe
 from distft.data.batch_plan import Plan
-from distft.data.prepare import split_rows
+from distft.data.splits import split_rows
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from distft.errors import StorageError
+from distft.errors import DataError, StorageError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -36,11 +36,12 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def build_folder_once(folder: Path, build: Callable[[Path], None]) -> None:
+def build_folder_once(folder: Path, build: Callable[[Path], None], *, resumes: bool = False) -> None:
     """Create `folder` with `build(temporary_folder)`, unless it exists.
 
     The first process to arrive builds; the others wait for a file lock, and so for no collective that could time out.
-    The folder appears under its name only when it is complete.
+    The folder appears under its name only when it is complete. With `resumes`, an interrupted `build` finds again what
+    it had written; what data that are wrong (DataError) leave behind is removed.
 
     Raises:
         StorageError: it does not exist, and nothing can be written next to it.
@@ -56,12 +57,20 @@ def build_folder_once(folder: Path, build: Callable[[Path], None]) -> None:
     with FileLock(f"{folder}.lock"):
         if folder.exists():
             return
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        if resumes:
+            temporary = folder.parent / f".{folder.name}.partial"
+            temporary.mkdir(exist_ok=True)
+        else:
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             build(temporary)
             temporary.rename(folder)
-        finally:
+        except DataError:
             shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        finally:
+            if not resumes:
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _no_cache(folder: Path, why: str) -> str:

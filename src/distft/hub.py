@@ -49,13 +49,8 @@ def fetch(recipe: Recipe) -> list[str]:
     lines = fetch_model(recipe)
     splits = prepare_data(recipe, load_tokenizer(recipe))
     lines += map(fetch_data, data_sources(recipe.data))
-    tokens = [
-        Path(file["filename"])
-        for split in (splits.train, splits.validation, splits.test)
-        if split is not None
-        for file in split.cache_files
-    ]
-    return [*lines, f"data, tokenized: {tokens[0].parents[1]}, {_size(*tokens)}"]
+    tokens = [Path(file["filename"]) for file in splits.train.cache_files]  # of all splits
+    return [*lines, f"data, tokenized: {tokens[0].parent}, {_size(*tokens)}"]
 
 
 def fetch_model(recipe: Recipe, role: str = "") -> list[str]:

@@ -188,6 +188,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "has_generation_markers", "call", "see which tokens a chat template trains", ("chat_template",)
     ),
     _training_templates("get_training_chat_template", "call", "use TRL's training templates", ("processing_class",)),
+    _dataset("_indices", "attribute", "read the lengths of samples without reading the samples"),
     _wandb("x_transaction_log_flush_interval", "attribute", "lose at most a second of history when a run is killed"),
     _hflm("_rank", "attribute", "spread lm-eval's requests over the processes"),
     _hflm("_world_size", "attribute", "spread lm-eval's requests over the processes"),
@@ -432,6 +433,12 @@ def training_template(tokenizer: Any) -> str | None:
     except ValueError:
         return None
     return found
+
+
+def dataset_rows(dataset: Any) -> Any:
+    """The rows of its table that a `datasets.Dataset` selects, [n], in order; None for all of them."""
+    _checked("_indices")
+    return None if dataset._indices is None else dataset._indices.column(0).to_numpy()
 
 
 def set_lm_eval_rank(model: Any, rank: int, world_size: int) -> None:

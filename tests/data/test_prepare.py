@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from distft.data.prepare import first_samples, lengths_of, prepare_data, split_rows
+from distft.data.prepare import prepare_data
+from distft.data.splits import first_samples, lengths_of, split_rows
 from distft.errors import DataError
 from tests.data.rows import ALL, RESPONSE_ONLY, Prepare, recipe_of, trained, whole, write_rows
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from distft.config.recipe import load_recipe
 from distft.data.batch_plan import Plan
-from distft.data.prepare import split_rows
+from distft.data.splits import split_rows
 from distft.runs import manifest
 
 from ..distributed.conftest import Ended, finish, start

@@ -13,7 +13,8 @@ from distft.config.recipe import load_recipe
 from distft.data.batch_plan import Plan
 from distft.data.checks import data_faults
 from distft.data.loader import Collator
-from distft.data.prepare import lengths_of, prepare_data
+from distft.data.prepare import prepare_data
+from distft.data.splits import lengths_of
 from distft.data.tokenize import IGNORED
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import choose

@@ -6,33 +6,34 @@ ignores the token; the last label of a sample that was not truncated is the end-
 
 from __future__ import annotations
 
+import array
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
+from datasets import Dataset
+from datasets.table import MemoryMappedTable
 from datasets.utils.logging import disable_progress_bar
 
 from distft.config.recipe import Recipe
-from distft.config.schema import Data
 from distft.data.formats import check_columns, format_rows, formatter
 from distft.data.inference import with_format
+from distft.data.pieces import TRUNCATED, Worker
 from distft.data.sources import Rows, data_sources, read_source, source_notes
-from distft.data.templates import Dropped, Example
-from distft.data.tokenize import IGNORED, tokenize
+from distft.data.splits import Examples, Members, save_rows, split_members
+from distft.data.templates import Dropped
+from distft.data.token_store import Draw, store_of
 from distft.errors import DataError
 from distft.files import build_folder_once
 from distft.paths import cache_folder
 from distft.text import count
 
-_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-_VERSION = 5
+_VERSION = 6
 """Part of the cache key: raise it whenever the same recipe and rows should give different samples."""
 
 
@@ -121,30 +122,47 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Splits:
     data, form = recipe.data, formatter(recipe, tokenizer)
     raw, *held_out = map(read_source, data_sources(data))
     test = held_out[0] if held_out else None
+    for rows in (raw, *held_out):
+        check_columns(rows, data)
     max_length = recipe.training.get("max_length", 1024)
     key = {
         "version": _VERSION,
         "format": form.key(),
-        "splits": [data.validation_fraction, data.test_fraction, data.max_samples],
-        "sources": [None if each is None else each.digest() for each in (raw, test)],
-        "seed": recipe.run.seed,
         "max_length": max_length,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "ends": [tokenizer.bos_token_id, tokenizer.eos_token_id],
     }
-    folder = cache_folder() / "data" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    work = Worker(Path(), form, tokenizer, max_length)
+    processes = recipe.training.get("dataset_num_proc")
+    stores = [store_of(raw, work, key, processes, _draw(recipe, tokenizer))]
+    if test is not None:
+        stores.append(store_of(test, work, key, processes))
+    place = {
+        "stores": [store.folder.name for store in stores],
+        "splits": [data.validation_fraction, data.test_fraction, data.max_samples],
+        "seed": recipe.run.seed,
+    }
+    folder = cache_folder() / "data" / hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()[:16]
 
     def build(temporary: Path) -> None:
-        splits, report = _prepare(recipe, tokenizer, raw, test, max_length)
-        splits.save_to_disk(temporary)
+        samples, report = _split(recipe, Examples(stores))
+        for name, rows in samples.items():
+            save_rows(temporary / f"{name}.arrow", rows)
         (temporary / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
 
     build_folder_once(folder, build)
-    splits = DatasetDict(load_from_disk(str(folder)))
     report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
     notes = [*([] if inferred is None else [inferred]), *form.lines(), *source_notes(data)]
     report = replace(report, notes=(*notes, *_batch_notes(recipe, report)))
-    return Splits(recipe, splits["train"], splits.get("validation"), splits.get("test"), report, inferred)
+    table = Examples(stores).samples()
+    splits: dict[str, Dataset | None] = {
+        name: Dataset(table, indices_table=MemoryMappedTable.from_file(str(file)), fingerprint=f"{folder.name}{name}")
+        for name in ("train", "validation", "test")
+        if (file := folder / f"{name}.arrow").exists()
+    }
+    train = splits["train"]
+    assert train is not None
+    return Splits(recipe, train, splits.get("validation"), splits.get("test"), report, inferred)
 
 
 def _batch_notes(recipe: Recipe, report: Report) -> list[str]:
@@ -157,123 +175,80 @@ def _batch_notes(recipe: Recipe, report: Report) -> list[str]:
     ]
 
 
-def _prepare(
-    recipe: Recipe, tokenizer: Any, raw: Rows, official: Rows | None, max_length: int | None
-) -> tuple[DatasetDict, Report]:
-    """Format, split and tokenize `raw`; `official` holds the rows of a separate test split, if there is one."""
-    data, tally = recipe.data, _Tally()
-    rows, kept = _examples(recipe, tokenizer, raw, tally)
-    parts: dict[str, list[Example]] = split_rows(kept, data, recipe.run.seed, with_test=official is None)
-    if official is not None:
-        _, parts["test"] = _examples(recipe, tokenizer, official, tally)
-    if not kept:
-        reasons = ", ".join(tally.dropped)
-        raise DataError(f"no row is left to train on: {rows} of {rows} rows have nothing to train on ({reasons})")
-    if not parts["train"]:
-        raise DataError(
-            f"no row is left to train on: {rows - len(kept)} of {rows} rows are empty, the rest went to the other "
-            "splits\n  give more rows, or set data.validation_fraction=0 data.test_fraction=0 training.eval_strategy=no"
-        )
-    counts: dict[str, dict[str, int]] = {"rows": {}, "dropped_untrained": {}, "truncated": {}, "tokens": {}}
-    splits: dict[str, Dataset] = {}
-    for name, examples in parts.items():
-        ids, labels, truncated = [], [], 0
-        for sample_ids, sample_labels, cut in tokenize(examples, tokenizer, max_length, tally.marked, tally.trained):
-            if any(label != IGNORED for label in sample_labels):
-                ids.append(np.asarray(sample_ids, dtype=np.int32))
-                labels.append(np.asarray(sample_labels, dtype=np.int32))
-                truncated += cut
-        if examples and not ids:
-            raise DataError(
-                f"all {len(examples)} samples of the {name} split were dropped: training.max_length={max_length} "
-                "leaves nothing to train on"
-            )
-        counts["rows"][name], counts["truncated"][name] = len(ids), truncated
-        counts["dropped_untrained"][name] = len(examples) - len(ids)
-        counts["tokens"][name] = sum(map(len, ids))
-        if ids:
-            splits[name] = Dataset.from_dict({"input_ids": ids, "labels": labels}, features=_FEATURES)
-    trained = {example.text for example in parts["train"]}
-    overlap = {
-        name: sum(example.text in trained for example in examples)
-        for name, examples in parts.items()
-        if name != "train" and examples
-    }
-    report = Report(
-        rows=counts["rows"],
-        dropped=dict(tally.dropped),
-        noted=dict(tally.noted),
-        dropped_untrained=counts["dropped_untrained"],
-        truncated=counts["truncated"],
-        tokens=counts["tokens"],
-        trained=dict(tally.trained),
-        marked=dict(tally.marked),
-        overlap=overlap,
-        digest=texts_digest(parts["train"]),
-        held_out_digest=texts_digest([*parts["validation"], *parts["test"]]),
+def _split(recipe: Recipe, examples: Examples) -> tuple[dict[str, Members], Report]:
+    """The samples of each split that has any, and the report; a second store is the official test split."""
+    data, store, official = recipe.data, examples.stores[0], examples.stores[1:]
+    parts = split_members(store.kept, data, recipe.run.seed, with_test=not official)
+    if data.max_samples is not None:  # the store has only these, in the order of the rows
+        parts = dict(zip(parts, _ranks(list(parts.values())), strict=True))
+    if official:
+        parts["test"] = np.arange(*examples.starts[1:])
+    dropped, noted = (
+        dict(sum((getattr(each, name) for each in examples.stores), Counter[str]())) for name in ("dropped", "noted")
     )
-    return DatasetDict(splits), report
+    if not store.kept:
+        reasons = ", ".join(store.dropped)
+        raise DataError(
+            f"no row is left to train on: {store.rows} of {store.rows} rows have nothing to train on ({reasons})"
+        )
+    if not len(parts["train"]):
+        raise DataError(
+            f"no row is left to train on: {store.rows - store.kept} of {store.rows} rows are empty, the rest went to "
+            "the other splits\n  give more rows, or set data.validation_fraction=0 data.test_fraction=0 "
+            "training.eval_strategy=no"
+        )
+    samples = {name: examples.sample_numbers(members) for name, members in parts.items()}
+    for name, members in parts.items():
+        if len(members) and not len(samples[name]):
+            raise DataError(
+                f"all {len(members)} samples of the {name} split were dropped: training.max_length="
+                f"{recipe.training.get('max_length', 1024)} leaves nothing to train on"
+            )
+    used = {name: examples.known[members[examples.is_sample(members)]] for name, members in parts.items()}
+    everything = np.concatenate(list(parts.values()))
+    report = Report(
+        rows={name: len(rows) for name, rows in samples.items()},
+        dropped=dropped,
+        noted=noted,
+        dropped_untrained={name: len(members) - len(samples[name]) for name, members in parts.items()},
+        truncated={name: int(((each["flags"] & TRUNCATED) != 0).sum()) for name, each in used.items()},
+        tokens={name: int(each["length"].sum(dtype=np.int64)) for name, each in used.items()},
+        trained=dict(examples.counted("trained", everything)),
+        marked=dict(examples.counted("marked", everything)),
+        overlap={
+            name: examples.repeated(members, parts["train"])
+            for name, members in parts.items()
+            if name != "train" and len(members)
+        },
+        digest=examples.digest(parts["train"]),
+        held_out_digest=examples.digest(np.concatenate([parts["validation"], parts["test"]])),
+    )
+    return {name: rows for name, rows in samples.items() if len(rows)}, report
 
 
-@dataclass(frozen=True)
-class _Tally:
-    """Counts for the report, under the names that they have there."""
-
-    dropped: Counter[str] = field(default_factory=Counter)
-    noted: Counter[str] = field(default_factory=Counter)
-    trained: Counter[str] = field(default_factory=Counter)
-    marked: Counter[str] = field(default_factory=Counter)
+def _ranks(parts: Sequence[Members]) -> list[Members]:
+    """The numbers in `parts`, which differ from each other, by their rank among all of them."""
+    ranks = np.argsort(np.argsort(np.concatenate(parts)))
+    return np.split(ranks, np.cumsum([len(part) for part in parts])[:-1])
 
 
-def _examples(recipe: Recipe, tokenizer: Any, rows: Rows, tally: _Tally) -> tuple[int, list[Example]]:
-    """The number of `rows`, and the examples of those that have something to train on.
+def _draw(recipe: Recipe, tokenizer: Any) -> Draw | None:
+    """With data.max_samples: how to find the rows that the splits consist of, so that no other is tokenized."""
+    data, seed = recipe.data, recipe.run.seed
+    if data.max_samples is None:
+        return None
 
-    Raises:
-        DataError: there are no rows, a column is missing, or a row does not fit the format.
-    """
-    check_columns(rows, recipe.data)
-    total, kept = 0, []
-    for _, example in format_rows(rows, recipe, tokenizer=tokenizer):
-        total += 1
-        tally.noted.update(example.notes)
-        if isinstance(example, Dropped):
-            tally.dropped[example.reason] += 1
-        else:
-            kept.append(example)
-    if not total:
-        raise DataError(f"{rows.name} is empty")
-    return total, kept
+    def rows_of(rows: Rows) -> tuple[Members, dict[str, Any]]:
+        tally = {"dropped": Counter[str](), "noted": Counter[str]()}
+        kept, number = array.array("q"), -1
+        for number, (_, example) in enumerate(format_rows(rows, recipe, tokenizer=tokenizer)):
+            tally["noted"].update(example.notes)
+            if isinstance(example, Dropped):
+                tally["dropped"][example.reason] += 1
+            else:
+                kept.append(number)
+        parts = split_members(len(kept), data, seed, with_test=True)
+        drawn = np.array(kept)[np.sort(np.concatenate(list(parts.values())))]
+        return drawn, {"rows": number + 1, "kept": len(kept), **tally}
 
-
-def texts_digest(examples: Iterable[Example]) -> str:
-    """A hash of the texts in order, and of their trained parts."""
-    texts = hashlib.sha256()
-    for example in examples:
-        parts = example.trained if example.rendered else [example.first_trained]
-        texts.update(json.dumps([example.text, *parts]).encode())
-    return texts.hexdigest()[:16]
-
-
-def split_rows(rows: Sequence[Any], data: Data, seed: int, *, with_test: bool) -> dict[str, list[Any]]:
-    """Split a permutation of `rows` by `seed` into train, validation and test (empty unless `with_test`).
-
-    15,011 rows at 80/10/10 become 12,008, 1,501 and 1,502.
-    """
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    order = order[: data.max_samples]
-    test_fraction = data.test_fraction if with_test else 0.0
-    train = int(len(order) * (1 - data.validation_fraction - test_fraction) + 1e-6)
-    validation = len(order) - train if not test_fraction else int(len(order) * data.validation_fraction + 1e-6)
-    bounds = {"train": (0, train), "validation": (train, train + validation), "test": (train + validation, len(order))}
-    return {name: [rows[i] for i in order[low:high]] for name, (low, high) in bounds.items()}
-
-
-def lengths_of(samples: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Tokens per sample, read from the Arrow offsets without creating Python objects."""
-    column = samples.with_format("arrow")[:].column("input_ids")
-    return np.asarray(column.combine_chunks().value_lengths(), dtype=np.int64)
-
-
-def first_samples(samples: Dataset | None, limit: int | None) -> Dataset | None:
-    """The first `limit` samples, or all of them if `limit` is None."""
-    return samples if samples is None or limit is None else samples.select(range(min(len(samples), limit)))
+    return Draw([data.max_samples, seed], rows_of)

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distft.config.recipe import Recipe
-from distft.data.prepare import lengths_of, prepare_data
+from distft.data.prepare import prepare_data
+from distft.data.splits import lengths_of
 from distft.data.tokenize import IGNORED
 
 _GREEN, _DIM, _RESET = "\033[32m", "\033[2m", "\033[0m"

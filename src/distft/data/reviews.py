@@ -12,8 +12,8 @@ import numpy as np
 
 from distft.config.recipe import Recipe
 from distft.data.formats import class_number, format_of, formatter
-from distft.data.prepare import split_rows
 from distft.data.sources import KNOWN_DATASETS, HubSplit, data_sources, read_source
+from distft.data.splits import split_rows
 from distft.data.templates import Example, format_review
 from distft.errors import DataError
 

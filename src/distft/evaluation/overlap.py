@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import array
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
+import xxhash
 
 from distft.config.recipe import Recipe
 from distft.data.conversations import conversation
 from distft.data.files import Row
 from distft.data.formats import format_of, format_rows
 from distft.data.inference import with_format
-from distft.data.prepare import split_rows, texts_digest
-from distft.data.sources import data_sources, read_source
+from distft.data.prepare import prepare_data
+from distft.data.sources import Rows, data_sources, read_source
+from distft.data.splits import split_members
 from distft.data.templates import Example
 from distft.distributed.collectives import broadcast, together
 from distft.errors import DataError
@@ -35,51 +40,60 @@ def overlap(target: Target, texts: Sequence[str] | None = None) -> Overlap | Non
 
 def _count(target: Target, texts: Sequence[str] | None) -> Overlap:
     if texts is None:
-        limit = target.recipe.evaluation.max_samples
-        texts = [example.text for _, example in _splits(target.recipe, target.tokenizer)["test"][:limit]]
+        found = ((place, example.text) for place, _, example in _split(target.recipe, target.tokenizer, "test"))
+        texts = [text for _, text in sorted(found)][: target.recipe.evaluation.max_samples]
     if target.trained is None:
         return {"count": None, "items": len(texts), "why": _UNKNOWN}
+    recipe, digest = target.trained.recipe, target.trained.data_digest
     try:
-        train = _splits(target.trained.recipe, target.tokenizer)["train"]
+        if digest not in (None, prepare_data(recipe, target.tokenizer).report.digest):
+            return {"count": None, "items": len(texts), "why": _CHANGED}
+        known = _trained_texts(recipe, target.tokenizer)
     except DataError:
         return {"count": None, "items": len(texts), "why": _GONE}
-    if target.trained.data_digest not in (None, texts_digest(example for _, example in train)):
-        return {"count": None, "items": len(texts), "why": _CHANGED}
-    known = _trained_texts(target.trained.recipe, train)
-    return {"count": sum(text.strip() in known for text in texts), "items": len(texts)}
+    return {"count": int(np.isin(np.array(list(map(_hash, texts)), np.uint64), known).sum()), "items": len(texts)}
 
 
-def _trained_texts(recipe: Recipe, train: Sequence[tuple[Row, Example]]) -> set[str]:
+def _hash(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.strip().encode())
+
+
+def _trained_texts(recipe: Recipe, tokenizer: Any) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Hashes of what the model was trained on."""
     form = format_of(recipe.data)
     assert form is not None
     inputs = [column for column in (form.prompt, form.review) if column]
-    found = {example.text.strip() for _, example in train}
-    if form.messages:
-        said = (message for row, _ in train for message in conversation(row[form.messages], form.messages).messages)
-        return found | {str(message["content"]).strip() for message in said} - {""}
-    found |= {str(row[column]).strip() for row, _ in train for column in inputs}
-    if form.instruction:  # with a context, the instruction alone is not what was trained on
-        alone = (row for row, _ in train if not (form.context and str(row.get(form.context) or "").strip()))
-        found |= {str(row[form.instruction]).strip() for row in alone}
-    return found - {""}
+    found = array.array("Q")
+    for _, row, example in _split(recipe, tokenizer, "train"):
+        texts = [example.text, *(str(row[column]) for column in inputs)]
+        if form.messages:
+            texts += [str(each["content"]) for each in conversation(row[form.messages], form.messages).messages]
+        # With a context, the instruction alone is not what was trained on.
+        elif form.instruction and not (form.context and str(row.get(form.context) or "").strip()):
+            texts.append(str(row[form.instruction]))
+        found.extend(_hash(text) for text in texts if text.strip())
+    return np.array(found)
 
 
-def _splits(recipe: Recipe, tokenizer: Any) -> dict[str, list[tuple[Row, Example]]]:
-    """The rows of each split with their examples, without those that have nothing to train on.
+def _split(recipe: Recipe, tokenizer: Any, split: str) -> Iterator[tuple[int, Row, Example]]:
+    """The examples of a split with their rows, in the order of the source, each with its place in the split.
 
     Raises:
         DataError: the data cannot be read.
     """
     recipe, _ = with_format(recipe, tokenizer)
-    kept = [
-        [
-            (row, example)
-            for row, example in format_rows(read_source(source), recipe, tokenizer=tokenizer)
-            if isinstance(example, Example)
-        ]
-        for source in data_sources(recipe.data)
-    ]
-    parts: dict[str, list[tuple[Row, Example]]] = split_rows(
-        kept[0], recipe.data, recipe.run.seed, with_test=len(kept) == 1
-    )
-    return parts if len(kept) == 1 else parts | {"test": kept[1]}
+    rows, *official = map(read_source, data_sources(recipe.data))
+
+    def examples(rows: Rows) -> Iterator[tuple[Row, Example]]:
+        for row, example in format_rows(rows, recipe, tokenizer=tokenizer):
+            if isinstance(example, Example):
+                yield row, example
+
+    if official and split == "test":
+        yield from ((place, *found) for place, found in enumerate(examples(official[0])))
+        return
+    number = sum(1 for _ in examples(rows))
+    members = split_members(number, recipe.data, recipe.run.seed, with_test=not official)[split]
+    places = np.full(number, -1)
+    places[members] = np.arange(len(members))
+    yield from ((place, *found) for place, found in zip(places.tolist(), examples(rows), strict=True) if place >= 0)

@@ -104,7 +104,8 @@ def check_settings(
 def check_data(recipe: Recipe, processes: int) -> Findings:
     """Read and tokenize the data, which is cached for the run, and plan its batches."""
     from distft.data.batch_plan import Plan
-    from distft.data.prepare import lengths_of, prepare_data
+    from distft.data.prepare import prepare_data
+    from distft.data.splits import lengths_of
     from distft.models.loading import load_tokenizer
     from distft.training.reviews import ValidationReviews
     from distft.training.schedule import total_steps

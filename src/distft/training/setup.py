@@ -17,7 +17,8 @@ from distft.console import say
 from distft.data.batch_plan import Lengths, Plan
 from distft.data.checks import require_splits
 from distft.data.loader import DataWait
-from distft.data.prepare import Splits, first_samples, lengths_of, prepare_data
+from distft.data.prepare import Splits, prepare_data
+from distft.data.splits import first_samples, lengths_of
 from distft.distributed.collectives import together
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.signals import STOP

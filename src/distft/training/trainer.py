@@ -15,7 +15,8 @@ from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.data.batch_plan import Plan, RankBatches
 from distft.data.loader import Collator, DataWait, build_loader
-from distft.data.prepare import Splits, first_samples, lengths_of
+from distft.data.prepare import Splits
+from distft.data.splits import first_samples, lengths_of
 from distft.data.tokenize import IGNORED
 from distft.distributed.strategies import Strategy
 from distft.models.adapter import keep_adapter_in_fp32

@@ -13,8 +13,8 @@ from distft.config.evaluation import Evaluation
 from distft.config.recipe import Recipe
 from distft.data.batch_plan import batches_by_length
 from distft.data.formats import check_columns
-from distft.data.prepare import first_samples
 from distft.data.sources import data_sources, read_source
+from distft.data.splits import first_samples
 from distft.data.tokenize import IGNORED
 from distft.errors import DataError
 from distft.evaluation.cache import complete, key_of

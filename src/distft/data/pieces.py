@@ -1,0 +1,145 @@
+"""What a worker does with a piece of the rows: format, tokenize, and write the samples to an Arrow file.
+
+A piece is complete once its record exists, which is written last. Arrow files have one sample per row, `input_ids` and
+`labels`; samples without a trained token are left out of them, but not out of the record.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from distft.data.encode import Sample, encode
+from distft.data.files import Row
+from distft.data.formats import Formatter
+from distft.data.templates import Dropped, Example
+from distft.errors import DataError
+from distft.files import write_atomically
+
+Array = np.ndarray[Any, Any]
+TRAINED, TRUNCATED = 1, 2
+EXAMPLE = np.dtype(
+    [("text", "<u8"), ("content", "<u8"), ("bytes", "<u4"), ("length", "<i4"), ("flags", "u1")], align=False
+)
+"""What is known of each example: hashes of its text and of `digest_record`, the size of the latter, its tokens, and
+whether it is among the samples (TRAINED) and was TRUNCATED."""
+_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
+_AT_ONCE = 1 << 18
+"""Characters of text whose tokens are in memory at once."""
+
+
+class Segment(NamedTuple):
+    """Consecutive rows of one part, and the number of the first, counted from 1."""
+
+    part: str
+    first: int
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Everything that the pieces of a source have in common. Calling it processes one piece."""
+
+    folder: Path
+    apply: Formatter
+    tokenizer: Any
+    max_length: int | None
+
+    def __call__(self, number: int, segments: Sequence[Segment], keeps_texts: bool) -> dict[str, Any]:
+        """Write piece `number`, and return its record; `keeps_texts` writes what `digest_record` returns as well.
+
+        Raises:
+            DataError: a row does not fit the format; the message says which row.
+        """
+        path = self.folder / f"{number:06}"
+        counts = {"dropped": Counter[str](), "noted": Counter[str]()}
+        of_example: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        known: list[Array] = []
+        total = samples = 0
+        with (
+            pa.OSFile(f"{path}.arrow", "wb") as sink,
+            pa.ipc.new_stream(sink, _SCHEMA) as writer,
+            path.with_suffix(".texts").open("wb") as texts,
+        ):
+            for examples in _at_once(self._examples(segments, counts)):
+                found = encode(examples, self.tokenizer, self.max_length)
+                records = [digest_record(example) for example in examples]
+                known.append(_known(examples, records, found))
+                for place, sample in enumerate(found, total):
+                    for name, counted in (("marked", sample.marked), ("trained", sample.trained)):
+                        for key, value in counted.items():
+                            of_example[f"{name}:{key}"].append((place, value))
+                total += len(examples)
+                if kept := [sample for sample in found if sample.is_trained]:
+                    samples += len(kept)
+                    writer.write_batch(_batch([s.ids for s in kept], [s.labels for s in kept]))
+                if keeps_texts:
+                    texts.writelines(records)
+        if not keeps_texts:
+            path.with_suffix(".texts").unlink()
+        arrays: dict[str, Any] = {key: np.array(pairs, np.int64) for key, pairs in of_example.items()}
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            np.savez(file, examples=np.concatenate([np.zeros(0, EXAMPLE), *known]), **arrays)
+        temporary.replace(path.with_suffix(".npz"))
+        rows = sum(len(segment.rows) for segment in segments)
+        record = {"rows": rows, "samples": samples, **counts}
+        write_atomically(path.with_suffix(".json"), json.dumps(record))
+        return record
+
+    def _examples(self, segments: Sequence[Segment], counts: dict[str, Counter[str]]) -> Iterator[Example]:
+        for part, first, rows in segments:
+            for number, row in enumerate(rows, first):
+                try:
+                    example = self.apply(row)
+                except DataError as error:
+                    raise DataError(f"{part}, row {number}: {error}") from None
+                counts["noted"].update(example.notes)
+                if isinstance(example, Dropped):
+                    counts["dropped"][example.reason] += 1
+                else:
+                    yield example
+
+
+def digest_record(example: Example) -> bytes:
+    """The text of an example and its trained parts: what a digest of the data consists of."""
+    parts = example.trained if example.rendered else [example.first_trained]
+    return json.dumps([example.text, *parts]).encode()
+
+
+def _known(examples: Sequence[Example], records: Sequence[bytes], samples: Sequence[Sample]) -> Array:
+    known = np.zeros(len(examples), dtype=EXAMPLE)
+    known["text"] = [xxhash.xxh3_64_intdigest(example.text.encode()) for example in examples]
+    known["content"] = [xxhash.xxh3_64_intdigest(record) for record in records]
+    known["bytes"] = list(map(len, records))
+    known["length"] = [len(sample.ids) for sample in samples]
+    known["flags"] = [TRAINED * sample.is_trained + TRUNCATED * sample.cut for sample in samples]
+    return known
+
+
+def _at_once(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    some: list[Example] = []
+    size = 0
+    for example in examples:
+        some.append(example)
+        size += len(example.text)
+        if size >= _AT_ONCE:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+def _batch(ids: Sequence[Array], labels: Sequence[Array]) -> pa.RecordBatch:
+    """The samples as a record batch; both columns share their offsets."""
+    offsets = pa.array(np.concatenate([[0], np.cumsum(list(map(len, ids)))]), pa.int32())
+    columns = [pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(each), pa.int32())) for each in (ids, labels)]
+    return pa.record_batch(columns, schema=_SCHEMA)
