@@ -12,8 +12,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from distft.data.checks import split_faults
-from distft.data.prepare import Report, prepare_data
+from distft.data.prepare import prepare_data
 from distft.data.preview import preview
+from distft.data.report import Report
 from distft.data.templates import Example
 from distft.data.tokenize import tokenize
 from distft.errors import DataError

@@ -194,12 +194,37 @@ class Format(Section):
     """The word for each class number."""
 
 
+class DataSource(Section):
+    """One source of a mixture: what to read, under the names that `data` has, and how much of it an epoch holds."""
+
+    name: str
+    """As data.name."""
+    label: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name in reports and in `eval_LABEL_loss`; null for the stem of the file, or the last part of the hub ID."""
+    path: str | None = None
+    """As data.path."""
+    config: str | None = None
+    """As data.config."""
+    train_split: str = "train"
+    """As data.train_split."""
+    test_split: str | None = None
+    """As data.test_split."""
+    test_path: str | None = None
+    """As data.test_path."""
+    format: Format | None = None
+    """As data.format."""
+    weight: float | None = Field(None, gt=0)
+    """Share of the samples of an epoch, relative to the weights of the other sources."""
+    samples: int | None = Field(None, ge=1, json_schema_extra=SAMPLES)
+    """Samples of this source in an epoch, drawn with run.seed and the same in each; null, without weights, for all."""
+
+
 class Data(Section):
     """The training data and its splits."""
 
-    name: str
+    name: Annotated[str, BeforeValidator(lambda name: name or "", json_schema_input_type=str | None)] = ""
     """`tiny`, `tiny_sentiment`, `dolly` or `imdb`; or a hub ID or a local .jsonl, .json, .csv, .tsv, .parquet or .arrow
-    file or folder."""
+    file or folder. Null with `sources`."""
     path: str | None = None
     """Local file or folder to read in place of the hub's copy, with the columns of `name`."""
     config: str | None = None
@@ -220,6 +245,13 @@ class Data(Section):
     format: Format | None = None
     """Columns; null for `tiny`, `tiny_sentiment`, `dolly` and `imdb`, whose columns are known, and for data whose
     columns say what they are."""
+    sources: list[DataSource] | None = None
+    """A mixture of several sources, in place of `name`, each with its own splits. All have weights, or none has."""
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    """How long an epoch over weighted sources is: until the first of them has no more samples, or until each sample of
+    each was seen, for which the smaller ones repeat. With `all_exhausted`, `samples` may be more than there are."""
+    deduplicate: bool = False
+    """Drop rows whose text and trained part repeat those of an earlier row, before the splits; they are counted."""
     chat_template: ChatTemplateName | None = None
     """What turns conversations into text: `tokenizer` for the tokenizer's own template; or, for a base without one,
     `chatml`, another that TRL ships (`llama3`, `qwen3`, …), or the path of a .jinja file. Null means the tokenizer's

@@ -5,16 +5,19 @@ Nothing here imports torch. What only a full read finds is raised by `distft.dat
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distft.config.recipe import Recipe
-from distft.config.schema import Data
+from distft.config.schema import Data, DataSource
 from distft.data.files import DataFile
 from distft.data.formats import check_columns, format_of, format_rows, is_chat, kind_of
 from distft.data.inference import with_format
 from distft.data.named_templates import name_problem
-from distft.data.sources import KNOWN_DATASETS, Rows, data_sources, local_source, read_source
+from distft.data.sources import KNOWN_DATASETS, Rows, data_sources, label_of, local_source, parts_of, read_source
 from distft.errors import DataError, Fault, RecipeError
 from distft.text import count
 
@@ -27,6 +30,8 @@ _HEAD_FILES, _HEAD_ROWS = 20, 20
 
 def data_faults(recipe: Recipe) -> list[Fault]:
     """Find the mistakes in the data section that are visible without reading any data."""
+    if recipe.data.sources is not None:
+        return _mixture_faults(recipe) or _of_sources(recipe, data_faults)
     data, found = recipe.data, []
 
     def fault(key: str, *texts: str) -> None:
@@ -71,6 +76,45 @@ def data_faults(recipe: Recipe) -> list[Fault]:
     return found
 
 
+def _mixture_faults(recipe: Recipe) -> list[Fault]:
+    """What is wrong with data.sources as a whole."""
+    data, found = recipe.data, []
+    assert data.sources is not None
+
+    def fault(key: str, problem: str, hint: str) -> None:
+        found.append(Fault(recipe.source.of(key), key, problem, hint))
+
+    if not data.sources:
+        fault("data.sources", "is empty", "list sources, or set it to null")
+    for key in ("name", "path", "config", "test_split", "test_path", "format", "max_samples"):
+        if getattr(data, key) not in (None, ""):
+            hint = f"set data.{key}=null" + ("; a source takes `samples`" if key == "max_samples" else "")
+            fault(f"data.{key}", "and data.sources both say what to train on", hint)
+    labels = [label_of(source) for source in data.sources]
+    for label in [label for label, times in Counter(labels).items() if times > 1]:
+        fault("data.sources", f"has two sources called {label}", "give each a `label` of its own")
+    if 0 < sum(source.weight is not None for source in data.sources) < len(data.sources):
+        without = next(label_of(source) for source in data.sources if source.weight is None)
+        fault("data.sources", f"has weights, but none for {without}", "give each source a weight, or none")
+    elif both := [source for source in data.sources if source.weight is not None and source.samples is not None]:
+        fault(
+            "data.sources", f"has both a weight and samples for {label_of(both[0])}", "set one of them for all sources"
+        )
+    return found
+
+
+def _of_sources(recipe: Recipe, check: Callable[[Recipe], list[Fault]]) -> list[Fault]:
+    """What `check` finds for each source of a mixture, with the keys that the source has in the recipe."""
+    found = []
+    for number, part in enumerate(parts_of(recipe.data).values()):
+        alone = recipe.model_copy(update={"data": part})
+        for fault in check(alone):
+            name = fault.key.removeprefix("data.")
+            own = name.partition(".")[0] in DataSource.model_fields and name != fault.key
+            found.append(replace(fault, key=f"data.sources.{number}.{name}") if own else fault)
+    return list(dict.fromkeys(found))
+
+
 def _template_faults(recipe: Recipe) -> list[Fault]:
     """Faults of the keys that only concern conversations."""
     data, form, found = recipe.data, format_of(recipe.data), []
@@ -95,6 +139,8 @@ def data_file_faults(recipe: Recipe) -> list[Fault]:
     """
     if data_faults(recipe):
         return []  # reported by that check; the files cannot be read without a valid section
+    if recipe.data.sources is not None:
+        return _of_sources(recipe, data_file_faults)
     found: list[Fault] = []
     try:
         sources = data_sources(recipe.data)

@@ -16,7 +16,7 @@ from distft.config.recipe import Recipe
 from distft.config.schema import Data, Format
 from distft.data.conversations import Conversation, conversation, from_texts, has_messages
 from distft.data.files import Row
-from distft.data.sources import KNOWN_DATASETS, Rows
+from distft.data.sources import KNOWN_DATASETS, Rows, parts_of
 from distft.data.templates import Dropped, Example, format_dolly, format_review
 from distft.errors import DataError
 
@@ -170,6 +170,8 @@ def formatter(recipe: Recipe, tokenizer: Any = None) -> Formatter:
 
 def is_chat(data: Data) -> bool:
     """Whether a chat template renders the rows; prompts may be lists of messages all the same."""
+    if data.sources is not None:
+        return any(map(is_chat, parts_of(data).values()))
     form = format_of(data)
     return form is not None and (form.messages is not None or data.chat_template is not None)
 

@@ -115,10 +115,15 @@ def digest_record(example: Example) -> bytes:
     return json.dumps([example.text, *parts]).encode()
 
 
+def content_of(record: bytes) -> int:
+    """A hash of what `digest_record` returns: of 100 million different ones, two are the same once in 3,700 cases."""
+    return xxhash.xxh3_64_intdigest(record)
+
+
 def _known(examples: Sequence[Example], records: Sequence[bytes], samples: Sequence[Sample]) -> Array:
     known = np.zeros(len(examples), dtype=EXAMPLE)
     known["text"] = [xxhash.xxh3_64_intdigest(example.text.encode()) for example in examples]
-    known["content"] = [xxhash.xxh3_64_intdigest(record) for record in records]
+    known["content"] = [content_of(record) for record in records]
     known["bytes"] = list(map(len, records))
     known["length"] = [len(sample.ids) for sample in samples]
     known["flags"] = [TRAINED * sample.is_trained + TRUNCATED * sample.cut for sample in samples]

@@ -10,10 +10,10 @@ import array
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
@@ -23,70 +23,19 @@ from datasets.utils.logging import disable_progress_bar
 from distft.config.recipe import Recipe
 from distft.data.formats import check_columns, format_rows, formatter
 from distft.data.inference import with_format
-from distft.data.pieces import TRUNCATED, Worker
-from distft.data.sources import Rows, data_sources, read_source, source_notes
+from distft.data.mixture import mixed
+from distft.data.pieces import TRUNCATED, Array, Worker, content_of, digest_record
+from distft.data.report import Report
+from distft.data.sources import Rows, data_sources, parts_of, read_source, source_notes
 from distft.data.splits import Examples, Members, save_rows, split_members
 from distft.data.templates import Dropped
-from distft.data.token_store import Draw, store_of
+from distft.data.token_store import Draw, TokenStore, store_of
 from distft.errors import DataError
 from distft.files import build_folder_once
 from distft.paths import cache_folder
-from distft.text import count
 
 _VERSION = 6
 """Part of the cache key: raise it whenever the same recipe and rows should give different samples."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What preparing the data did, in samples (or tokens) per split."""
-
-    rows: dict[str, int]
-    dropped: dict[str, int]
-    """Rows that are not trained on, over all splits, by the reason: `an empty response`."""
-    noted: dict[str, int]
-    """What else was found, in rows: `null prompt`, `empty completion`."""
-    dropped_untrained: dict[str, int]
-    """Samples that truncation left without any trained token."""
-    truncated: dict[str, int]
-    tokens: dict[str, int]
-    trained: dict[str, int]
-    """Trained tokens of conversations by the role that speaks, over all splits."""
-    marked: dict[str, int]
-    """Samples whose text brings the token that begins or ends a sequence, by token; it is not added again."""
-    overlap: dict[str, int]
-    """Samples of `validation` and `test` whose text is also that of a training sample."""
-    digest: str
-    """Hash of the training texts in order: independent of the tokenizer and of file names."""
-    held_out_digest: str
-    """Hash of the validation and test texts in order."""
-    notes: tuple[str, ...] = ()
-    """What else to tell the user about this run's data; not cached."""
-
-    def lines(self) -> list[str]:
-        sizes = ", ".join(f"{name} {count:,}" for name, count in self.rows.items())
-        found = [f"data: {sizes} samples; {self.tokens['train']:,} training tokens"]
-        for reason, number in self.dropped.items():
-            found.append(f"data: dropped {number:,} rows with {reason}")
-        if list(self.noted.values()) not in ([], [*self.dropped.values()]):  # one kind, all dropped, has just been said
-            kinds = ", ".join(f"{what} in {count(number, 'row')}" for what, number in self.noted.items())
-            found.append(f"data: {kinds}")
-        if self.trained:
-            roles = ", ".join(f"{number:,} of {role}" for role, number in self.trained.items())
-            found.append(f"data: trained tokens: {roles}")
-        if untrained := sum(self.dropped_untrained.values()):
-            found.append(f"data: dropped {untrained:,} samples: training.max_length leaves nothing to train on")
-        if truncated := sum(self.truncated.values()):
-            found.append(f"data: truncated {truncated:,} samples to training.max_length")
-        for token, number in self.marked.items():
-            found.append(f"data: {count(number, 'sample')} with {token} in the text, which is not added again")
-        for name, number in self.overlap.items():
-            if number:
-                found.append(
-                    f"data: {number:,} of {self.rows[name]:,} {name} samples also occur in the training split, so that "
-                    "figures on that split are not those of unseen text"
-                )
-        return [*found, *(f"data: {note}" for note in self.notes)]
 
 
 @dataclass(frozen=True)
@@ -101,6 +50,16 @@ class Splits:
     report: Report
     inferred: str | None = None
     """What was inferred of the format, in words; None if the recipe names it."""
+    labels: Mapping[str, Array] = field(default_factory=dict)
+    """Of a mixture, the number of each sample's source, for `validation` and `test`."""
+
+    def by_source(self, split: Literal["validation", "test"], limit: int | None) -> dict[str, Dataset]:
+        """The samples of each source among the first `limit` of a split; {} if there is one source."""
+        samples, numbers = getattr(self, split), self.labels.get(split)
+        if samples is None or numbers is None:
+            return {}
+        found = {label: np.flatnonzero(numbers[:limit] == at) for at, label in enumerate(self.report.sources)}
+        return {label: samples.select(rows) for label, rows in found.items() if len(rows)}
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any) -> Splits:
@@ -118,10 +77,73 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Splits:
             "the model's tokenizer has no fast version, which distft needs to map tokens to characters; "
             "set model.tokenizer"
         )
+    inputs = [
+        _input(label, recipe.model_copy(update={"data": data}), tokenizer)
+        for label, data in parts_of(recipe.data).items()
+    ]
+    data, inferred = (
+        recipe.data,
+        [f"{each.label}: " * bool(each.label) + each.inferred for each in inputs if each.inferred],
+    )
+    if data.sources is not None:
+        named = [
+            a.model_copy(update={"format": b.recipe.data.format}) for a, b in zip(data.sources, inputs, strict=True)
+        ]
+        changed = recipe.model_copy(update={"data": data.model_copy(update={"sources": named})})
+    else:
+        changed = inputs[0].recipe
+    changed._source, recipe = recipe.source, changed
+    place = {
+        "stores": [[each.label, *(store.folder.name for store in each.stores)] for each in inputs],
+        "splits": [data.validation_fraction, data.test_fraction, data.max_samples, data.deduplicate],
+        "mixture": [[each.weight, each.samples] for each in data.sources or ()],
+        "repeats": data.stopping_strategy,
+        "seed": recipe.run.seed,
+    }
+    folder = cache_folder() / "data" / hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()[:16]
+    examples = Examples([store for each in inputs for store in each.stores])
+
+    def build(temporary: Path) -> None:
+        samples, labels, report = _split(recipe, inputs, examples)
+        for name, rows in samples.items():
+            save_rows(temporary / f"{name}.arrow", rows)
+        np.savez(temporary / "labels.npz", **dict[str, Any](labels))
+        (temporary / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+
+    build_folder_once(folder, build)
+    report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    notes = [*inferred, *dict.fromkeys(line for each in inputs for line in each.lines), *source_notes(data)]
+    report = replace(report, notes=(*notes, *_batch_notes(recipe, report)))
+    table = examples.samples()
+    splits: dict[str, Dataset | None] = {
+        name: Dataset(table, indices_table=MemoryMappedTable.from_file(str(file)), fingerprint=f"{folder.name}{name}")
+        for name in ("train", "validation", "test")
+        if (file := folder / f"{name}.arrow").exists()
+    }
+    train = splits["train"]
+    assert train is not None
+    with np.load(folder / "labels.npz") as found:
+        labels = dict(found)
+    told = "; ".join(inferred) or None
+    return Splits(recipe, train, splits.get("validation"), splits.get("test"), report, told, labels)
+
+
+@dataclass(frozen=True)
+class _Input:
+    """One source: its store, and that of its official test split if there is one."""
+
+    label: str
+    recipe: Recipe
+    """Of this source alone; it names the format."""
+    stores: list[TokenStore]
+    inferred: str | None
+    lines: list[str]
+
+
+def _input(label: str, recipe: Recipe, tokenizer: Any) -> _Input:
     recipe, inferred = with_format(recipe, tokenizer)
     data, form = recipe.data, formatter(recipe, tokenizer)
     raw, *held_out = map(read_source, data_sources(data))
-    test = held_out[0] if held_out else None
     for rows in (raw, *held_out):
         check_columns(rows, data)
     max_length = recipe.training.get("max_length", 1024)
@@ -135,34 +157,8 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Splits:
     work = Worker(Path(), form, tokenizer, max_length)
     processes = recipe.training.get("dataset_num_proc")
     stores = [store_of(raw, work, key, processes, _draw(recipe, tokenizer))]
-    if test is not None:
-        stores.append(store_of(test, work, key, processes))
-    place = {
-        "stores": [store.folder.name for store in stores],
-        "splits": [data.validation_fraction, data.test_fraction, data.max_samples],
-        "seed": recipe.run.seed,
-    }
-    folder = cache_folder() / "data" / hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()[:16]
-
-    def build(temporary: Path) -> None:
-        samples, report = _split(recipe, Examples(stores))
-        for name, rows in samples.items():
-            save_rows(temporary / f"{name}.arrow", rows)
-        (temporary / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
-
-    build_folder_once(folder, build)
-    report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
-    notes = [*([] if inferred is None else [inferred]), *form.lines(), *source_notes(data)]
-    report = replace(report, notes=(*notes, *_batch_notes(recipe, report)))
-    table = Examples(stores).samples()
-    splits: dict[str, Dataset | None] = {
-        name: Dataset(table, indices_table=MemoryMappedTable.from_file(str(file)), fingerprint=f"{folder.name}{name}")
-        for name in ("train", "validation", "test")
-        if (file := folder / f"{name}.arrow").exists()
-    }
-    train = splits["train"]
-    assert train is not None
-    return Splits(recipe, train, splits.get("validation"), splits.get("test"), report, inferred)
+    stores += [store_of(rows, work, key, processes) for rows in held_out]
+    return _Input(label, recipe, stores, inferred, form.lines())
 
 
 def _batch_notes(recipe: Recipe, report: Report) -> list[str]:
@@ -175,42 +171,48 @@ def _batch_notes(recipe: Recipe, report: Report) -> list[str]:
     ]
 
 
-def _split(recipe: Recipe, examples: Examples) -> tuple[dict[str, Members], Report]:
-    """The samples of each split that has any, and the report; a second store is the official test split."""
-    data, store, official = recipe.data, examples.stores[0], examples.stores[1:]
-    parts = split_members(store.kept, data, recipe.run.seed, with_test=not official)
-    if data.max_samples is not None:  # the store has only these, in the order of the rows
-        parts = dict(zip(parts, _ranks(list(parts.values())), strict=True))
-    if official:
-        parts["test"] = np.arange(*examples.starts[1:])
-    dropped, noted = (
-        dict(sum((getattr(each, name) for each in examples.stores), Counter[str]())) for name in ("dropped", "noted")
-    )
-    if not store.kept:
-        reasons = ", ".join(store.dropped)
-        raise DataError(
-            f"no row is left to train on: {store.rows} of {store.rows} rows have nothing to train on ({reasons})"
-        )
-    if not len(parts["train"]):
-        raise DataError(
-            f"no row is left to train on: {store.rows - store.kept} of {store.rows} rows are empty, the rest went to "
-            "the other splits\n  give more rows, or set data.validation_fraction=0 data.test_fraction=0 "
-            "training.eval_strategy=no"
-        )
+def _split(
+    recipe: Recipe, inputs: Sequence[_Input], examples: Examples
+) -> tuple[dict[str, Members], dict[str, Array], Report]:
+    """The samples of each split that has any, the source of each held-out sample of a mixture, and the report."""
+    data, stores = recipe.data, examples.stores
+    kept, repeats = _kept(inputs, examples, data.deduplicate)
+    of_source: list[dict[str, Members]] = []
+    for each, members in zip(inputs, kept, strict=True):
+        store, official = each.stores[0], each.stores[1:]
+        parts = split_members(store.kept if members is None else len(members), data, recipe.run.seed, not official)
+        start = examples.starts[stores.index(store)]
+        if members is None:  # the store has only the members of these splits, in the order of the rows
+            parts = {name: ranks + start for name, ranks in zip(parts, _ranks(list(parts.values())), strict=True)}
+        else:
+            parts = {name: members[places] for name, places in parts.items()}
+        if official:
+            at = stores.index(official[0])
+            parts["test"] = np.arange(*examples.starts[at : at + 2])
+        _check_kept(each, parts, examples)
+        of_source.append(parts)
+    parts = {name: np.concatenate([each[name] for each in of_source]) for name in of_source[0]}
     samples = {name: examples.sample_numbers(members) for name, members in parts.items()}
-    for name, members in parts.items():
-        if len(members) and not len(samples[name]):
-            raise DataError(
-                f"all {len(members)} samples of the {name} split were dropped: training.max_length="
-                f"{recipe.training.get('max_length', 1024)} leaves nothing to train on"
-            )
+    untrained = {name: len(members) - len(samples[name]) for name, members in parts.items()}
+    labels: dict[str, Array] = {}
+    sources: dict[str, dict[str, int]] = {}
+    if data.sources is not None:
+        parts, labels = _mix(
+            recipe, {each.label: found for each, found in zip(inputs, of_source, strict=True)}, examples
+        )
+        samples = {name: examples.sample_numbers(members) for name, members in parts.items()}
+        for number, each in enumerate(inputs):
+            sources[each.label] = {name: int((found == number).sum()) for name, found in labels.items()}
+    dropped, noted = (
+        dict(sum((getattr(each, name) for each in stores), Counter[str]())) for name in ("dropped", "noted")
+    )
     used = {name: examples.known[members[examples.is_sample(members)]] for name, members in parts.items()}
     everything = np.concatenate(list(parts.values()))
     report = Report(
         rows={name: len(rows) for name, rows in samples.items()},
         dropped=dropped,
         noted=noted,
-        dropped_untrained={name: len(members) - len(samples[name]) for name, members in parts.items()},
+        dropped_untrained=untrained,
         truncated={name: int(((each["flags"] & TRUNCATED) != 0).sum()) for name, each in used.items()},
         tokens={name: int(each["length"].sum(dtype=np.int64)) for name, each in used.items()},
         trained=dict(examples.counted("trained", everything)),
@@ -222,8 +224,75 @@ def _split(recipe: Recipe, examples: Examples) -> tuple[dict[str, Members], Repo
         },
         digest=examples.digest(parts["train"]),
         held_out_digest=examples.digest(np.concatenate([parts["validation"], parts["test"]])),
+        repeats=repeats,
+        sources=sources,
     )
-    return {name: rows for name, rows in samples.items() if len(rows)}, report
+    labels.pop("train", None)
+    return {name: rows for name, rows in samples.items() if len(rows)}, labels, report
+
+
+def _kept(inputs: Sequence[_Input], examples: Examples, deduplicate: bool) -> tuple[list[Members | None], int]:
+    """The examples of each source to split, without repeats if `deduplicate`, and how many rows repeat another; None
+    for a store that was drawn from, which has none."""
+    starts = {store.folder: start for start, store in zip(examples.starts, examples.stores, strict=False)}
+    found: list[Members | None] = []
+    seen, repeats = np.zeros(0, np.uint64), 0
+    for each in inputs:
+        store = each.stores[0]
+        if each.recipe.data.max_samples is not None:
+            found.append(None)
+            repeats += store.repeats
+            continue
+        members = np.arange(len(store.examples)) + starts[store.folder]
+        if deduplicate:
+            content, first = np.unique(store.examples["content"], return_index=True)
+            first = first[~np.isin(content, seen)]
+            seen = np.concatenate([seen, content])
+            repeats += len(members) - len(first)
+            members = members[np.sort(first)]
+        found.append(members)
+    return found, repeats
+
+
+def _check_kept(each: _Input, parts: Mapping[str, Members], examples: Examples) -> None:
+    """Raises:
+    DataError: nothing is left of a source, of its training split, or of a split that has rows.
+    """
+    store, what = each.stores[0], f"no row is left to train on{f' of {each.label}' if each.label else ''}"
+    if not store.kept:
+        reasons = ", ".join(store.dropped)
+        raise DataError(f"{what}: {store.rows} of {store.rows} rows have nothing to train on ({reasons})")
+    if not len(parts["train"]):
+        raise DataError(
+            f"{what}: {store.rows - store.kept} of {store.rows} rows are empty, the rest went to the other splits\n"
+            "  give more rows, or set data.validation_fraction=0 data.test_fraction=0 training.eval_strategy=no"
+        )
+    for name, members in parts.items():
+        if len(members) and not examples.is_sample(members).any():
+            raise DataError(
+                f"all {len(members)} samples of the {name} split were dropped: training.max_length="
+                f"{each.recipe.training.get('max_length', 1024)} leaves nothing to train on"
+            )
+
+
+def _mix(
+    recipe: Recipe, of_source: Mapping[str, Mapping[str, Members]], examples: Examples
+) -> tuple[dict[str, Members], dict[str, Array]]:
+    """The members of each split over all sources, and the number of the source of each. Held-out members are shuffled,
+    so that the first ones are of all sources."""
+    parts: dict[str, Members] = {}
+    labels: dict[str, Array] = {}
+    for name in ("train", "validation", "test"):
+        found = {label: each[name][examples.is_sample(each[name])] for label, each in of_source.items()}
+        if name == "train":
+            found = mixed(found, recipe.data)
+        members = np.concatenate(list(found.values()))
+        of = np.repeat(np.arange(len(found)), [len(each) for each in found.values()])
+        order = np.arange(len(members))
+        if name != "train":
+            order = np.random.default_rng(recipe.run.seed).permutation(len(members))
+        parts[name], labels[name] = members[order], of[order]
+    return parts, labels
 
 
 def _ranks(parts: Sequence[Members]) -> list[Members]:
@@ -240,15 +309,20 @@ def _draw(recipe: Recipe, tokenizer: Any) -> Draw | None:
 
     def rows_of(rows: Rows) -> tuple[Members, dict[str, Any]]:
         tally = {"dropped": Counter[str](), "noted": Counter[str]()}
-        kept, number = array.array("q"), -1
+        kept, contents, number = array.array("q"), array.array("Q"), -1
         for number, (_, example) in enumerate(format_rows(rows, recipe, tokenizer=tokenizer)):
             tally["noted"].update(example.notes)
             if isinstance(example, Dropped):
                 tally["dropped"][example.reason] += 1
             else:
                 kept.append(number)
-        parts = split_members(len(kept), data, seed, with_test=True)
-        drawn = np.array(kept)[np.sort(np.concatenate(list(parts.values())))]
-        return drawn, {"rows": number + 1, "kept": len(kept), **tally}
+                contents.append(content_of(digest_record(example)))
+        numbers = np.array(kept)
+        if data.deduplicate:
+            numbers = numbers[np.sort(np.unique(np.array(contents), return_index=True)[1])]
+        parts = split_members(len(numbers), data, seed, True)
+        drawn = numbers[np.sort(np.concatenate(list(parts.values())))]
+        repeats = len(kept) - len(numbers)
+        return drawn, {"rows": number + 1, "kept": len(numbers), "repeats": repeats, **tally}
 
-    return Draw([data.max_samples, seed], rows_of)
+    return Draw([data.max_samples, seed, data.deduplicate], rows_of)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import xxhash
 
 from distft import upstream_api
-from distft.config.schema import Data, Format
+from distft.config.schema import Data, DataSource, Format
 from distft.data.files import DataFile, Row, exists, files_at, left_out, path_of, suffix_of
 from distft.data.toy import tiny_sentiment
 from distft.errors import DataError
@@ -110,6 +110,25 @@ class Rows:
         return found
 
 
+def parts_of(data: Data) -> dict[str, Data]:
+    """The data of each source of a mixture by its label; those without sources are the only part, without a label."""
+    if data.sources is None:
+        return {"": data}
+    fields = ("name", "path", "config", "train_split", "test_split", "test_path", "format")
+    return {
+        label_of(source): data.model_copy(
+            update={field: getattr(source, field) for field in fields} | {"sources": None}
+        )
+        for source in data.sources
+    }
+
+
+def label_of(source: DataSource) -> str:
+    """What the reports call a source of a mixture."""
+    stem = re.sub(r"(\.\w+)*$", "", path_of(source.name).name) or source.name
+    return source.label or re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "data"
+
+
 def local_source(data: Data) -> Path | None:
     """The local file or folder that `data` names, whether or not it exists; None if the rows come from the hub.
 
@@ -125,11 +144,14 @@ def local_source(data: Data) -> Path | None:
 
 
 def data_sources(data: Data) -> list[Path | HubSplit]:
-    """The source to split into train, validation and test, followed by the held-out source if it is a separate one.
+    """The source to split into train, validation and test, followed by the held-out source if it is a separate one;
+    of a mixture, those of all its sources.
 
     Raises:
         DataError: `data.name` is not a known data set, a path or a hub id.
     """
+    if data.sources is not None:
+        return [source for part in parts_of(data).values() for source in data_sources(part)]
     known, file = KNOWN_DATASETS.get(data.name), local_source(data)
     test = [path_of(data.test_path)] if data.test_path else []
     if file is not None:
@@ -148,6 +170,8 @@ def data_sources(data: Data) -> list[Path | HubSplit]:
 def source_notes(data: Data) -> list[str]:
     """What to tell the user about the sources: which meaning of an ambiguous name was taken, and which files of a
     folder are not read."""
+    if data.sources is not None:
+        return [line for part in parts_of(data).values() for line in source_notes(part)]
     lines = []
     path = path_of(data.name)
     if not data.path and exists(path):

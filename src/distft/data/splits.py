@@ -28,7 +28,7 @@ Members = np.ndarray[Any, np.dtype[np.int64]]
 """Numbers of the examples of a split, in its order."""
 
 
-def split_members(number: int, data: Data, seed: int, *, with_test: bool) -> dict[str, Members]:
+def split_members(number: int, data: Data, seed: int, with_test: bool) -> dict[str, Members]:
     """Split a permutation of 0 … `number` - 1 by `seed` into train, validation and test (empty unless `with_test`).
 
     15,011 rows at 80/10/10 become 12,008, 1,501 and 1,502.

@@ -46,6 +46,8 @@ class TokenStore:
     rows: int
     kept: int
     """Rows that gave an example; `examples` has fewer if only some were drawn."""
+    repeats: int
+    """Of rows that were drawn from: those that repeat another and were left out."""
     dropped: Counter[str]
     """Rows that gave no example, by the reason."""
     noted: Counter[str]
@@ -74,7 +76,7 @@ class TokenStore:
             by_name = {name: {key: found[f"{name}:{key}"] for key in about[name]} for name in ("marked", "trained")}
         examples = np.load(folder / "examples.npy", mmap_mode="r")
         dropped, noted = Counter(about["dropped"]), Counter(about["noted"])
-        return cls(folder, about["rows"], about["kept"], dropped, noted, examples, **by_name)
+        return cls(folder, about["rows"], about["kept"], about["repeats"], dropped, noted, examples, **by_name)
 
 
 class Draw(NamedTuple):
@@ -247,7 +249,7 @@ def _join(folder: Path, pieces: int, whole: dict[str, Any]) -> None:
     for path, record in zip(paths, records, strict=True):
         for suffix in (".json", ".npz", ".texts", *([] if record["samples"] else [".arrow"])):
             path.with_suffix(suffix).unlink(missing_ok=True)
-    about = {"rows": sum(record["rows"] for record in records), "kept": before, **counts} | whole
+    about = {"rows": sum(record["rows"] for record in records), "kept": before, "repeats": 0, **counts} | whole
     about |= {
         name: [key.partition(":")[2] for key in of_example if key.startswith(name)] for name in ("marked", "trained")
     }

@@ -16,7 +16,7 @@ from distft.data.formats import format_of, format_rows
 from distft.data.inference import with_format
 from distft.data.prepare import prepare_data
 from distft.data.sources import Rows, data_sources, read_source
-from distft.data.splits import split_members
+from distft.data.splits import first_samples, split_members
 from distft.data.templates import Example
 from distft.distributed.collectives import broadcast, together
 from distft.errors import DataError
@@ -26,6 +26,7 @@ Overlap = dict[str, Any]
 """`count` of `items` that were trained on; None if that is not known, and `why`."""
 _CHANGED = "the data of the training have changed since"
 _GONE = "the data of the training are not here any more"
+_MIXED = "the training mixed or deduplicated its data; held_out_overlap in summary.json counts its held-out rows"
 _UNKNOWN = "the training is not known"
 
 
@@ -39,11 +40,16 @@ def overlap(target: Target, texts: Sequence[str] | None = None) -> Overlap | Non
 
 
 def _count(target: Target, texts: Sequence[str] | None) -> Overlap:
+    if texts is None and _is_mixed(target.recipe):
+        samples = first_samples(target.held_out(), target.recipe.evaluation.max_samples)
+        return {"count": None, "items": len(samples or ()), "why": _MIXED}
     if texts is None:
         found = ((place, example.text) for place, _, example in _split(target.recipe, target.tokenizer, "test"))
         texts = [text for _, text in sorted(found)][: target.recipe.evaluation.max_samples]
     if target.trained is None:
         return {"count": None, "items": len(texts), "why": _UNKNOWN}
+    if _is_mixed(target.trained.recipe):
+        return {"count": None, "items": len(texts), "why": _MIXED}
     recipe, digest = target.trained.recipe, target.trained.data_digest
     try:
         if digest not in (None, prepare_data(recipe, target.tokenizer).report.digest):
@@ -52,6 +58,10 @@ def _count(target: Target, texts: Sequence[str] | None) -> Overlap:
     except DataError:
         return {"count": None, "items": len(texts), "why": _GONE}
     return {"count": int(np.isin(np.array(list(map(_hash, texts)), np.uint64), known).sum()), "items": len(texts)}
+
+
+def _is_mixed(recipe: Recipe) -> bool:
+    return recipe.data.sources is not None or recipe.data.deduplicate
 
 
 def _hash(text: str) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 from distft.config.evaluation import TaskName
 from distft.config.recipe import Recipe
-from distft.data.sources import KNOWN_DATASETS, HubSplit, data_sources
+from distft.data.sources import KNOWN_DATASETS, HubSplit, data_sources, parts_of
 
 _HOW_ASKED = ("endpoint", "api_key_env", "concurrency", "timeout_s", "retries")
 """Settings of a judge that do not change its judgement."""
@@ -48,6 +48,8 @@ class DataOf:
     def held_out(cls, recipe: Recipe) -> DataOf:
         """The recipe's held-out rows."""
         data = recipe.data
+        if data.sources is not None:
+            return cls("+".join(parts_of(data)), json.dumps(list(map(str, data_sources(data)))))
         found = cls.at(data_sources(data)[-1])
         known = data.name in KNOWN_DATASETS and not (data.path or data.test_path)
         return cls(data.name, found.place) if known else found

@@ -123,6 +123,7 @@ FIGURES = (
     _key("data_digest"),
     _key("held_out_digest"),
     _key("held_out_overlap"),
+    _key("data_sources"),
     _key("data_inferred"),
     _key("trained_tokens_by_role"),
     _key("weights_digest"),

@@ -139,6 +139,7 @@ def open_run(recipe: Recipe, strategy: Strategy, data: TrainingData) -> Iterator
             data_digest=data.splits.report.digest,
             held_out_digest=data.splits.report.held_out_digest,
             held_out_overlap=data.splits.report.overlap,
+            data_sources=data.splits.report.sources or None,
             data_inferred=data.splits.inferred,
             trained_tokens_by_role=data.splits.report.trained or None,
             weights_digest=weights_digest(recipe, strategy.world),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,10 @@ def build_trainer(
         waits=waits or DataWait(),
         train_dataset=splits.train,
         eval_dataset=first_samples(splits.validation, recipe.evaluation.max_samples),
+        sources={
+            "eval": splits.by_source("validation", recipe.evaluation.max_samples),
+            "test": splits.by_source("test", recipe.evaluation.max_samples),
+        },
         callbacks=[FSDPPrefetch(strategy, recipe.batching.memory_limit_gib, changed), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
@@ -89,7 +93,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     `numbers` decides whether a step may update the weights (None: every step may). `checkpoints` saves (None: the
     trainer's own way). `best` judges the evaluations (None: nothing follows from them). `reviews` are classified in
-    each (None: none are).
+    each (None: none are). `sources` are the samples of each source of a mixture, by the prefix of an evaluation's
+    metrics.
     """
 
     def __init__(
@@ -103,11 +108,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         best: BestModel | None,
         reviews: ValidationReviews | None,
         waits: DataWait,
+        sources: Mapping[str, Mapping[str, Any]],
         **kwargs: Any,
     ) -> None:
         self._plan, self._collate, self._skips_empty_rounds = plan, collator, skips_empty_rounds
         self._numbers, self._checkpoints, self._best, self._waits = numbers, checkpoints, best, waits
-        self._reviews = reviews
+        self._reviews, self._sources = reviews, sources
         super().__init__(*args, **kwargs)
         self._trained_positions = TrainedPositions(self.accelerator.unwrap_model(self.model))
         self._empty_rounds = 0  # rounds of the current optimizer step that are still to be skipped
@@ -262,6 +268,25 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """
         self.model.eval()
         self.callback_handler.eval_dataloader = dataloader
+        metrics: dict[str, float] = {}
+        loss = trained = 0.0
+        sources = self._sources.get(metric_key_prefix) or {"": None}
+        for label, samples in sources.items():
+            nats, tokens = self._nats(dataloader if samples is None else self.get_eval_dataloader(samples))
+            loss, trained = loss + nats, trained + tokens
+            if label:
+                metrics[f"{metric_key_prefix}_{label}_loss"] = nats / max(tokens, 1)
+        upstream_api.clear_evaluation_metrics(self)
+        mean = loss / max(trained, 1)
+        metrics |= {f"{metric_key_prefix}_loss": mean, f"{metric_key_prefix}_perplexity": perplexity(mean)}
+        if self._reviews is not None and metric_key_prefix == "eval":
+            metrics |= self._reviews.metrics(self._log_likelihoods(self._reviews.samples))
+        return EvalLoopOutput(
+            predictions=None, label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader)
+        )
+
+    def _nats(self, dataloader: DataLoader[Any]) -> tuple[float, float]:
+        """The negative log-likelihood of all trained tokens, in nats, and their number. All ranks enter."""
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for inputs in dataloader:
             inputs = upstream_api.to_trainer_device(self, inputs)
@@ -270,15 +295,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 likelihood = self._score(self.model, inputs).log_probs.double().sum()
             total += torch.stack([-likelihood, tokens.double()])
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        loss, trained = self.accelerator.reduce(total, reduction="sum").tolist()
-        upstream_api.clear_evaluation_metrics(self)
-        mean = loss / max(trained, 1)
-        metrics = {f"{metric_key_prefix}_loss": mean, f"{metric_key_prefix}_perplexity": perplexity(mean)}
-        if self._reviews is not None and metric_key_prefix == "eval":
-            metrics |= self._reviews.metrics(self._log_likelihoods(self._reviews.samples))
-        return EvalLoopOutput(
-            predictions=None, label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader)
-        )
+        nats, trained = self.accelerator.reduce(total, reduction="sum").tolist()
+        return nats, trained
 
     def _log_likelihoods(self, samples: Any) -> list[float]:
         """The sum of the log-probabilities of each sample's trained tokens, in nats. All ranks enter, and get all."""

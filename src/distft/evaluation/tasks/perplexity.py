@@ -13,7 +13,7 @@ from distft.config.evaluation import Evaluation
 from distft.config.recipe import Recipe
 from distft.data.batch_plan import batches_by_length
 from distft.data.formats import check_columns
-from distft.data.sources import data_sources, read_source
+from distft.data.sources import data_sources, parts_of, read_source
 from distft.data.splits import first_samples
 from distft.data.tokenize import IGNORED
 from distft.errors import DataError
@@ -57,11 +57,12 @@ TASK = PerplexityTask()
 
 
 def _check_held_out(recipe: Recipe) -> None:
-    sources = data_sources(recipe.data)
-    if len(sources) == 1 and recipe.data.test_fraction == 0:
-        raise DataError(_NOTHING_HELD_OUT)
-    for source in sources:
-        check_columns(read_source(source), recipe.data)
+    for data in parts_of(recipe.data).values():
+        sources = data_sources(data)
+        if len(sources) == 1 and data.test_fraction == 0:
+            raise DataError(_NOTHING_HELD_OUT)
+        for source in sources:
+            check_columns(read_source(source), data)
 
 
 def _score(
