@@ -32,6 +32,8 @@ from distft.errors import DataError, WorkerError
 from distft.files import build_folder_once, to_json
 from distft.paths import cache_folder
 
+_FORM = 2
+"""Part of the key of a store: raise it whenever its files change."""
 _PIECE = 4 << 20
 """Characters of a piece: what a worker gets at once."""
 TEXTS_KEPT = 256 << 20
@@ -95,7 +97,7 @@ def store_of(
     Raises:
         DataError: the source is empty, cannot be read, or has a row that does not fit the format.
     """
-    key = key | {"rows": rows.digest(), "draw": None if draw is None else draw.key}
+    key = key | {"form": _FORM, "rows": rows.digest(), "draw": None if draw is None else draw.key}
     folder = cache_folder() / "tokens" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
     def build(temporary: Path) -> None:
