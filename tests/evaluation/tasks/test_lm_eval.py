@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,11 +153,20 @@ def test_a_figure_that_is_not_a_mean_over_documents_is_compared_by_its_errors() 
     assert found["verdict"] == "inconclusive"
 
 
-def test_an_unknown_task_is_reported(tasks: Path) -> None:
+def test_an_unknown_task_is_reported(tasks: Path, tmp_path: Path) -> None:
+    """Tasks are looked for in the folder and among lm-eval's own, those of a group of the folder as well."""
+    folder = shutil.copytree(tasks, tmp_path / "tasks")
+    (folder / "mixed.yaml").write_text("group: mixed\ntask: [sentiment_first, arc_easy]\n", encoding="utf-8")
+
+    def load(*names: str) -> None:
+        load_benchmarks(LmEval(tasks=list(names), include_path=str(folder)))
+
+    load("sentiment", "sentiment_write")
     with pytest.raises(DataError, match=r"does not know sentimental \(did you mean sentiment\?\); .*include_path"):
-        load_benchmarks(LmEval(tasks=["sentimental", "sentiment"], include_path=str(tasks)))
-    with pytest.raises(DataError, match=r"arc_easy cannot be loaded: (?s:.*)documents come from the hub"):
-        load_benchmarks(LmEval(tasks=["arc_easy"]))
+        load("sentimental", "sentiment")
+    for name in ("arc_easy", "mixed"):
+        with pytest.raises(DataError, match=rf"{name} cannot be loaded: .*ai2_arc(?s:.*)documents come from the hub"):
+            load(name)
 
 
 def test_a_report_shows_groups_without_their_parts() -> None:

@@ -5,6 +5,7 @@ lm-eval gets the loaded model, with the adapter on it through PEFT. Every proces
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -111,15 +112,26 @@ def load_benchmarks(section: LmEval) -> None:
 
 
 def _manager(section: LmEval) -> Any:
-    return _index(None if section.include_path is None else str(Path(section.include_path).expanduser()))
+    """lm-eval's tasks; those in `include_path` alone if they are enough, which saves a process many seconds."""
+    if section.include_path is None:
+        return _index(None)
+    folder = str(Path(section.include_path).expanduser())
+    own = _index(folder, include_defaults=False)
+    if set(own.all_subtasks).issuperset(section.tasks):
+        return own
+    # A group may name tasks from elsewhere: lm-eval fails, or takes the name for that of a new task.
+    with contextlib.suppress(Exception):
+        if set(own.all_tasks).issuperset(own.load(section.tasks)["tasks"]):
+            return own
+    return _index(folder)
 
 
 @functools.cache
-def _index(include_path: str | None) -> Any:
-    """lm-eval's index of its tasks; building it reads thousands of files."""
+def _index(include_path: str | None, include_defaults: bool = True) -> Any:
+    """lm-eval's index of its tasks; building it with the defaults reads thousands of files."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include_path)
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
 def _evaluate(target: Target, side: SideName, settings: Evaluation, folder: Path) -> Results:
