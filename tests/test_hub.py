@@ -162,10 +162,16 @@ def test_what_is_missing_is_found_without_the_network(here: Path, hub: Hub) -> N
     assert hub.requests == []
 
 
-def test_a_run_offline_finds_what_was_fetched(here: Path, hub: Hub, tiny: Path) -> None:
+@pytest.fixture(scope="module")
+def fetched(here: Path, hub: Hub) -> Ended:
+    """`distft fetch`, which brings model and data."""
     ended = distft(here, hub, "fetch", *WORDS)
     assert ended.code == 0, ended.stderr[-3000:]
-    assert str(snapshot(here)) in ended.stdout
+    return ended
+
+
+def test_a_run_offline_finds_what_was_fetched(here: Path, hub: Hub, fetched: Ended, tiny: Path) -> None:
+    assert str(snapshot(here)) in fetched.stdout
     assert not [request for request in hub.requests if "pytorch_model.bin" in request]
     assert len(list(snapshot(here).glob("*.safetensors"))) > 1, "it comes in shards"
     prepared = sorted((here / "cache" / "data").glob("*/report.json"))
@@ -187,6 +193,7 @@ def test_a_run_offline_finds_what_was_fetched(here: Path, hub: Hub, tiny: Path) 
     assert sorted((here / "cache" / "data").glob("*/report.json")) == prepared, "the tokenized data was found as well"
 
 
+@pytest.mark.usefixtures("fetched")
 def test_a_shard_that_is_gone_is_named(here: Path, hub: Hub) -> None:
     first, second, *_ = sorted(snapshot(here).glob("*.safetensors"))
     first.unlink()
