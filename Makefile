@@ -1,5 +1,5 @@
 # make demo   sets up .venv and runs the main job: no GPU, no download of weights or data
-# make test   sets up .venv and runs the tests: half an hour on two cores
+# make test   sets up .venv and runs the tests: less than half an hour on two cores
 # make test-quick  runs those that start no training: a few minutes
 # make test-faults  runs every pairing of a fault with a strategy: the better part of an hour
 # make docs   sets up .venv and builds the documentation site in build/docs; broken links are errors
@@ -15,14 +15,15 @@ demo: setup
 	@n=$$(.venv/bin/python -c 'import torch; print(min(2, torch.cuda.device_count() or 2))'); set -x; \
 	  .venv/bin/distft train recipe=tiny --nproc $$n
 
-# The embedded model is built first, once: otherwise one worker would build it while the others wait for it.
+# The embedded model is built first, once: otherwise one worker would build it while the others wait for it. Three workers
+# keep two cores busy, for one waits for SLURM most of the time.
 test: setup
 	@DISTFT_CACHE=.pytest_cache/distft .venv/bin/python -c 'from distft.models.tiny import tiny_model; tiny_model()'
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@.venv/bin/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 test-quick: setup
 	@DISTFT_CACHE=.pytest_cache/distft .venv/bin/python -c 'from distft.models.tiny import tiny_model; tiny_model()'
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not (thorough or slow)"
+	@.venv/bin/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "not (thorough or slow)"
 
 test-faults: setup
 	@.venv/bin/python -m pytest -m "not gpu" tests/faults

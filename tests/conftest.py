@@ -18,6 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # The same as for runs (launch/command.py): the workers of pytest-xdist share the cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Threads of one product that wait for each other while others have the cores cost a quarter more CPU time.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # The tiny model takes a minute to build, so its folder outlives the session.
     os.environ.setdefault("DISTFT_CACHE", str(config.rootpath / ".pytest_cache" / "distft"))
     if "HF_DATASETS_CACHE" not in os.environ:
@@ -52,39 +54,58 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 SLOW = (
-    "api",
+    "slurm",
+    "faults",
+    "distributed/test_same",
+    "evaluation",
+    "docs/test_commands",
+    "test_hub",
+    "distributed/test_two",
+    "distributed/test_g",
     "benchmarks/test_throughput",
+    "api",
     "distributed/test_a",
     "distributed/test_best",
-    "distributed/test_g",
     "distributed/test_m",
     "distributed/test_p",
     "distributed/test_s",
-    "distributed/test_two",
-    "docs/test_build",
-    "docs/test_commands",
-    "evaluation",
     "experiments/test_compare",
-    "faults",
-    "slurm",
-    "test_hub",
+    "launch/test_restarts",
+    "docs/test_build",
     "test_package",
 )
-"""Tests that train, evaluate or build something for longer than a few seconds, by the start of their path."""
+"""Tests that train, evaluate or build something for longer than a few seconds, by the start of their path; the longest
+first."""
+
+SHARED = {
+    "faults": ("faults/",),
+    "learned": (
+        "evaluation/tasks/test_imdb",
+        "evaluation/tasks/test_lm_eval",
+        "evaluation/test_request",
+        "evaluation/test_run",
+    ),
+    "slurm": ("slurm/",),
+}
+"""Groups of files, by the start of their path, that share runs or the cluster."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow tests, and keep those that share runs on one worker: the tests of a file, and all of `faults`.
+    """Mark the slow tests, and keep those that share runs on one worker: the tests of a file or of a group of `SHARED`.
 
     The slow ones come first, so that the quick ones fill what is left of the time when a worker runs out of them.
     """
     here = Path(__file__).parent
+    places = {}
     for item in items:
         path = item.path.relative_to(here).as_posix()
-        item.add_marker(pytest.mark.xdist_group("faults" if path.startswith("faults/") else path))
+        group = next((name for name, starts in SHARED.items() if path.startswith(starts)), path)
+        item.add_marker(pytest.mark.xdist_group(group))
         if path.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        place = next((number for number, start in enumerate(SLOW) if path.startswith(start)), len(SLOW))
+        places[item] = place if item.get_closest_marker("slow") else len(SLOW) + 1
+    items.sort(key=places.__getitem__)
 
 
 @pytest.fixture(scope="session")

@@ -358,6 +358,7 @@ def doctor(*words: str, where: Path, **changes: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.slow
 def test_it_examines_this_machine_and_prints_no_secret(tmp_path: Path) -> None:
     """Two processes measure over gloo; GPUs are hidden, as they have a test of their own."""
     secrets = {"WANDB_API_KEY": "s3cret" * 7, "HF_TOKEN": "hf_s3cret"}
@@ -379,6 +380,7 @@ def test_it_examines_this_machine_and_prints_no_secret(tmp_path: Path) -> None:
     assert facts["memory_gib"] > facts["available_gib"] > 0
 
 
+@pytest.mark.slow
 def test_a_broken_package_is_the_verdict(tmp_path: Path) -> None:
     (tmp_path / "trl.py").write_text("raise ImportError('built for another torch')")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])

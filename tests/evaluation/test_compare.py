@@ -19,7 +19,7 @@ overrides:
   strategy: single
   quantization: null
   tracking.report_to: []
-  evaluation: {before_and_after: false, tasks: [imdb], imdb: {subset: 20, methods: [logprob]}}
+  evaluation: {before_and_after: false, tasks: [imdb], imdb: {subset: 6, methods: [logprob]}}
 variants:
   small: {lora.r: 4}
   large: {lora.r: 16}
@@ -42,7 +42,7 @@ def test_every_run_of_an_experiment_is_evaluated_and_the_report_has_the_columns(
     report = json.loads((tmp_path / "runs" / "ranks.json").read_text(encoding="utf-8"))
     assert [run["figures"]["imdb_accuracy"] for run in report["runs"]] == accuracies
     assert "IMDB accuracy" in ended.stdout and "## What the fine-tune changed" in ended.stdout
-    assert json.loads(runs[0].results.read_text(encoding="utf-8"))["imdb"]["reviews"] == 20
+    assert json.loads(runs[0].results.read_text(encoding="utf-8"))["imdb"]["reviews"] == 6
 
     summary = runs[1].read_summary()
     runs[1].write_summary(summary | {"evaluation": None})  # as if it had been stopped before

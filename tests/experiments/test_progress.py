@@ -83,6 +83,7 @@ def in_a_terminal(command: list[str], where: Path, rows: int, columns: int, limi
         os.close(ours)
 
 
+@pytest.mark.slow
 def test_the_table_follows_the_runs_in_a_terminal(tiny: Path, place: Path) -> None:
     command = [sys.executable, "-m", "distft.cli", "compare", "experiment=mine", "tracking.report_to=[]", "--watch"]
     code, written = in_a_terminal(command, place, 30, 120, 300)

@@ -23,6 +23,7 @@ from ..distributed.conftest import finish, start
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "before_the_move"
 
 
+@pytest.mark.slow
 def test_a_run_from_before_the_move_resumes_to_the_same_losses_and_adapter(tmp_path: Path) -> None:
     shutil.copytree(FIXTURE, tmp_path / "runs" / "before_the_move")
     words = json.loads((FIXTURE / "environment.json").read_text())["command"][1:]

@@ -89,6 +89,7 @@ def test_the_parts_agree_with_a_count_of_every_second(drawn: list[tuple[str, int
     assert [found[key] for key in keys] == pytest.approx(list(counted.values()))
 
 
+@pytest.mark.slow
 def test_a_run_reports_where_its_time_went(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "distft.cli", "train", "--nproc", "2", *PROFILE, "training.max_steps=5"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
