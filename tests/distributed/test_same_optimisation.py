@@ -19,6 +19,8 @@ STEPS = 12
 RECIPE = (
     "recipe=tiny",
     "quantization=null",
+    "batching.global_batch_size=8",
+    "batching.micro_batch=2",
     "lora.lora_dropout=0",
     "training.completion_only_loss=true",
     f"training.max_steps={STEPS}",
@@ -32,7 +34,7 @@ RECIPE = (
 SGD = ("training.optim=sgd", "training.learning_rate=0.3")  # clipped at norm 1 by default, which the norms here exceed
 ADAMW = ("training.optim=adamw_torch", "training.learning_rate=1e-3")
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
-PACKS = ("batching.micro_batch_tokens=400",)
+PACKS = ("batching.micro_batch_tokens=200",)
 
 
 @pytest.fixture(scope="module")
@@ -136,22 +138,21 @@ def test_packs_take_the_steps_of_padded_rows(
     strategy: str, processes: int, reference: Reference, initial: Mapping[str, torch.Tensor], train: Train
 ) -> None:
     ours = Trajectory(train, f"strategy={strategy}", *PACKS, *SGD, nproc=processes)
-    assert (ours.summary["strategy"], ours.summary["micro_batch_tokens"]) == (strategy, 400)
+    assert (ours.summary["strategy"], ours.summary["micro_batch_tokens"]) == (strategy, 200)
     ours.assert_like(reference(SGD), initial, 1e-4)
 
 
 def test_only_the_global_batch_matters(initial: Mapping[str, torch.Tensor], train: Train) -> None:
     """1 process × accumulation 8, 2 × 4, and one micro-batch of 8."""
-    batch = ("batching.global_batch_size=8", *SGD)
-    whole = Trajectory(train, *batch, "batching.micro_batch=8", nproc=1)
+    whole = Trajectory(train, *SGD, "batching.micro_batch=8", nproc=1)
     for processes, accumulation in ((1, 8), (2, 4)):
-        other = Trajectory(train, *batch, "batching.micro_batch=1", nproc=processes)
+        other = Trajectory(train, *SGD, "batching.micro_batch=1", nproc=processes)
         assert other.summary["gradient_accumulation_steps"] == accumulation
         other.assert_like(whole, initial, 1e-4)
 
 
-# 17 samples in global batches of 16: the second step of an epoch has one, and so nothing for a second process.
-REMAINDER = ("data.max_samples=22", "training.max_steps=-1", "training.num_train_epochs=2", *SGD)
+# 9 samples in global batches of 8: the second step of an epoch has one, and so nothing for a second process.
+REMAINDER = ("data.max_samples=12", "training.max_steps=-1", "training.num_train_epochs=2", *SGD)
 
 
 @pytest.fixture(scope="module")
@@ -161,12 +162,12 @@ def remainder(train: Train) -> Trajectory:
 
 @pytest.mark.parametrize(
     ("strategy", "way"),
-    [("ddp", ("batching.micro_batch=4",)), ("ddp", PACKS), ("fsdp", PACKS)],
+    [("ddp", ()), ("ddp", PACKS), ("fsdp", PACKS)],
     ids=["ddp padded", "ddp packed", "fsdp packed"],
 )
 def test_the_last_step_of_an_epoch_has_what_is_left_and_a_rank_may_have_nothing(
     strategy: str, way: tuple[str, ...], remainder: Trajectory, train: Train
 ) -> None:
     ours = Trajectory(train, f"strategy={strategy}", *way, *REMAINDER, nproc=2)
-    assert ours.of("samples") == [16, 17, 33, 34]
+    assert ours.of("samples") == [8, 9, 17, 18]
     ours.assert_same_steps(remainder, steps=4)
