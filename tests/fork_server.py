@@ -1,9 +1,10 @@
 """Start distft's processes by forking one that has imported everything already.
 
 Importing torch, transformers, PEFT and TRL takes every process about 10 s of CPU time, and the tests start hundreds of
-processes. `Popen` is `subprocess.Popen`, except that `python -m MODULE` for one of `MODULES` is forked from a pristine
-process instead of executed. To everybody else such a process looks like any other: it is a child of the process that
-started it, with its own command line and environment in /proc, its own signal handlers and working folder.
+processes. `Popen` is `subprocess.Popen`, except that `python -m MODULE` for one of `MODULES`, and `python FILE` for one
+of `SCRIPTS`, is forked from a pristine process instead of executed. To everybody else such a process looks like any
+other: it is a child of the process that started it, with its own command line and environment in /proc, its own signal
+handlers and working folder.
 
 Every process that may start others has a *template*: a child that was forked before it ran anything. To start a
 process, the template forks twice and the process in the middle exits, so that the new process is adopted by the one
@@ -43,16 +44,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-MODULES = {
-    "accelerate.commands.launch",
+LAUNCHERS = {"accelerate.commands.launch", "torch.distributed.run"}
+MODULES = LAUNCHERS | {
     "distft.cli",
     "distft.evaluation",
     "distft.train",
     "distft.training.batch_size_worker",
     "tests.distributed.program",
 }
-SCRIPT = "without_guard.py"
-"""The name of scripts that are forked as well: `python SCRIPT` (tests/distributed/test_guards.py)."""
+SCRIPTS = {"r1_ddp_qlora.py", "throughput.py", "without_guard.py"}
+"""Names of files that are forked as well: those of benchmarks/, and of tests/distributed/test_guards.py."""
 
 PRELOADED = (
     "accelerate.commands.launch",
@@ -332,7 +333,7 @@ def _run(request: Mapping[str, Any], fds: Sequence[int], environment: Mapping[st
         sys.path.insert(0, request["cwd"] if script is None else str(Path(script).parent))
     if args[1] == "-u":
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
-    if module == "accelerate.commands.launch":
+    if module in LAUNCHERS:
         # torch's launcher walks over sys.modules to name each caller that it logs: leave it only the modules of a fresh
         # start.
         for name in list(sys.modules):
@@ -375,9 +376,9 @@ def _module(args: Sequence[Any]) -> str | None:
 
 
 def _script(args: Sequence[Any]) -> str | None:
-    """SCRIPT of `python [-u] SCRIPT …`."""
+    """FILE of `python [-u] FILE …` for one of `SCRIPTS`."""
     words = [str(arg) for arg in args[1:3] if arg != "-u"]
-    return words[0] if words and Path(words[0]).name == SCRIPT else None
+    return words[0] if words and Path(words[0]).name in SCRIPTS else None
 
 
 def _become_subreaper() -> None:

@@ -15,7 +15,6 @@ import torch
 from distft.runs.folder import RunFolder
 from distft.training.batch_size_probe import free_port
 
-from ..fork_server import SCRIPT
 from .conftest import Train, finish, start
 
 # Starts distft.train with one of its guards taken out, as a worker of accelerate's launcher.
@@ -36,7 +35,7 @@ QUICK = (
 
 
 def run_without(tmp_path: Path, module: str, tamper: str, *overrides: str) -> tuple[int, str]:
-    script = tmp_path / SCRIPT
+    script = tmp_path / "without_guard.py"  # tests/fork_server.py knows the name
     script.write_text(WITHOUT.format(module=module, tamper=tamper))
     command = [
         sys.executable,
