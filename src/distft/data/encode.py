@@ -56,7 +56,8 @@ def _sample(example: Example, encoding: Any, tokenizer: Any, max_length: int | N
     """None if the text brings special tokens, or characters that no token has."""
     ids = np.array(encoding.ids, dtype=np.int32)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if not len(ids) or np.isin(ids[1:], [eos, eos if bos is None else bos]).any() or bos != eos == ids[0]:
+    special = (ids == eos) | (ids == bos)
+    if not len(ids) or special[1:].any() or bos != eos == ids[0]:
         return None
     first = encoding.char_to_token(example.first_trained)
     tail = None if example.tail_from is None else encoding.char_to_token(example.tail_from)
