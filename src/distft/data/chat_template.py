@@ -89,8 +89,13 @@ class ChatTemplate:
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         spans: Spans = []
         bounds: list[int | None] | None = None
+        if len(marks) > len(answers):
+            marks = _joined(marks)
         if self.marked and not _matches([messages[number] for number in answers], text, marks):
-            return None
+            simple = wanted == [message["role"] == "assistant" for message in messages] and self.train_end
+            marked = "".join(text[start:end] for start, end in marks)
+            said_all = all(_answer(messages[number]) in marked for number in answers)
+            return marks if simple and marks and said_all else None
         for number, message in enumerate(messages):
             if not wanted[number]:
                 continue
@@ -224,9 +229,11 @@ def chat_template(recipe: Recipe, tokenizer: Any) -> ChatTemplate:
     if not upstream_api.has_generation_markers(own):
         training = upstream_api.training_template(tokenizer)
         text, masks = (own, "rendering turn by turn") if training is None else (training, "TRL's training template")
+        if _renders_differently(own, text, tokenizer):
+            masks += ", which keeps the thinking of earlier turns, where the tokenizer's own drops it"
     roles = data.train_on if isinstance(data.train_on, str) else tuple(data.train_on)
     found = ChatTemplate(
-        text=_at_a_fixed_date(text),
+        text=at_a_fixed_date(text),
         variables=dict(tokenizer.special_tokens_map),
         marked=upstream_api.has_generation_markers(text),
         end=end_of_turn(text, tokenizer),
@@ -245,6 +252,11 @@ def _require_exact(template: ChatTemplate) -> None:
     """Check on a conversation of two questions that the trained parts can be told, and that an answer has an end."""
     turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}] * 2
     made = template.example(Conversation(turns, (None,) * 4))
+    if QUESTION not in upstream_api.render_chats(template.text, [turns], None, template.variables)[0][0]:
+        raise DataError(
+            "the chat template leaves out what is said as text: it is for messages with images\n"
+            "  set data.chat_template to another"
+        )
     if isinstance(made, Dropped) and made.reason == _INEXACT:
         raise DataError(
             "the chat template renders an answer differently once another question follows, so that it cannot be told "
@@ -267,10 +279,23 @@ def _matches(answers: Sequence[Message], text: str, marks: Spans) -> bool:
     """Whether the marked parts are those of the answers, one each, in order."""
     if len(answers) != len(marks):
         return False
-    return all(
-        str(message["content"]).rpartition("</think>")[2].strip() in text[start:end]
-        for message, (start, end) in zip(answers, marks, strict=True)
-    )
+    return all(_answer(message) in text[start:end] for message, (start, end) in zip(answers, marks, strict=True))
+
+
+def _answer(message: Message) -> str:
+    """What an answer says after its reasoning."""
+    return str(message["content"]).rpartition("</think>")[2].strip()
+
+
+def _joined(marks: Spans) -> Spans:
+    """The marked parts, those that touch as one: a template may mark what is said and its end one after the other."""
+    found: Spans = []
+    for start, end in marks:
+        if found and found[-1][1] == start:
+            found[-1] = found[-1][0], end
+        else:
+            found.append((start, end))
+    return found
 
 
 def _says_nothing(message: Message) -> bool:
@@ -299,6 +324,14 @@ def _notes(said: Conversation, text: str) -> list[str]:
     return sorted(found)
 
 
+def _renders_differently(own: str, training: str, tokenizer: Any) -> bool:
+    """Whether the training template gives another text than the tokenizer's own for two questions."""
+    turns: list[Message] = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}] * 2
+    variables = tokenizer.special_tokens_map
+    texts = [upstream_api.render_chats(text, [turns], None, variables)[0][0] for text in (own, training)]
+    return texts[0] != texts[1]
+
+
 def _takes_arguments_as_text(text: str, tokenizer: Any) -> bool:
     """Whether a template fails on arguments of a call that are an object, and not on their JSON text."""
 
@@ -315,7 +348,7 @@ def _takes_arguments_as_text(text: str, tokenizer: Any) -> bool:
     return not works({"a": 1}) and works('{"a": 1}')
 
 
-def _at_a_fixed_date(text: str) -> str:
+def at_a_fixed_date(text: str) -> str:
     """The template with today's date, where it writes that, replaced by a fixed one: data stay the same every day."""
     return re.sub(
         r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda found: repr(_DATE.strftime(found[2])), text, flags=re.DOTALL

@@ -168,9 +168,7 @@ def _spoken(role: str, content: Any) -> Message:
     for part in content:
         kind = "text" if isinstance(part, str) else str(part.get("type") or "text") if isinstance(part, Mapping) else ""
         if medium := next((medium for medium in _MEDIA if medium in kind), None):
-            raise DataError(
-                f"has {kind!r} content, and distft trains on text alone\n  leave out the rows with {medium}s"
-            )
+            raise DataError(f"has {kind!r} content, and distft trains on text alone\n  leave out rows with {medium}s")
         if kind in _CALLS or kind == "tool_calls":
             found = _calls(part.get("value") or part.get(kind) or part.get("tool_call"))
             if found is None:
