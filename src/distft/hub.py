@@ -5,8 +5,7 @@ Downloads go through the libraries that read the files later, so that a run with
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -20,6 +19,7 @@ from huggingface_hub.errors import (
 
 from distft.config.files import list_recipes
 from distft.config.recipe import Recipe
+from distft.connection import cache_only
 from distft.data.checks import require_files
 from distft.data.files import exists
 from distft.data.sources import HubSplit, data_sources, read_source
@@ -119,7 +119,7 @@ def missing_data(recipe: Recipe, source: Path | HubSplit) -> list[str]:
     """What `missing` finds for one data source."""
     if isinstance(source, Path):
         return [] if exists(source) else [f"there is no data file or folder {source} (data)"]
-    with offline():
+    with cache_only():
         try:
             read_source(source)
         except DataError:
@@ -184,19 +184,6 @@ def _lacking(folder: Path, parts: Sequence[str]) -> list[str]:
     if "tokenizer" in parts and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         found.append(TOKENIZER_FILES[0])
     return found
-
-
-@contextmanager
-def offline() -> Iterator[None]:
-    """Put the hub's clients in offline mode; they read HF_HUB_OFFLINE only when they are imported."""
-    import datasets
-
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def _reason(error: BaseException) -> str:

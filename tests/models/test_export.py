@@ -77,3 +77,23 @@ def test_a_merge_that_changes_what_the_model_computes_leaves_nothing_behind(
     with pytest.raises(InvariantError, match="merging has changed what the model computes: its logits differ by"):
         merge(recipe, tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_one_module_that_is_merged_with_twice_its_scale_is_found(
+    dtype: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 28 modules; in bf16 it changes the logits less than rounding does."""
+    trained(tiny, tmp_path / "adapter", target_modules="all-linear")
+    recipe = load_recipe(["recipe=tiny", "quantization=null", f"model.dtype={dtype}", f"model.name={tiny}"])
+    merge(recipe, tmp_path / "adapter", tmp_path / "right")
+    whole = export.merge_into_base
+
+    def wrong(model: Any) -> Any:
+        model.get_submodule("base_model.model.model.layers.2.self_attn.k_proj").scaling["default"] *= 2
+        return whole(model)
+
+    monkeypatch.setattr(export, "merge_into_base", wrong)
+    with pytest.raises(InvariantError, match=r"changed what model\.layers\.2\.self_attn\.k_proj computes"):
+        merge(recipe, tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -119,6 +119,12 @@ def test_a_setting_that_works_is_no_fault_and_starts_no_process_group(words: lis
     assert PartialState._shared_state == before
 
 
+def test_settings_of_the_place_of_a_run_that_the_trainer_would_take_alone_are_faults() -> None:
+    assert "once per node" in found("save_on_each_node=true")["save_on_each_node"]
+    assert found("use_cpu=true", on_gpu=False) == {}
+    assert "CUDA_VISIBLE_DEVICES" in found("use_cpu=true", on_gpu=True)["use_cpu"]
+
+
 def test_all_faults_are_found_at_once_and_none_of_another_machine_s_gpu() -> None:
     several = ("tf32=true", "save_strategy=best", "optim=stable_adamw", "lr_scheduler_kwargs={x: 1}")
     assert list(found(*several)) == ["save_strategy", "tf32", "optim", "lr_scheduler_kwargs"]
@@ -158,6 +164,7 @@ def test_float16_weights_are_trained_only_where_they_have_float32_copies(
         (["model.dtype=bfloat16", "training.bf16=false"], "below 1/256 of a weight"),
         (["model.dtype=float32", "training.bf16=true"], None),
         (["model.dtype=bfloat16", "lora.r=8"], None),
+        (["lora={r: 8, init_lora_weights: false}"], "the loss before training is not the base's"),
     ],
 )
 def test_the_type_in_which_a_whole_model_trains_is_said(words: list[str], note: str | None) -> None:

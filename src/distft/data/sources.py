@@ -13,6 +13,7 @@ import xxhash
 
 from distft import upstream_api
 from distft.config.schema import Data, DataSource, Format
+from distft.connection import cache_if_unreachable
 from distft.data.files import DataFile, Row, exists, files_at, left_out, path_of, suffix_of
 from distft.data.toy import tiny_sentiment
 from distft.errors import DataError
@@ -203,10 +204,12 @@ def read_source(source: Path | HubSplit) -> Rows:
             f"a local folder named {source.name} hides the data set on the hub; rename it, or set data.path to read it"
         )
     try:
-        return Rows(name, [HubRows(name, load_dataset(source.name, source.config, split=source.split))])
+        with cache_if_unreachable():
+            return Rows(name, [HubRows(name, load_dataset(source.name, source.config, split=source.split))])
     except Exception as error:  # datasets and the hub client raise many types here; all mean "unavailable"
         reason = first_line(error)
         raise DataError(
+            f"there is no file or folder {source.name} here, and as a data set of the hub, "
             f"{source.name} ({source.split} split) is not in the cache and could not be downloaded: {reason}\n"
             "  run distft fetch with the same arguments on a machine with network access, "
             "or use a local copy: data.path=FILE.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from distft import upstream_api
 from distft.config.recipe import Recipe
+from distft.connection import cache_if_unreachable
 from distft.data.named_templates import OWN, is_path, use_template
 from distft.distributed.strategies import Strategy
 from distft.errors import ModelError
@@ -176,7 +178,8 @@ def from_pretrained(cls: Any, name: str, what: str, **options: Any) -> Any:
         raise ModelError(f"{problem} (model.{'name' if what == 'model' else what})")
     is_folder = local_folder(name) is not None
     try:
-        return cls.from_pretrained(name, **options)
+        with nullcontext() if is_folder else cache_if_unreachable():
+            return cls.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         text = str(error)
         missing = any(phrase in text.lower() for phrase in _MISSING)
@@ -192,7 +195,8 @@ def from_pretrained(cls: Any, name: str, what: str, **options: Any) -> Any:
             ) from error
         if missing:
             raise ModelError(
-                f"the {what} of {name} is not in the local cache, and the hub cannot be reached or does not have it\n"
+                f"there is no folder {name} here, and as a model of the hub, the {what} of {name} is not in the local "
+                "cache, and the hub cannot be reached or does not have it\n"
                 f"  on a machine with network access, run distft fetch with the same arguments or: hf download {name}\n"
                 "  or use a local folder: model.name=/path/to/model"
             ) from error

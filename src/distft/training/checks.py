@@ -106,6 +106,9 @@ def _refused(recipe: Recipe) -> Iterator[Fault]:
     if training.get("enable_jit_checkpoint"):
         problem = "would end a run that was stopped by a signal as if it had finished"
         yield fault("enable_jit_checkpoint", problem, "leave it out: distft saves and stops on a signal by itself")
+    if training.get("save_on_each_node"):
+        problem = "would write each checkpoint once per node, all to the same run folder"
+        yield fault("save_on_each_node", problem, "leave it out")
     if training.get("optim_target_modules") and not optimizer.startswith(_NEEDS_MODEL):
         yield fault("optim_target_modules", "has no effect with this optimizer", "it is for GaLore and APOLLO")
     if (backend := training.get("torch_compile_backend")) is not None and backend.upper() not in DynamoBackend.list():
@@ -120,6 +123,10 @@ def _strategy_faults(recipe: Recipe, strategy: Strategy) -> Iterator[Fault]:
     if recipe.training.get("activation_offloading") and not strategy.on_gpu:
         key = "training.activation_offloading"
         yield Fault(recipe.source.of(key), key, "moves activations from a GPU, and this run has none", "leave it out")
+    if recipe.training.get("use_cpu") and strategy.on_gpu:
+        key = "training.use_cpu"
+        problem = "would put the batches on the CPU, and the model is on a GPU"
+        yield Fault(recipe.source.of(key), key, problem, "leave it out, and set CUDA_VISIBLE_DEVICES='' for the CPU")
     if recipe.model.dtype == "float16" and recipe.updates_16_bits:
         problem = "float16 weights cannot be trained: small gradients and updates become 0, and losses NaN"
         hint = "model.dtype=float32 training.fp16=true computes in float16; or model.dtype=bfloat16"
@@ -127,9 +134,16 @@ def _strategy_faults(recipe: Recipe, strategy: Strategy) -> Iterator[Fault]:
 
 
 def weights_notes(recipe: Recipe) -> list[str]:
-    """What a user may not expect of the type of the weights that are trained."""
+    """What a user may not expect of the weights that are trained."""
     dtype, precision = recipe.model.dtype, recipe.mixed_precision
-    if recipe.lora is not None or dtype == "float32":
+    if recipe.lora is not None:
+        if recipe.lora.get("init_lora_weights") is not False:
+            return []
+        return [
+            "lora.init_lora_weights=false: the adapter starts with random values, which change what the base computes, "
+            "so the loss before training is not the base's"
+        ]
+    if dtype == "float32":
         return []
     if recipe.updates_16_bits:
         return [

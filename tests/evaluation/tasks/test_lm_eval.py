@@ -14,7 +14,7 @@ from sqlitedict import SqliteDict
 
 from distft.config.evaluation import LmEval
 from distft.errors import DataError
-from distft.evaluation.tasks.lm_eval import figures, load_benchmarks
+from distft.evaluation.tasks.lm_eval import documents, figures, load_benchmarks
 from distft.runs.folder import RunFolder
 from tests.evaluation.conftest import distft, environment
 
@@ -90,6 +90,7 @@ def test_on_two_processes_the_adapter_scores_as_lm_evals_own_command_on_the_merg
     gained = found["figures"]["sentiment/acc"]
     assert gained["adapter"]["value"] == theirs["sentiment", "acc,none"] and gained["count"] == 40
     assert gained["verdict"] == "gain"  # it has learned this very task
+    assert found["overlap"]["count"] == 0 and found["overlap"]["items"] >= 40
     for side in ("base", "adapter"):
         kept = [file.name for file in (run.evaluation / "lm_eval" / side).rglob("*.json*")]
         assert any(name.startswith("results_") for name in kept)
@@ -151,6 +152,16 @@ def test_a_figure_that_is_not_a_mean_over_documents_is_compared_by_its_errors() 
     found = figures({"base": results(values, 12.0, 1.0), "adapter": results(values, 13.0, 1.0)})["arc/acc"]
     assert found["difference"]["high"] - 1.0 == pytest.approx(1.959964 * 2**0.5, abs=1e-5)
     assert found["verdict"] == "inconclusive"
+
+
+def test_a_document_is_compared_with_what_was_trained_by_its_longest_text() -> None:
+    doc = {"question": "Is water wet?", "answer": "yes", "choices": ["yes", "no, it is not wet at all"], "label": 0}
+    two = [{"doc_id": 0, "doc": doc, "filter": name} for name in ("strict", "flexible")]
+    assert documents({"a": [*two, {"doc_id": 1, "doc": {"label": 3}}], "b": two}) == [
+        "Is water wet?",
+        "",
+        "Is water wet?",
+    ]
 
 
 def test_an_unknown_task_is_reported(tasks: Path, tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ from distft import hub, upstream_api
 from distft.config.evaluation import Evaluation, LmEval
 from distft.config.recipe import Recipe
 from distft.config.validation import nearest
+from distft.connection import cache_only
 from distft.distributed.collectives import broadcast, gather
 from distft.distributed.world import World
 from distft.errors import DataError
 from distft.evaluation.metrics import figure_of
+from distft.evaluation.overlap import overlap
 from distft.evaluation.sets import DataOf
 from distft.evaluation.target import SideName, Target
 from distft.evaluation.tasks import InputFile, Task
@@ -59,7 +61,7 @@ class LmEvalTask(Task):
         return [f"the documents of lm-eval's {', '.join(section.tasks)}: in the cache of datasets"]
 
     def not_fetched(self, recipe: Recipe) -> list[str]:
-        with hub.offline():
+        with cache_only():
             try:
                 load_benchmarks(recipe.evaluation.lm_eval)
             except DataError as error:
@@ -69,10 +71,12 @@ class LmEvalTask(Task):
     def run(self, target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
         found: dict[SideName, Results] = {side: _evaluate(target, side, settings, folder) for side in target.sides}
         result: dict[str, Any] = {}
+        seen = overlap(target, documents(found["base"].get("samples", {})))
         if target.world.is_main:
             result = {
                 "figures": figures(found),
                 "tasks": settings.lm_eval.tasks,
+                "overlap": seen,
                 "limit": settings.lm_eval.limit,
                 "seed": settings.seed,
                 "results": {side: results["results"] for side, results in found.items()},
@@ -109,6 +113,13 @@ def load_benchmarks(section: LmEval) -> None:
             "  its documents come from the hub: run distft fetch with the same arguments on a machine with a "
             "connection, or give task files with local documents (evaluation.lm_eval.include_path)"
         ) from error
+
+
+def documents(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """The longest text of each document in lm-eval's samples: its question or passage, not its choices."""
+    unique = {(task, sample["doc_id"]): sample["doc"] for task, found in samples.items() for sample in found}
+    texts = ([value for value in doc.values() if isinstance(value, str)] for doc in unique.values())
+    return [max(found, key=len, default="") for found in texts]
 
 
 def _manager(section: LmEval) -> Any:
