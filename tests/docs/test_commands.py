@@ -36,6 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = csv.writer(file)
         rows.writerow(["question", "answer"])
         rows.writerows([f"What is {n} and {n}?", f"It is {2 * n}."] for n in range(40))
+    turns = [[("user", f"What is {n} and {n}?"), ("assistant", f"It is {2 * n}.")] for n in range(40)]
+    chats = [{"messages": [{"role": role, "content": text} for role, text in each]} for each in turns]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats), encoding="utf-8")
     for each in PAGES:
         for _, text in each.blocks("yaml"):
             path = folder / text.splitlines()[0].removeprefix("# ")
