@@ -91,7 +91,15 @@ def cancelled(cluster: Cluster, pair: tuple[Job, Job]) -> Job:
     job = pair[1]
     cluster.call("scancel", job.number)
     job.go_on()
-    until(lambda: not cluster.call("squeue", "-h", "--states=completing", f"--jobs={job.number}"), LIMIT_S, 0.2)
+    until(
+        lambda: (
+            cluster.state(job.number) in ENDED
+            and not cluster.call("squeue", "-h", "--states=completing", f"--jobs={job.number}")
+            and not ranks(job.number)
+        ),
+        LIMIT_S,
+        0.2,
+    )
     return job
 
 
