@@ -18,7 +18,7 @@ from distft.errors import DataError
 from tests.data.chats import TEMPLATES, labels_of, trl_labels, with_template
 
 NAMES = sorted(file.stem.removesuffix("_training") for file in TEMPLATES.glob("*_training.jinja"))
-LOST = "calls of tools that the chat template leaves out"
+LOST = "calls of tools that the chat template leaves out (data.chat_template=qwen2_5 renders them)"
 IMAGES = ("idefics3", "llava_next", "smolvlm")
 """Templates that take no content as text."""
 DROP_CALLS = ("deepseek_r1_distill", "llama3", "phi3", "phi3_5", "qwen2_5_vl")

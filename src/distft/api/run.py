@@ -133,6 +133,8 @@ class Run:
             RunFolderError: the run has no result yet.
             ModelError: the base or the adapter cannot be loaded, or they do not fit each other.
         """
+        from distft.config.recipe import load_recipe
+        from distft.data.named_templates import saved_template
         from distft.models.loading import load_tokenizer
         from distft.models.saved_adapter import load_trained
 
@@ -140,6 +142,8 @@ class Run:
         if result is None:
             raise RunFolderError(f"{self.path} has neither adapter/ nor model/: the run is {self.status}")
         recipe = self.recipe
+        if template := saved_template(recipe, result):
+            recipe = load_recipe([f"recipe={self.folder.recipe.absolute()}", *template])
         return load_trained(recipe, result), load_tokenizer(recipe)
 
     def __repr__(self) -> str:

@@ -262,7 +262,8 @@ class Data(Section):
     train_on_end_of_turn: bool = True
     """Train on the token that ends a trained turn of the assistant, from which the model learns to stop."""
     truncation: Literal["end", "beginning"] = "end"
-    """Which turns to leave out of a conversation that is longer than training.max_length; a system prompt stays."""
+    """Which turns to leave out of a conversation that is longer than training.max_length; a system prompt stays. Where
+    no answer fits whole, one is cut."""
 
 
 class Batching(Section):

@@ -19,12 +19,12 @@ from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.data.conversations import Conversation, Message
 from distft.data.named_templates import ANSWER, OWN, QUESTION, end_of_turn, special_tokens, tried
-from distft.data.templates import Dropped, Example, Turn
+from distft.data.templates import SYSTEM, Dropped, Example, Turn
 from distft.errors import DataError
 from distft.text import first_line
 
 _INEXACT = "turns that the chat template renders differently once others follow"
-_LOST_CALLS = "calls of tools that the chat template leaves out"
+_LOST_CALLS = "calls of tools that the chat template leaves out (data.chat_template=qwen2_5 renders them)"
 _DATE = datetime.datetime(2024, 7, 26)
 Spans = list[tuple[int, int]]
 
@@ -176,30 +176,36 @@ class ChatTemplate:
         may_be_long = self.room is not None and len(text.encode()) > self.room
         if not may_be_long and self.train_on in ("assistant", "last_assistant") and not any(said.trained):
             return Example(text, parts, rendered=True, turns=(Turn("assistant", 0),), notes=notes)
-        bounds = self._bounds(messages, said.tools, text)
-        turns = [
-            Turn(message["role"], start)
-            for message, start in zip(messages, bounds[:-1], strict=True)
-            if start is not None
-        ]
+        bounds, roles = self._bounds(messages, said.tools, text), [message["role"] for message in messages]
         cut: Literal["end", "beginning", "nowhere"] = self.cut
-        if may_be_long and self.cut == "beginning":
-            head = self._head(messages, said.tools, text, bounds)
+        lead = next((number for number, role in enumerate(roles) if role not in SYSTEM), len(roles))
+        later = [number for number in range(lead + 1, len(roles)) if roles[number] == "user"]
+        if may_be_long and cut == "beginning" and not later:
+            cut = "end"  # a single question has no beginning that could be left out
+        elif may_be_long and cut == "beginning":
+            head = self._head(messages, said.tools, text, bounds, lead, later)
             if head is None:
                 cut = "nowhere"
-            elif turns[0].role not in ("system", "developer") and head:
-                turns = [Turn("system", 0), Turn(turns[0].role, head), *turns[1:]]
-        return Example(text, parts, rendered=True, turns=tuple(turns), cut=cut, notes=notes)
+            elif lead:
+                bounds[lead] = head
+            elif head:  # a system prompt of the template's
+                bounds, roles = [0, head, *bounds[1:]], ["system", *roles]
+        turns = tuple(Turn(role, start) for role, start in zip(roles, bounds[:-1], strict=True) if start is not None)
+        return Example(text, parts, rendered=True, turns=turns, cut=cut, end=self.end, notes=notes)
 
     def _head(
-        self, messages: list[Message], tools: list[Any] | None, text: str, bounds: Sequence[int | None]
+        self,
+        messages: list[Message],
+        tools: list[Any] | None,
+        text: str,
+        bounds: Sequence[int | None],
+        lead: int,
+        later: Sequence[int],
     ) -> int | None:
-        """How many characters of `text` come before the turns when the first of them are left out: a system prompt,
-        also one of the template's. None if the rest would be rendered differently."""
-        lead = 0
-        while lead < len(messages) and messages[lead]["role"] in ("system", "developer"):
-            lead += 1
-        starts = [n for n in range(lead + 1, len(messages)) if messages[n]["role"] == "user" and bounds[n] is not None]
+        """How many characters of `text` come before the turns when the first of them are left out: the `lead` messages
+        of the system, or a prompt of the template's. None if the rest, from one of the `later` questions on, would be
+        rendered differently."""
+        starts = [number for number in later if bounds[number] is not None]
         if not starts:
             return None
         shorter = messages[:lead] + messages[starts[-1] :]
@@ -270,9 +276,9 @@ def _require_exact(template: ChatTemplate) -> None:
         )
 
 
-def stop_token(template: ChatTemplate, tokenizer: Any) -> int | None:
-    """The token that ends a turn of the assistant; None if it is not one token."""
-    return tokenizer.convert_tokens_to_ids(template.end) if template.end in special_tokens(tokenizer) else None
+def stop_tokens_of(template: ChatTemplate, tokenizer: Any) -> list[int]:
+    """The token that ends a turn of the assistant; none if that is text."""
+    return [tokenizer.convert_tokens_to_ids(template.end)] if template.end in special_tokens(tokenizer) else []
 
 
 def _matches(answers: Sequence[Message], text: str, marks: Spans) -> bool:

@@ -23,8 +23,8 @@ class Sample(NamedTuple):
 
     ids: Ids
     labels: Ids
-    cut: bool
-    """Truncated."""
+    cut: int
+    """Truncated: 0, 1, or INSIDE."""
     is_trained: bool
     """Has a trained token."""
     marked: Mapping[str, int] = {}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from distft import upstream_api
+from distft.config.recipe import Recipe
 from distft.config.validation import nearest
 from distft.errors import DataError
 from distft.text import first_line
@@ -63,6 +65,12 @@ def template_text(name: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.chat_template={name} cannot be read: {first_line(error)}") from error
+
+
+def saved_template(recipe: Recipe, result: Path) -> list[str]:
+    """The override that names the template saved in `result`, where the recipe names a file, which may have changed."""
+    name, saved = recipe.data.chat_template, result.absolute() / "chat_template.jinja"
+    return [f"data.chat_template={json.dumps(str(saved))}"] if name and is_path(name) and saved.is_file() else []
 
 
 def use_template(tokenizer: Any, name: str) -> list[str]:

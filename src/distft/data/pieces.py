@@ -21,16 +21,17 @@ from distft.data.encode import Sample, encode
 from distft.data.files import Row
 from distft.data.formats import Formatter
 from distft.data.templates import Dropped, Example
+from distft.data.tokenize import INSIDE
 from distft.errors import DataError
 from distft.files import write_atomically
 
 Array = np.ndarray[Any, Any]
-TRAINED, TRUNCATED = 1, 2
+TRAINED, TRUNCATED, CUT_INSIDE = 1, 2, 4
 EXAMPLE = np.dtype(
     [("text", "<u8"), ("content", "<u8"), ("bytes", "<u4"), ("length", "<i4"), ("flags", "u1")], align=False
 )
 """What is known of each example: hashes of its text and of `digest_record`, the size of the latter, its tokens, and
-whether it is among the samples (TRAINED) and was TRUNCATED."""
+whether it is among the samples (TRAINED), was TRUNCATED, and that inside a turn (CUT_INSIDE)."""
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 _AT_ONCE = 1 << 18
 """Characters of text whose tokens are in memory at once."""
@@ -126,7 +127,9 @@ def _known(examples: Sequence[Example], records: Sequence[bytes], samples: Seque
     known["content"] = [content_of(record) for record in records]
     known["bytes"] = list(map(len, records))
     known["length"] = [len(sample.ids) for sample in samples]
-    known["flags"] = [TRAINED * sample.is_trained + TRUNCATED * sample.cut for sample in samples]
+    known["flags"] = [
+        TRAINED * each.is_trained + TRUNCATED * (each.cut > 0) + CUT_INSIDE * (each.cut == INSIDE) for each in samples
+    ]
     return known
 
 

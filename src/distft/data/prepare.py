@@ -24,7 +24,7 @@ from distft.config.recipe import Recipe
 from distft.data.formats import check_columns, format_rows, formatter
 from distft.data.inference import with_format
 from distft.data.mixture import mixed
-from distft.data.pieces import TRUNCATED, Array, Worker, content_of, digest_record
+from distft.data.pieces import CUT_INSIDE, TRUNCATED, Array, Worker, content_of, digest_record
 from distft.data.report import Report
 from distft.data.sources import Rows, data_sources, parts_of, read_source, source_notes
 from distft.data.splits import Examples, Members, save_rows, split_members
@@ -34,7 +34,7 @@ from distft.errors import DataError
 from distft.files import build_folder_once
 from distft.paths import cache_folder
 
-_VERSION = 6
+_VERSION = 7
 """Part of the cache key: raise it whenever the same recipe and rows should give different samples."""
 
 
@@ -214,6 +214,7 @@ def _split(
         noted=noted,
         dropped_untrained=untrained,
         truncated={name: int(((each["flags"] & TRUNCATED) != 0).sum()) for name, each in used.items()},
+        cut_inside={name: int(((each["flags"] & CUT_INSIDE) != 0).sum()) for name, each in used.items()},
         tokens={name: int(each["length"].sum(dtype=np.int64)) for name, each in used.items()},
         trained=dict(examples.counted("trained", everything)),
         marked=dict(examples.counted("marked", everything)),

@@ -30,6 +30,8 @@ class Report:
     """Hash of the training texts in order: independent of the tokenizer and of file names."""
     held_out_digest: str
     """Hash of the validation and test texts in order."""
+    cut_inside: dict[str, int] = field(default_factory=dict)
+    """Those of `truncated` that were cut inside a turn, because none fits whole."""
     repeats: int = 0
     """Rows that data.deduplicate dropped because they repeat another."""
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -56,7 +58,9 @@ class Report:
         if untrained := sum(self.dropped_untrained.values()):
             found.append(f"data: dropped {untrained:,} samples: training.max_length leaves nothing to train on")
         if truncated := sum(self.truncated.values()):
-            found.append(f"data: truncated {truncated:,} samples to training.max_length")
+            inside = sum(self.cut_inside.values())
+            how = f", {inside:,} of them inside a turn that is too long by itself" if inside else ""
+            found.append(f"data: truncated {truncated:,} samples to training.max_length{how}")
         for token, number in self.marked.items():
             found.append(f"data: {count(number, 'sample')} with {token} in the text, which is not added again")
         for name, number in self.overlap.items():

@@ -11,6 +11,9 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+SYSTEM = ("system", "developer")
+"""The roles of system prompts."""
+
 
 class Turn(NamedTuple):
     """Who speaks from which character of a text on, up to the next turn or the end."""
@@ -32,10 +35,12 @@ class Example:
     """The text holds every special token that the model is to see: nothing is added, neither at its beginning nor at
     its end."""
     turns: tuple[Turn, ...] = ()
-    """The turns of a conversation, which cover the text. Truncation leaves out whole turns."""
+    """The turns of a conversation, which cover the text. Truncation leaves out whole turns, if that leaves any."""
     cut: Literal["end", "beginning", "nowhere"] = "end"
     """Which turns of a long conversation truncation leaves out. A system prompt at the beginning stays. `nowhere`: it
     cannot be shortened."""
+    end: str = ""
+    """What ends a turn of the assistant. A cut inside a turn leaves no half of it."""
     notes: tuple[str, ...] = ()
     """What the report counts about this row, such as `null prompt`."""
 

@@ -8,10 +8,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from distft.data.templates import Example
+from distft.data.templates import SYSTEM, Example
 
 IGNORED = -100
 """Label of a token that the loss ignores."""
+INSIDE = 2
+"""How a sample was cut: inside a turn, none of which fits whole. 1: elsewhere; 0: not at all."""
 _CHUNK = 1_000
 """Texts per call of the tokenizer, which spreads them over all cores."""
 Offsets = list[tuple[int, int]]
@@ -24,8 +26,9 @@ def tokenize(
     max_length: int | None,
     marked: Counter[str] | None = None,
     trained: Counter[str] | None = None,
-) -> Iterator[tuple[list[int], list[int], bool]]:
-    """For each example, its input ids, its labels (same length, at most `max_length`) and whether it was truncated.
+) -> Iterator[tuple[list[int], list[int], int]]:
+    """For each example, its input ids, its labels (same length, at most `max_length`) and whether it was truncated: 0,
+    1, or INSIDE.
 
     The text is tokenized in one piece, exactly as the model will see it, so a token may straddle the boundary of the
     trained part; such a token is trained. The first label is always -100, because nothing predicts the first token.
@@ -71,16 +74,14 @@ def _turns(
     bos: int | None,
     max_length: int | None,
     trained: Counter[str] | None,
-) -> tuple[list[int], list[int], bool]:
+) -> tuple[list[int], list[int], int]:
     """The sample of a conversation, from which whole turns are left out where it is too long."""
     labels = _labels(ids, offsets, example.trained)
     starts = [bisect.bisect_right(offsets, turn.start, key=lambda each: each[1]) for turn in example.turns]
     turns = list(zip(starts, [*starts[1:], len(ids)], [turn.role for turn in example.turns], strict=True))
-    kept = [(0, len(ids))]
-    cut = max_length is not None and len(ids) > max_length
-    if max_length is not None and cut:
-        shorten = {"end": _first_turns, "beginning": _last_turns, "nowhere": lambda *_: []}[example.cut]
-        kept = shorten(turns, labels, max_length, ids[0] == bos)
+    kept, cut = [(0, len(ids))], 0
+    if max_length is not None and len(ids) > max_length:
+        kept, cut = _shortened(example, turns, labels, offsets, max_length, begins=ids[0] == bos)
     if trained is not None:
         for start, end, role in turns:
             within = [labels[max(low, start, 1) : min(high, end)] for low, high in kept]
@@ -91,26 +92,47 @@ def _turns(
     return ids, [IGNORED, *labels[1:]][: len(ids)], cut
 
 
-Turns = list[tuple[int, int, str]]
-"""The first token of each turn, the one after its last, and its role."""
+def _shortened(
+    example: Example,
+    turns: Sequence[tuple[int, int, str]],
+    labels: list[int],
+    offsets: Offsets,
+    room: int,
+    *,
+    begins: bool,
+) -> tuple[list[tuple[int, int]], int]:
+    """The tokens to keep of a conversation that is too long, as ranges, and how it was cut.
+
+    `turns` have the first token, the one after the last, and the role. From the end, turns are left out up to one that
+    is trained. From the beginning, they are left out down to a question; the system prompt stays, or at least the token
+    that `begins` a sequence. If that leaves nothing, the first or the last trained turn is cut inside.
+    """
+    head = first = 0
+    if example.cut == "nowhere":
+        return [], True
+    if example.cut == "beginning":
+        head = next((start for start, _, role in turns if role not in SYSTEM), len(labels)) or int(begins)
+        questions = [start for start, _, role in turns if role == "user"]
+        if fits := [start for start in questions if head + len(labels) - start <= room]:
+            return [(0, head), (min(fits), len(labels))], True
+        first = max(questions, default=head)
+    stop = first + room - head
+    ends = [end for start, end, _ in turns if start >= first and end <= stop and _any_trained(labels[start:end])]
+    if ends:
+        return [(0, head), (first, max(ends))], True
+    stop = _before_end(stop, example, offsets)
+    return ([(0, head), (first, stop)], INSIDE) if _any_trained(labels[first:stop]) else ([], True)
 
 
-def _first_turns(turns: Turns, labels: list[int], room: int, begins: bool) -> list[tuple[int, int]]:
-    """The tokens to keep: as many turns from the beginning as there is `room` for, up to one that is trained."""
-    fits = [end for start, end, _ in turns if end <= room and any(label != IGNORED for label in labels[start:end])]
-    return [(0, max(fits))] if fits else []
+def _before_end(stop: int, example: Example, offsets: Offsets) -> int:
+    """`stop`, or an earlier token, so that a cut before it does not halve what ends a turn, where that is text."""
+    size, place = len(example.end), offsets[stop][0]
+    begin = example.text.find(example.end, max(0, place - size + 1), place + size - 1) if size else -1
+    return stop if begin < 0 else bisect.bisect_right(offsets, begin, key=lambda each: each[1])
 
 
-def _last_turns(turns: Turns, labels: list[int], room: int, begins: bool) -> list[tuple[int, int]]:
-    """The tokens to keep: the system prompt, or at least the token that `begins` a sequence, and then as many turns up
-    to the end as there is `room` for, from one of the user on."""
-    head = int(begins)
-    for _, end, role in turns:
-        if role not in ("system", "developer"):
-            break
-        head = end
-    fits = [start for start, _, role in turns if role == "user" and head + len(labels) - start <= room]
-    return [(0, head), (min(fits), len(labels))] if fits else []
+def _any_trained(labels: Sequence[int]) -> bool:
+    return any(label != IGNORED for label in labels)
 
 
 def _without_end(ids: list[int], offsets: Offsets, text: str, eos: int) -> tuple[list[int], Offsets, bool]:

@@ -20,7 +20,7 @@ from distft.distributed.collectives import broadcast, together
 from distft.distributed.world import World
 from distft.errors import ModelError
 from distft.models.digest import contents
-from distft.models.loading import load_base, load_tokenizer, model_path, with_saved_template
+from distft.models.loading import load_base, load_tokenizer, model_path, of_whole_model
 from distft.models.saved_adapter import SavedAdapter
 
 SideName = Literal["base", "adapter"]
@@ -76,7 +76,6 @@ class Target:
         if on_gpu:
             torch.cuda.set_device(device)
         disable_progress_bar()
-        recipe = with_saved_template(recipe, result)
         tokenizer = together(world, lambda: load_tokenizer(recipe))
         is_adapter = result is not None and (result / "adapter_config.json").is_file()
         identity: dict[SideName, str] = {}
@@ -155,8 +154,8 @@ class Target:
     def _whole(self, name: SideName) -> Any:
         recipe = self.recipe
         if name == "adapter" and not self.is_adapter:
-            section = recipe.model.model_copy(update={"name": str(self.result), "revision": None})
-            recipe = recipe.model_copy(update={"model": section})
+            assert self.result is not None
+            recipe = of_whole_model(recipe, self.result)
         kernel = recipe.model.attn_implementation
         if kernel not in ("eager", "flash_attention_2"):
             kernel = "sdpa"  # batches are padded here, unlike in training

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.errors import InvariantError, ModelError
-from distft.models.loading import load_base, load_tokenizer, with_saved_template
+from distft.models.loading import load_base, load_tokenizer
 from distft.models.saved_adapter import SavedAdapter
 from distft.text import first_line
 
@@ -33,7 +33,7 @@ def merge(recipe: Recipe, adapter: Path, target: Path, device_map: dict[str, int
         ModelError: the base or the adapter cannot be loaded, they do not fit each other, or PEFT cannot merge them.
         InvariantError: the merged model, read back, does not compute what base and adapter do.
     """
-    saved, recipe = SavedAdapter.read(adapter), with_saved_template(recipe, adapter)
+    saved = SavedAdapter.read(adapter)
     if note := saved.base_note(recipe):
         say(f"warning: {note}")
     base = load_base(recipe, device_map=device_map)

@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.connection import cache_if_unreachable
-from distft.data.named_templates import OWN, is_path, use_template
+from distft.data.named_templates import OWN, use_template
 from distft.distributed.strategies import Strategy
 from distft.errors import ModelError
 from distft.kernels.liger import use_liger_kernels
@@ -81,12 +81,16 @@ def tokenizer_and_new_tokens(recipe: Recipe) -> tuple[Any, list[int]]:
     return tokenizer, tokenizer.convert_tokens_to_ids(new)
 
 
-def with_saved_template(recipe: Recipe, result: Path | None) -> Recipe:
-    """The recipe with the chat template that was saved in `result`, in place of a file that may have changed."""
-    name, saved = recipe.data.chat_template, None if result is None else result / "chat_template.jinja"
-    if saved is None or name is None or not is_path(name) or not saved.is_file():
-        return recipe
-    changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"chat_template": str(saved)})})
+def of_whole_model(recipe: Recipe, result: Path) -> Recipe:
+    """The recipe with the whole model that it trained and saved in `result` as its base, which has the rows of new
+    tokens already."""
+    model = {"name": str(result), "revision": None, "tokenizer": None, "resize_embeddings": False}
+    changed = recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update=model),
+            "data": recipe.data.model_copy(update={"chat_template": None}),
+        }
+    )
     changed._source = recipe.source
     return changed
 
@@ -156,9 +160,10 @@ def load_base(
     if recipe.quantization is not None and recipe.quantization.dequantize_at_load:
         base = base.dequantize(dtype=getattr(torch, recipe.model.dtype))
         base.is_loaded_in_4bit = False
-    tokenizer, new = tokenizer_and_new_tokens(recipe)
-    if recipe.model.resize_embeddings or new:
-        add_rows(base, vocabulary_size(tokenizer), new)
+    if recipe.model.resize_embeddings or recipe.data.chat_template not in (None, OWN):
+        tokenizer, new = tokenizer_and_new_tokens(recipe)
+        if recipe.model.resize_embeddings or new:
+            add_rows(base, vocabulary_size(tokenizer), new)
     for module in base.modules():
         upstream_api.disable_avx512_repacking(module)
     return base

@@ -24,7 +24,7 @@ from distft.console import say
 from distft.errors import ModelError
 from distft.models.digest import digest
 from distft.models.generation import read_stop_tokens
-from distft.models.loading import load_base, model_path
+from distft.models.loading import load_base, model_path, of_whole_model
 from distft.text import count, shorten
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -161,8 +161,7 @@ def load_trained(recipe: Recipe, result: Path) -> Any:
     kernel = recipe.model.attn_implementation
     implementation = kernel if kernel in ("eager", "flash_attention_2") else "sdpa"  # the others take packs only
     if not (result / "adapter_config.json").is_file():
-        whole = recipe.model.model_copy(update={"name": str(result), "revision": None})
-        recipe = recipe.model_copy(update={"model": whole})
+        recipe = of_whole_model(recipe, result)
         return load_base(recipe, device_map=device_map, attn_implementation=implementation).eval()
     adapter = SavedAdapter.read(result)
     if note := adapter.base_note(recipe):

@@ -24,7 +24,7 @@ from distft.distributed.collectives import first_failure, together
 from distft.distributed.strategies import Strategy
 from distft.errors import InvariantError, StorageError
 from distft.files import disk_full_reason, free_space, to_json, write_atomically
-from distft.models.generation import end_answers_at, save_stop_tokens
+from distft.models.generation import save_stop_tokens
 from distft.runs import manifest
 from distft.runs.folder import RunFolder
 from distft.training.best_model import BestModel
@@ -37,12 +37,10 @@ def save_result(
     folder: RunFolder,
     *,
     tokenizer: Any = None,
-    stop_token: int | None = None,
 ) -> Path:
     """Save the adapter, or the whole model if there is none, and check what is on disk. All ranks enter.
 
-    The `tokenizer` is saved beside it, with its chat template, and the settings of generation, which end an answer at
-    `stop_token` as well.
+    The `tokenizer` is saved beside it, with its chat template, and the tokens at which the model stops.
 
     Returns:
         The folder: `adapter/`, which PEFT loads, or `model/`, which transformers loads.
@@ -53,8 +51,6 @@ def save_result(
     """
     gathered = strategy.gather(model)
     target = folder.adapter if recipe.lora is not None else folder.model
-    if stop_token is not None:
-        end_answers_at(model, [stop_token])
 
     def write() -> None:
         if strategy.world.is_main:

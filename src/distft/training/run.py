@@ -10,7 +10,6 @@ from pathlib import Path
 from distft import upstream_api
 from distft.config.recipe import load_recipe
 from distft.console import say
-from distft.data.chat_template import chat_template, stop_token
 from distft.data.checks import data_faults
 from distft.distributed.collectives import together
 from distft.distributed.launcher_args import Launcher
@@ -79,11 +78,8 @@ def finish(run: OpenRun, training: Training) -> None:
             eval_after={"loss": after, "perplexity": perplexity(after)},
         )
     with telemetry.saving():
-        tokenizer, stop = run.data.tokenizer, None
-        if run.data.splits.report.trained:  # conversations
-            stop = stop_token(chat_template(run.recipe, tokenizer), tokenizer)
-        model = training.trainer.model
-        saved = save_result(model, run.recipe, run.strategy, record.folder, tokenizer=tokenizer, stop_token=stop)
+        model, tokenizer = training.trainer.model, run.data.tokenizer
+        saved = save_result(model, run.recipe, run.strategy, record.folder, tokenizer=tokenizer)
     record.note(
         train_loss=None if skipped else telemetry.mean_loss,  # the mean would count a skipped step as 0
         steps=training.trainer.state.global_step,

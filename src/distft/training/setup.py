@@ -15,6 +15,7 @@ from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.data.batch_plan import Lengths, Plan
+from distft.data.chat_template import chat_template, stop_tokens_of
 from distft.data.checks import require_splits
 from distft.data.loader import DataWait
 from distft.data.prepare import Splits, prepare_data
@@ -30,6 +31,7 @@ from distft.errors import RecipeError
 from distft.models.activation_checkpointing import set_up_checkpointing
 from distft.models.checks import position_findings
 from distft.models.digest import digest
+from distft.models.generation import end_answers_at
 from distft.models.loading import load_model, load_tokenizer, model_path
 from distft.models.parameters import non_embedding_parameters, recomputed_parameters
 from distft.models.skeleton import Skeleton
@@ -172,6 +174,9 @@ def setup_model(run: OpenRun) -> PreparedModel:
     for note in weights_notes(recipe):
         record.changed(note)
     model = together(world, lambda: run.memory.load(lambda: load_model(recipe, strategy)))
+    if run.data.splits.report.trained:  # conversations
+        tokenizer = run.data.tokenizer
+        end_answers_at(model, stop_tokens_of(chat_template(recipe, tokenizer), tokenizer))
     checkpointed = set_up_checkpointing(model, recipe, strategy, plan.heaviest_tokens)
     trainable = sum(whole_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
     record.note(

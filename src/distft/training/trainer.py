@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from distft.data.splits import first_samples, lengths_of
 from distft.data.tokenize import IGNORED
 from distft.distributed.strategies import Strategy
 from distft.models.adapter import keep_adapter_in_fp32
+from distft.models.generation import save_stop_tokens
 from distft.training.arguments import pad_multiple
 from distft.training.best_model import BestModel
 from distft.training.callbacks import FSDPPrefetch
@@ -230,6 +232,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         def write() -> None:
             super(Trainer, self)._save_checkpoint(model, trial)
+            if self.args.should_save:
+                save_stop_tokens(self.model, Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
 
         if self._checkpoints is None:
             write()
