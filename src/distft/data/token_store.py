@@ -40,9 +40,10 @@ TEXTS_KEPT = 256 << 20
 """Up to this many bytes of text, digests of the data are those of the texts; above, those of their hashes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenStore:
-    """The examples of a source in the order of its rows, and its samples: the examples with a trained token."""
+    """The examples of a source in the order of its rows, and its samples: the examples with a trained token. Two that
+    are of the same rows are two."""
 
     folder: Path
     rows: int
