@@ -28,7 +28,7 @@ CHANGES = {
     "format": ["data.format.messages=others"],
     "deduplicate": ["data.deduplicate=true"],
     "chat_template": [f"data.chat_template={JINJA}"],
-    "train_on": ["data.train_on=last_assistant"],
+    "train_on": ["data.train_on=all"],
     "train_on_end_of_turn": ["data.train_on_end_of_turn=false"],
     "truncation": ["data.truncation=beginning"],
     "sources": ["data.name=null", f"data.sources=[{{name: {ROWS}, samples: 4}}]"],
