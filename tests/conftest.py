@@ -90,6 +90,7 @@ SHARED = {
 """Groups of files, by the start of their path, that share runs or the cluster."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the slow tests, and keep those that share runs on one worker: the tests of a file or of a group of `SHARED`.
 
