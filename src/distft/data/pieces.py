@@ -6,6 +6,7 @@ A piece is complete once its record exists, which is written last. Arrow files h
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -22,8 +23,8 @@ from distft.data.files import Row
 from distft.data.formats import Formatter
 from distft.data.templates import Dropped, Example
 from distft.data.tokenize import INSIDE
+from distft.data.words import Words, words_of
 from distft.errors import DataError
-from distft.files import write_atomically
 
 Array = np.ndarray[Any, Any]
 TRAINED, TRUNCATED, CUT_INSIDE = 1, 2, 4
@@ -54,6 +55,10 @@ class Worker:
     tokenizer: Any
     max_length: int | None
 
+    @functools.cached_property
+    def words(self) -> Words | None:
+        return words_of(self.tokenizer)
+
     def __call__(self, number: int, segments: Sequence[Segment], keeps_texts: bool) -> dict[str, Any]:
         """Write piece `number`, and return its record; `keeps_texts` writes what `digest_record` returns as well.
 
@@ -71,7 +76,7 @@ class Worker:
             path.with_suffix(".texts").open("wb") as texts,
         ):
             for examples in _at_once(self._examples(segments, counts)):
-                found = encode(examples, self.tokenizer, self.max_length)
+                found = encode(examples, self.tokenizer, self.max_length, self.words)
                 records = [digest_record(example) for example in examples]
                 known.append(_known(examples, records, found))
                 for place, sample in enumerate(found, total):
@@ -93,7 +98,8 @@ class Worker:
         temporary.replace(path.with_suffix(".npz"))
         rows = sum(len(segment.rows) for segment in segments)
         record = {"rows": rows, "samples": samples, **counts}
-        write_atomically(path.with_suffix(".json"), json.dumps(record))
+        temporary.write_text(json.dumps(record), encoding="utf-8")  # a kill leaves a file that is written again
+        temporary.replace(path.with_suffix(".json"))
         return record
 
     def _examples(self, segments: Sequence[Segment], counts: dict[str, Counter[str]]) -> Iterator[Example]:

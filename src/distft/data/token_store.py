@@ -7,6 +7,7 @@ holds does not depend on the number of processes. Pieces that were complete when
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import itertools
 import json
@@ -26,16 +27,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from distft.data.files import Row
 from distft.data.pieces import EXAMPLE, Array, Segment, Worker
-from distft.data.sources import Part, Rows
+from distft.data.sources import Rows
 from distft.errors import DataError, WorkerError
 from distft.files import build_folder_once, to_json
 from distft.paths import cache_folder
 
-_FORM = 2
+_FORM = 3
 """Part of the key of a store: raise it whenever its files change."""
 _PIECE = 4 << 20
-"""Characters of a piece: what a worker gets at once."""
+"""Characters of a piece at most: what a worker gets at once."""
+_FIRST, _SHARE = 1 << 19, 8
+"""Characters of the first pieces; later ones have this part of what comes before, so that of little data, too, all
+processes get about as much."""
 TEXTS_KEPT = 256 << 20
 """Up to this many bytes of text, digests of the data are those of the texts; above, those of their hashes."""
 
@@ -162,33 +167,31 @@ def _next(pieces: Iterator[list[Segment]], before_failing: Any) -> list[Segment]
 
 
 def _segments(rows: Rows, drawn: Array | None) -> Iterator[list[Segment]]:
-    """The rows in pieces, each of whole rows with at least _PIECE characters, but for the last."""
+    """The rows in pieces, each of whole rows with at least as many characters as `_room` says, but for the last."""
     piece: list[Segment] = []
-    size = 0
+    before = size = 0
     numbers, wanted = itertools.count(), None if drawn is None else set(drawn.tolist())
     for part in rows.parts:
-        for segment, characters in _segments_of(part, numbers, wanted):
-            piece.append(segment)
-            size += characters
-            if size >= _PIECE:
-                yield piece
-                piece, size = [], 0
+        held: list[Row] = []
+        first = 1
+        for number, row in enumerate(part, 1):
+            if wanted is not None and next(numbers) not in wanted:
+                continue
+            held.append(row)
+            size += _size(row)
+            if size >= _room(before):
+                yield [*piece, Segment(part.name, first, held)]
+                before += size
+                piece, held, first, size = [], [], number + 1, 0
+        if held:
+            piece.append(Segment(part.name, first, held))
     if piece:
         yield piece
 
 
-def _segments_of(part: Part, numbers: Iterator[int], wanted: set[int] | None) -> Iterator[tuple[Segment, int]]:
-    held, first, size = [], 1, 0
-    for number, row in enumerate(part, 1):
-        if wanted is not None and next(numbers) not in wanted:
-            continue
-        held.append(row)
-        size += _size(row)
-        if size >= _PIECE:
-            yield Segment(part.name, first, held), size
-            held, first, size = [], number + 1, 0
-    if held:
-        yield Segment(part.name, first, held), size
+def _room(before: int) -> int:
+    """Characters of a piece that comes after `before` characters."""
+    return min(max(before // _SHARE, _FIRST), _PIECE)
 
 
 def _size(value: Any) -> int:
@@ -218,6 +221,7 @@ def _begin(worker: Worker, parent: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
+    gc.freeze()  # a collection would write to, and so copy, every object that the processes share
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many processes as cores
     _WORKER.append(worker)
 
