@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distft.data.named_templates import use_template
 from distft.data.preview import preview
 from distft.data.templates import format_dolly
 from distft.data.tokenize import IGNORED
@@ -42,3 +45,17 @@ def test_a_preview_shows_token_counts_lengths_and_the_report(tokenizer: Any, tmp
     assert f"sample 0: {len(ids)} tokens, {sum(label != IGNORED for label in labels)} trained" in text
     assert f"data: train 1, validation 0, test 0 samples; {len(ids)} training tokens" in text
     assert "lengths in tokens (train)" in text and "█" in text
+
+
+@pytest.mark.usefixtures("prepare")
+def test_a_preview_of_a_conversation_shows_who_says_what(tokenizer: Any, tmp_path: Path) -> None:
+    turns = [("system", "Be."), ("user", "One?"), ("assistant", "First."), ("user", "Two?"), ("assistant", "Second.")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    recipe = recipe_of(f"data.name={write_rows(tmp_path / 'rows.jsonl', [{'messages': messages}])}", *ALL)
+    chatting = copy.deepcopy(tokenizer)
+    use_template(chatting, "chatml")
+    text = preview(recipe, chatting, rows=range(1), colour=False)
+    start, end = "<|im_start|>", "<|im_end|>"
+    assert f"{start}system\nBe.{end}\n{start}user\nOne?{end}\n{start}assistant\n⟦First.{end}⟧\n" in text
+    assert f"{start}user\nTwo?{end}\n{start}assistant\n⟦Second.{end}⟧\n" in text
+    assert re.search(r"^data: trained tokens: \d+ of assistant$", text, re.MULTILINE)
