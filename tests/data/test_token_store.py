@@ -22,7 +22,6 @@ from distft.data.formats import formatter
 from distft.data.prepare import prepare_data
 from distft.data.templates import Example
 from distft.data.tokenize import tokenize
-from distft.data.words import words_of
 from distft.errors import DataError
 from tests.data.rows import ALL, Prepare, read_rows, recipe_of, write_rows
 
@@ -79,11 +78,10 @@ def test_encode_gives_what_tokenize_gives(tokenizer: Any, shared_data: Path, max
     for other in tokenizers(tokenizer):
         marked = Counter[str]()
         expected = [(list(ids), labels, cut) for ids, labels, cut in tokenize(examples, other, max_length, marked)]
-        for words in (None, words_of(other)):
-            found = encode(examples, other, max_length, words)
-            assert [(sample.ids.tolist(), sample.labels.tolist(), sample.cut) for sample in found] == expected
-            assert sum((Counter(sample.marked) for sample in found), Counter()) == marked
-            assert [sample.is_trained for sample in found] == [any(x >= 0 for x in labels) for _, labels, _ in expected]
+        found = encode(examples, other, max_length)
+        assert [(sample.ids.tolist(), sample.labels.tolist(), sample.cut) for sample in found] == expected
+        assert sum((Counter(sample.marked) for sample in found), Counter()) == marked
+        assert [sample.is_trained for sample in found] == [any(x >= 0 for x in labels) for _, labels, _ in expected]
 
 
 # ---- pieces and processes ----------------------------------------------------------------------

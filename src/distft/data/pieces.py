@@ -6,7 +6,6 @@ A piece is complete once its record exists, which is written last. Arrow files h
 
 from __future__ import annotations
 
-import functools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,6 @@ from distft.data.files import Row
 from distft.data.formats import Formatter
 from distft.data.templates import Dropped, Example
 from distft.data.tokenize import INSIDE
-from distft.data.words import Words, words_of
 from distft.errors import DataError
 
 Array = np.ndarray[Any, Any]
@@ -55,10 +53,6 @@ class Worker:
     tokenizer: Any
     max_length: int | None
 
-    @functools.cached_property
-    def words(self) -> Words | None:
-        return words_of(self.tokenizer)
-
     def __call__(self, number: int, segments: Sequence[Segment], keeps_texts: bool) -> dict[str, Any]:
         """Write piece `number`, and return its record; `keeps_texts` writes what `digest_record` returns as well.
 
@@ -76,7 +70,7 @@ class Worker:
             path.with_suffix(".texts").open("wb") as texts,
         ):
             for examples in _at_once(self._examples(segments, counts)):
-                found = encode(examples, self.tokenizer, self.max_length, self.words)
+                found = encode(examples, self.tokenizer, self.max_length)
                 records = [digest_record(example) for example in examples]
                 known.append(_known(examples, records, found))
                 for place, sample in enumerate(found, total):
