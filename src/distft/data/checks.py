@@ -43,7 +43,13 @@ def data_faults(recipe: Recipe) -> list[Fault]:
         return found
     if data.name not in KNOWN_DATASETS and data.format is None:
         file = local_source(data)
-        if file is not None and not file.exists():
+        if file is None:
+            try:
+                data_sources(data)
+            except DataError as error:
+                problem, _, remedy = str(error).partition("; ")
+                fault("data.name", problem.removeprefix(f"data.name={data.name} "), remedy)
+        elif not file.exists():
             fault("data.name", f"there is no file or folder {file}")
     found += _template_faults(recipe)
     form = format_of(data)
