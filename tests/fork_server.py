@@ -67,30 +67,15 @@ PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "wandb",
 )
-NOT_THE_LAUNCHERS = {
-    "bitsandbytes",
-    "datasets",
-    "deepspeed",
-    "distft",
-    "lm_eval",
-    "pandas",
-    "peft",
-    "pyarrow",
-    "scipy",
-    "sklearn",
-    "transformers",
-    "trl",
-    "wandb",
-}
+NOT_THE_LAUNCHERS = re.compile(
+    r"(bitsandbytes|datasets|deepspeed|distft|lm_eval|pandas|peft|pyarrow|scipy|sklearn|transformers|trl|wandb)(\.|$)"
+)
 READ_AT_IMPORT = re.compile(
     r"(HF_|TRANSFORMERS_|HUGGINGFACE|PYTHON|LD_|XDG_|HOME$|DISTFT_DEBUG$|GOMP_|OPENBLAS|TORCH_)"
 )
 """Variables that the interpreter or a library reads once, so that a forked process would not see another value."""
-SPARE_READS = {  # read where they are used
-    "PYTHONSAFEPATH",
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
-}
+SPARE_READS = re.compile("PYTHONSAFEPATH|TORCH_DISABLE_SHARE_RDZV_TCP_STORE|TORCH_NCCL_ASYNC_ERROR_HANDLING")
+"""Those of them that are read where they are used."""
 EXEC = "DISTFT_TESTS_EXEC"
 PAD = "DISTFT_TESTS_PAD"
 ARGUMENTS_SIZE, ENVIRONMENT_SIZE = 16_000, 120_000
@@ -194,7 +179,7 @@ def _template_for(args: Any, env: Mapping[str, str]) -> Template | None:
 def _signature(environment: Mapping[str, str]) -> Signature:
     """The variables that libraries read at import."""
     read = {name: value for name, value in environment.items() if READ_AT_IMPORT.match(name)}
-    return tuple(sorted((name, value) for name, value in read.items() if name not in SPARE_READS))
+    return tuple(sorted((name, value) for name, value in read.items() if not SPARE_READS.fullmatch(name)))
 
 
 def install() -> None:
@@ -337,7 +322,7 @@ def _run(request: Mapping[str, Any], fds: Sequence[int], environment: Mapping[st
         # torch's launcher walks over sys.modules to name each caller that it logs: leave it only the modules of a fresh
         # start.
         for name in list(sys.modules):
-            if name.partition(".")[0] in NOT_THE_LAUNCHERS:
+            if NOT_THE_LAUNCHERS.match(name):
                 del sys.modules[name]
     else:
         _set_threads()

@@ -22,9 +22,21 @@ LIGHT = {
     "stats",
     "text",
     "upstream_api",
+    "upstream_names",
 }
 """Tier 1 without the kernels, and the packages whose commands must answer at once."""
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+
+
+SOURCES = [
+    path for folder in ("src", "tests", "benchmarks") for path in (Path(__file__).parents[1] / folder).rglob("*.py")
+]
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    lengths = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    assert len(lengths) > 300
+    assert {path: length for path, length in lengths.items() if length > 400} == {}
 
 
 def run_python(program: str) -> str:

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from distft import upstream_api
+from distft import upstream_api, upstream_names
 from distft.errors import UpstreamError
-from distft.upstream_api import PRIVATE_NAMES, PrivateName, check
+from distft.upstream_names import PRIVATE_NAMES, PrivateName, check
 
 SOURCES = sorted(Path(upstream_api.__file__).parent.rglob("*.py"))
 LISTED = {name.name for name in PRIVATE_NAMES}
@@ -71,7 +71,7 @@ def test_a_changed_signature_is_an_error(name: PrivateName, monkeypatch: pytest.
 @pytest.mark.parametrize("name", [each for each in PRIVATE_NAMES if each.use in ("override", "replace")], ids=title)
 def test_a_hook_that_is_no_longer_called_is_an_error(name: PrivateName, monkeypatch: pytest.MonkeyPatch) -> None:
     imported(name)
-    monkeypatch.setattr(upstream_api, "_source", lambda module: "def nothing_of_the_kind(): ...")
+    monkeypatch.setattr(upstream_names, "_source", lambda module: "def nothing_of_the_kind(): ...")
     with pytest.raises(UpstreamError, match=r"no longer (called|used in the same way)"):
         check(names=[name])
 

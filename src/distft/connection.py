@@ -1,4 +1,4 @@
-"""Asking the Hugging Face Hub where there may be no connection: its clients would repeat each request for a minute."""
+"""Ask the Hugging Face Hub only if it can be reached: its clients would retry each request for a minute."""
 
 from __future__ import annotations
 

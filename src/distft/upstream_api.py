@@ -1,261 +1,41 @@
-"""Every private name of another library that distft uses or overrides, and the functions through which it does so.
+"""Functions that use private names of other libraries, each of which is checked on its first use (`upstream_names`).
 
-A private name can disappear in any release. Assigning to one that is gone, or overriding a hook that is no longer
-called, raises nothing: the run just becomes slower or wrong. `check` therefore compares `PRIVATE_NAMES` with what is
-installed: training calls it before it loads anything, and every function below checks the names it needs on first use.
-
-Public but undocumented names whose loss would be silent are listed as well. This module imports no library until a
-function needs it.
+This module imports no library until a function needs it.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.metadata
 import importlib.util
-import inspect
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from distft.errors import UpstreamError
-
-Use = Literal["call", "override", "replace", "attribute"]
-
-
-@dataclass(frozen=True)
-class PrivateName:
-    """A name that distft relies on.
-
-    `owner` is the module, or `module:Class`, that has the name. `use` says how distft depends on it:
-
-    - `call`: it is called or read, and must accept `parameters`;
-    - `override`: a subclass defines it, so it must exist, accept `parameters`, and be called by the owner's module;
-    - `replace`: its global in the owner's module is replaced, so the module must still look it up there;
-    - `attribute`: the owner's module sets it on instances, so that no class has it.
-
-    `source`, if given, is a regular expression that the source of the owner's module has to match.
-    """
-
-    library: str
-    owner: str
-    name: str
-    use: Use
-    purpose: str
-    parameters: tuple[str, ...] = ()
-    source: str | None = None
-
-    @property
-    def module(self) -> str:
-        return self.owner.partition(":")[0]
-
-    def problem(self) -> str | None:
-        """What is wrong with the name in the installed library, or None. Imports the owner's module."""
-        module = importlib.import_module(self.module)
-        owner = functools.reduce(getattr, filter(None, [self.owner.partition(":")[2]]), module)
-        if self.use != "attribute":
-            if not hasattr(owner, self.name):
-                return "is gone"
-            if lacking := self._lacking(getattr(owner, self.name)):
-                return f"no longer accepts {', '.join(lacking)}"
-        pattern = self.source or self._default_source()
-        if pattern is not None and re.search(pattern, _source(self.module), re.MULTILINE) is None:
-            return {"attribute": "is no longer set", "override": "is no longer called"}.get(
-                self.use, "is no longer used in the same way"
-            )
-        return None
-
-    def _default_source(self) -> str | None:
-        name = re.escape(self.name)
-        return {
-            "attribute": rf"(self\.{name}\b[^=\n]*=[^=]|^    {name}: )",
-            "override": rf"self\.{name}\(",
-            "replace": rf"\b{name}\(",
-        }.get(self.use)
-
-    def _lacking(self, found: Any) -> list[str]:
-        try:
-            accepted = inspect.signature(found).parameters
-        except (TypeError, ValueError):  # functions in C have no signature; neither do plain values
-            return list(self.parameters)
-        return [parameter for parameter in self.parameters if parameter not in accepted]
-
-
-def _of(library: str, owner: str) -> Callable[..., PrivateName]:
-    return functools.partial(PrivateName, library, owner)
-
-
-_c10d = _of("torch", "torch.distributed.distributed_c10d")
-_trainer = _of("transformers", "transformers.trainer:Trainer")
-_arguments = _of("transformers", "transformers.training_args:TrainingArguments")
-_config = _of("transformers", "transformers.configuration_utils:PreTrainedConfig")
-_layer = _of("transformers", "transformers.modeling_layers:GradientCheckpointingLayer")
-_trl = _of("trl", "trl.trainer.utils")
-_head = _of("trl", "trl.trainer.utils:FusedCausalLMOutput")
-_sft = _of("trl", "trl.trainer.sft_trainer:SFTTrainer")
-_loader = _of("accelerate", "accelerate.data_loader:DataLoaderShard")
-_process = _of("accelerate", "accelerate.state:PartialState")
-_state = _of("accelerate", "accelerate.state:AcceleratorState")
-_liger = _of("liger-kernel", "liger_kernel.transformers")
-_liger_norm = _of("liger-kernel", "liger_kernel.transformers.rms_norm:LigerRMSNorm")
-_linear4bit = _of("bitsandbytes", "bitsandbytes.nn.modules:Linear4bit")
-_native = _of("bitsandbytes", "bitsandbytes.cextension:BNBNativeLibrary")
-_dataset = _of("datasets", "datasets.arrow_dataset:Dataset")
-_templates = _of("transformers", "transformers.utils.chat_template_utils")
-_training_templates = _of("trl", "trl.chat_template_utils")
-_wandb = _of("wandb", "wandb.sdk.wandb_settings:Settings")
-_hflm = _of("lm-eval", "lm_eval.models.huggingface:HFLM")
-_evaluation_loop = ("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix")
-
-PRIVATE_NAMES: tuple[PrivateName, ...] = (
-    _c10d("_get_default_store", "call", "let ranks agree through the group's store, without a device"),
-    _of("torch", "torch._C")("_current_graph_task_id", "call", "tell a recomputed forward from the first one"),
-    _of("torch", "torch.cuda.memory")(
-        "_set_allocator_settings", "call", "use expandable segments, because packs differ in length", ("env",)
-    ),
-    _of("torch", "torch.autograd.profiler:profile")(
-        "kineto_results", "attribute", "read the profiler's events without building a Python object for each"
-    ),
-    _trainer("_get_grad_norm", "override", "leave out a step that is not finite", ("model", "grad_norm")),
-    _trainer("_tr_loss", "attribute", "leave out a step that is not finite"),
-    _trainer("_globalstep_last_logged", "attribute", "leave out a step that is not finite"),
-    _trainer("_maybe_log_save_evaluate", "override", "judge a step's numbers before they are logged or saved"),
-    _trainer("_save_checkpoint", "override", "save checkpoints whole or not at all", ("model", "trial")),
-    _trainer("_determine_best_metric", "override", "save the best model, and stop early", ("metrics", "trial")),
-    _trainer("_load_best_model", "call", "end with the best model"),
-    _trainer("_run_epoch", "override", "train no step after the last one when a run resumes there"),
-    _trainer("_prepare_inputs", "call", "move evaluation batches to the device", ("inputs",)),
-    _trainer("get_batch_samples", "override", "time the wait for data and skip empty rounds", ("epoch_iterator",)),
-    _trainer("evaluation_loop", "override", "weight the evaluation loss by tokens", _evaluation_loop),
-    _trainer("floating_point_ops", "override", "skip a count over all parameters in every micro-batch", ("inputs",)),
-    _arguments("_n_gpu", "attribute", "keep a single process from wrapping the model in nn.DataParallel"),
-    _config(
-        "_attn_implementation",
-        "attribute",
-        "record which attention the model was loaded with",
-        source=r"def _attn_implementation\(self\)|self\._attn_implementation\b",
-    ),
-    _layer(
-        "_gradient_checkpointing_func",
-        "attribute",
-        "checkpoint some layers and not others",
-        source=r"self\._gradient_checkpointing_func\(",
-    ),
-    _trl(
-        "_use_triton",
-        "replace",
-        "keep TRL's fused head from selecting tokens on the device, which makes the host wait",
-        ("device",),
-        source=r"compact = _use_triton\(",
-    ),
-    _head(
-        "log_probs",
-        "call",
-        "compute the loss from the fused head's outputs",
-        source=r"fused_lm_head=False, labels=None, shift_labels=None",
-    ),
-    _sft("_metrics", "attribute", "drop the metrics that TRL gathers during an evaluation"),
-    _loader("__init__", "call", "copy batches to the device without waiting", ("_non_blocking",)),
-    _process("_shared_state", "call", "run FSDP2 on CPU, and leave no state behind in a process of the user's"),
-    _state("_shared_state", "call", "leave no state behind in a process of the user's"),
-    _of("accelerate", "accelerate.state:GradientState")(
-        "_shared_state", "call", "leave no state behind in a process of the user's"
-    ),
-    _state("__init__", "call", "run FSDP2 on CPU", ("fsdp_plugin",)),
-    _state("_mixed_precision", "attribute", "run FSDP2 on CPU"),
-    _liger("_apply_liger_kernel_to_instance", "call", "use liger's norms and rotary embeddings", ("model",)),
-    _liger_norm(
-        "casting_mode",
-        "attribute",
-        "recognise the norms that PyTorch's own kernel can compute",
-        source=r"self\.casting_mode\b",
-    ),
-    _linear4bit("support_avx512bf16_for_cpu", "attribute", "keep 4-bit weights in a layout that has a gradient"),
-    _native("_lib", "attribute", "name the native library that was loaded"),
-    _dataset("_fingerprint", "attribute", "recognise data that has been tokenized before"),
-    _templates(
-        "render_jinja_template",
-        "call",
-        "render conversations as the tokenizer does, without it, and with the characters of the answers",
-        ("conversations", "tools", "chat_template", "return_assistant_tokens_mask", "add_generation_prompt"),
-    ),
-    _training_templates(
-        "has_generation_markers", "call", "see which tokens a chat template trains", ("chat_template",)
-    ),
-    _training_templates("get_training_chat_template", "call", "use TRL's training templates", ("processing_class",)),
-    _dataset("_indices", "attribute", "read the lengths of samples without reading the samples"),
-    _wandb("x_transaction_log_flush_interval", "attribute", "lose at most a second of history when a run is killed"),
-    _hflm("_rank", "attribute", "spread lm-eval's requests over the processes"),
-    _hflm("_world_size", "attribute", "spread lm-eval's requests over the processes"),
-)
-"""Grouped by library; the test suite compares it with the names that the sources use."""
-
-
-def check(libraries: Iterable[str] | None = None, names: Iterable[PrivateName] = PRIVATE_NAMES) -> None:
-    """Check the private names of `libraries` (all by default) whose modules are imported already.
-
-    Raises:
-        UpstreamError: names the library, its version, every name that is missing or has changed, and its purpose.
-    """
-    chosen = None if libraries is None else set(libraries)
-    _require(name for name in names if name.module in sys.modules and (chosen is None or name.library in chosen))
-
-
-def _require(names: Iterable[PrivateName]) -> None:
-    found = [(name, problem) for name in names if (problem := name.problem()) is not None]
-    if found:
-        raise UpstreamError(
-            "this version of distft does not fit the installed libraries:\n"
-            + "\n".join(
-                f"  {name.library} {importlib.metadata.version(name.library)}: {name.owner}.{name.name} {problem}; "
-                f"distft uses it to {name.purpose}"
-                for name, problem in found
-            )
-            + "\nInstall the versions that this release of distft was tested with, or a newer release of distft"
-        )
-
-
-@functools.cache
-def _source(module: str) -> str:
-    file = sys.modules[module].__file__
-    return "" if file is None or not file.endswith(".py") else Path(file).read_text(encoding="utf-8")
-
-
-@functools.cache
-def _checked(name: str, owner: str | None = None) -> Any:
-    """Check a listed name, once per process, and return it if it belongs to a module, else its module."""
-    (entry,) = (each for each in PRIVATE_NAMES if each.name == name and owner in (None, each.owner))
-    _require([entry])
-    module = importlib.import_module(entry.module)
-    return module if entry.use == "attribute" or ":" in entry.owner else getattr(module, name)
-
+from distft.upstream_names import checked
 
 # torch ----------------------------------------------------------------------------------------------------------------
 
 
 def default_store() -> Any:
     """The key-value store of the default process group."""
-    return _checked("_get_default_store")()
+    return checked("_get_default_store")()
 
 
 def in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread, as it does when a layer is recomputed."""
-    return bool(_checked("_current_graph_task_id")() != -1)
+    return bool(checked("_current_graph_task_id")() != -1)
 
 
 def set_allocator_settings(settings: str) -> None:
     """Configure the CUDA allocator of this process as `PYTORCH_CUDA_ALLOC_CONF` would."""
-    _checked("_set_allocator_settings")(settings)
+    checked("_set_allocator_settings")(settings)
 
 
 def profiler_events(profiler: Any) -> list[Any]:
     """The raw events of a stopped `torch.profiler.profile`."""
-    _checked("kineto_results")
+    checked("kineto_results")
     return list(profiler.profiler.kineto_results.events())
 
 
@@ -264,46 +44,46 @@ def profiler_events(profiler: Any) -> list[Any]:
 
 def use_one_gpu(arguments: Any) -> None:
     """Keep the trainer of a single process on one GPU, where it would use `nn.DataParallel` over all of them."""
-    _checked("_n_gpu")
+    checked("_n_gpu")
     if arguments.n_gpu > 1:  # reading the property settles the devices
         arguments._n_gpu = 1
 
 
 def attn_implementation(config: Any) -> str:
     """The attention implementation that a model with this configuration runs."""
-    _checked("_attn_implementation")
+    checked("_attn_implementation")
     return str(config._attn_implementation)
 
 
 def checkpoint_layer_with(layer: Any, function: Callable[..., Any]) -> None:
     """Let `function` run the forward of a `GradientCheckpointingLayer` while its checkpointing is on."""
-    _checked("_gradient_checkpointing_func")
+    checked("_gradient_checkpointing_func")
     layer._gradient_checkpointing_func = function
 
 
 def running_loss(trainer: Any) -> Any:
     """A copy of the loss that the trainer has summed since its last log."""
-    _checked("_tr_loss")
+    checked("_tr_loss")
     return trainer._tr_loss.clone()
 
 
 def forget_step(trainer: Any, loss_before: Any) -> None:
     """Take a step out of the trainer's mean loss; `loss_before` is the `running_loss` before it."""
-    _checked("_globalstep_last_logged")
+    checked("_globalstep_last_logged")
     trainer._tr_loss.copy_(loss_before)
     trainer._globalstep_last_logged += 1
 
 
 def load_best_model(trainer: Any, checkpoint: Path) -> None:
     """Give the trainer's model the weights in `checkpoint`, under any strategy. All ranks must call this."""
-    _checked("_load_best_model")
+    checked("_load_best_model")
     trainer.state.best_model_checkpoint = str(checkpoint)
     trainer._load_best_model()
 
 
 def to_trainer_device(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """A batch on the trainer's device."""
-    _checked("_prepare_inputs")
+    checked("_prepare_inputs")
     prepared: dict[str, Any] = trainer._prepare_inputs(inputs)
     return prepared
 
@@ -316,14 +96,14 @@ def select_tokens_on_host() -> None:
 
     Only the head looks this name up in its module, and only for that choice; TRL's kernels have their own.
     """
-    _checked("_use_triton")
+    checked("_use_triton")
     module: Any = importlib.import_module("trl.trainer.utils")
     module._use_triton = lambda device: False
 
 
 def clear_evaluation_metrics(trainer: Any) -> None:
     """Drop what TRL has gathered for the log of an evaluation."""
-    _checked("_metrics")
+    checked("_metrics")
     trainer._metrics["eval"].clear()
 
 
@@ -332,7 +112,7 @@ def clear_evaluation_metrics(trainer: Any) -> None:
 
 def set_distributed_type(state: Any, kind: Any) -> None:
     """Set the distributed type of an `AcceleratorState`, and of the state that all its instances share."""
-    _checked("_shared_state", "accelerate.state:PartialState")
+    checked("_shared_state", "accelerate.state:PartialState")
     state.distributed_type = kind
     importlib.import_module("accelerate.state").PartialState._shared_state["distributed_type"] = kind
 
@@ -341,7 +121,7 @@ def set_distributed_type(state: Any, kind: Any) -> None:
 def own_accelerate_state() -> Iterator[None]:
     """Give the block accelerate's states as in a fresh process, and bring back what was there."""
     kinds = ("PartialState", "AcceleratorState", "GradientState")
-    modules = [_checked("_shared_state", f"accelerate.state:{kind}") for kind in kinds]
+    modules = [checked("_shared_state", f"accelerate.state:{kind}") for kind in kinds]
     shared = [getattr(module, kind)._shared_state for module, kind in zip(modules, kinds, strict=True)]
     before = [dict(state) for state in shared]
     for state in shared:
@@ -356,7 +136,7 @@ def own_accelerate_state() -> Iterator[None]:
 
 def mixed_precision(state: Any) -> str:
     """The mixed precision of an `AcceleratorState`, before its own properties can answer."""
-    _checked("_mixed_precision")
+    checked("_mixed_precision")
     return str(state._mixed_precision)
 
 
@@ -364,8 +144,8 @@ def apply_liger_kernels(model: Any) -> bool:
     """Use liger's norms and rotary embeddings in `model`; False where liger is not installed."""
     if importlib.util.find_spec("liger_kernel") is None:
         return False
-    _checked("casting_mode")
-    _checked("_apply_liger_kernel_to_instance")(
+    checked("casting_mode")
+    checked("_apply_liger_kernel_to_instance")(
         model=model, cross_entropy=False, fused_linear_cross_entropy=False, swiglu=False, geglu=False
     )
     return True
@@ -378,21 +158,21 @@ def disable_avx512_repacking(module: Any) -> None:
     every training step after that would be wrong, without an error.
     """
     if "bitsandbytes.nn.modules" in sys.modules:
-        _checked("support_avx512bf16_for_cpu")
+        checked("support_avx512bf16_for_cpu")
     if hasattr(module, "support_avx512bf16_for_cpu"):
         module.support_avx512bf16_for_cpu = False
 
 
 def bitsandbytes_library() -> str | None:
     """File name of bitsandbytes' native library; None where it could not be loaded."""
-    _checked("_lib")
+    checked("_lib")
     library = vars(importlib.import_module("bitsandbytes.cextension").lib)  # its stand-in answers any getattr
     return Path(library["_lib"]._name).name if "_lib" in library else None
 
 
 def dataset_fingerprint(dataset: Any) -> str:
     """The fingerprint of a `datasets.Dataset`."""
-    _checked("_fingerprint")
+    checked("_fingerprint")
     return str(dataset._fingerprint)
 
 
@@ -409,7 +189,7 @@ def render_chats(
 
     Raises whatever the template raises. With `answer_next`, the text ends where the assistant is to speak.
     """
-    render = _checked("render_jinja_template")
+    render = checked("render_jinja_template")
     texts, indices = render(
         conversations=conversations,
         tools=tools,
@@ -423,13 +203,13 @@ def render_chats(
 
 def has_generation_markers(template: str) -> bool:
     """Whether a chat template marks what the assistant generates."""
-    return bool(_checked("has_generation_markers")(template))
+    return bool(checked("has_generation_markers")(template))
 
 
 def training_template(tokenizer: Any) -> str | None:
     """TRL's training template for the tokenizer's; None if TRL has none or knows of no need for one."""
     try:
-        found: str | None = _checked("get_training_chat_template")(tokenizer)
+        found: str | None = checked("get_training_chat_template")(tokenizer)
     except ValueError:
         return None
     return found
@@ -437,12 +217,12 @@ def training_template(tokenizer: Any) -> str | None:
 
 def dataset_rows(dataset: Any) -> Any:
     """The rows of its table that a `datasets.Dataset` selects, [n], in order; None for all of them."""
-    _checked("_indices")
+    checked("_indices")
     return None if dataset._indices is None else dataset._indices.column(0).to_numpy()
 
 
 def set_lm_eval_rank(model: Any, rank: int, world_size: int) -> None:
     """Tell an `HFLM` which share of the requests is its own."""
-    _checked("_rank")
-    _checked("_world_size")
+    checked("_rank")
+    checked("_world_size")
     model._rank, model._world_size = rank, world_size

@@ -125,10 +125,12 @@ def test_an_evaluation_uses_the_template_that_was_saved(trained: Ended) -> None:
     assert given.recipe.data.chat_template == "chatml", "an override goes first"
 
 
-def test_a_merged_adapter_answers_and_stops(trained: Ended, tmp_path: Path) -> None:
+def test_a_merged_adapter_answers_and_stops(trained: Ended, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["merge", str(trained.folder.path), "--output", str(tmp_path / "merged")])
     if result_of(trained.folder) == trained.folder.model:
-        pytest.skip("there is nothing to merge")
-    assert main(["merge", str(trained.folder.path), "--output", str(tmp_path / "merged")]) == 0
+        assert code == 2 and "adapter" in capsys.readouterr().err
+        return
+    assert code == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert tokenizer.chat_template == CHATML and answers(model, tokenizer) == EXPECTED

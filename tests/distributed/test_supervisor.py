@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -76,10 +78,36 @@ def test_a_failure_is_repeated_if_the_attempt_before_had_it_after_the_same_step(
     assert not repeats("TypeError: another rank's"), "the attempt before did not end so"
 
 
-def test_without_a_supervisor_nothing_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files, where a launch without a supervisor leaves its markers."""
     monkeypatch.delenv(OUTCOME, raising=False)
-    monkeypatch.chdir(tmp_path)
-    for attempt in "01":
-        monkeypatch.setenv(ATTEMPT, attempt)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_without_a_launcher_nothing_is_repeated(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ATTEMPT, raising=False)
+    for _ in range(2):
         assert not repeats("KeyError: 'lm_head'")
-    assert not list(tmp_path.iterdir())
+    assert not list(temporary.iterdir())
+
+
+def test_under_a_bare_launcher_a_failure_is_repeated(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for attempt, repeated in (("0", False), ("1", True)):
+        monkeypatch.setenv(ATTEMPT, attempt)
+        assert repeats("KeyError: 'lm_head'") is repeated
+    assert {stat.S_IMODE(file.stat().st_mode) for file in temporary.iterdir()} == {0o600}
+
+
+def test_a_marker_is_not_written_through_a_link(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever guesses the name of a marker must not have a user's file overwritten."""
+    monkeypatch.setenv(ATTEMPT, "0")
+    precious = temporary / "precious"
+    precious.write_text("mine")
+    assert not repeats("KeyError: 'lm_head'")
+    (marker,) = temporary.glob("*.said")
+    marker.unlink()
+    marker.symlink_to(precious)
+    assert not repeats("KeyError: 'lm_head'")
+    assert precious.read_text() == "mine"

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -78,7 +79,8 @@ def test_ctrl_c_twice_stops_now(kind: str, tmp_path: Path) -> None:
     stop(workers)  # so that no rank comes to the end of its step between the two
     for passed_on in (signal.SIGINT, signal.SIGTERM):
         process.send_signal(signal.SIGINT)
-        until(lambda passed_on=passed_on: all(is_pending(passed_on, worker) for worker in workers))  # type: ignore[misc]
+        for worker in workers:
+            until(partial(is_pending, passed_on, worker))
     for worker in workers:
         with contextlib.suppress(psutil.NoSuchProcess):
             worker.resume()

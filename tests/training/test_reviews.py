@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,11 +52,11 @@ def test_the_metrics_are_those_of_the_task(way: tuple[str, ...], tmp_path: Path)
     assert "test_imdb_accuracy" not in trainer.evaluate(metric_key_prefix="test")
 
 
-def test_the_reviews_are_those_of_the_validation_split(tokenizer: object) -> None:
+def test_the_reviews_are_those_of_the_validation_split(tokenizer: Any) -> None:
     recipe = load_recipe([*RECIPE, *WORDS, "evaluation.max_samples=null"])
     validation = prepare_data(recipe, tokenizer).validation
     assert validation is not None
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in validation["input_ids"]]  # type: ignore[attr-defined]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in validation["input_ids"]]
     rows = reviews.load_validation(recipe, 2)
     assert len(rows) == len(texts) == 20
     assert all(row.text in text for row, text in zip(rows, texts, strict=True))

@@ -134,16 +134,14 @@ class Run:
             ModelError: the base or the adapter cannot be loaded, or they do not fit each other.
         """
         from distft.config.recipe import load_recipe
-        from distft.data.named_templates import saved_template
+        from distft.data.named_templates import words_of_run
         from distft.models.loading import load_tokenizer
         from distft.models.saved_adapter import load_trained
 
         result = next((path for path in (self.folder.adapter, self.folder.model) if path.is_dir()), None)
         if result is None:
             raise RunFolderError(f"{self.path} has neither adapter/ nor model/: the run is {self.status}")
-        recipe = self.recipe
-        if template := saved_template(recipe, result):
-            recipe = load_recipe([f"recipe={self.folder.recipe.absolute()}", *template])
+        recipe = load_recipe(words_of_run(self.folder.recipe, result))
         return load_trained(recipe, result), load_tokenizer(recipe)
 
     def __repr__(self) -> str:

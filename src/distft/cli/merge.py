@@ -20,8 +20,7 @@ def add_to(commands: Commands) -> None:
 
 
 def merge(options: argparse.Namespace) -> None:
-    from distft.config.recipe import load_recipe
-    from distft.data.named_templates import saved_template
+    from distft.data.named_templates import words_of_run
     from distft.hardware import visible_devices
     from distft.models.export import merge
     from distft.runs.folder import RunFolder
@@ -32,7 +31,6 @@ def merge(options: argparse.Namespace) -> None:
     target = options.output or folder.merged
     if target.exists():
         raise RunFolderError(f"{target} already exists and will not be overwritten; give another --output")
-    words = [f"recipe={folder.recipe}"]
-    words += saved_template(load_recipe(words), folder.adapter)
-    merge(load(words), folder.adapter, target, {"": 0} if visible_devices() else None)
+    recipe = load(words_of_run(folder.recipe, folder.adapter))
+    merge(recipe, folder.adapter, target, {"": 0} if visible_devices() else None)
     print(f"merged model: {target}")

@@ -215,7 +215,7 @@ def _check_head(recipe: Recipe, source: Path) -> None:
     quick = [part for part in rows.parts[:_HEAD_FILES] if isinstance(part, DataFile) and part.has_quick_head()]
     if format_of(recipe.data) is None:
         if local_source(recipe.data) is None or not quick:
-            return  # the format is told from rows that take long to get
+            return  # inferring the format would read rows that are slow to get
         recipe, _ = with_format(recipe)
     head = Rows(rows.name, quick)
     check_columns(head, recipe.data)

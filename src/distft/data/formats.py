@@ -5,10 +5,11 @@ The templates themselves are in `distft.data.templates`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import reprlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -204,11 +205,15 @@ class Formatter:
     form: Format
     rules: _Rules
 
+    @functools.cached_property
+    def _format(self) -> Callable[[Format, _Rules, Mapping[str, Any]], Example | Dropped]:
+        return _FORMATTERS[kind_of(self.form)]
+
     def __call__(self, row: Mapping[str, Any]) -> Example | Dropped:
         """Raises:
         DataError: a column does not hold text, or a label is not a class number.
         """
-        made = _FORMATTERS[kind_of(self.form)](self.form, self.rules, row)
+        made = self._format(self.form, self.rules, row)
         notes = (*blanks(row, self.form), *made.notes)
         return Dropped(made.reason, notes) if isinstance(made, Dropped) else replace(made, notes=notes)
 

@@ -1,6 +1,6 @@
-"""Which format data have, where the recipe does not say: told from the columns and values of the first rows.
+"""Infer the format of the data from the columns and values of its first rows, if the recipe does not name one.
 
-A guess is made only where one format fits, and is printed; `data.format` overrides it.
+A format is inferred only if exactly one fits. It is printed, and `data.format` overrides it.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def with_format(recipe: Recipe, tokenizer: Any = None) -> tuple[Recipe, str | No
             what += ", as conversations through the tokenizer's chat template"
         else:
             what += ", through Dolly's template"
-    changed = recipe.model_copy(update={"data": data.model_copy(update=changes)})
-    changed._source = recipe.source
-    return changed, what
+    return recipe.model_copy(update={"data": data.model_copy(update=changes)}), what
 
 
 def infer(data: Data) -> Inferred:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distft import upstream_api
-from distft.config.recipe import Recipe
+from distft.config.recipe import load_recipe
 from distft.config.validation import nearest
 from distft.errors import DataError
 from distft.text import first_line
@@ -67,10 +67,14 @@ def template_text(name: str) -> str:
         raise DataError(f"data.chat_template={name} cannot be read: {first_line(error)}") from error
 
 
-def saved_template(recipe: Recipe, result: Path) -> list[str]:
-    """The override that names the template saved in `result`, where the recipe names a file, which may have changed."""
-    name, saved = recipe.data.chat_template, result.absolute() / "chat_template.jinja"
-    return [f"data.chat_template={json.dumps(str(saved))}"] if name and is_path(name) and saved.is_file() else []
+def words_of_run(file: Path, result: Path) -> list[str]:
+    """What loads the recipe `file` of a run, with the chat template saved in its `result` where the recipe names a
+    template file, which may have changed since."""
+    words = [f"recipe={file.absolute()}"]
+    name, saved = load_recipe(words).data.chat_template, result.absolute() / "chat_template.jinja"
+    if name is not None and is_path(name) and saved.is_file():
+        words.append(f"data.chat_template={json.dumps(str(saved))}")
+    return words
 
 
 def use_template(tokenizer: Any, name: str) -> list[str]:
@@ -98,7 +102,7 @@ def use_template(tokenizer: Any, name: str) -> list[str]:
 
 
 def special_tokens(tokenizer: Any) -> set[str]:
-    """The tokens that stand for themselves wherever they occur in a text."""
+    """The tokens that the tokenizer never splits or merges with others."""
     return {token.content for token in tokenizer.added_tokens_decoder.values()}
 
 

@@ -81,18 +81,8 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Splits:
         _input(label, recipe.model_copy(update={"data": data}), tokenizer)
         for label, data in parts_of(recipe.data).items()
     ]
-    data, inferred = (
-        recipe.data,
-        [f"{each.label}: " * bool(each.label) + each.inferred for each in inputs if each.inferred],
-    )
-    if data.sources is not None:
-        named = [
-            a.model_copy(update={"format": b.recipe.data.format}) for a, b in zip(data.sources, inputs, strict=True)
-        ]
-        changed = recipe.model_copy(update={"data": data.model_copy(update={"sources": named})})
-    else:
-        changed = inputs[0].recipe
-    changed._source, recipe = recipe.source, changed
+    recipe, inferred = _with_formats(recipe, inputs)
+    data = recipe.data
     place = {
         "stores": [[each.label, *(store.folder.name for store in each.stores)] for each in inputs],
         "splits": [data.validation_fraction, data.test_fraction, data.max_samples, data.deduplicate],
@@ -159,6 +149,19 @@ def _input(label: str, recipe: Recipe, tokenizer: Any) -> _Input:
     stores = [store_of(raw, work, key, processes, _draw(recipe, tokenizer))]
     stores += [store_of(rows, work, key, processes) for rows in held_out]
     return _Input(label, recipe, stores, inferred, form.lines())
+
+
+def _with_formats(recipe: Recipe, inputs: Sequence[_Input]) -> tuple[Recipe, list[str]]:
+    """The recipe with the format of each source, and what was inferred of it, in words."""
+    data = recipe.data
+    if data.sources is None:
+        return inputs[0].recipe, [inputs[0].inferred] if inputs[0].inferred else []
+    sources = [
+        source.model_copy(update={"format": each.recipe.data.format})
+        for source, each in zip(data.sources, inputs, strict=True)
+    ]
+    told = [f"{each.label}: {each.inferred}" for each in inputs if each.inferred]
+    return recipe.model_copy(update={"data": data.model_copy(update={"sources": sources})}), told
 
 
 def _batch_notes(recipe: Recipe, report: Report) -> list[str]:

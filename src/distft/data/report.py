@@ -48,7 +48,7 @@ class Report:
         if self.repeats:
             found.append(f"data: dropped {count(self.repeats, 'row')} that repeat another")
         for reason, number in self.dropped.items():
-            found.append(f"data: dropped {number:,} rows with {reason}")
+            found.append(f"data: dropped {count(number, 'row')} with {reason}")
         if list(self.noted.values()) not in ([], [*self.dropped.values()]):  # one kind, all dropped, has just been said
             kinds = ", ".join(f"{what} in {count(number, 'row')}" for what, number in self.noted.items())
             found.append(f"data: {kinds}")
@@ -56,11 +56,11 @@ class Report:
             roles = ", ".join(f"{number:,} of {role}" for role, number in self.trained.items())
             found.append(f"data: trained tokens: {roles}")
         if untrained := sum(self.dropped_untrained.values()):
-            found.append(f"data: dropped {untrained:,} samples: training.max_length leaves nothing to train on")
+            found.append(f"data: dropped {count(untrained, 'sample')}: training.max_length leaves nothing to train on")
         if truncated := sum(self.truncated.values()):
             inside = sum(self.cut_inside.values())
             how = f", {inside:,} of them inside a turn that is too long by itself" if inside else ""
-            found.append(f"data: truncated {truncated:,} samples to training.max_length{how}")
+            found.append(f"data: truncated {count(truncated, 'sample')} to training.max_length{how}")
         for token, number in self.marked.items():
             found.append(f"data: {count(number, 'sample')} with {token} in the text, which is not added again")
         for name, number in self.overlap.items():

@@ -81,7 +81,6 @@ def load(recipe: Recipe, classes: int) -> list[Review]:
     settings, source = recipe.evaluation.imdb, source_of(recipe)
     if source is None:
         return _of_split(recipe, "test", classes)
-    assert source is not None
     where = source.name if isinstance(source, HubSplit) else str(settings.path)
     return _checked(recipe, list(read_source(source)), where, settings.text, settings.label, classes)
 

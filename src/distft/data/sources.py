@@ -208,9 +208,10 @@ def read_source(source: Path | HubSplit) -> Rows:
             return Rows(name, [HubRows(name, load_dataset(source.name, source.config, split=source.split))])
     except Exception as error:  # datasets and the hub client raise many types here; all mean "unavailable"
         reason = first_line(error)
+        known = any(source.name == each.hub for each in KNOWN_DATASETS.values())
         raise DataError(
-            f"there is no file or folder {source.name} here, and as a data set of the hub, "
-            f"{source.name} ({source.split} split) is not in the cache and could not be downloaded: {reason}\n"
+            ("" if known else f"there is no file or folder {source.name} here, and as a data set of the hub, ")
+            + f"{source.name} ({source.split} split) is not in the cache and could not be downloaded: {reason}\n"
             "  run distft fetch with the same arguments on a machine with network access, "
             "or use a local copy: data.path=FILE.jsonl"
         ) from error

@@ -87,6 +87,9 @@ class TokenStore:
         return cls(folder, about["rows"], about["kept"], about["repeats"], dropped, noted, examples, **by_name)
 
 
+_Piece = tuple[list[Segment], int]
+
+
 class Draw(NamedTuple):
     """Which rows of a source are tokenized: `rows` returns their numbers in ascending order, counted from 0, and what
     else the store has to know of all rows. `key` identifies the choice."""
@@ -130,9 +133,9 @@ def _make_pieces(rows: Rows, drawn: Array | None, worker: Worker, processes: int
             taken = _segments(rows, drawn)
             following = next(taken, None)
             while following is not None:
-                segments, number = following, pieces
+                (segments, characters), number = following, pieces
                 pieces += 1
-                size += sum(map(_size, (row for segment in segments for row in segment.rows)))
+                size += characters
                 following = _next(taken, lambda: settle(0))
                 record = worker.folder / f"{number:06}.json"
                 if record.exists():  # from before an interruption
@@ -157,7 +160,7 @@ def _make_pieces(rows: Rows, drawn: Array | None, worker: Worker, processes: int
     return pieces
 
 
-def _next(pieces: Iterator[list[Segment]], before_failing: Any) -> list[Segment] | None:
+def _next(pieces: Iterator[_Piece], before_failing: Callable[[], None]) -> _Piece | None:
     """The next piece. If it cannot be read, what is wrong with the rows before it comes first."""
     try:
         return next(pieces, None)
@@ -166,8 +169,9 @@ def _next(pieces: Iterator[list[Segment]], before_failing: Any) -> list[Segment]
         raise
 
 
-def _segments(rows: Rows, drawn: Array | None) -> Iterator[list[Segment]]:
-    """The rows in pieces, each of whole rows with at least as many characters as `_room` says, but for the last."""
+def _segments(rows: Rows, drawn: Array | None) -> Iterator[_Piece]:
+    """The rows in pieces of whole rows, with the characters of each: at least as many as `_room` says, except for the
+    last piece."""
     piece: list[Segment] = []
     before = size = 0
     numbers, wanted = itertools.count(), None if drawn is None else set(drawn.tolist())
@@ -180,13 +184,13 @@ def _segments(rows: Rows, drawn: Array | None) -> Iterator[list[Segment]]:
             held.append(row)
             size += _size(row)
             if size >= _room(before):
-                yield [*piece, Segment(part.name, first, held)]
+                yield [*piece, Segment(part.name, first, held)], size
                 before += size
                 piece, held, first, size = [], [], number + 1, 0
         if held:
             piece.append(Segment(part.name, first, held))
     if piece:
-        yield piece
+        yield piece, size
 
 
 def _room(before: int) -> int:

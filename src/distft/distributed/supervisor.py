@@ -9,6 +9,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def repeats(failure: str) -> bool:
     now, before = (_file_for_next(f"failure-{number}-{digest}") for number in (attempt, attempt - 1))
     if now is None or before is None:
         return False
-    now.write_text(text, encoding="utf-8")
+    _leave(now, text)
     return before.is_file()
 
 
@@ -104,7 +105,7 @@ def refuse_next(failure: str) -> None:
     launchers cannot be ended from here."""
     file = _file_for_next(_REFUSED)
     if file is not None:
-        file.write_text(failure, encoding="utf-8")
+        _leave(file, failure)
 
 
 def check_not_refused() -> None:
@@ -123,6 +124,16 @@ def _file_for_next(name: str) -> Path | None:
     if ATTEMPT not in os.environ:
         return None
     return marker(Launch.of(os.environ), name)
+
+
+def _leave(file: Path, text: str) -> None:
+    """Write `file`, but not through a link: in the folder for temporary files, anybody may have left one.
+
+    Where it cannot be written, the next attempt knows nothing of this one; the failure itself is still reported.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    with suppress(OSError), os.fdopen(os.open(file, flags, 0o600), "w", encoding="utf-8", errors="replace") as opened:
+        opened.write(text)
 
 
 def marker(launch: Launch, name: str) -> Path:

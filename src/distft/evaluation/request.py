@@ -12,7 +12,7 @@ from pathlib import Path
 from distft.config.recipe import Recipe, load_recipe
 from distft.config.validation import COMMAND_LINE
 from distft.data.checks import data_faults
-from distft.data.named_templates import saved_template
+from distft.data.named_templates import words_of_run
 from distft.errors import Fault, LaunchError, RunFolderError
 from distft.evaluation import preflight
 from distft.runs.folder import RunFolder
@@ -64,7 +64,7 @@ class Request:
         result = next((place for place in (folder.adapter, folder.model) if place.is_dir()), None)
         if result is None:
             raise RunFolderError(f"{path} has neither adapter/ nor model/: {_unfinished(folder)}")
-        return cls(_load([*_recipe_of(folder, result), *words], checks), folder, result, folder)
+        return cls(_load([*words_of_run(folder.recipe, result), *words], checks), folder, result, folder)
 
     @classmethod
     def _of_model(cls, model: str, adapter: str | None, words: Sequence[str], checks: Sequence[Check]) -> Request:
@@ -78,7 +78,7 @@ class Request:
         named = f"model.name={json.dumps(model)}"
         run = _run_around(Path(model).expanduser() if result is None else result)
         if result is not None and run is not None:
-            recipe = _load([*_recipe_of(run, result), named, *words], checks)
+            recipe = _load([*words_of_run(run.recipe, result), named, *words], checks)
             is_checkpoint = result.resolve().parent != run.path.resolve()
             folder = RunFolder(run.path.with_name(f"evaluate-{run.name}-{result.name}")) if is_checkpoint else run
             return cls(recipe, folder, result, run)
@@ -93,12 +93,6 @@ class Request:
         recipe = _load([*plain, *words], (_perplexity_needs_data, *checks))
         name = "-".join(["evaluate", *(Path(part).name for part in (model, adapter) if part)])
         return cls(recipe, RunFolder(Path(recipe.run.dir).expanduser() / name), result, run)
-
-
-def _recipe_of(folder: RunFolder, result: Path) -> list[str]:
-    """The recipe of a run, with the chat template that is saved in its `result`."""
-    words = [f"recipe={folder.recipe.absolute()}"]
-    return [*words, *saved_template(load_recipe(words), result)]
 
 
 def _run_around(result: Path) -> RunFolder | None:

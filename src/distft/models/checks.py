@@ -93,9 +93,7 @@ def _with_new_rows(recipe: Recipe, skeleton: Skeleton, tokenizer: Any, new: Sequ
         skeleton.model.resize_token_embeddings(rows, mean_resizing=False)
     if recipe.lora is None:
         return recipe
-    changed = recipe.model_copy(update={"lora": train_new_rows(recipe.lora, skeleton.model, known, new)})
-    changed._source = recipe.source
-    return changed
+    return recipe.model_copy(update={"lora": train_new_rows(recipe.lora, skeleton.model, known, new)})
 
 
 def tokenizer_faults(recipe: Recipe, skeleton: Skeleton, tokenizer: Any, new: Sequence[int] = ()) -> list[Fault]:

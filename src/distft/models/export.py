@@ -79,6 +79,8 @@ def merge_into_base(model: Any) -> Any:
         warnings.simplefilter("ignore")  # about embeddings that are no longer tied
         try:
             merged = model.merge_and_unload(safe_merge=True)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, NotImplementedError) as error:
             raise ModelError(
                 f"PEFT cannot merge this adapter: {first_line(error)}\n  load base and adapter with PEFT instead"

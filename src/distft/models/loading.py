@@ -81,18 +81,17 @@ def tokenizer_and_new_tokens(recipe: Recipe) -> tuple[Any, list[int]]:
     return tokenizer, tokenizer.convert_tokens_to_ids(new)
 
 
+def _new_tokens(recipe: Recipe) -> list[int]:
+    """The tokens that `data.chat_template` adds. Loads no tokenizer for the template that it has already."""
+    return [] if recipe.data.chat_template in (None, OWN) else tokenizer_and_new_tokens(recipe)[1]
+
+
 def of_whole_model(recipe: Recipe, result: Path) -> Recipe:
     """The recipe with the whole model that it trained and saved in `result` as its base, which has the rows of new
     tokens already."""
     model = {"name": str(result), "revision": None, "tokenizer": None, "resize_embeddings": False}
-    changed = recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update=model),
-            "data": recipe.data.model_copy(update={"chat_template": None}),
-        }
-    )
-    changed._source = recipe.source
-    return changed
+    data = recipe.data.model_copy(update={"chat_template": None})
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=model), "data": data})
 
 
 def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
@@ -131,8 +130,8 @@ def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
         if not (recipe.updates_16_bits or strategy.updates_copies):
             base.float()  # mixed precision computes in 16 bits, and updates weights of 32
         return base
-    known, (_, new) = config.get_text_config().vocab_size, tokenizer_and_new_tokens(recipe)
-    return add_adapter(base, recipe, strategy, known_rows=known, new_tokens=new)
+    known = config.get_text_config().vocab_size
+    return add_adapter(base, recipe, strategy, known_rows=known, new_tokens=_new_tokens(recipe))
 
 
 def load_base(
@@ -160,10 +159,9 @@ def load_base(
     if recipe.quantization is not None and recipe.quantization.dequantize_at_load:
         base = base.dequantize(dtype=getattr(torch, recipe.model.dtype))
         base.is_loaded_in_4bit = False
-    if recipe.model.resize_embeddings or recipe.data.chat_template not in (None, OWN):
-        tokenizer, new = tokenizer_and_new_tokens(recipe)
-        if recipe.model.resize_embeddings or new:
-            add_rows(base, vocabulary_size(tokenizer), new)
+    new = _new_tokens(recipe)
+    if recipe.model.resize_embeddings or new:
+        add_rows(base, vocabulary_size(load_tokenizer(recipe)), new)
     for module in base.modules():
         upstream_api.disable_avx512_repacking(module)
     return base

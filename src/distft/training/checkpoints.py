@@ -40,7 +40,7 @@ def save_result(
 ) -> Path:
     """Save the adapter, or the whole model if there is none, and check what is on disk. All ranks enter.
 
-    The `tokenizer` is saved beside it, with its chat template, and the tokens at which the model stops.
+    Saves the `tokenizer`, including its chat template, and the model's stop tokens in the same folder.
 
     Returns:
         The folder: `adapter/`, which PEFT loads, or `model/`, which transformers loads.

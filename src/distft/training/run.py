@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from distft import upstream_api
+from distft import upstream_names
 from distft.config.recipe import load_recipe
 from distft.console import say
 from distft.data.checks import data_faults
@@ -36,7 +36,7 @@ def train(arguments: Sequence[str]) -> None:
     Raises:
         DistftError: the run failed or was stopped; its message and the run folder's `summary.json` say why.
     """
-    upstream_api.check()
+    upstream_names.check()
     recipe = load_recipe(arguments, checks=(strategy_faults, data_faults))
     with refusals():
         strategy = setup_strategy(recipe, Launcher.of_parent())

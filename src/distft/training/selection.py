@@ -13,6 +13,7 @@ from distft.config.validation import nearest
 from distft.data.formats import format_of
 from distft.distributed.strategies import Strategy
 from distft.errors import Fault
+from distft.runs.resume import FOLLOWS_EVALUATIONS, SELECTS
 from distft.text import count
 
 IMDB = "eval_imdb_"
@@ -23,13 +24,11 @@ HIGHER_IS_BETTER = {"eval_loss": False, "eval_perplexity": False} | {
 """The metrics that an evaluation during training can have, by their keys in metrics.jsonl."""
 _TASKS = ("lm_eval", "mt_bench", "alpaca", "imdb_generation")
 """Beginnings of the metrics that only `distft evaluate` measures: their answers are written or judged by a model."""
-_FOLLOWS = ("reduce_lr_on_plateau", "greedy")
-"""Learning-rate schedules that go by the metric."""
 
 
 def selects(recipe: Recipe) -> bool:
     """Whether evaluations decide which model is saved, or when the run ends."""
-    return bool(recipe.training.get("load_best_model_at_end")) or patience(recipe) is not None
+    return any(recipe.training.get(key) for key in SELECTS)
 
 
 def patience(recipe: Recipe) -> int | None:
@@ -52,8 +51,7 @@ def scores_reviews(recipe: Recipe) -> bool:
 def selection_arguments(recipe: Recipe) -> dict[str, Any]:
     """What transformers needs to find the best evaluation; distft loads its model and stops early by itself."""
     training = recipe.training
-    schedule = training.get("lr_scheduler_type") in _FOLLOWS
-    if not (selects(recipe) or training.get("metric_for_best_model") or schedule):
+    if not (selects(recipe) or training.get("metric_for_best_model") or _follows(training)):
         return {}
     metric = metric_of(recipe)
     return {"metric_for_best_model": metric, "greater_is_better": HIGHER_IS_BETTER.get(metric)}
@@ -87,7 +85,7 @@ def selection_faults(recipe: Recipe, strategy: Strategy) -> Iterator[Fault]:
     elif training.get("greater_is_better") not in (None, HIGHER_IS_BETTER[metric]):
         better = "higher" if HIGHER_IS_BETTER[metric] else "lower"
         yield fault("greater_is_better", f"a {better} {_plain(metric)} is better", "leave it out")
-    elif training.get("lr_scheduler_type") in _FOLLOWS and HIGHER_IS_BETTER[metric] != _expects_higher(training):
+    elif _follows(training) and HIGHER_IS_BETTER[metric] != _expects_higher(training):
         problem = f"{training['lr_scheduler_type']} would take a better {_plain(metric)} for a worse one"
         yield fault("lr_scheduler_kwargs", problem, f"mode: {'max' if HIGHER_IS_BETTER[metric] else 'min'}")
     if evaluates == "no" and metric.startswith(IMDB) and not selects(recipe):
@@ -122,6 +120,11 @@ def _unknown(recipe: Recipe, metric: str) -> Fault:
 def _has_reviews(recipe: Recipe) -> bool:
     form = format_of(recipe.data)
     return form is not None and form.review is not None
+
+
+def _follows(training: Mapping[str, Any]) -> bool:
+    """Whether the learning-rate schedule goes by the metric."""
+    return training.get("lr_scheduler_type") in FOLLOWS_EVALUATIONS
 
 
 def _expects_higher(training: Mapping[str, Any]) -> bool:
