@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,25 @@ def test_a_typo_and_a_folder_that_cannot_be_are_found_without_torch(command: str
         [sys.executable, "-c", program, command, "recipe=tiny", word], capture_output=True, text=True
     )
     assert ended.returncode == 2 and f"command line: {word.partition('=')[0]}: " in ended.stderr
+
+
+CHATS = [
+    [{"role": "user", "content": f"What is {n} + 1?"}, {"role": "assistant", "content": str(n + 1)}] for n in range(20)
+]
+
+
+@pytest.mark.parametrize("columns", ["messages", "prompt and completion"])
+def test_conversations_without_a_chat_template_are_a_fault(columns: str, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    rows = [
+        {"messages": chat} if columns == "messages" else {"prompt": chat[:1], "completion": chat[1:]} for chat in CHATS
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    found = faults("recipe=tiny", f"data.name={file}")
+    assert found.keys() == {"data.chat_template"}
+    assert "the tokenizer of tiny has no chat template" in found["data.chat_template"]
+    told = distft.check("tiny", {"data.name": str(file), "data.chat_template": "chatml"}).lines()
+    assert [line for line in told if "data: read as" in line], "what was inferred is said before the run"
 
 
 def test_the_python_function_returns_what_the_command_prints() -> None:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distft.config.recipe import Recipe
 from distft.config.schema import Data, DataSource
@@ -159,6 +159,42 @@ def data_file_faults(recipe: Recipe) -> list[Fault]:
             except DataError as error:
                 found.append(_fault(recipe, key, error))
     return found
+
+
+def needs_tokenizer(recipe: Recipe) -> bool:
+    """Whether `format_findings` may find anything: local data in a format that is inferred, or that a chat template
+    renders."""
+    return any(
+        local_source(data) is not None and (is_chat(data) or (form := format_of(data)) is None or bool(form.prompt))
+        for data in parts_of(recipe.data).values()
+    )
+
+
+def format_findings(recipe: Recipe, tokenizer: Any) -> tuple[list[Fault], list[str]]:
+    """Find what the format and the first row of local data lack of the tokenizer: a chat template that renders them.
+
+    Returns the faults, and what was inferred of the formats that the recipe does not name; nothing if
+    `data_file_faults` finds something, which comes first.
+    """
+    found: list[Fault] = []
+    told: list[str] = []
+    if data_file_faults(recipe):
+        return found, told
+    for label, data in parts_of(recipe.data).items():
+        if (source := local_source(data)) is None:
+            continue
+        try:
+            named, what = with_format(recipe.model_copy(update={"data": data}), tokenizer)
+            rows = read_source(source)
+        except DataError:
+            continue
+        try:
+            next(format_rows(rows, named, 1, tokenizer), None)
+        except DataError as error:
+            found.append(_fault(recipe, "data.chat_template", error))
+        else:
+            told += [f"{label}: {what}" if label else what] if what else []
+    return found, told
 
 
 def require_files(recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from distft.config.recipe import Recipe
-from distft.data.checks import data_file_faults, split_faults
+from distft.data.checks import data_file_faults, format_findings, needs_tokenizer, split_faults
 from distft.data.sources import HubSplit, data_sources
 from distft.distributed.collectives import together
 from distft.distributed.world import World
@@ -78,6 +78,7 @@ def check_settings(
     `local_only`: ask nothing of the hub. `on_gpu`: whether the run will have GPUs (None: if this machine has).
     """
     from distft.models.checks import model_faults
+    from distft.models.loading import load_tokenizer
     from distft.training.checks import training_faults, weights_notes
     from distft.training.disk import disk_findings
     from distft.training.selection import selection_notes
@@ -94,6 +95,9 @@ def check_settings(
         skipped=tuple(model.skipped),
         run=(*model.notes, *weights_notes(recipe), *selection_notes(recipe)),
     )
+    if not (model.skipped or model.faults) and needs_tokenizer(recipe):
+        faults, told = format_findings(recipe, load_tokenizer(recipe))
+        found += Findings(faults=tuple(faults), run=tuple(f"data: {line}" for line in told))
     if model.trainable and not found.faults:
         needed, fault = disk_findings(recipe, model.trainable, working_folder)
         trains = f"trains {model.trainable:,} of {model.parameters:,} parameters"
