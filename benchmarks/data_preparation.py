@@ -124,6 +124,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=20, help="size of the file that both prepare")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="*", default=[], help="megabytes of more files for memory alone")
+    parser.add_argument("--commit", default="", help="commit that is measured, if git is not available")
+    parser.add_argument("--baseline-commit", default="", help="that of the older version, likewise")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     here = Path(__file__).resolve().parents[1]
@@ -146,10 +148,11 @@ def main() -> None:
     def middle(checkout: Path, figure: str) -> float:
         return statistics.median(run[figure] for run in runs[: len(plan)] if run["checkout"] == checkout.name)
 
-    record = {**provenance(__file__), "processes": len(os.sched_getaffinity(0)), "runs": runs}
+    record = {**provenance(__file__, options.commit), "processes": len(os.sched_getaffinity(0)), "runs": runs}
     if options.baseline:
         git = ["git", "-C", str(options.baseline), "rev-parse", "HEAD"]
-        record["baseline_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        found = options.baseline_commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        record["baseline_commit"] = found
         for figure in ("tokens_per_second", "cpu_seconds_with_imports"):
             record[f"ratio_of_median_{figure}"] = middle(here, figure) / middle(options.baseline.resolve(), figure)
     write_atomically(options.output, to_json(record) + "\n")
