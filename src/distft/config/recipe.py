@@ -13,7 +13,8 @@ from pydantic import Field, PrivateAttr, ValidationError, WithJsonSchema
 
 from distft.config.evaluation import Evaluation
 from distft.config.files import read_values, related
-from distft.config.schema import Batching, Data, Model, Quantization, Run, Section, Slurm, StrategyName, Tracking
+from distft.config.schema import Batching, Data, Model, Quantization, Run, Section, StrategyName, Tracking
+from distft.config.slurm import Slurm
 from distft.config.upstream import UPSTREAMS, Upstream, upstream_section
 from distft.config.upstream_rules import UNSUPPORTED, UNSUPPORTED_VALUES
 from distft.config.validation import COMMAND_LINE, Source, faults_of, location_of

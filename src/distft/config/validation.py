@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from distft.config.evaluation import Evaluation
-from distft.config.schema import Batching, Data, Model, Quantization, Run, Section, Slurm, Tracking
+from distft.config.schema import Batching, Data, Model, Quantization, Run, Section, Tracking
+from distft.config.slurm import Slurm
 from distft.config.upstream import UPSTREAMS, upstream_section
 from distft.config.upstream_rules import OWNED
 from distft.errors import Fault

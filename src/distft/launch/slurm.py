@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distft.config.recipe import Recipe
-from distft.config.schema import Slurm
+from distft.config.slurm import Slurm
 from distft.errors import Fault
 from distft.paths import packaged
 

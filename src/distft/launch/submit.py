@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distft.config.recipe import Recipe
-from distft.config.schema import Slurm
+from distft.config.slurm import Slurm
 from distft.errors import Fault, LaunchError, RecipeError
 from distft.experiments.expand import Experiment
 from distft.launch.jobs import NO_SBATCH, Jobs, has_sbatch
