@@ -22,7 +22,8 @@ from distft.config.recipe import Recipe
 from distft.connection import cache_only
 from distft.data.checks import require_files
 from distft.data.files import exists
-from distft.data.sources import HubSplit, data_sources, read_source
+from distft.data.patterns import Patterns
+from distft.data.sources import HubSplit, Source, data_sources, read_source
 from distft.errors import DataError, ModelError
 from distft.models.digest import WHOLE
 from distft.models.digest import files as weight_files
@@ -66,7 +67,7 @@ def fetch_model(recipe: Recipe, role: str = "") -> list[str]:
     return lines
 
 
-def fetch_data(source: Path | HubSplit) -> str:
+def fetch_data(source: Source) -> str:
     """Download a data source, and return a line with its location and size.
 
     Raises:
@@ -83,7 +84,7 @@ def missing(recipe: Recipe, *, hub: bool = True) -> list[str]:
     `hub=False` checks only local files and folders, and leaves out what the hub may have.
     """
     found = missing_model(recipe, hub=hub)
-    checked = [source for source in _sources(recipe, found) if hub or isinstance(source, Path)]
+    checked = [source for source in _sources(recipe, found) if hub or not isinstance(source, HubSplit)]
     return found + [line for source in checked for line in missing_data(recipe, source)]
 
 
@@ -115,14 +116,16 @@ def missing_model(recipe: Recipe, role: str = "", *, hub: bool = True) -> list[s
     return found
 
 
-def missing_data(recipe: Recipe, source: Path | HubSplit) -> list[str]:
+def missing_data(recipe: Recipe, source: Source) -> list[str]:
     """What `missing` finds for one data source."""
     if isinstance(source, Path):
         return [] if exists(source) else [f"there is no data file or folder {source} (data)"]
     with cache_only():
         try:
             read_source(source)
-        except DataError:
+        except DataError as error:
+            if isinstance(source, Patterns):
+                return [str(error)]
             return [f"the data {source.name}, {source.split} split, is not in the cache; {remedy(recipe)}"]
     return []
 
@@ -135,7 +138,7 @@ def _repositories(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     return {name: ("model",), tokenizer: ("tokenizer",)}
 
 
-def _sources(recipe: Recipe, found: list[str]) -> list[Path | HubSplit]:
+def _sources(recipe: Recipe, found: list[str]) -> list[Source]:
     try:
         return data_sources(recipe.data)
     except DataError as error:

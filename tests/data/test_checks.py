@@ -42,7 +42,7 @@ def test_the_faults_of_both_files_are_reported_together_under_their_keys(tmp_pat
     ("name", "content", "problem"),
     [
         pytest.param("rows.xml", b"<rows/>", "rows.xml is not a .jsonl, .json, .csv", id="unknown suffix"),
-        pytest.param("rows.jsonl.zst", b"x", "rows.jsonl.zst is not a .jsonl, .json, .csv", id="unknown compression"),
+        pytest.param("rows.jsonl.xz", b"x", "rows.jsonl.xz is not a .jsonl, .json, .csv", id="unknown compression"),
         pytest.param("rows.csv", b"", "rows.csv is empty", id="empty"),
         pytest.param("rows.csv", b"q,a\n", "rows.csv is empty", id="only a header"),
         pytest.param("rows.json", b"[]", "rows.json is empty", id="empty list"),
@@ -50,6 +50,7 @@ def test_the_faults_of_both_files_are_reported_together_under_their_keys(tmp_pat
         pytest.param("rows.jsonl", b'["q", "a"]\n', "line 1 is not an object", id="not an object"),
         pytest.param("rows.csv", "q,a\nx,café\n".encode("latin-1"), "is not UTF-8 text: byte 0xe9", id="latin-1"),
         pytest.param("rows.csv.gz", b"q,a\n", "rows.csv.gz cannot be read as csv: Not a gzipped file", id="not gzip"),
+        pytest.param("rows.tsv.zst", b"q\ta\n", "rows.tsv.zst cannot be read as tsv: ZSTD decompress", id="not zstd"),
         pytest.param("rows.parquet", b"PAR?", "rows.parquet cannot be read as parquet: ", id="not parquet"),
         pytest.param("rows.arrow", b"ARR?", "rows.arrow cannot be read as arrow: ", id="not arrow"),
         pytest.param("rows.jsonl", b'{"q": "x", "a": 4}\n', "rows.jsonl, row 1: column 'a' contains int", id="number"),
@@ -73,7 +74,7 @@ def test_what_cannot_be_on_the_hub_is_a_fault(name: str) -> None:
     assert "is not a known data set (tiny, tiny_sentiment, dolly, imdb), a file or a hub id" in fault
 
 
-@pytest.mark.parametrize("key", ["data.name", "data.path", "data.test_path"])
+@pytest.mark.parametrize("key", ["data.name", "data.path", "data.files", "data.test_path"])
 def test_an_empty_name_is_a_fault_and_not_the_working_folder(key: str) -> None:
     with pytest.raises(RecipeError, match=rf"{key}: is empty"):
         recipe_of(f"{key}=''", QA)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,9 +38,17 @@ AS_TEXT = [
 """Answers that a reader which infers types changes or drops."""
 
 
+def opened(path: Path, newline: str | None = None) -> IO[str]:
+    """A text file, compressed as its suffix says."""
+    if path.suffix.lower() == ".zst":
+        return io.TextIOWrapper(pa.CompressedOutputStream(str(path), "zstd"), encoding="utf-8", newline=newline)
+    opener: Callable[..., Any] = gzip.open if path.suffix.lower() == ".gz" else open
+    stream: IO[str] = opener(path, "wt", encoding="utf-8", newline=newline)
+    return stream
+
+
 def as_csv(path: Path, rows: Iterable[dict[str, Any]], delimiter: str = ",") -> Path:
-    opener: Callable[..., Any] = gzip.open if path.name.lower().endswith(".gz") else open
-    with opener(path, "wt", encoding="utf-8", newline="") as stream:
+    with opened(path, "") as stream:
         writer = csv.DictWriter(stream, ["q", "a"], delimiter=delimiter)
         writer.writeheader()
         writer.writerows(rows)
@@ -51,15 +60,13 @@ def as_tsv(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
 
 
 def as_lines(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
-    opener: Callable[..., Any] = gzip.open if path.name.lower().endswith(".gz") else open
-    with opener(path, "wt", encoding="utf-8") as stream:
+    with opened(path) as stream:
         stream.writelines(json.dumps(row) + "\n" for row in rows)
     return path
 
 
 def as_list(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
-    opener: Callable[..., Any] = gzip.open if path.name.lower().endswith(".gz") else open
-    with opener(path, "wt", encoding="utf-8") as stream:
+    with opened(path) as stream:
         json.dump(list(rows), stream, indent=1)
     return path
 
@@ -79,14 +86,18 @@ def as_arrow(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
 NAMES = {
     "rows.jsonl": as_lines,
     "rows.jsonl.gz": as_lines,
+    "rows.jsonl.zst": as_lines,
     "ROWS.JSONL": as_lines,
     "rows.json": as_list,
     "lines.json": as_lines,
     "rows.json.gz": as_list,
+    "rows.json.zst": as_list,
     "rows.csv": as_csv,
+    "rows.csv.ZST": as_csv,
     "rows.CSV.GZ": as_csv,
     "rows.tsv": as_tsv,
     "Rows.Tsv.gz": as_tsv,
+    "rows.tsv.zst": as_tsv,
     "rows.Parquet": as_parquet,
     "rows.arrow": as_arrow,
 }
@@ -231,3 +242,13 @@ def test_the_cache_does_not_depend_on_the_name_of_a_file(prepare: Prepare, tmp_p
     assert read_source(first).digest() == read_source(second).digest()
     write_rows(second, [{"body": "It snows."}])
     assert read_source(first).digest() != read_source(second).digest()
+
+
+def test_zstd_files_of_several_frames_are_read_and_cut_ones_are_errors(tmp_path: Path) -> None:
+    file, rows = DataFile(tmp_path / "rows.jsonl.zst"), [{"q": "Why?", "a": str(number)} for number in range(20_000)]
+    halves = [as_lines(tmp_path / f"{name}.jsonl.zst", part).read_bytes() for name, part in (("a", rows), ("b", rows))]
+    file.path.write_bytes(b"".join(halves))  # as `cat` and parallel compressors write them
+    assert list(file) == rows + rows
+    file.path.write_bytes(halves[0][: len(halves[0]) // 2])
+    with pytest.raises(DataError, match=r"rows\.jsonl\.zst cannot be read as json: Truncated compressed stream"):
+        list(file)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from distft.api.recipe import load, load_experiment
@@ -39,6 +40,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     turns = [[("user", f"What is {n} and {n}?"), ("assistant", f"It is {2 * n}.")] for n in range(40)]
     chats = [{"messages": [{"role": role, "content": text} for role, text in each]} for each in turns]
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats), encoding="utf-8")
+    (folder / "shards").mkdir()
+    for part in range(2):
+        lines = [json.dumps({"question": f"Is {n} even?", "answer": "no" if n % 2 else "yes"}) for n in range(part, 20)]
+        with pa.CompressedOutputStream(str(folder / "shards" / f"part-{part}.jsonl.zst"), "zstd") as stream:
+            stream.write("\n".join(lines).encode())
     for each in PAGES:
         for _, text in each.blocks("yaml"):
             path = folder / text.splitlines()[0].removeprefix("# ")

@@ -101,7 +101,7 @@ def _read_overrides(arguments: Sequence[str], faults: list[Fault]) -> tuple[list
             wanted = text
         else:
             try:
-                value = parse_yaml(text)
+                value = text if text.startswith("*") else parse_yaml(text)  # `*.jsonl`; an alias would have no anchor
                 short = key == _SHORT and isinstance(value, str)
                 overrides.append((f"{key}.model" if short else key, value))
             except ValueError as error:

@@ -176,7 +176,7 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
 
     _check_precision(recipe, fault)
     _check_batching(recipe, fault)
-    if not recipe.data.name and recipe.data.sources is None and recipe.data.path is None:
+    if not any(getattr(recipe.data, key) is not None for key in ("sources", "path", "files")) and not recipe.data.name:
         fault("data.name", "is required", "or list several in data.sources")
     if recipe.training.get("eval_strategy", "no") != "no" and recipe.data.validation_fraction == 0:
         fault("training.eval_strategy", "there is no validation split to evaluate on", "set data.validation_fraction")

@@ -193,15 +193,20 @@ class Format(Section):
     """The word for each class number."""
 
 
+_NULLABLE = BeforeValidator(lambda name: name or "", json_schema_input_type=str | None)
+
+
 class DataSource(Section):
     """One source of a mixture: what to read, under the names that `data` has, and how much of it an epoch holds."""
 
-    name: str
+    name: Annotated[str, _NULLABLE] = ""
     """As data.name."""
     label: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name in reports and in `eval_LABEL_loss`; null for the stem of the file, or the last part of the hub ID."""
     path: str | None = None
     """As data.path."""
+    files: str | list[str] | None = None
+    """As data.files."""
     config: str | None = None
     """As data.config."""
     train_split: str = "train"
@@ -221,11 +226,14 @@ class DataSource(Section):
 class Data(Section):
     """The training data and its splits."""
 
-    name: Annotated[str, BeforeValidator(lambda name: name or "", json_schema_input_type=str | None)] = ""
+    name: Annotated[str, _NULLABLE] = ""
     """`tiny`, `tiny_sentiment`, `dolly` or `imdb`; or a hub ID or a local .jsonl, .json, .csv, .tsv, .parquet or .arrow
     file or folder. Null with `sources`."""
     path: str | None = None
     """Local file or folder to read in place of the hub's copy, with the columns of `name`."""
+    files: str | list[str] | None = None
+    """Pattern, or list of patterns, of the files to read (`part-*.jsonl`, `**/*.parquet`), in the folder of `path` or
+    `name`; with neither, in the working folder. Elsewhere a path is never a pattern."""
     config: str | None = None
     """Configuration (subset) of a hub dataset."""
     train_split: str = "train"

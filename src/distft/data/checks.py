@@ -17,7 +17,17 @@ from distft.data.files import DataFile
 from distft.data.formats import check_columns, format_of, format_rows, is_chat, kind_of
 from distft.data.inference import with_format
 from distft.data.named_templates import name_problem
-from distft.data.sources import KNOWN_DATASETS, Rows, data_sources, label_of, local_source, parts_of, read_source
+from distft.data.sources import (
+    KNOWN_DATASETS,
+    HubSplit,
+    Rows,
+    Source,
+    data_sources,
+    label_of,
+    local_source,
+    parts_of,
+    read_source,
+)
 from distft.errors import DataError, Fault, RecipeError
 from distft.text import count
 
@@ -37,8 +47,12 @@ def data_faults(recipe: Recipe) -> list[Fault]:
     def fault(key: str, *texts: str) -> None:
         found.append(Fault(recipe.source.of(key), key, *texts))
 
-    for key in (key for key in ("name", "path", "test_path") if getattr(data, key) == ""):
-        fault(f"data.{key}", "is empty", "name a file or folder, or leave it out")
+    for key in (key for key in ("name", "path", "test_path", "files") if getattr(data, key) in ("", [])):
+        if key != "name" or not (data.path or data.files):
+            fault(f"data.{key}", "is empty", "name a file or folder, or leave it out")
+    if data.files and local_source(data) is None:
+        hint = "set data.name=null to search from the working folder"
+        fault("data.files", f"is searched in a local folder, and data.name={data.name} is none", hint)
     if found:
         return found
     if data.name not in KNOWN_DATASETS and data.format is None:
@@ -49,7 +63,7 @@ def data_faults(recipe: Recipe) -> list[Fault]:
             except DataError as error:
                 problem, _, remedy = str(error).partition("; ")
                 fault("data.name", problem.removeprefix(f"data.name={data.name} "), remedy)
-        elif not file.exists():
+        elif isinstance(file, Path) and not file.exists():
             fault("data.name", f"there is no file or folder {file}")
     found += _template_faults(recipe)
     form = format_of(data)
@@ -92,7 +106,7 @@ def _mixture_faults(recipe: Recipe) -> list[Fault]:
 
     if not data.sources:
         fault("data.sources", "is empty", "list sources, or set it to null")
-    for key in ("name", "path", "config", "test_split", "test_path", "format", "max_samples"):
+    for key in ("name", "path", "files", "config", "test_split", "test_path", "format", "max_samples"):
         if getattr(data, key) not in (None, ""):
             hint = f"set data.{key}=null" + ("; a source takes `samples`" if key == "max_samples" else "")
             fault(f"data.{key}", "and data.sources both say what to train on", hint)
@@ -153,7 +167,7 @@ def data_file_faults(recipe: Recipe) -> list[Fault]:
     except DataError as error:
         return [_fault(recipe, "data.name", error)]
     for key, source in zip(_keys(recipe), sources, strict=False):
-        if isinstance(source, Path):
+        if not isinstance(source, HubSplit):
             try:
                 _check_head(recipe, source)
             except DataError as error:
@@ -238,7 +252,8 @@ def require_splits(recipe: Recipe, splits: Splits) -> None:
 
 def _keys(recipe: Recipe) -> tuple[str, str]:
     """The keys that name the two sources."""
-    return "data.path" if recipe.data.path else "data.name", "data.test_path"
+    data = recipe.data
+    return "data.files" if data.files else "data.path" if data.path else "data.name", "data.test_path"
 
 
 def _fault(recipe: Recipe, key: str, error: DataError) -> Fault:
@@ -246,7 +261,7 @@ def _fault(recipe: Recipe, key: str, error: DataError) -> Fault:
     return Fault(recipe.source.of(key), key, problem, " ".join(remedy.split()))
 
 
-def _check_head(recipe: Recipe, source: Path) -> None:
+def _check_head(recipe: Recipe, source: Source) -> None:
     rows = read_source(source)
     quick = [part for part in rows.parts[:_HEAD_FILES] if isinstance(part, DataFile) and part.has_quick_head()]
     if format_of(recipe.data) is None:

@@ -10,13 +10,14 @@ import codecs
 import csv
 import errno
 import gzip
+import io
 import itertools
 import json
 import os
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from distft.text import count, first_line
 
 Row = dict[str, Any]
 
+_COMPRESSED = (".gz", ".zst")
 _TEXT_FILES = (".jsonl", ".json", ".csv", ".tsv")
 _KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow"}
 READABLE = ", ".join(_KINDS)
@@ -42,10 +44,12 @@ _UNDECIDED = 1 << 24
 
 
 def suffix_of(path: Path) -> str | None:
-    """The suffix that says how `path` is read, in lower case and without `.gz`; None if it is not a data file."""
-    name = path.name.lower()
-    suffix = Path(name.removesuffix(".gz")).suffix
-    return suffix if suffix in (_TEXT_FILES if name.endswith(".gz") else _KINDS) else None
+    """The suffix that says how `path` is read, in lower case and without `.gz` or `.zst`; None if it is not a data
+    file."""
+    name = Path(path.name.lower())
+    compressed = name.suffix in _COMPRESSED
+    suffix = name.with_suffix("").suffix if compressed else name.suffix
+    return suffix if suffix in (_TEXT_FILES if compressed else _KINDS) else None
 
 
 def path_of(text: str) -> Path:
@@ -133,26 +137,36 @@ def files_at(path: Path) -> list[DataFile]:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
         raise DataError(f"there is no data file or folder {path}") from error
     if found == [path] and suffix_of(path) is None:
-        raise DataError(f"{path} is not a {READABLE} file (text files may be compressed: .jsonl.gz)")
-    for file in found:
+        raise DataError(f"{path} is not a {READABLE} file (text files may be compressed: .jsonl.gz, .jsonl.zst)")
+    return readable(found, str(path))
+
+
+def readable(files: Sequence[Path], name: str) -> list[DataFile]:
+    """The data files at paths that exist; together they are called `name`.
+
+    Raises:
+        DataError: one cannot be read, or all are empty.
+    """
+    for file in files:
         if not file.is_file():
             raise DataError(f"{file} is neither a file nor a folder")
         if not os.access(file, os.R_OK):
             raise DataError(f"{file} cannot be read: {os.strerror(errno.EACCES)}")
-    if not any(file.stat().st_size for file in found):
-        raise DataError(f"{path} is empty")
-    return [DataFile(file) for file in found]
+    if not any(file.stat().st_size for file in files):
+        raise DataError(f"{name} is empty")
+    return [DataFile(file) for file in files]
 
 
 def left_out(folder: Path) -> list[str]:
     """The names in `folder` that are not read: folders, files with other suffixes, hidden data files."""
     if (folder / "state.json").exists():
         return []
-    names = (f"{path.name}/" if path.is_dir() else path.name for path in sorted(folder.iterdir()) if not _is_data(path))
+    names = (f"{path.name}/" if path.is_dir() else path.name for path in sorted(folder.iterdir()) if not is_data(path))
     return [name for name in names if not name.startswith(".") or suffix_of(Path(name))]
 
 
-def _is_data(path: Path) -> bool:
+def is_data(path: Path) -> bool:
+    """Whether `path` is read where it is found in a folder, by its name."""
     return suffix_of(path) is not None and not path.name.startswith(".") and not path.is_dir()
 
 
@@ -165,7 +179,7 @@ def _files_in(folder: Path) -> list[Path]:
             raise DataError(f"{saved} is not what Dataset.save_to_disk writes") from error
     if (folder / "dataset_dict.json").exists():
         raise DataError(f"{folder} holds several splits ({', '.join(left_out(folder))}); name the folder of one")
-    files = sorted(path for path in folder.iterdir() if _is_data(path))
+    files = sorted(path for path in folder.iterdir() if is_data(path))
     if not files:
         others = ", ".join(left_out(folder)[:5])
         raise DataError(f"{folder} contains no {READABLE} files" + (f"; it contains {others}" if others else ""))
@@ -197,7 +211,13 @@ def _reading(path: Path) -> Iterator[str]:
 
 def _open_text(path: Path, newline: str = "") -> IO[str]:
     """Lines end with `newline`, or as in any system; a byte order mark is skipped."""
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        import pyarrow as pa
+
+        content: Any = pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+        return io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline)
+    opener = gzip.open if suffix == ".gz" else open
     stream: IO[str] = opener(path, "rt", encoding="utf-8-sig", newline=newline)
     return stream
 

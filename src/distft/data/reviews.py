@@ -107,7 +107,7 @@ def _of_split(recipe: Recipe, split: Literal["validation", "test"], classes: int
     rows: list[Mapping[str, Any]] = [row for row in (official[0] if whole else raw) if isinstance(apply(row), Example)]
     if not whole:
         rows = split_rows(rows, recipe.data, recipe.run.seed, with_test=not official)[split]
-    where = f"the {'held-out' if split == 'test' else split} rows of {recipe.data.name}"
+    where = f"the {'held-out' if split == 'test' else split} rows of {recipe.data.name or raw.name}"
     return _checked(recipe, rows, where, form.review, form.label or recipe.evaluation.imdb.label, classes)
 
 

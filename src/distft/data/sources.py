@@ -15,6 +15,7 @@ from distft import upstream_api
 from distft.config.schema import Data, DataSource, Format
 from distft.connection import cache_if_unreachable
 from distft.data.files import DataFile, Row, exists, files_at, left_out, path_of, suffix_of
+from distft.data.patterns import Patterns, stem
 from distft.data.toy import tiny_sentiment
 from distft.errors import DataError
 from distft.paths import packaged
@@ -55,6 +56,9 @@ class HubSplit(NamedTuple):
     name: str
     config: str | None
     split: str
+
+
+Source = Path | Patterns | HubSplit
 
 
 class Part(Protocol):
@@ -115,7 +119,7 @@ def parts_of(data: Data) -> dict[str, Data]:
     """The data of each source of a mixture by its label; those without sources are the only part, without a label."""
     if data.sources is None:
         return {"": data}
-    fields = ("name", "path", "config", "train_split", "test_split", "test_path", "format")
+    fields = ("name", "path", "files", "config", "train_split", "test_split", "test_path", "format")
     return {
         label_of(source): data.model_copy(
             update={field: getattr(source, field) for field in fields} | {"sources": None}
@@ -126,17 +130,29 @@ def parts_of(data: Data) -> dict[str, Data]:
 
 def label_of(source: DataSource) -> str:
     """What the reports call a source of a mixture."""
-    stem = re.sub(r"(\.\w+)*$", "", path_of(source.name).name) or source.name
-    return source.label or re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "data"
+    name = stem(source.name) or source.name
+    if not name and source.files is not None:
+        name = Patterns(path_of(source.path or ""), _patterns(source.files)).stem
+    return source.label or re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "data"
 
 
-def local_source(data: Data) -> Path | None:
-    """The local file or folder that `data` names, whether or not it exists; None if the rows come from the hub.
+def _patterns(files: str | list[str] | None) -> tuple[str, ...]:
+    return () if files is None else (files,) if isinstance(files, str) else tuple(files)
+
+
+def local_source(data: Data) -> Path | Patterns | None:
+    """The local file, folder or files that `data` names, whether or not they exist; None if the rows come from the hub.
 
     Whatever exists is local, and so is what looks like a path. Only the known data sets keep their names.
     """
-    if data.path:
-        return path_of(data.path)
+    place = path_of(data.path) if data.path else None
+    if data.files is not None and (place or data.name in ("", *KNOWN_DATASETS)):
+        return Patterns(place or Path(), _patterns(data.files))
+    place = place or _by_name(data)
+    return Patterns(place, _patterns(data.files)) if place and data.files is not None else place
+
+
+def _by_name(data: Data) -> Path | None:
     known = KNOWN_DATASETS.get(data.name)
     if known is not None:
         return packaged(known.file) if known.file is not None else known.build() if known.build is not None else None
@@ -144,7 +160,7 @@ def local_source(data: Data) -> Path | None:
     return path if data.name.startswith((".", "/", "~")) or suffix_of(path) or exists(path) else None
 
 
-def data_sources(data: Data) -> list[Path | HubSplit]:
+def data_sources(data: Data) -> list[Source]:
     """The source to split into train, validation and test, followed by the held-out source if it is a separate one;
     of a mixture, those of all its sources.
 
@@ -183,12 +199,14 @@ def source_notes(data: Data) -> list[str]:
         elif _HUB_ID.fullmatch(data.name) and not data.name.startswith(".") and suffix_of(path) is None:
             lines.append(f"data.name={data.name} is the local folder of that name, not the data set on the hub")
     for source in data_sources(data):
-        if isinstance(source, Path) and source.is_dir() and (others := left_out(source)):
+        if isinstance(source, Patterns) and (others := source.left_out()):
+            lines.append(f"not read: {shorten(others, 5)}")
+        elif isinstance(source, Path) and source.is_dir() and (others := left_out(source)):
             lines.append(f"not read in {source}: {shorten(others, 5)}")
     return lines
 
 
-def read_source(source: Path | HubSplit) -> Rows:
+def read_source(source: Source) -> Rows:
     """Open a source. `datasets` downloads and caches what is on the hub; local files are read when iterated over.
 
     Raises:
@@ -196,6 +214,8 @@ def read_source(source: Path | HubSplit) -> Rows:
     """
     if isinstance(source, Path):
         return Rows(str(source), files_at(source))
+    if isinstance(source, Patterns):
+        return Rows(str(source), source.files())
     from datasets import load_dataset
 
     name = f"{source.name}, {source.split} split"

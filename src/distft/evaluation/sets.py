@@ -12,12 +12,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 from distft.config.evaluation import TaskName
 from distft.config.recipe import Recipe
-from distft.data.sources import KNOWN_DATASETS, HubSplit, data_sources, parts_of
+from distft.data.patterns import Patterns
+from distft.data.sources import KNOWN_DATASETS, HubSplit, Source, data_sources, parts_of
 
 _HOW_ASKED = ("endpoint", "api_key_env", "concurrency", "timeout_s", "retries")
 """Settings of a judge that do not change its judgement."""
@@ -33,10 +33,12 @@ class DataOf:
     place: str
 
     @classmethod
-    def at(cls, source: Path | HubSplit) -> DataOf:
-        """A file or folder, or a split on the hub."""
+    def at(cls, source: Source) -> DataOf:
+        """Files, a folder, or a split on the hub."""
         if isinstance(source, HubSplit):
             return cls(_plain(source.name.rpartition("/")[2]), json.dumps(source))
+        if isinstance(source, Patterns):
+            return cls(_plain(source.stem or "files"), json.dumps([str(source.folder.resolve()), *source.patterns]))
         return cls(_plain(source.name.partition(".")[0] or source.name), str(source.resolve()))
 
     @classmethod
@@ -51,7 +53,7 @@ class DataOf:
         if data.sources is not None:
             return cls("+".join(parts_of(data)), json.dumps(list(map(str, data_sources(data)))))
         found = cls.at(data_sources(data)[-1])
-        known = data.name in KNOWN_DATASETS and not (data.path or data.test_path)
+        known = data.name in KNOWN_DATASETS and not (data.path or data.files or data.test_path)
         return cls(data.name, found.place) if known else found
 
 

@@ -227,6 +227,7 @@ class MemoryGuard:
                 "model.tokenizer": recipe.model.tokenizer,
                 "data.name": recipe.data.name,
                 "data.path": recipe.data.path,
+                "data.files": recipe.data.files,
             }.items()
             if value
         ]
