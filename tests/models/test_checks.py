@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
 from distft.config.recipe import load_recipe
 from distft.errors import Fault, RecipeError
@@ -54,6 +54,17 @@ def test_all_misspelt_names_are_found_at_once_with_the_nearest() -> None:
         "trainable_token_indices": "did you mean embed_tokens?",
     }
     assert "'v_porj' matches no module" in faults["lora.target_modules"].problem
+
+
+def test_an_auxiliary_loss_needs_a_model_with_experts(tokenizer: Any, tmp_path: Path) -> None:
+    faults, _ = found("training.router_aux_loss_coef=0.05")
+    assert "tiny returns no router logits" in faults["training.router_aux_loss_coef"].problem
+    assert found("training.router_aux_loss_coef=0")[0] == {}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=len(tokenizer), num_hidden_layers=1, num_local_experts=2, **sizes)
+    experts = folder_of(config, tmp_path, tokenizer)
+    words = (f"model.name={experts}", "lora.target_modules=[q_proj]", "training.router_aux_loss_coef=0.05")
+    assert found(*words)[0] == {}
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def found(*words: str, **options: Any) -> dict[str, str]:
             "activation_offloading",
             "moves activations from a GPU, and this run has none",
         ),
+        (["use_liger_kernel=true"], "use_liger_kernel", "its kernels need a GPU, and this run has none"),
     ],
 )
 def test_a_setting_that_cannot_work_is_one_fault_that_names_it(words: list[str], key: str, message: str) -> None:

@@ -76,7 +76,7 @@ def model_faults(recipe: Recipe, *, local_only: bool = True) -> ModelFindings:
             key = "model.resize_embeddings" if recipe.model.resize_embeddings else "data.chat_template"
             faults.append(Fault(recipe.source.of(key), key, problem, "strategy=ddp, zero2 or fsdp"))
     found, notes = position_findings(recipe, skeleton)
-    faults += [*found, *skip_faults(recipe, skeleton)]
+    faults += [*found, *skip_faults(recipe, skeleton), *router_faults(recipe, skeleton)]
     faults += lora_faults(lora, skeleton)  # this puts the adapter on the skeleton
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in skeleton.model.parameters()]
     trainable = sum(size for size, trained in sizes if trained)
@@ -137,6 +137,17 @@ def skip_faults(recipe: Recipe, skeleton: Skeleton) -> list[Fault]:
             hint = nearest(entry, {name.rsplit(".", 1)[-1] for name in names})
         found.append(Fault(recipe.source.of(key), key, problem, hint))
     return found
+
+
+def router_faults(recipe: Recipe, skeleton: Skeleton) -> list[Fault]:
+    """A weight of the routers' auxiliary loss for a model that has no experts, or does not return what they score."""
+    key = "training.router_aux_loss_coef"
+    if not recipe.training.get("router_aux_loss_coef"):
+        return []
+    if hasattr(skeleton.model.config.get_text_config(), "output_router_logits"):
+        return []
+    problem = f"{recipe.model.name} returns no router logits, so there is no auxiliary loss to weight"
+    return [Fault(recipe.source.of(key), key, problem, "leave it out: it is for mixtures of experts")]
 
 
 def position_findings(recipe: Recipe, skeleton: Skeleton, longest: int | None = None) -> tuple[list[Fault], list[str]]:

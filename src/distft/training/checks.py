@@ -114,8 +114,6 @@ def _refused(recipe: Recipe) -> Iterator[Fault]:
     if (backend := training.get("torch_compile_backend")) is not None and backend.upper() not in DynamoBackend.list():
         names = [name.lower() for name in DynamoBackend.list()]
         yield fault("torch_compile_backend", f"there is no {backend!r}", nearest(backend, names) or ", ".join(names))
-    if training.get("use_liger_kernel") and not is_liger_kernel_available():
-        yield fault("use_liger_kernel", "liger-kernel is not installed", "pip install liger-kernel, or leave it out")
 
 
 def _strategy_faults(recipe: Recipe, strategy: Strategy) -> Iterator[Fault]:
@@ -123,6 +121,11 @@ def _strategy_faults(recipe: Recipe, strategy: Strategy) -> Iterator[Fault]:
     if recipe.training.get("activation_offloading") and not strategy.on_gpu:
         key = "training.activation_offloading"
         yield Fault(recipe.source.of(key), key, "moves activations from a GPU, and this run has none", "leave it out")
+    if recipe.training.get("use_liger_kernel") and not (strategy.on_gpu and is_liger_kernel_available()):
+        key = "training.use_liger_kernel"
+        problem = "liger-kernel is not installed" if strategy.on_gpu else "its kernels need a GPU, and this run has none"
+        hint = "pip install liger-kernel, or leave it out" if strategy.on_gpu else "leave it out"
+        yield Fault(recipe.source.of(key), key, problem, hint)
     if recipe.training.get("use_cpu") and strategy.on_gpu:
         key = "training.use_cpu"
         problem = "would put the batches on the CPU, and the model is on a GPU"
