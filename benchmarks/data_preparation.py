@@ -89,7 +89,8 @@ class Memory(threading.Thread):
 def measure(checkout: Path, file: Path, folder: Path, model: Path) -> dict[str, Any]:
     cache = folder / "cache"
     shutil.rmtree(cache, ignore_errors=True)
-    environment = {**os.environ, "PYTHONPATH": str(checkout / "src"), "DISTFT_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join(filter(None, (str(checkout / "src"), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "DISTFT_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     words = [f"data.path={file}", f"model.name={model}", "training.max_length=1024"]
     before = os.times()
     load = os.getloadavg()[0]
