@@ -28,6 +28,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distft.text import redacted
+
 
 class DistftError(Exception):
     """Base of all errors raised on purpose.
@@ -76,7 +78,7 @@ class Fault:
 
     def __str__(self) -> str:
         place = f"{self.where}: {self.key}" if self.key else self.where
-        text = f"{place}: {self.problem}" + (f" ({self.hint})" if self.hint else "")
+        text = redacted(f"{place}: {self.problem}" + (f" ({self.hint})" if self.hint else ""))
         cut = len(text) - _LONGEST
         return text if cut <= 0 else f"{text[: _LONGEST // 2]}… [{cut:,} characters] …{text[-_LONGEST // 2 :]}"
 

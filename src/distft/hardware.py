@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from distft.text import redacted
+
 GIB = 2**30
 
 
@@ -154,7 +156,7 @@ def describe() -> dict[str, Any]:
 
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": sys.argv,
+        "command": list(map(redacted, sys.argv)),
         "working_folder": str(Path.cwd()),
         "python": platform.python_version(),
         "platform": platform.platform(),

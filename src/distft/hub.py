@@ -22,8 +22,7 @@ from distft.config.recipe import Recipe
 from distft.connection import cache_only
 from distft.data.checks import require_files
 from distft.data.files import exists
-from distft.data.patterns import Patterns
-from distft.data.sources import HubSplit, Source, data_sources, read_source
+from distft.data.sources import HubSplit, Source, data_sources, on_network, read_source, remotes_of
 from distft.errors import DataError, ModelError
 from distft.models.digest import WHOLE
 from distft.models.digest import files as weight_files
@@ -84,7 +83,7 @@ def missing(recipe: Recipe, *, hub: bool = True) -> list[str]:
     `hub=False` checks only local files and folders, and leaves out what the hub may have.
     """
     found = missing_model(recipe, hub=hub)
-    checked = [source for source in _sources(recipe, found) if hub or not isinstance(source, HubSplit)]
+    checked = [source for source in _sources(recipe, found) if hub or not on_network(source)]
     return found + [line for source in checked for line in missing_data(recipe, source)]
 
 
@@ -120,11 +119,14 @@ def missing_data(recipe: Recipe, source: Source) -> list[str]:
     """What `missing` finds for one data source."""
     if isinstance(source, Path):
         return [] if exists(source) else [f"there is no data file or folder {source} (data)"]
+    if remotes := remotes_of(source):
+        lacking = [remote for remote in remotes if remote.copies() is None]
+        return [f"the data {remote} is not in the cache; {remedy(recipe)}" for remote in lacking]
     with cache_only():
         try:
             read_source(source)
         except DataError as error:
-            if isinstance(source, Patterns):
+            if not isinstance(source, HubSplit):
                 return [str(error)]
             return [f"the data {source.name}, {source.split} split, is not in the cache; {remedy(recipe)}"]
     return []

@@ -1,7 +1,8 @@
-"""Small pieces of text in messages: counts, shortened lists, first lines, durations."""
+"""Small pieces of text in messages: counts, shortened lists, first lines, addresses, durations."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 
@@ -21,6 +22,12 @@ def shorten(items: Iterable[str], limit: int, separator: str = ", ") -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def redacted(text: str) -> str:
+    """`text` without what may be a secret in its addresses: `user:password@`, and the query of https://…?signature=…"""
+    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/'\"@]+@", r"\1", text)
+    return re.sub(r"(https?://[^\s'\"?]*)\?[^\s'\"]*", r"\1", text)
 
 
 def parse_duration(text: str) -> float:

@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from pydantic.config import JsonDict
 
-from distft.text import parse_duration
+from distft.text import parse_duration, redacted
 
 DType = Literal["bfloat16", "float16", "float32"]
 StrategyName = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
@@ -194,18 +194,20 @@ class Format(Section):
 
 
 _NULLABLE = BeforeValidator(lambda name: name or "", json_schema_input_type=str | None)
+Place = Annotated[str, PlainSerializer(redacted)]
+"""A path, or an address, of which only that is recorded which is no secret."""
 
 
 class DataSource(Section):
     """One source of a mixture: what to read, under the names that `data` has, and how much of it an epoch holds."""
 
-    name: Annotated[str, _NULLABLE] = ""
+    name: Annotated[Place, _NULLABLE] = ""
     """As data.name."""
     label: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name in reports and in `eval_LABEL_loss`; null for the stem of the file, or the last part of the hub ID."""
-    path: str | None = None
+    path: Place | None = None
     """As data.path."""
-    files: str | list[str] | None = None
+    files: Place | list[Place] | None = None
     """As data.files."""
     config: str | None = None
     """As data.config."""
@@ -213,7 +215,7 @@ class DataSource(Section):
     """As data.train_split."""
     test_split: str | None = None
     """As data.test_split."""
-    test_path: str | None = None
+    test_path: Place | None = None
     """As data.test_path."""
     format: Format | None = None
     """As data.format."""
@@ -226,22 +228,22 @@ class DataSource(Section):
 class Data(Section):
     """The training data and its splits."""
 
-    name: Annotated[str, _NULLABLE] = ""
-    """`tiny`, `tiny_sentiment`, `dolly` or `imdb`; or a hub ID or a local .jsonl, .json, .csv, .tsv, .parquet or .arrow
-    file or folder. Null with `sources`."""
-    path: str | None = None
-    """Local file or folder to read in place of the hub's copy, with the columns of `name`."""
-    files: str | list[str] | None = None
+    name: Annotated[Place, _NULLABLE] = ""
+    """`tiny`, `tiny_sentiment`, `dolly` or `imdb`; or a hub ID; or a .jsonl, .json, .csv, .tsv, .parquet or .arrow file
+    or a folder, local or at an address (https://, s3://, gs://, …). Null with `sources`."""
+    path: Place | None = None
+    """File or folder to read in place of the hub's copy, with the columns of `name`."""
+    files: Place | list[Place] | None = None
     """Pattern, or list of patterns, of the files to read (`part-*.jsonl`, `**/*.parquet`), in the folder of `path` or
-    `name`; with neither, in the working folder. Elsewhere a path is never a pattern."""
+    `name`; with neither, in the working folder. They may be addresses. Elsewhere a path is never a pattern."""
     config: str | None = None
     """Configuration (subset) of a hub dataset."""
     train_split: str = "train"
     """Split to train on."""
     test_split: str | None = None
     """Official split to hold out; null holds out `test_fraction` of the training split."""
-    test_path: str | None = None
-    """Local file or folder of the held-out split."""
+    test_path: Place | None = None
+    """File or folder of the held-out split."""
     validation_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of the training split for the evaluations during training; 0 for none."""
     test_fraction: float = Field(0.1, ge=0, lt=1)

@@ -19,14 +19,15 @@ from distft.data.inference import with_format
 from distft.data.named_templates import name_problem
 from distft.data.sources import (
     KNOWN_DATASETS,
-    HubSplit,
     Rows,
     Source,
     data_sources,
+    file_source,
     label_of,
-    local_source,
+    on_network,
     parts_of,
     read_source,
+    remotes_of,
 )
 from distft.errors import DataError, Fault, RecipeError
 from distft.text import count
@@ -50,13 +51,14 @@ def data_faults(recipe: Recipe) -> list[Fault]:
     for key in (key for key in ("name", "path", "test_path", "files") if getattr(data, key) in ("", [])):
         if key != "name" or not (data.path or data.files):
             fault(f"data.{key}", "is empty", "name a file or folder, or leave it out")
-    if data.files and local_source(data) is None:
+    if data.files and file_source(data) is None:
         hint = "set data.name=null to search from the working folder"
         fault("data.files", f"is searched in a local folder, and data.name={data.name} is none", hint)
     if found:
         return found
+    found += _address_faults(recipe)
     if data.name not in KNOWN_DATASETS and data.format is None:
-        file = local_source(data)
+        file = file_source(data)
         if file is None:
             try:
                 data_sources(data)
@@ -81,18 +83,31 @@ def data_faults(recipe: Recipe) -> list[Fault]:
             )
         if is_chat(data) and recipe.training.get("completion_only_loss") is False and data.train_on != "all":
             fault("training.completion_only_loss", "does not say what is trained in conversations", "set data.train_on")
-    if local_source(data) is not None:
+    if (file := file_source(data)) is not None:
         given = {"config": data.config, "test_split": data.test_split, "train_split": data.train_split != "train"}
         for key in (key for key, value in given.items() if value):
             fault(
                 f"data.{key}",
-                f"is for data on the hub, not for {data.path or data.name}",
+                f"is for data on the hub, not for {file}",
                 "name a held-out file with data.test_path",
             )
     elif data.test_path and data.test_split:
         fault("data.test_path", "and data.test_split both name the held-out rows", "set one of them to null")
     if data.validation_fraction + data.test_fraction >= 1:
         fault("data", "validation_fraction and test_fraction leave nothing to train on")
+    return found
+
+
+def _address_faults(recipe: Recipe) -> list[Fault]:
+    """Addresses that cannot be read here, whatever the server says."""
+    try:
+        sources = data_sources(recipe.data)
+    except DataError:
+        return []  # reported by itself
+    found = []
+    for key, source in zip(_keys(recipe), sources, strict=False):
+        problems = (problem for remote in remotes_of(source) if (problem := remote.missing_package()))
+        found += [Fault(recipe.source.of(key), key, *problem) for problem in problems]
     return found
 
 
@@ -167,7 +182,7 @@ def data_file_faults(recipe: Recipe) -> list[Fault]:
     except DataError as error:
         return [_fault(recipe, "data.name", error)]
     for key, source in zip(_keys(recipe), sources, strict=False):
-        if not isinstance(source, HubSplit):
+        if not on_network(source):
             try:
                 _check_head(recipe, source)
             except DataError as error:
@@ -179,7 +194,9 @@ def needs_tokenizer(recipe: Recipe) -> bool:
     """Whether `format_findings` may find anything: local data in a format that is inferred, or that a chat template
     renders."""
     return any(
-        local_source(data) is not None and (is_chat(data) or (form := format_of(data)) is None or bool(form.prompt))
+        (source := file_source(data)) is not None
+        and not on_network(source)
+        and (is_chat(data) or (form := format_of(data)) is None or bool(form.prompt))
         for data in parts_of(recipe.data).values()
     )
 
@@ -195,7 +212,8 @@ def format_findings(recipe: Recipe, tokenizer: Any) -> tuple[list[Fault], list[s
     if data_file_faults(recipe):
         return found, told
     for label, data in parts_of(recipe.data).items():
-        if (source := local_source(data)) is None:
+        source = file_source(data)
+        if source is None or on_network(source):
             continue
         try:
             named, what = with_format(recipe.model_copy(update={"data": data}), tokenizer)
@@ -265,7 +283,7 @@ def _check_head(recipe: Recipe, source: Source) -> None:
     rows = read_source(source)
     quick = [part for part in rows.parts[:_HEAD_FILES] if isinstance(part, DataFile) and part.has_quick_head()]
     if format_of(recipe.data) is None:
-        if local_source(recipe.data) is None or not quick:
+        if file_source(recipe.data) is None or not quick:
             return  # inferring the format would read rows that are slow to get
         recipe, _ = with_format(recipe)
     head = Rows(rows.name, quick)

@@ -183,10 +183,17 @@ def _files_in(folder: Path) -> list[Path]:
     if not files:
         others = ", ".join(left_out(folder)[:5])
         raise DataError(f"{folder} contains no {READABLE} files" + (f"; it contains {others}" if others else ""))
+    require_one_suffix(files, str(folder))
+    return files
+
+
+def require_one_suffix(files: Iterable[Path], folder: str) -> None:
+    """Raises:
+    DataError: the data files of a folder have several formats.
+    """
     suffixes = sorted({suffix_of(file) or "" for file in files})
     if len(suffixes) > 1:
         raise DataError(f"{folder} mixes file formats ({', '.join(suffixes)}); name a single file")
-    return files
 
 
 @contextmanager

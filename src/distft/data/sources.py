@@ -16,6 +16,7 @@ from distft.config.schema import Data, DataSource, Format
 from distft.connection import cache_if_unreachable
 from distft.data.files import DataFile, Row, exists, files_at, left_out, path_of, suffix_of
 from distft.data.patterns import Patterns, stem
+from distft.data.remote import Remote, is_remote
 from distft.data.toy import tiny_sentiment
 from distft.errors import DataError
 from distft.paths import packaged
@@ -58,7 +59,17 @@ class HubSplit(NamedTuple):
     split: str
 
 
-Source = Path | Patterns | HubSplit
+Source = Path | Patterns | Remote | HubSplit
+
+
+def remotes_of(source: Source) -> list[Remote]:
+    """What of a source is at addresses."""
+    return [source] if isinstance(source, Remote) else source.addresses() if isinstance(source, Patterns) else []
+
+
+def on_network(source: Source) -> bool:
+    """Whether reading the source may take a connection."""
+    return isinstance(source, HubSplit) or bool(remotes_of(source))
 
 
 class Part(Protocol):
@@ -132,7 +143,7 @@ def label_of(source: DataSource) -> str:
     """What the reports call a source of a mixture."""
     name = stem(source.name) or source.name
     if not name and source.files is not None:
-        name = Patterns(path_of(source.path or ""), _patterns(source.files)).stem
+        name = Patterns(source.path or "", _patterns(source.files)).stem
     return source.label or re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "data"
 
 
@@ -140,19 +151,26 @@ def _patterns(files: str | list[str] | None) -> tuple[str, ...]:
     return () if files is None else (files,) if isinstance(files, str) else tuple(files)
 
 
-def local_source(data: Data) -> Path | Patterns | None:
-    """The local file, folder or files that `data` names, whether or not they exist; None if the rows come from the hub.
+def file_source(data: Data) -> Path | Patterns | Remote | None:
+    """The file, folder or files that `data` names, here or at an address, whether or not they exist; None if the rows
+    are those of a data set on the hub.
 
     Whatever exists is local, and so is what looks like a path. Only the known data sets keep their names.
     """
-    place = path_of(data.path) if data.path else None
-    if data.files is not None and (place or data.name in ("", *KNOWN_DATASETS)):
-        return Patterns(place or Path(), _patterns(data.files))
-    place = place or _by_name(data)
-    return Patterns(place, _patterns(data.files)) if place and data.files is not None else place
+    by_name = data.path is None and (data.files is None or data.name not in ("", *KNOWN_DATASETS))
+    place = _by_name(data) if by_name else _place(data.path or "")
+    if data.files is None or place is None:
+        return place
+    return Patterns(place.address if isinstance(place, Remote) else str(place), _patterns(data.files))
 
 
-def _by_name(data: Data) -> Path | None:
+def _place(text: str) -> Path | Remote:
+    return Remote(text) if is_remote(text) else path_of(text)
+
+
+def _by_name(data: Data) -> Path | Remote | None:
+    if is_remote(data.name):
+        return Remote(data.name)
     known = KNOWN_DATASETS.get(data.name)
     if known is not None:
         return packaged(known.file) if known.file is not None else known.build() if known.build is not None else None
@@ -169,8 +187,8 @@ def data_sources(data: Data) -> list[Source]:
     """
     if data.sources is not None:
         return [source for part in parts_of(data).values() for source in data_sources(part)]
-    known, file = KNOWN_DATASETS.get(data.name), local_source(data)
-    test = [path_of(data.test_path)] if data.test_path else []
+    known, file = KNOWN_DATASETS.get(data.name), file_source(data)
+    test = [_place(data.test_path)] if data.test_path else []
     if file is not None:
         return [file, *test]
     hub = known.hub if known else data.name
@@ -214,7 +232,7 @@ def read_source(source: Source) -> Rows:
     """
     if isinstance(source, Path):
         return Rows(str(source), files_at(source))
-    if isinstance(source, Patterns):
+    if isinstance(source, Patterns | Remote):
         return Rows(str(source), source.files())
     from datasets import load_dataset
 

@@ -12,12 +12,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from distft.config.evaluation import TaskName
 from distft.config.recipe import Recipe
-from distft.data.patterns import Patterns
+from distft.data.patterns import Patterns, stem
+from distft.data.remote import Remote, is_remote
 from distft.data.sources import KNOWN_DATASETS, HubSplit, Source, data_sources, parts_of
+from distft.text import redacted
 
 _HOW_ASKED = ("endpoint", "api_key_env", "concurrency", "timeout_s", "retries")
 """Settings of a judge that do not change its judgement."""
@@ -38,7 +41,10 @@ class DataOf:
         if isinstance(source, HubSplit):
             return cls(_plain(source.name.rpartition("/")[2]), json.dumps(source))
         if isinstance(source, Patterns):
-            return cls(_plain(source.stem or "files"), json.dumps([str(source.folder.resolve()), *source.patterns]))
+            place = redacted(source.folder) if is_remote(source.folder) else str(Path(source.folder).resolve())
+            return cls(_plain(source.stem or "files"), json.dumps([place, *map(redacted, source.patterns)]))
+        if isinstance(source, Remote):
+            return cls(_plain(stem(str(source)) or "files"), str(source))
         return cls(_plain(source.name.partition(".")[0] or source.name), str(source.resolve()))
 
     @classmethod

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from distft.config.recipe import Recipe
 from distft.data.checks import data_file_faults, format_findings, needs_tokenizer, split_faults
-from distft.data.sources import HubSplit, data_sources
+from distft.data.sources import HubSplit, data_sources, on_network
 from distft.distributed.collectives import together
 from distft.distributed.world import World
 from distft.errors import Fault, RecipeError, UserError
@@ -61,12 +61,17 @@ def check_files(recipe: Recipe, working_folder: Path) -> Findings:
     """Look at the files and folders that the recipe names. Imports no torch."""
     data, folder = data_file_faults(recipe), folder_faults(recipe, working_folder)
     sources, _ = attempt(recipe, "data.name", lambda: data_sources(recipe.data))  # what it raises is among the faults
-    on_hub = [source.name for source in sources or () if isinstance(source, HubSplit)]
-    checked = {"data files": data or on_hub, "run folder": folder}
+    away = [source for source in sources or () if on_network(source)]
+    checked = {"data files": data or away, "run folder": folder}
     return Findings(
         faults=(*data, *folder),
         checked=tuple(what for what, faults in checked.items() if not faults),
-        skipped=tuple(f"the data {name}, which is on the hub: --deep reads it" for name in dict.fromkeys(on_hub)),
+        skipped=tuple(
+            f"the data {source}, which is at an address: --deep reads it"
+            if not isinstance(source, HubSplit)
+            else f"the data {source.name}, which is on the hub: --deep reads it"
+            for source in dict.fromkeys(away)
+        ),
     )
 
 
