@@ -123,7 +123,8 @@ def _strategy_faults(recipe: Recipe, strategy: Strategy) -> Iterator[Fault]:
         yield Fault(recipe.source.of(key), key, "moves activations from a GPU, and this run has none", "leave it out")
     if recipe.training.get("use_liger_kernel") and not (strategy.on_gpu and is_liger_kernel_available()):
         key = "training.use_liger_kernel"
-        problem = "liger-kernel is not installed" if strategy.on_gpu else "its kernels need a GPU, and this run has none"
+        absent = "its kernels need a GPU, and this run has none"
+        problem = "liger-kernel is not installed" if strategy.on_gpu else absent
         hint = "pip install liger-kernel, or leave it out" if strategy.on_gpu else "leave it out"
         yield Fault(recipe.source.of(key), key, problem, hint)
     if recipe.training.get("use_cpu") and strategy.on_gpu:
