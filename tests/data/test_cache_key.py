@@ -21,6 +21,7 @@ MIXED = ("data.name=null", f"data.sources=[{{name: {ROWS}, weight: 3}}, {{name: 
 CHANGES = {
     "name": [f"data.name={OTHER}"],
     "path": [f"data.path={OTHER}"],
+    "files": ["data.name=null", f"data.files=[{OTHER}]"],
     "test_path": [f"data.test_path={OTHER}"],
     "validation_fraction": ["data.validation_fraction=0.5"],
     "test_fraction": ["data.test_fraction=0.5"],

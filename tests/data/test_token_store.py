@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -200,3 +202,25 @@ def test_a_digest_of_hashes_takes_the_place_of_one_of_large_texts(
     assert large.digest != small.digest and large.rows == small.rows
     assert prepare(dolly, "training.max_length=16").report.digest == large.digest
     assert prepare(dolly, "run.seed=1").report.digest != large.digest
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_a_hundreds_of_pieces_do_not_take_as_many_open_files(
+    prepare: Prepare, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Data of terabytes has thousands of pieces, and a process may often have 1,024 files."""
+    monkeypatch.setattr(token_store, "_PIECE", 1)
+    monkeypatch.setattr(token_store, "_FIRST", 1)
+    file = write_rows(tmp_path / "rows.jsonl", [{"q": "Which? ", "a": str(number)} for number in range(300)])
+    before, (soft, hard) = open_files(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 60, hard))
+    try:
+        splits = prepare(f"data.name={file}", QA, *ALL, "training.dataset_num_proc=1")
+        rows = pickle.loads(pickle.dumps(splits.train)).to_list()  # as a worker of a data loader gets it
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(list((tmp_path / "cache").glob("tokens/*/*.arrow"))) == 300
+    assert len(rows) == 300 and open_files() <= before + 5

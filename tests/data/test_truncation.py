@@ -19,7 +19,7 @@ from distft.data.prepare import prepare_data
 from distft.data.templates import Dropped
 from distft.data.tokenize import IGNORED, INSIDE, tokenize
 from tests.data.chats import recipe_of
-from tests.data.rows import ALL
+from tests.data.rows import ALL, Prepare, write_rows
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 
@@ -110,19 +110,39 @@ def test_a_system_prompt_that_the_template_does_not_render_alone_stays_without_t
     assert text == "".join(turn(each["role"], each["content"]) for each in [SYSTEM, *LONG[3:]])
 
 
-def test_a_conversation_whose_rest_would_be_rendered_differently_is_not_shortened(chatml: Any) -> None:
-    """The template puts the system prompt into the first question."""
-    moving = copy.deepcopy(chatml)
-    moving.chat_template = MOVES + CHATML.replace(
+@pytest.fixture
+def moving(chatml: Any) -> Any:
+    """A tokenizer whose template puts the system prompt into the first question."""
+    found = copy.deepcopy(chatml)
+    found.chat_template = MOVES + CHATML.replace(
         "{{- message['content'] + '<|im_end|>' -}}{%- endif -%}",
         "{{- (first.content + ' ' if loop.first and first.role == 'system' else '') + message['content'] + '<|im_end|>'"
         " -}}{%- endif -%}",
     )
+    return found
+
+
+def test_a_conversation_whose_rest_would_be_rendered_differently_is_not_shortened(moving: Any) -> None:
     found = chat_template(recipe_of(), moving)
     whole = shortened(found, moving, LONG, None)[0]
     assert moving.decode(whole).startswith("<|im_start|>user\nBe brief. One?")
     assert shortened(found, moving, LONG, len(whole) - 1, "beginning")[0] == []
     assert texts(shortened(found, moving, LONG, len(whole) - 1), moving)[1] == "First.<|im_end|>Second.<|im_end|>"
+
+
+def test_conversations_that_cannot_be_shortened_are_counted_by_themselves(
+    prepare: Prepare, moving: Any, tmp_path: Path
+) -> None:
+    short, deaf = [LONG[0], *LONG[-2:]], talk(" ".join(map(str, range(200))), "Yes.")
+    file = write_rows(tmp_path / "rows.jsonl", [{"messages": each} for each in (LONG, LONG, short, deaf)])
+    room = len(shortened(chat_template(recipe_of(), moving), moving, LONG, None)[0]) - 1
+    words = (f"data.name={file}", "data.chat_template=tokenizer", *ALL, f"training.max_length={room}")
+    report = prepare_data(recipe_of(*words, "data.truncation=beginning"), moving).report
+    assert (report.rows["train"], report.dropped_untrained["train"], report.uncuttable["train"]) == (1, 3, 2)
+    said = "\n".join(report.lines())
+    assert "dropped 2 samples above training.max_length: without the first turns, the chat template renders" in said
+    assert "dropped 1 sample: training.max_length leaves nothing to train on" in said
+    assert prepare_data(recipe_of(*words), moving).report.uncuttable["train"] == 0
 
 
 # ---- inside a turn --------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ class Sample(NamedTuple):
     ids: Ids
     labels: Ids
     cut: int
-    """Truncated: 0, 1, or INSIDE."""
+    """Truncated: 0, 1, INSIDE or NOT_SHORTENED."""
     is_trained: bool
     """Has a trained token."""
     marked: Mapping[str, int] = {}

@@ -21,16 +21,17 @@ from distft.data.encode import Sample, encode
 from distft.data.files import Row
 from distft.data.formats import Formatter
 from distft.data.templates import Dropped, Example
-from distft.data.tokenize import INSIDE
+from distft.data.tokenize import INSIDE, NOT_SHORTENED
 from distft.errors import DataError
 
 Array = np.ndarray[Any, Any]
-TRAINED, TRUNCATED, CUT_INSIDE = 1, 2, 4
+TRAINED, TRUNCATED, CUT_INSIDE, UNCUTTABLE = 1, 2, 4, 8
 EXAMPLE = np.dtype(
     [("text", "<u8"), ("content", "<u8"), ("bytes", "<u4"), ("length", "<i4"), ("flags", "u1")], align=False
 )
 """What is known of each example: hashes of its text and of `digest_record`, the size of the latter, its tokens, and
-whether it is among the samples (TRAINED), was TRUNCATED, and that inside a turn (CUT_INSIDE)."""
+whether it is among the samples (TRAINED), was TRUNCATED, and that inside a turn (CUT_INSIDE), or should have been and
+could not be (UNCUTTABLE)."""
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 _AT_ONCE = 1 << 18
 """Characters of text whose tokens are in memory at once."""
@@ -128,7 +129,11 @@ def _known(examples: Sequence[Example], records: Sequence[bytes], samples: Seque
     known["bytes"] = list(map(len, records))
     known["length"] = [len(sample.ids) for sample in samples]
     known["flags"] = [
-        TRAINED * each.is_trained + TRUNCATED * (each.cut > 0) + CUT_INSIDE * (each.cut == INSIDE) for each in samples
+        TRAINED * each.is_trained
+        + TRUNCATED * (each.cut > 0)
+        + CUT_INSIDE * (each.cut == INSIDE)
+        + UNCUTTABLE * (each.cut == NOT_SHORTENED)
+        for each in samples
     ]
     return known
 

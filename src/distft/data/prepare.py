@@ -24,7 +24,7 @@ from distft.config.recipe import Recipe
 from distft.data.formats import check_columns, format_rows, formatter
 from distft.data.inference import with_format
 from distft.data.mixture import mixed
-from distft.data.pieces import CUT_INSIDE, TRUNCATED, Array, Worker, content_of, digest_record
+from distft.data.pieces import CUT_INSIDE, TRUNCATED, UNCUTTABLE, Array, Worker, content_of, digest_record
 from distft.data.report import Report
 from distft.data.sources import Rows, data_sources, parts_of, read_source, source_notes
 from distft.data.splits import Examples, Members, save_rows, split_members
@@ -216,6 +216,9 @@ def _split(
         dropped=dropped,
         noted=noted,
         dropped_untrained=untrained,
+        uncuttable={
+            name: int(((examples.known[each]["flags"] & UNCUTTABLE) != 0).sum()) for name, each in parts.items()
+        },
         truncated={name: int(((each["flags"] & TRUNCATED) != 0).sum()) for name, each in used.items()},
         cut_inside={name: int(((each["flags"] & CUT_INSIDE) != 0).sum()) for name, each in used.items()},
         tokens={name: int(each["length"].sum(dtype=np.int64)) for name, each in used.items()},

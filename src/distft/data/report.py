@@ -32,6 +32,9 @@ class Report:
     """Hash of the validation and test texts in order."""
     cut_inside: dict[str, int] = field(default_factory=dict)
     """Those of `truncated` that were cut inside a turn, because none fits whole."""
+    uncuttable: dict[str, int] = field(default_factory=dict)
+    """Those of `dropped_untrained` that data.truncation=beginning cannot shorten: without the first turns, their
+    template renders the rest differently."""
     repeats: int = 0
     """Rows that data.deduplicate dropped because they repeat another."""
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -55,7 +58,13 @@ class Report:
         if self.trained:
             roles = ", ".join(f"{number:,} of {role}" for role, number in self.trained.items())
             found.append(f"data: trained tokens: {roles}")
-        if untrained := sum(self.dropped_untrained.values()):
+        uncuttable = sum(self.uncuttable.values())
+        if uncuttable:
+            found.append(
+                f"data: dropped {count(uncuttable, 'sample')} above training.max_length: without the first turns, the "
+                "chat template renders the rest differently; data.truncation=end can shorten them"
+            )
+        if untrained := sum(self.dropped_untrained.values()) - uncuttable:
             found.append(f"data: dropped {count(untrained, 'sample')}: training.max_length leaves nothing to train on")
         if truncated := sum(self.truncated.values()):
             inside = sum(self.cut_inside.values())

@@ -34,7 +34,7 @@ from distft.errors import DataError, WorkerError
 from distft.files import build_folder_once, to_json
 from distft.paths import cache_folder
 
-_FORM = 3
+_FORM = 4
 """Part of the key of a store: raise it whenever its files change."""
 _PIECE = 4 << 20
 """Characters of a piece at most: what a worker gets at once."""

@@ -14,6 +14,8 @@ IGNORED = -100
 """Label of a token that the loss ignores."""
 INSIDE = 2
 """How a sample was cut: inside a turn, none of which fits whole. 1: elsewhere; 0: not at all."""
+NOT_SHORTENED = 3
+"""Of a sample that is too long: nothing is left of it, because it cannot be cut (`Example.cut`)."""
 _CHUNK = 1_000
 """Texts per call of the tokenizer, which spreads them over all cores."""
 Offsets = list[tuple[int, int]]
@@ -28,7 +30,7 @@ def tokenize(
     trained: Counter[str] | None = None,
 ) -> Iterator[tuple[list[int], list[int], int]]:
     """For each example, its input ids, its labels (same length, at most `max_length`) and whether it was truncated: 0,
-    1, or INSIDE.
+    1, INSIDE or NOT_SHORTENED.
 
     The text is tokenized in one piece, exactly as the model will see it, so a token may straddle the boundary of the
     trained part; such a token is trained. The first label is always -100, because nothing predicts the first token.
@@ -109,7 +111,7 @@ def _shortened(
     """
     head = first = 0
     if example.cut == "nowhere":
-        return [], True
+        return [], NOT_SHORTENED
     if example.cut == "beginning":
         head = next((start for start, _, role in turns if role not in SYSTEM), len(labels)) or int(begins)
         questions = [start for start, _, role in turns if role == "user"]
