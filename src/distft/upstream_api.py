@@ -55,6 +55,20 @@ def attn_implementation(config: Any) -> str:
     return str(config._attn_implementation)
 
 
+def attention_is_fixed(kind: Any) -> bool:
+    """Whether models of this class compute attention in their own way, and not through transformers' interface."""
+    checked("_can_set_attn_implementation")
+    return not kind._can_set_attn_implementation()
+
+
+def supports_attention(kind: Any, name: str) -> bool:
+    """Whether models of this class can be built with the attention `name`, as far as transformers tells."""
+    for flag in ("_supports_sdpa", "_supports_flex_attn", "_supports_flash_attn"):
+        checked(flag)
+    flags = {"sdpa": kind._supports_sdpa, "flex_attention": kind._supports_flex_attn}
+    return bool(kind._supports_flash_attn if name.startswith("flash") else flags.get(name, True))
+
+
 def checkpoint_layer_with(layer: Any, function: Callable[..., Any]) -> None:
     """Let `function` run the forward of a `GradientCheckpointingLayer` while its checkpointing is on."""
     checked("_gradient_checkpointing_func")

@@ -93,6 +93,7 @@ _c10d = _of("torch", "torch.distributed.distributed_c10d")
 _trainer = _of("transformers", "transformers.trainer:Trainer")
 _arguments = _of("transformers", "transformers.training_args:TrainingArguments")
 _config = _of("transformers", "transformers.configuration_utils:PreTrainedConfig")
+_model = _of("transformers", "transformers.modeling_utils:PreTrainedModel")
 _layer = _of("transformers", "transformers.modeling_layers:GradientCheckpointingLayer")
 _trl = _of("trl", "trl.trainer.utils")
 _head = _of("trl", "trl.trainer.utils:FusedCausalLMOutput")
@@ -139,6 +140,10 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "record which attention the model was loaded with",
         source=r"def _attn_implementation\(self\)|self\._attn_implementation\b",
     ),
+    _model("_can_set_attn_implementation", "call", "know which models have attention of their own"),
+    _model("_supports_sdpa", "call", "choose an attention implementation"),
+    _model("_supports_flex_attn", "call", "choose an attention implementation"),
+    _model("_supports_flash_attn", "call", "choose an attention implementation"),
     _layer(
         "_gradient_checkpointing_func",
         "attribute",

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Gemma2Config, LlamaConfig
+from transformers import BloomConfig, FalconConfig, Gemma2Config, GPTJConfig, GptOssConfig, LlamaConfig
 from transformers.utils import is_flash_attn_2_available
 
 from distft.config.recipe import load_recipe
 from distft.errors import ModelError
-from distft.models.attention import VARLEN, choose, kernel, varlen_attention
+from distft.models.attention import VARLEN, choices, choose, has_attention, kernel, varlen_attention
 
 PACKED = "batching.micro_batch_tokens=512"
 BF16 = "model.dtype=bfloat16"
@@ -44,6 +44,28 @@ def test_varlen_is_refused_where_it_cannot_run(dtype: str, on_gpu: bool) -> None
         choose(recipe, LlamaConfig(), on_gpu=on_gpu)
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(), ["sdpa", "eager"]),
+        (GptOssConfig(), ["eager"]),  # its sinks are unknown to SDPA
+        (BloomConfig(), ["eager"]),
+        (FalconConfig(), ["sdpa", "eager"]),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_the_choices_are_those_that_the_architecture_has(config: Any, expected: list[str]) -> None:
+    assert choices(load_recipe([PACKED]), config, on_gpu=False) == expected
+
+
+@pytest.mark.parametrize("config", [BloomConfig(), FalconConfig(), GPTJConfig()], ids=lambda each: each.model_type)
+def test_a_model_with_attention_of_its_own_never_gets_varlen(config: Any) -> None:
+    """It would not call the kernel, and attend without a mask."""
+    assert VARLEN not in choices(load_recipe([BF16, PACKED]), config, on_gpu=True)
+    with pytest.raises(ModelError, match="varlen"):
+        choose(load_recipe([BF16, PACKED, "model.attn_implementation=varlen"]), config, on_gpu=True)
+
+
 UNSUPPORTED = [
     (LlamaConfig(attention_dropout=0.1), "attention dropout"),
     (Gemma2Config(), "soft-capping"),
@@ -53,7 +75,8 @@ UNSUPPORTED = [
 
 @pytest.mark.parametrize(("config", "feature"), UNSUPPORTED, ids=[name for _, name in UNSUPPORTED])
 def test_a_model_that_needs_an_unsupported_feature_gets_another_kernel(config: Any, feature: str) -> None:
-    assert choose(load_recipe([BF16, PACKED]), config, on_gpu=True) == (FAST or "sdpa")
+    plain = "sdpa" if has_attention(config, "sdpa") else "eager"  # of Gemma 2, it depends on the version
+    assert choose(load_recipe([BF16, PACKED]), config, on_gpu=True) == (FAST or plain)
     with pytest.raises(ModelError, match=f"does not support {feature}, which tiny needs; use sdpa or auto"):
         choose(load_recipe([BF16, PACKED, "model.attn_implementation=varlen"]), config, on_gpu=True)
 

@@ -165,7 +165,7 @@ class LocalJudge:
             device = self._target.device
             place = {"": device.index or 0} if device.type == "cuda" else None
             try:
-                model = load_base(self._recipe, device_map=place, attn_implementation="sdpa").eval()
+                model = load_base(self._recipe, device_map=place).eval()
             except (ModelError, OSError, ValueError) as error:
                 raise self._unavailable(error) from error
             self._engine = TransformersEngine(

@@ -156,9 +156,9 @@ class Target:
         if name == "adapter" and not self.is_adapter:
             assert self.result is not None
             recipe = of_whole_model(recipe, self.result)
-        kernel = recipe.model.attn_implementation
+        kernel: str | None = recipe.model.attn_implementation
         if kernel not in ("eager", "flash_attention_2"):
-            kernel = "sdpa"  # batches are padded here, unlike in training
+            kernel = None  # batches are padded here, unlike in training
         place = {"": self.device.index or 0} if self.device.type == "cuda" else None
         return load_base(recipe, device_map=place, attn_implementation=kernel).eval()
 

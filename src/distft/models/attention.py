@@ -7,9 +7,10 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
+from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.errors import ModelError
 
@@ -18,16 +19,14 @@ VARLEN = "varlen"
 
 
 def choose(recipe: Recipe, config: PreTrainedConfig, *, on_gpu: bool) -> str:
-    """The attention implementation to load the model with: the recipe's, or the fastest suitable one for `auto`.
-
-    `auto` on a GPU is flash-attn if it is installed; for packed samples, otherwise, PyTorch's variable-length kernel if
-    it supports the model. Everything else is SDPA. For packs, transformers gives SDPA a block-diagonal mask, which is
-    correct but needs memory quadratic in the length of the pack.
+    """The attention implementation to load the model with: the recipe's, or the first of those that `auto` may use.
 
     Raises:
-        ModelError: the recipe asks for `varlen`, which cannot run here.
+        ModelError: the recipe asks for one that cannot run here, or that the model lacks.
     """
     asked, half = recipe.model.attn_implementation, recipe.model.dtype != "float32"
+    if asked == "auto":
+        return choices(recipe, config, on_gpu=on_gpu)[0]
     if asked == VARLEN and not (on_gpu and half and kernel() is not None):
         raise ModelError(
             "model.attn_implementation=varlen needs a GPU, bfloat16 or float16, and a PyTorch that has varlen_attn; "
@@ -38,14 +37,37 @@ def choose(recipe: Recipe, config: PreTrainedConfig, *, on_gpu: bool) -> str:
             f"model.attn_implementation=varlen does not support {feature}, which {recipe.model.name} needs; "
             "use sdpa or auto"
         )
-    if asked != "auto":
-        return asked
-    if not (on_gpu and half):
-        return "sdpa"
-    if is_flash_attn_2_available():
-        return "flash_attention_2"
-    packed = recipe.batching.micro_batch_tokens is not None
-    return VARLEN if packed and kernel() is not None and not missing_feature(config) else "sdpa"
+    if not has_attention(config, asked):
+        raise ModelError(f"{recipe.model.name} has no {asked} attention; set model.attn_implementation=auto")
+    return asked
+
+
+def choices(recipe: Recipe, config: PreTrainedConfig, *, on_gpu: bool) -> list[str]:
+    """The implementations that `auto` may use, the fastest first.
+
+    On a GPU, the first is flash-attn if it is installed; otherwise, for packed samples, PyTorch's variable-length
+    kernel if it supports the model. Then come SDPA and the model's plain ("eager") attention, as far as the model has
+    them. For packs, transformers gives both a block-diagonal mask, whose memory is quadratic in the length of the pack.
+    """
+    fast = []
+    if on_gpu and recipe.model.dtype != "float32":
+        packed = recipe.batching.micro_batch_tokens is not None
+        if is_flash_attn_2_available():
+            fast.append("flash_attention_2")
+        elif packed and kernel() is not None and not missing_feature(config):
+            fast.append(VARLEN)
+    return [name for name in (*fast, "sdpa", "eager") if has_attention(config, name)]
+
+
+def has_attention(config: PreTrainedConfig, name: str) -> bool:
+    """Whether the architecture has the implementation `name`. One with code of its own is only known when it is
+    built."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None:
+        return True
+    if name == VARLEN:  # a model that does not call it would attend without any mask
+        return not upstream_api.attention_is_fixed(kind)
+    return upstream_api.supports_attention(kind, name)
 
 
 def missing_feature(config: PreTrainedConfig) -> str | None:

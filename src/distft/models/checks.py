@@ -10,6 +10,7 @@ from distft.config.recipe import Recipe
 from distft.config.validation import nearest
 from distft.distributed.strategies.selection import STRATEGIES
 from distft.errors import DataError, Fault, ModelError
+from distft.models import attention
 from distft.models.embeddings import train_new_rows, vocabulary_size
 from distft.models.loading import tokenizer_and_new_tokens
 from distft.models.locations import local_folder, location_problem
@@ -77,6 +78,9 @@ def model_faults(recipe: Recipe, *, local_only: bool = True) -> ModelFindings:
             faults.append(Fault(recipe.source.of(key), key, problem, "strategy=ddp, zero2 or fsdp"))
     found, notes = position_findings(recipe, skeleton)
     faults += [*found, *skip_faults(recipe, skeleton), *router_faults(recipe, skeleton)]
+    if not attention.has_attention(skeleton.config, asked := section.attn_implementation):
+        problem = f"{section.name} has no {asked} attention"
+        faults.append(_fault(recipe, "attn_implementation", problem, "set it to auto"))
     faults += lora_faults(lora, skeleton)  # this puts the adapter on the skeleton
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in skeleton.model.parameters()]
     trainable = sum(size for size, trained in sizes if trained)

@@ -59,6 +59,29 @@ def fuse(model: nn.Module) -> dict[str, int]:
     return found
 
 
+def fused_linears(model: nn.Module) -> tuple[int, int]:
+    """How many of the model's linears with an adapter are computed by fused nodes, and how many there are."""
+    from peft.tuners.lora import LoraLayer
+
+    fused: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, FusedLinear | FusedMLP) and not module.plain:
+            fused |= {id(member) for member in module.members() if isinstance(member, LoraLayer)}
+    return len(fused), sum(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def use_plain_modules(model: nn.Module, plain: bool = True) -> None:
+    """Let PEFT's own modules compute what `fuse` has fused, or the fused nodes again."""
+    for module in model.modules():
+        if isinstance(module, FusedLinear | FusedMLP):
+            module.plain = plain
+
+
+def uses_plain_modules(model: nn.Module) -> bool:
+    """Whether `use_plain_modules` is in effect."""
+    return any(module.plain for module in model.modules() if isinstance(module, FusedLinear | FusedMLP))
+
+
 def keeps_int8_products(model: nn.Module) -> bool:
     """Whether a forward keeps 8-bit products alive that activation checkpointing cannot see.
 
@@ -67,7 +90,7 @@ def keeps_int8_products(model: nn.Module) -> bool:
     """
     fused: set[int] = set()
     for module in model.modules():
-        if isinstance(module, FusedLinear | FusedMLP):
+        if isinstance(module, FusedLinear | FusedMLP) and not module.plain:
             fused |= {id(member.base_layer) for member in module.members() if hasattr(member, "base_layer")}
     return any(
         type(module).__name__ == "Linear8bitLt" and not hasattr(module, "base_layer") and id(module) not in fused
@@ -130,13 +153,15 @@ class FusedLinear(nn.Module):
     """Mixin for PEFT's LoRA linears: y = W x + s B A x, computed together with the linears of its group."""
 
     group: LinearGroup
+    plain: bool = False
+    """Leave the computation to PEFT's module."""
 
     def members(self) -> list[Any]:
         return self.group.members
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         out: torch.Tensor
-        if args or kwargs or self.disable_adapters or self.merged:
+        if args or kwargs or self.plain or self.disable_adapters or self.merged:
             out = super().forward(x, *args, **kwargs)
         else:
             out = self.group.output_of(self, x)
@@ -147,6 +172,8 @@ class FusedMLP(nn.Module):
     """Mixin for gated MLPs: down(silu(gate(x)) · up(x)) as one node."""
 
     norm: NormOutput | None = None
+    plain: bool = False
+    """Leave the computation to the MLP's own modules."""
     ends_checkpoint: bool = False
     """Nothing in the backward needs the output once more, so a recomputation leaves it out."""
 
@@ -157,7 +184,7 @@ class FusedMLP(nn.Module):
         members = self.members()
         out: torch.Tensor
         # After PEFT's unload, the members are plain linears without an adapter.
-        if any(getattr(member, "disable_adapters", True) or member.merged for member in members):
+        if self.plain or any(getattr(member, "disable_adapters", True) or member.merged for member in members):
             out = super().forward(x)
             return out
         specs, tensors, p = _parts(members[:2], x.dtype)

@@ -159,7 +159,7 @@ def load_trained(recipe: Recipe, result: Path) -> Any:
     """
     device_map = {"": 0} if torch.cuda.is_available() else None
     kernel = recipe.model.attn_implementation
-    implementation = kernel if kernel in ("eager", "flash_attention_2") else "sdpa"  # the others take packs only
+    implementation = kernel if kernel in ("eager", "flash_attention_2") else None  # the others take packs only
     if not (result / "adapter_config.json").is_file():
         recipe = of_whole_model(recipe, result)
         return load_base(recipe, device_map=device_map, attn_implementation=implementation).eval()

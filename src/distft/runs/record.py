@@ -110,9 +110,14 @@ class Record:
             *facts["changed_for_you"],
             f"{facts['strategy']} on {processes}: global batch {self._batch()} × {facts['world_size']} × "
             f"{facts['gradient_accumulation_steps']} accumulation; {facts['trainable_parameters']:,} of "
-            f"{facts['parameters']:,} parameters train; attention {facts['attn_implementation']}{checkpointed}",
+            f"{facts['parameters']:,} parameters train; attention {facts['attn_implementation']}{checkpointed}"
+            f"{self._fused()}",
             f"run folder: {self.folder.path}",
         ]
+
+    def _fused(self) -> str:
+        adapted = self._facts.get("adapted_linears")
+        return "" if adapted is None else f"; fused: {self._facts['fused_linears']} of {adapted} linears"
 
     def _batch(self) -> str:
         facts = self._facts

@@ -37,6 +37,7 @@ from distft.models.loading import load_model
 from distft.runs.folder import RunFolder
 from distft.text import first_line
 from distft.training.arguments import training_arguments
+from distft.training.micro_batches import padded, settle
 from distft.training.oom import MARGIN, device_memory, is_out_of_memory
 from distft.training.setup import TrainingData, setup_data, setup_strategy
 from distft.training.trainer import Trainer, build_trainer, collator
@@ -78,10 +79,10 @@ class HeaviestBatches(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, samples: Any, plan: Plan, sizes: Sequence[int], collator_of: Callable[[int], Callable[..., Any]]
+        self, samples: Any, sizes: Sequence[int], batch_of: Callable[[int], tuple[list[int], Callable[..., Any]]]
     ) -> None:
         self._samples = samples
-        self._batches = [(plan.longest(size), collator_of(size)) for size in (sizes[0], *sizes) for _ in range(PASSES)]
+        self._batches = [batch_of(size) for size in (sizes[0], *sizes) for _ in range(PASSES)]
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -164,13 +165,19 @@ def setup_probe(
     arguments = training_arguments(recipe, strategy, folder, PASSES)
     arguments.max_steps = 1 + len(sizes)
     model = load_model(recipe, strategy)
+    largest = settle(model, recipe.with_micro_batch(sizes[-1]), strategy, data.tokenizer, data.lengths).recipe
+    packs = recipe.batching.micro_batch_tokens is not None
+    is_padded = packs and largest.batching.micro_batch_tokens is None
+
+    def rows_and_collator(size: int) -> tuple[list[int], Callable[..., Any]]:
+        sized = recipe.with_micro_batch(size)
+        if not is_padded:
+            return plan.longest(size), collator(sized, strategy, data.tokenizer)
+        sized = padded(sized, data.lengths, strategy.world.world_size)
+        return Plan(data.lengths, sized.batching).longest(sized.micro_batch), collator(sized, strategy, data.tokenizer)
+
     set_up_checkpointing(model, recipe, strategy, None)
-    batches = HeaviestBatches(
-        data.splits.train,
-        plan,
-        sizes,
-        lambda size: collator(recipe.with_micro_batch(size), strategy, data.tokenizer),
-    )
+    batches = HeaviestBatches(data.splits.train, sizes, rows_and_collator)
     return build_trainer(
         recipe,
         strategy,

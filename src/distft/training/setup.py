@@ -11,7 +11,6 @@ from typing import Any
 
 from trl import SFTConfig
 
-from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.data.batch_plan import Lengths, Plan
@@ -45,6 +44,7 @@ from distft.training.callbacks import HeldOutLoss, Invariants
 from distft.training.checkpoints import Checkpoints
 from distft.training.checks import weights_notes
 from distft.training.metrics import Telemetry
+from distft.training.micro_batches import settle
 from distft.training.nonfinite import BadNumbers
 from distft.training.oom import MemoryGuard
 from distft.training.profiler import Profile
@@ -81,8 +81,10 @@ class OpenRun:
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """The model with its adapter, and what follows from it and from the plan of micro-batches."""
+    """The model with its adapter, and what follows from it and from the plan of micro-batches. `recipe` has those that
+    are right for the model."""
 
+    recipe: Recipe
     model: Any
     arguments: SFTConfig
     plan: Plan
@@ -174,6 +176,14 @@ def setup_model(run: OpenRun) -> PreparedModel:
     for note in weights_notes(recipe):
         record.changed(note)
     model = together(world, lambda: run.memory.load(lambda: load_model(recipe, strategy)))
+    settled = run.memory.load(lambda: settle(model, recipe, strategy, run.data.tokenizer, run.data.lengths))
+    for note in settled.notes:
+        record.changed(note)
+    if settled.recipe is not recipe:  # padded: the same steps, in other micro-batches
+        recipe = settled.recipe
+        plan = Plan(run.data.lengths, recipe.batching, recipe.run.seed)
+        accumulation = plan.accumulation(world.world_size, recipe.epochs(plan.steps))
+        arguments = training_arguments(recipe, strategy, record.folder, accumulation)
     if run.data.splits.report.trained:  # conversations
         tokenizer = run.data.tokenizer
         end_answers_at(model, stop_tokens_of(chat_template(recipe, tokenizer), tokenizer))
@@ -184,8 +194,8 @@ def setup_model(run: OpenRun) -> PreparedModel:
         gradient_accumulation_steps=accumulation,
         trainable_parameters=trainable,
         parameters=sum(map(whole_numel, model.parameters())),
-        attn_implementation=upstream_api.attn_implementation(model.config),
         checkpointed_layers=checkpointed,
+        **settled.facts,
     )
     if world.is_main:
         for line in [*run.data.splits.report.lines(), *record.lines()]:
@@ -194,7 +204,7 @@ def setup_model(run: OpenRun) -> PreparedModel:
         model_flops_per_token(non_embedding_parameters(model), frozen_base=recipe.lora is not None),
         recomputed_parameters(model, by_trainer=bool(arguments.gradient_checkpointing)),
     )
-    return PreparedModel(model, arguments, plan, trainable, work)
+    return PreparedModel(recipe, model, arguments, plan, trainable, work)
 
 
 def check_schedule(run: OpenRun, arguments: SFTConfig, steps: int) -> None:
@@ -223,7 +233,7 @@ def _position_notes(run: OpenRun) -> list[str]:
 
 def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
     """Build the trainer with its callbacks, which continue from what a checkpoint has carried over."""
-    recipe, strategy, record, world = run.recipe, run.strategy, run.record, run.strategy.world
+    recipe, strategy, record, world = prepared.recipe, run.strategy, run.record, run.strategy.world
     folder, plan, splits = record.folder, prepared.plan, run.data.splits
     carried = record.place.carried
     measured = carried.get("telemetry", {})

@@ -7,6 +7,7 @@ that `accelerate launch --config_file` would have brought it into, so that the f
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -121,6 +122,15 @@ class Strategy:
     def device_map(self, recipe: Recipe) -> dict[str, int] | None:
         """The `device_map` for `from_pretrained`; never "auto"."""
         return {"": self.world.local_rank} if self.on_gpu else None
+
+    def loads_on_main(self, recipe: Recipe) -> bool:
+        """Whether only rank 0 has the weights until the model is prepared."""
+        return False
+
+    def whole_modules(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Let a model that has been loaded, and not prepared yet, be computed: without gradients, if it gathers in
+        submodules. All ranks must enter, and compute the same."""
+        return nullcontext()
 
     def checkpoints_by_layer(self, recipe: Recipe) -> bool:
         """Whether distft applies activation checkpointing layer by layer.

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
 from distft.config.recipe import Recipe
 from distft.config.schema import StrategyName
 from distft.distributed.strategies.base import Strategy, as_variable, fault
+from distft.distributed.tensors import is_partitioned
 from distft.distributed.world import World
 from distft.errors import Fault, LaunchError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 _VARIABLES = {
     "deepspeed_config_file": "CONFIG_FILE",
@@ -97,6 +100,28 @@ class ZeRO3(DeepSpeed):
 
     def device_map(self, recipe: Recipe) -> dict[str, int] | None:
         return None  # weights are partitioned while they are loaded
+
+    @contextmanager
+    def whole_modules(self, model: nn.Module) -> Iterator[None]:
+        import deepspeed
+
+        gathered: list[Any] = []
+
+        def gather(module: nn.Module, _: Any) -> None:
+            mine = [parameter for parameter in module.parameters(recurse=False) if is_partitioned(parameter)]
+            gathered.append(deepspeed.zero.GatheredParameters(mine) if mine else nullcontext())
+            gathered[-1].__enter__()
+
+        def release(*_: Any) -> None:
+            gathered.pop().__exit__(None, None, None)
+
+        hooks = [module.register_forward_pre_hook(gather) for module in model.modules()]
+        hooks += [module.register_forward_hook(release, always_call=True) for module in model.modules()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def checkpoints_by_layer(self, recipe: Recipe) -> bool:
         return False  # ZeRO-3 needs the reentrant kind, which the trainer applies

@@ -81,6 +81,9 @@ class FSDP2(Strategy):
     def device_map(self, recipe: Recipe) -> dict[str, int] | None:
         return None if recipe.bits == 16 else super().device_map(recipe)
 
+    def loads_on_main(self, recipe: Recipe) -> bool:
+        return recipe.bits == 16 and self.world.world_size > 1  # fsdp_cpu_ram_efficient_loading
+
     def preserve_output_dtype(self, accelerator: Any) -> None:
         """Leave the model's outputs in their own dtype.
 

@@ -1,0 +1,262 @@
+"""Whether a model computes each sample of a micro-batch as if it were alone: the check that every run makes on its own
+model before step 1.
+
+Samples of one pack may see each other (a recurrent state or a convolution runs on, positions are counted from the start
+of the row), an attention kernel may leave out a feature of the model (ALiBi, sinks), and a fused node may compute
+something else than the modules it replaces. None of that raises an error, so nothing is trusted by its name: two short
+samples are computed alone, by the plain modules of transformers and PEFT, and together as in training, and the logits
+and the adapter's gradient have to agree. Then the first is exchanged, which may not change the second.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from distft import upstream_api
+from distft.models.fused_lora import use_plain_modules, uses_plain_modules
+from distft.text import first_line
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+_LENGTHS = (9, 13)
+"""Tokens of the two samples."""
+_LONGEST_WINDOW = 1024
+"""A sliding window of at most this many tokens is crossed by the second sample."""
+_GRADIENTS = 1 << 25
+"""The smallest trainable parameters are compared, up to this many elements in all."""
+_RAISED = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model raises that cannot be computed in this way."""
+_SAYS = {
+    "logits": "the logits of two samples differ by {:.2g} from those of each alone",
+    "exchanged": "the logits of a sample change by {:.2g} with the sample before it",
+    "gradient": "the gradient of a sample differs by {:.2g} from that of the sample alone",
+}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is wrong, or None; and the relative errors by which that was decided."""
+
+    fault: str | None = None
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+
+class IsolationCheck:
+    """The check of one model. It leaves the model, its adapter and the random numbers as they were.
+
+    `precision` is that of autocast in training, if there is any. `gradients`: compare those of trainable parameters,
+    too.
+    """
+
+    def __init__(self, model: Any, *, precision: torch.dtype | None = None, gradients: bool = True) -> None:
+        self._model, self._precision, self._samples = model, precision, _Samples.of(model)
+        self._device = model.get_input_embeddings().weight.device
+        trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        self._trained = list(_smallest(trainable)) if gradients else []
+
+    def findings(self, collate: Collate, attention: str, *, plain: bool = False) -> Findings:
+        """Compare two samples that `collate` puts into one micro-batch, under the implementation `attention`, with the
+        same samples alone. `plain`: without fused nodes. From then on, the model computes in this way."""
+        use_plain_modules(self._model, plain)
+        with _undisturbed(self._model):
+            try:
+                return self._findings(collate, attention)
+            except torch.OutOfMemoryError:
+                raise
+            except _RAISED as error:
+                return Findings(f"{type(error).__name__}: {first_line(error)}")
+
+    def _findings(self, collate: Collate, attention: str) -> Findings:
+        samples = self._samples
+        first, second = self._alone
+        if not set_attention(self._model, attention):
+            return Findings(f"the model has no {attention} attention")
+        together = self._computed(_batch(collate, samples.first, samples.second), [samples.first, samples.second])
+        with torch.no_grad():
+            other = self._computed(_batch(collate, samples.other, samples.second), [samples.other, samples.second])
+        alone = torch.cat([first.logits[0], second.logits[0]])
+        errors = {
+            "logits": _error(torch.cat(together.logits), alone),
+            "exchanged": _error(other.logits[1], together.logits[1]),
+        }
+        if self._trained:
+            errors["gradient"] = _error(together.gradient, second.gradient)
+        computed = self._precision or alone.dtype
+        exact = torch.finfo(computed).eps * 100 if torch.finfo(computed).bits > 16 else torch.finfo(computed).eps
+        limits = {"logits": 10 * exact, "exchanged": exact, "gradient": 10 * exact}
+        if any(error > limits[name] for name, error in errors.items()):
+            rounding = self._rounding
+            limits = {
+                "logits": max(limits["logits"], 4 * rounding["logits"]),
+                "exchanged": max(limits["exchanged"], rounding["logits"]),
+                "gradient": max(limits["gradient"], 4 * rounding["gradient"]),
+            }
+        wrong = next((_SAYS[name].format(error) for name, error in errors.items() if error > limits[name]), None)
+        return Findings(wrong, errors)
+
+    @functools.cached_property
+    def _alone(self) -> tuple[_Computed, _Computed]:
+        """Each sample by itself, by plain modules. The gradient is that of the second."""
+        samples = self._samples
+        with _plain(self._model), torch.no_grad():
+            first = self._computed({"input_ids": torch.tensor([samples.first])}, [samples.first])
+        with _plain(self._model):
+            return first, self._computed({"input_ids": torch.tensor([samples.second])}, [samples.second])
+
+    @functools.cached_property
+    def _rounding(self) -> dict[str, float]:
+        """How far rounding carries: the errors that embeddings of one bit less precision cause."""
+        samples, second = self._samples, self._alone[1]
+
+        def rounded(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            step = torch.finfo(self._precision or output.dtype).eps
+            signs = torch.randint(2, output.shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
+            return output * (1 + step * signs.to(output))
+
+        hook = self._model.get_input_embeddings().register_forward_hook(rounded)
+        try:
+            with _plain(self._model):
+                found = self._computed({"input_ids": torch.tensor([samples.second])}, [samples.second])
+        finally:
+            hook.remove()
+        return {
+            "logits": _error(found.logits[0], second.logits[0]),
+            "gradient": _error(found.gradient, second.gradient),
+        }
+
+    def _computed(self, inputs: Mapping[str, Any], samples: Sequence[list[int]]) -> _Computed:
+        given = {key: value.to(self._device) if torch.is_tensor(value) else value for key, value in inputs.items()}
+        cast = nullcontext() if self._precision is None else torch.autocast(self._device.type, self._precision)
+        differentiates = bool(self._trained) and torch.is_grad_enabled()
+        with torch.set_grad_enabled(differentiates), cast:
+            out = self._model(**given, use_cache=False).logits
+        parts, start = [], 0
+        for row, tokens in enumerate(samples):
+            parts.append(out[0, start : start + len(tokens)] if len(out) == 1 else out[row, : len(tokens)])
+            start += len(tokens)
+        gradient = torch.zeros(0)
+        if differentiates:
+            targets = torch.tensor(samples[-1][1:], device=out.device)
+            loss = nn.functional.cross_entropy(parts[-1][:-1].float(), targets, reduction="sum")
+            found = torch.autograd.grad(loss, self._trained, allow_unused=True, materialize_grads=True)
+            gradient = torch.cat([part.flatten().float() for part in found])
+        return _Computed([part.detach() for part in parts], gradient)
+
+
+def set_attention(model: Any, name: str) -> bool:
+    """Let `model` use the attention `name`; False if it cannot."""
+    if upstream_api.attn_implementation(model.config) == name:
+        return True
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if upstream_api.attention_is_fixed(type(base)):
+        return False
+    try:
+        base.set_attn_implementation(name)
+    except (ImportError, ValueError):
+        return False
+    return upstream_api.attn_implementation(model.config) == name
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Tokens of two samples, and of one that takes the place of the first."""
+
+    first: list[int]
+    second: list[int]
+    other: list[int]
+
+    @classmethod
+    def of(cls, model: Any) -> _Samples:
+        config = model.config.get_text_config()
+        window, positions = (getattr(config, name, None) for name in ("sliding_window", "max_position_embeddings"))
+        first, second = _LENGTHS
+        if isinstance(window, int) and window <= _LONGEST_WINDOW:
+            second = max(second, window + 8)
+        if isinstance(positions, int) and positions > 0:
+            first, second = min(first, positions), min(second, positions)
+        rows, begin = int(config.vocab_size), getattr(config, "bos_token_id", None)
+        special = {
+            value for name, value in model.config.to_dict().items() if name.endswith(("token_id", "token_index"))
+        }
+        usual = [token for token in range(rows // 4, max(rows // 2, 16)) if token not in special]
+        generator = torch.Generator().manual_seed(0)
+        # Without its first token, a pretrained model computes with numbers so large that rounding takes over.
+        start = [begin] if isinstance(begin, int) and begin < rows else []
+
+        def sample(length: int) -> list[int]:
+            indices = torch.randint(len(usual), (length - len(start),), generator=generator).tolist()
+            return [*start, *(usual[index] for index in indices)]
+
+        return cls(sample(first), sample(second), sample(first))
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """Logits [tokens, vocabulary] of each sample, and the gradient of the loss of the last one as one vector."""
+
+    logits: list[torch.Tensor]
+    gradient: torch.Tensor
+
+
+def _batch(collate: Collate, *samples: list[int]) -> dict[str, Any]:
+    batch = collate([{"input_ids": tokens, "labels": tokens} for tokens in samples])
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def _smallest(parameters: Iterable[nn.Parameter]) -> Iterator[nn.Parameter]:
+    size = 0
+    for parameter in sorted(parameters, key=torch.Tensor.numel):
+        size += parameter.numel()
+        if size > _GRADIENTS:
+            return
+        yield parameter
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference relative to that of `expected`; infinite if a number is not finite."""
+    if not expected.numel():
+        return 0.0
+    found, expected = found.double(), expected.double()
+    error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    return math.inf if math.isnan(error) else error
+
+
+@contextmanager
+def _plain(model: Any) -> Iterator[None]:
+    """The model by its plain modules: eager attention, if it is exchangeable, and PEFT's own linears."""
+    attention, before = upstream_api.attn_implementation(model.config), uses_plain_modules(model)
+    set_attention(model, "eager")
+    use_plain_modules(model)
+    try:
+        yield
+    finally:
+        use_plain_modules(model, before)
+        set_attention(model, attention)
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """Evaluation mode, and trained tensors of zeros (an adapter's B) filled with small numbers, for a while."""
+    training = [module for module in model.modules() if module.training]
+    zeros = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad and not p.detach().any()]
+    generator = torch.Generator().manual_seed(1)
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            model.eval()
+            for parameter, _ in zeros:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+            yield
+        finally:
+            for parameter, before in zeros:
+                parameter.data.copy_(before)
+            for module in training:
+                module.training = True

@@ -1,0 +1,114 @@
+"""The check of samples in one micro-batch finds what is silently wrong, passes what is right, and leaves no trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from distft.data.loader import Collator
+from distft.models.fused_lora import FusedLinear
+from distft.models.isolation import IsolationCheck, set_attention
+
+from .families import adapted, small_model
+
+PACKS, PADDED = Collator(0, packed=True), Collator(0, packed=False)
+
+
+@pytest.mark.parametrize("collate", [PACKS, PADDED], ids=["packs", "padded"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "mixtral"])
+def test_what_is_right_passes(family: str, collate: Collator) -> None:
+    found = IsolationCheck(adapted(small_model(family))).findings(collate, "sdpa")
+    assert found.fault is None
+    assert max(found.errors.values()) < 1e-5
+
+
+WRONG = {
+    "bloom": "eager",  # ALiBi counts from the start of the row
+    "falcon_alibi": "sdpa",
+    "gpt_oss": "eager",  # its mask is built without the samples' boundaries
+    "jamba": "sdpa",  # the state runs on from sample to sample
+    "minimax": "sdpa",
+    "opt": "sdpa",  # positions are counted from the start of the row
+    "recurrent_gemma": "sdpa",
+}
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", WRONG)
+def test_samples_that_see_each_other_in_packs_are_found(family: str, precision: torch.dtype | None) -> None:
+    model = small_model(family)
+    if precision is not None:
+        model = model.to(precision)
+    excluded = ["router"] if family == "gpt_oss" else None
+    check = IsolationCheck(adapted(model, exclude_modules=excluded), precision=precision)
+    fault = check.findings(PACKS, WRONG[family]).fault
+    assert fault is not None and "logits" in fault
+    assert check.findings(PADDED, WRONG[family]).fault is None
+
+
+def test_an_attention_that_omits_a_feature_is_found() -> None:
+    def without_sinks(*args: Any, s_aux: Any = None, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(*args, **kwargs)
+
+    AttentionInterface.register("without_sinks", without_sinks)
+    check = IsolationCheck(adapted(small_model("gpt_oss"), exclude_modules=["router"]))
+    assert check.findings(PADDED, "eager").fault is None
+    fault = check.findings(PADDED, "without_sinks").fault
+    assert fault is not None and "differ by" in fault and "from those of each alone" in fault
+
+
+def test_a_fused_node_that_computes_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = IsolationCheck(adapted(small_model("llama")))
+    original = FusedLinear.forward
+    monkeypatch.setattr(FusedLinear, "forward", lambda self, x: original(self, x) * (1.0 if self.plain else 1.01))
+    assert check.findings(PACKS, "sdpa").fault is not None
+    assert check.findings(PACKS, "sdpa", plain=True).fault is None
+
+
+def test_a_wrong_gradient_is_found_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values are right, so the logits are."""
+
+    def doubled(self: FusedLinear, x: torch.Tensor) -> torch.Tensor:
+        out = original(self, x)
+        return out if self.plain else 2 * out - out.detach()
+
+    check, original = IsolationCheck(adapted(small_model("llama"))), FusedLinear.forward
+    monkeypatch.setattr(FusedLinear, "forward", doubled)
+    assert "gradient" in str(check.findings(PACKS, "sdpa").fault)
+
+
+def test_what_cannot_be_computed_is_a_finding() -> None:
+    check = IsolationCheck(adapted(small_model("lfm2")))
+    assert "causal_conv1d" in str(check.findings(PACKS, "sdpa").fault)
+    assert check.findings(PADDED, "sdpa").fault is None
+
+
+def test_a_model_with_attention_of_its_own_keeps_it() -> None:
+    model = adapted(small_model("falcon"))
+    assert not set_attention(model, "eager") and set_attention(model, "sdpa")
+    assert IsolationCheck(model).findings(PADDED, "eager").fault == "the model has no eager attention"
+
+
+def test_without_gradients_the_logits_decide() -> None:
+    check = IsolationCheck(adapted(small_model("bloom")), gradients=False)
+    found = check.findings(PACKS, "eager")
+    assert found.fault is not None and "gradient" not in found.errors
+    assert check.findings(PADDED, "eager").fault is None
+
+
+def test_the_check_leaves_no_trace() -> None:
+    model = adapted(small_model("llama"), lora_dropout=0.5).train()
+    model.get_base_model().lm_head.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+    assert IsolationCheck(model).findings(PACKS, "sdpa").fault is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(module._forward_hooks for module in model.modules())
