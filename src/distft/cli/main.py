@@ -7,12 +7,26 @@ import sys
 from collections.abc import Sequence
 
 from distft import __version__
-from distft.cli import check, compare, data, doctor, evaluate, experiments, fetch, merge, recipes, report, submit, train
+from distft.cli import (
+    chat,
+    check,
+    compare,
+    data,
+    doctor,
+    evaluate,
+    experiments,
+    fetch,
+    merge,
+    recipes,
+    report,
+    submit,
+    train,
+)
 from distft.console import quiet_libraries
 from distft.distributed.process import debug_flag, guarded
 from distft.startup import start_up
 
-_GROUPS = (train, check, evaluate, submit, fetch, recipes, experiments, compare, report, data, merge, doctor)
+_GROUPS = (train, check, evaluate, chat, submit, fetch, recipes, experiments, compare, report, data, merge, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """`distft data preview`: print what the model is trained on, which tokens count, and what was dropped.
 
-The text of a sample comes from its prompt template; the templates are in `distft.data.templates`.
+The text of a sample comes from its template: of a conversation, in `distft.data.chat_template`, which takes named ones
+from `distft.data.named_templates`; of columns, in `distft.data.templates`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The prompt templates: how the columns of a row become the text that the model sees.
 
-These are for training from columns; `distft data preview` uses them too. The chat template that evaluation applies to
-questions is in `distft.evaluation.generate`. After changing a template, raise `distft.data.prepare._VERSION`, so
-that samples cached with the old one are prepared again.
+These are for training from columns without a chat template; `distft data preview` uses them too. Chat templates are in
+`distft.data.chat_template`, and which one evaluation uses, in `distft.evaluation.template`. After changing a template,
+raise `distft.data.prepare._VERSION`, so that samples cached with the old one are prepared again.
 """
 
 from __future__ import annotations

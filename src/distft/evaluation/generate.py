@@ -24,7 +24,7 @@ Template = Literal["chat", "instruction", "plain"]
 class Message(TypedDict):
     """One turn of a conversation."""
 
-    role: Literal["user", "assistant"]
+    role: Literal["system", "user", "assistant"]
     content: str
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from distft.config.recipe import Recipe, load_recipe
 from distft.config.validation import COMMAND_LINE
 from distft.data.checks import data_faults
+from distft.data.files import exists, path_of
 from distft.data.named_templates import words_of_run
 from distft.errors import Fault, LaunchError, RunFolderError
 from distft.evaluation import preflight
+from distft.models.saved_adapter import SavedAdapter
 from distft.runs.folder import RunFolder
 
 Check = Callable[[Recipe], list[Fault]]
@@ -54,7 +56,32 @@ class Request:
         checks = (preflight.base_faults, preflight.faults) if preflight_checks else ()
         if runs:
             return cls._of_run(Path(runs[0]), rest, checks)
-        return cls._of_model(given["model"], given.get("adapter"), rest, checks)
+        return cls._of_model(given["model"], given.get("adapter"), rest, (_perplexity_needs_data, *checks), checks)
+
+    @classmethod
+    def to_talk_to(cls, name: str, words: Sequence[str]) -> Request:
+        """What `name` is: a run folder, the folder of an adapter or of a model, or a model on the hub.
+
+        Raises:
+            RunFolderError: it is a folder, and none of these.
+            RecipeError: the overrides in `words` have faults.
+        """
+        path = path_of(name)
+        if RunFolder(path).recipe.is_file():
+            return cls._of_run(path, words, ())
+        if (path / "adapter_config.json").is_file():
+            run = _run_around(path)
+            named = SavedAdapter.read(path).config.base_model_name_or_path
+            base = named if run is None else load_recipe(words_of_run(run.recipe, path)).model.name
+            return cls._of_model(base, name, words)
+        if exists(path) and not (path / "config.json").is_file():
+            raise RunFolderError(
+                f"{name} is neither a run folder (recipe.yaml is missing) nor the folder of an adapter or a model "
+                "(adapter_config.json or config.json)"
+            )
+        if not exists(path) and path.parent != Path() and exists(path.parent):
+            raise RunFolderError(_not_a_run(path))
+        return cls._of_model(name, None, words)
 
     @classmethod
     def _of_run(cls, path: Path, words: Sequence[str], checks: Sequence[Check]) -> Request:
@@ -67,10 +94,18 @@ class Request:
         return cls(_load([*words_of_run(folder.recipe, result), *words], checks), folder, result, folder)
 
     @classmethod
-    def _of_model(cls, model: str, adapter: str | None, words: Sequence[str], checks: Sequence[Check]) -> Request:
+    def _of_model(
+        cls,
+        model: str,
+        adapter: str | None,
+        words: Sequence[str],
+        checks_alone: Sequence[Check] = (),
+        checks: Sequence[Check] = (),
+    ) -> Request:
         """With the recipe of the adapter's run if it lies in one; otherwise the model unquantised, in bf16.
 
-        The results of a checkpoint get a folder of their own, next to which those of the run stay as they are.
+        `checks_alone` are for a model without a run. The results of a checkpoint get a folder of their own, next to
+        which those of the run stay as they are.
         """
         result = None if adapter is None else Path(adapter).expanduser()
         if result is not None and not (result / "adapter_config.json").is_file():
@@ -90,7 +125,7 @@ class Request:
             "training.max_length=1024",
             "tracking.report_to=[]",
         ]
-        recipe = _load([*plain, *words], (_perplexity_needs_data, *checks))
+        recipe = _load([*plain, *words], checks_alone)
         name = "-".join(["evaluate", *(Path(part).name for part in (model, adapter) if part)])
         return cls(recipe, RunFolder(Path(recipe.run.dir).expanduser() / name), result, run)
 

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from distft.config.evaluation import TaskName
 from distft.config.files import leaves
-from distft.config.recipe import Recipe, load_recipe
+from distft.config.recipe import Recipe
 from distft.console import say
 from distft.distributed.collectives import broadcast, together
 from distft.distributed.supervisor import OUTCOME
@@ -59,7 +59,7 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
     world.export(os.environ)
     lock = _lock(request.folder, world)
     with closing_wandb():
-        target = Target.load(request.recipe, request.result, world, _trained(request.run))
+        target = Target.load(request.recipe, request.result, world, Trained.by(request.run))
         record = _known(request.folder, target.identity) if world.is_main else {}
         for task in request.recipe.evaluation.tasks:
             if world.is_main:
@@ -75,13 +75,6 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
     together(world, lambda: None)
     lock.release()
     return record
-
-
-def _trained(run: RunFolder | None) -> Trained | None:
-    if run is None:
-        return None
-    summary = run.read_summary() if run.summary.is_file() else {}
-    return Trained(load_recipe([f"recipe={run.recipe.absolute()}"]), summary.get("data_digest"))
 
 
 def _lock(folder: RunFolder, world: World) -> FileLock:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from distft.config.recipe import Recipe
+from distft.config.recipe import Recipe, load_recipe
 from distft.console import say
 from distft.data.prepare import prepare_data
 from distft.distributed.collectives import broadcast, together
@@ -22,6 +22,7 @@ from distft.errors import ModelError
 from distft.models.digest import contents
 from distft.models.loading import load_base, load_tokenizer, model_path, of_whole_model
 from distft.models.saved_adapter import SavedAdapter
+from distft.runs.folder import RunFolder
 
 SideName = Literal["base", "adapter"]
 
@@ -41,6 +42,14 @@ class Trained:
 
     recipe: Recipe
     data_digest: str | None = None
+
+    @classmethod
+    def by(cls, run: RunFolder | None) -> Trained | None:
+        """How `run` trained; None if it is not known which run it was."""
+        if run is None:
+            return None
+        summary = run.read_summary() if run.summary.is_file() else {}
+        return cls(load_recipe([f"recipe={run.recipe.absolute()}"]), summary.get("data_digest"))
 
 
 @dataclass(frozen=True)

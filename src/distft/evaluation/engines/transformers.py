@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     TemperatureLogitsWarper,
+    TextStreamer,
     TopPLogitsWarper,
 )
 
@@ -69,6 +70,22 @@ class TransformersEngine:
                 written = self._write([ids[index] for index in chosen], items[chosen[0]].sampling, limit, seeds)
                 yield from zip(chosen, written, strict=True)
 
+    def stream(self, item: Item, write: Callable[[str], None]) -> Answer:
+        """The answer to one item, whose text goes to `write` as it grows: whole words, until the answer ends.
+
+        Raises:
+            OutOfMemory: the item does not fit on the device.
+        """
+        prompt = self.prompt(item.messages)
+        ids = self._ids(prompt)
+        limit = min(item.sampling.max_new_tokens, self._room(ids))
+        if limit < 1:
+            return Answer("", 0, False)
+        with _out_of_memory(len(ids), limit):
+            return self._generate(
+                [ids], item.sampling, limit, [item_seed(item.sampling, prompt)], _Streamer(self.tokenizer, write)
+            )[0]
+
     def _ids(self, prompt: str) -> list[int]:
         return token_ids(self.tokenizer, self.template, prompt)
 
@@ -78,16 +95,11 @@ class TransformersEngine:
 
     def _write(self, ids: list[list[int]], sampling: Sampling, limit: int, seeds: list[int]) -> list[Answer]:
         """The answers to one batch; if it does not fit on the device, one half after the other."""
-        try:
+        if len(ids) == 1:
+            with _out_of_memory(len(ids[0]), limit):
+                return self._generate(ids, sampling, limit, seeds)
+        with suppress(torch.OutOfMemoryError):
             return self._generate(ids, sampling, limit, seeds)
-        except torch.OutOfMemoryError as error:
-            if len(ids) == 1:
-                raise OutOfMemory(
-                    f"the device's memory does not hold the model and one prompt of {len(ids[0])} tokens with "
-                    f"{limit} new ones; lower evaluation.generation.max_new_tokens, or quantise the model",
-                    {},
-                    restart=False,
-                ) from error
         torch.cuda.empty_cache()
         half = len(ids) // 2
         return [
@@ -97,7 +109,9 @@ class TransformersEngine:
         ]
 
     @torch.no_grad()
-    def _generate(self, ids: list[list[int]], sampling: Sampling, limit: int, seeds: list[int]) -> list[Answer]:
+    def _generate(
+        self, ids: list[list[int]], sampling: Sampling, limit: int, seeds: list[int], streamer: Any = None
+    ) -> list[Answer]:
         device = self.model.get_input_embeddings().weight.device
         width = max(map(len, ids))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self._end_tokens[0]
@@ -114,7 +128,11 @@ class TransformersEngine:
         )
         with _without_model_settings(self.model), _evaluating(self.model):
             output = self.model.generate(
-                input_ids=tokens, attention_mask=mask, generation_config=config, logits_processor=processors
+                input_ids=tokens,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=processors,
+                streamer=streamer,
             )
         return [self._answer(row) for row in output[:, width:].tolist()]
 
@@ -122,6 +140,32 @@ class TransformersEngine:
         end = next((place for place, token in enumerate(row) if token in self._end_tokens), None)
         written = row[:end]
         return Answer(self.tokenizer.decode(written, skip_special_tokens=True), len(written), end is not None)
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """Passes the text of an answer on, without its prompt and its special tokens."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._pass_on = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._pass_on(text)
+
+
+@contextmanager
+def _out_of_memory(prompt: int, limit: int) -> Iterator[None]:
+    """Explain that one prompt of `prompt` tokens, with `limit` new ones, does not fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"the device's memory does not hold the model and one prompt of {prompt} tokens with {limit} new ones; "
+            "allow fewer new tokens (evaluation.generation.max_new_tokens), or quantise the model",
+            {},
+            restart=False,
+        ) from error
 
 
 class _Draw(LogitsProcessor):  # type: ignore[misc]
