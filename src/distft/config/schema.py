@@ -261,6 +261,12 @@ class Data(Section):
     each was seen, for which the smaller ones repeat. With `all_exhausted`, `samples` may be more than there are."""
     deduplicate: bool = False
     """Drop rows whose text and trained part repeat those of an earlier row, before the splits; they are counted."""
+    order: Literal["shuffled", "length", "loss"] | str = "shuffled"
+    """Order of the samples in an epoch: `shuffled`; or from easy to hard, by `length` in tokens, by the `loss` of the
+    untouched base, or by the numbers in a column of the data, which this names."""
+    stages: int = Field(4, ge=1)
+    """Unless shuffled: how many parts of equally many samples an epoch has, each harder than the one before. Within a
+    part, samples are shuffled, in each epoch anew."""
     chat_template: ChatTemplateName | None = None
     """What turns conversations into text: `tokenizer` for the tokenizer's own template; or, for a base without one,
     `chatml`, another that TRL ships (`llama3`, `qwen3`, …), or the path of a .jinja file. Null means the tokenizer's

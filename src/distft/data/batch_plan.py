@@ -1,6 +1,7 @@
 """The batch plan: which samples make up each optimizer step, and how ranks share them in micro-batches.
 
-The samples of a step depend only on the seed, the epoch, the sample lengths and the global batch. The world size and
+The samples of a step depend only on the seed, the epoch, the sample lengths, the global batch and the stages of a
+curriculum. The world size and
 the micro-batch decide only how a step is divided, so every strategy performs the same optimisation.
 """
 
@@ -28,13 +29,21 @@ class Plan:
     With `global_batch_size`, a step has that many samples and the last step of an epoch has the rest. With
     `global_batch_tokens`, the tokens of an epoch are divided evenly into steps, and a sample belongs to the step that
     contains its middle token.
+
+    `stages` numbers the stage of each sample: an epoch takes one stage after the other, and shuffles within each.
     """
 
     def __init__(
-        self, lengths: Sequence[int] | Lengths, batching: Batching, seed: int = 0, *, shuffle: bool = True
+        self,
+        lengths: Sequence[int] | Lengths,
+        batching: Batching,
+        seed: int = 0,
+        stages: Lengths | None = None,
+        *,
+        shuffle: bool = True,
     ) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.batching, self._seed, self._shuffle = batching, seed, shuffle
+        self.batching, self._seed, self._stages, self._shuffle = batching, seed, stages, shuffle
 
     def evaluation(self, lengths: Lengths, micro_batch: int) -> Plan:
         """The plan of one pass, as a single step, over other samples in order. An overlong sample gets its own pack."""
@@ -53,7 +62,7 @@ class Plan:
         return max(1, int(self.lengths.sum()) // max(self.batching.global_batch_tokens, int(self.lengths.max())))
 
     def samples(self, step: int) -> Lengths:
-        """Indices of the samples in optimizer step `step`, counted from the start of the run, in shuffled order."""
+        """Indices of the samples in optimizer step `step` of the run, in the order of its epoch."""
         epoch, step = divmod(step, self.steps)
         order, starts = self._epoch(epoch)
         return order[starts[step] : starts[step + 1]]
@@ -165,6 +174,8 @@ class Plan:
         if self._shuffle:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
             order = torch.randperm(count, generator=generator).numpy()
+        if self._stages is not None:
+            order = order[np.argsort(self._stages[order], kind="stable")]
         if self.batching.global_batch_size is not None:
             return order, np.minimum(np.arange(self.steps + 1) * self.batching.global_batch_size, count)
         ends = np.cumsum(self.lengths[order])

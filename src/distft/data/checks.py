@@ -5,6 +5,7 @@ Nothing here imports torch. What only a full read finds is raised by `distft.dat
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft.config.recipe import Recipe
 from distft.config.schema import Data, DataSource
+from distft.data.difficulty import check_difficulty_column, difficulty, difficulty_column
 from distft.data.files import DataFile
 from distft.data.formats import check_columns, format_of, format_rows, is_chat, kind_of
 from distft.data.inference import with_format
@@ -187,6 +189,11 @@ def data_file_faults(recipe: Recipe) -> list[Fault]:
                 _check_head(recipe, source)
             except DataError as error:
                 found.append(_fault(recipe, key, error))
+    if not found and isinstance(sources[0], Path):
+        try:
+            _check_difficulties(recipe, sources[0])
+        except DataError as error:
+            found.append(_fault(recipe, "data.order", error))
     return found
 
 
@@ -290,3 +297,19 @@ def _check_head(recipe: Recipe, source: Source) -> None:
     check_columns(head, recipe.data)
     if len(quick) == len(rows.parts) and not any(True for _ in format_rows(head, recipe, _HEAD_ROWS)):
         raise DataError(f"{source} is empty")
+
+
+def _check_difficulties(recipe: Recipe, source: Path) -> None:
+    """Check the column that data.order names, in the heads of the files to train on."""
+    column = difficulty_column(recipe.data)
+    if column is None:
+        return
+    quick = [part for part in read_source(source).parts[:_HEAD_FILES] if isinstance(part, DataFile)]
+    quick = [part for part in quick if part.has_quick_head()]
+    check_difficulty_column(Rows(str(source), quick), recipe.data)
+    for part in quick:
+        for number, row in enumerate(itertools.islice(part, _HEAD_ROWS), 1):
+            try:
+                difficulty(row, column)
+            except DataError as error:
+                raise DataError(f"{part.name}, row {number}: {error}") from None

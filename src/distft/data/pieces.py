@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from distft.data.difficulty import difficulty
 from distft.data.encode import Sample, encode
 from distft.data.files import Row
 from distft.data.formats import Formatter
@@ -53,6 +54,8 @@ class Worker:
     apply: Formatter
     tokenizer: Any
     max_length: int | None
+    difficulty: str | None = None
+    """The column of numbers to keep for each example."""
 
     def __call__(self, number: int, segments: Sequence[Segment], keeps_texts: bool) -> dict[str, Any]:
         """Write piece `number`, and return its record; `keeps_texts` writes what `digest_record` returns as well.
@@ -64,13 +67,14 @@ class Worker:
         counts = {"dropped": Counter[str](), "noted": Counter[str]()}
         of_example: dict[str, list[tuple[int, int]]] = defaultdict(list)
         known: list[Array] = []
+        difficulties: list[float] = []
         total = samples = 0
         with (
             pa.OSFile(f"{path}.arrow", "wb") as sink,
             pa.ipc.new_stream(sink, _SCHEMA) as writer,
             path.with_suffix(".texts").open("wb") as texts,
         ):
-            for examples in _at_once(self._examples(segments, counts)):
+            for examples in _at_once(self._examples(segments, counts, difficulties)):
                 found = encode(examples, self.tokenizer, self.max_length)
                 records = [digest_record(example) for example in examples]
                 known.append(_known(examples, records, found))
@@ -87,6 +91,8 @@ class Worker:
         if not keeps_texts:
             path.with_suffix(".texts").unlink()
         arrays: dict[str, Any] = {key: np.array(pairs, np.int64) for key, pairs in of_example.items()}
+        if self.difficulty is not None:
+            arrays["difficulties"] = np.array(difficulties)
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
             np.savez(file, examples=np.concatenate([np.zeros(0, EXAMPLE), *known]), **arrays)
@@ -97,17 +103,21 @@ class Worker:
         temporary.replace(path.with_suffix(".json"))
         return record
 
-    def _examples(self, segments: Sequence[Segment], counts: dict[str, Counter[str]]) -> Iterator[Example]:
+    def _examples(
+        self, segments: Sequence[Segment], counts: dict[str, Counter[str]], difficulties: list[float]
+    ) -> Iterator[Example]:
         for part, first, rows in segments:
             for number, row in enumerate(rows, first):
                 try:
                     example = self.apply(row)
+                    hard = 0.0 if self.difficulty is None else difficulty(row, self.difficulty)
                 except DataError as error:
                     raise DataError(f"{part}, row {number}: {error}") from None
                 counts["noted"].update(example.notes)
                 if isinstance(example, Dropped):
                     counts["dropped"][example.reason] += 1
                 else:
+                    difficulties.append(hard)
                     yield example
 
 

@@ -21,13 +21,15 @@ from datasets.table import MemoryMappedTable
 from datasets.utils.logging import disable_progress_bar
 
 from distft.config.recipe import Recipe
+from distft.data.curriculum import difficulties_of, order_notes
+from distft.data.difficulty import check_difficulty_column, difficulty_column
 from distft.data.formats import check_columns, format_rows, formatter
 from distft.data.inference import with_format
 from distft.data.mixture import mixed
 from distft.data.pieces import CUT_INSIDE, TRUNCATED, UNCUTTABLE, Array, Worker, content_of, digest_record
 from distft.data.report import Report
 from distft.data.sources import Rows, data_sources, parts_of, read_source, source_notes
-from distft.data.splits import Examples, Members, save_rows, split_members
+from distft.data.splits import Examples, Members, lengths_of, save_rows, split_members
 from distft.data.templates import Dropped
 from distft.data.token_store import Draw, TokenStore, store_of
 from distft.errors import DataError
@@ -52,6 +54,8 @@ class Splits:
     """What was inferred of the format, in words; None if the recipe names it."""
     labels: Mapping[str, Array] = field(default_factory=dict)
     """Of a mixture, the number of each sample's source, for `validation` and `test`."""
+    difficulties: Array | None = None
+    """Of each training sample, the number in the column that data.order names."""
 
     def by_source(self, split: Literal["validation", "test"], limit: int | None) -> dict[str, Dataset]:
         """The samples of each source among the first `limit` of a split; {} if there is one source."""
@@ -94,16 +98,14 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Splits:
     examples = Examples([store for each in inputs for store in each.stores])
 
     def build(temporary: Path) -> None:
-        samples, labels, report = _split(recipe, inputs, examples)
+        samples, arrays, report = _split(recipe, inputs, examples)
         for name, rows in samples.items():
             save_rows(temporary / f"{name}.arrow", rows)
-        np.savez(temporary / "labels.npz", **dict[str, Any](labels))
+        np.savez(temporary / "labels.npz", **dict[str, Any](arrays))
         (temporary / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
 
     build_folder_once(folder, build)
     report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
-    notes = [*inferred, *dict.fromkeys(line for each in inputs for line in each.lines), *source_notes(data)]
-    report = replace(report, notes=(*notes, *_batch_notes(recipe, report)))
     table = examples.samples()
     splits: dict[str, Dataset | None] = {
         name: Dataset(table, indices_table=MemoryMappedTable.from_file(str(file)), fingerprint=f"{folder.name}{name}")
@@ -115,7 +117,11 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Splits:
     with np.load(folder / "labels.npz") as found:
         labels = dict(found)
     told = "; ".join(inferred) or None
-    return Splits(recipe, train, splits.get("validation"), splits.get("test"), report, told, labels)
+    hard = labels.pop("difficulties", None)
+    order = order_notes(data, len(train), difficulties_of(data, lengths_of(train), hard))
+    notes = [*inferred, *dict.fromkeys(line for each in inputs for line in each.lines), *source_notes(data)]
+    report = replace(report, notes=(*notes, *order, *_batch_notes(recipe, report)))
+    return Splits(recipe, train, splits.get("validation"), splits.get("test"), report, told, labels, hard)
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,7 @@ def _input(label: str, recipe: Recipe, tokenizer: Any) -> _Input:
     raw, *held_out = map(read_source, data_sources(data))
     for rows in (raw, *held_out):
         check_columns(rows, data)
+    check_difficulty_column(raw, data)
     max_length = recipe.training.get("max_length", 1024)
     key = {
         "version": _VERSION,
@@ -146,7 +153,8 @@ def _input(label: str, recipe: Recipe, tokenizer: Any) -> _Input:
     }
     work = Worker(Path(), form, tokenizer, max_length)
     processes = recipe.training.get("dataset_num_proc")
-    stores = [store_of(raw, work, key, processes, _draw(recipe, tokenizer))]
+    orders = replace(work, difficulty=difficulty_column(data))
+    stores = [store_of(raw, orders, key, processes, _draw(recipe, tokenizer))]
     stores += [store_of(rows, work, key, processes) for rows in held_out]
     return _Input(label, recipe, stores, inferred, form.lines())
 
@@ -177,7 +185,8 @@ def _batch_notes(recipe: Recipe, report: Report) -> list[str]:
 def _split(
     recipe: Recipe, inputs: Sequence[_Input], examples: Examples
 ) -> tuple[dict[str, Members], dict[str, Array], Report]:
-    """The samples of each split that has any, the source of each held-out sample of a mixture, and the report."""
+    """The samples of each split that has any, arrays to keep, and the report. The arrays are the source of each
+    held-out sample of a mixture, and the difficulties of the training samples."""
     data, stores = recipe.data, examples.stores
     kept, repeats = _kept(inputs, examples, data.deduplicate)
     of_source: list[dict[str, Members]] = []
@@ -235,6 +244,8 @@ def _split(
         sources=sources,
     )
     labels.pop("train", None)
+    if (hard := examples.difficulties(parts["train"])) is not None:
+        labels["difficulties"] = hard
     return {name: rows for name, rows in samples.items() if len(rows)}, labels, report
 
 

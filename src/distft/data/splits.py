@@ -77,6 +77,17 @@ class Examples:
         files = [file for store in self.stores for file in store.arrow_files]
         return concat_tables([MemoryMappedTable.from_file(str(file)) for file in files])
 
+    def difficulties(self, members: Members) -> Array | None:
+        """The numbers of the members that are samples, in the column that data.order names; None if it names none."""
+        known = [store.difficulties for store in self.stores]
+        if all(found is None for found in known):
+            return None
+        everything = [  # a held-out store has none
+            np.zeros(len(store.examples)) if found is None else found
+            for store, found in zip(self.stores, known, strict=True)
+        ]
+        return np.asarray(np.concatenate(everything)[members[self.is_sample(members)]])
+
     def counted(self, name: Literal["marked", "trained"], members: Members) -> Counter[str]:
         """The sums over the members of what the stores count."""
         times = np.bincount(members, minlength=self.starts[-1])

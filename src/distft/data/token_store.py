@@ -65,6 +65,8 @@ class TokenStore:
     """For each token, the examples that bring it, [n, 2]: their place and 1."""
     trained: dict[str, Array]
     """For each role, [n, 2]: the place of each example in which it is trained, and the number of its trained tokens."""
+    difficulties: Array | None = None
+    """[examples]: the numbers in the column that data.order names."""
 
     @property
     def arrow_files(self) -> list[Path]:
@@ -81,10 +83,23 @@ class TokenStore:
     def open(cls, folder: Path) -> TokenStore:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         with np.load(folder / "of_examples.npz") as found:
-            by_name = {name: {key: found[f"{name}:{key}"] for key in about[name]} for name in ("marked", "trained")}
+            by_name: dict[str, Any] = {
+                name: {key: found[f"{name}:{key}"] for key in about[name]} for name in ("marked", "trained")
+            }
         examples = np.load(folder / "examples.npy", mmap_mode="r")
         dropped, noted = Counter(about["dropped"]), Counter(about["noted"])
-        return cls(folder, about["rows"], about["kept"], about["repeats"], dropped, noted, examples, **by_name)
+        hard = folder / "difficulties.npy"
+        return cls(
+            folder,
+            about["rows"],
+            about["kept"],
+            about["repeats"],
+            dropped,
+            noted,
+            examples,
+            difficulties=np.load(hard) if hard.exists() else None,
+            **by_name,
+        )
 
 
 _Piece = tuple[list[Segment], int]
@@ -107,6 +122,8 @@ def store_of(
         DataError: the source is empty, cannot be read, or has a row that does not fit the format.
     """
     key = key | {"form": _FORM, "rows": rows.digest(), "draw": None if draw is None else draw.key}
+    if worker.difficulty is not None:
+        key["difficulty"] = worker.difficulty
     folder = cache_folder() / "tokens" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
     def build(temporary: Path) -> None:
@@ -240,16 +257,21 @@ def _join(folder: Path, pieces: int, whole: dict[str, Any]) -> None:
     records = [json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) for path in paths]
     counts = {name: dict(sum((Counter(r[name]) for r in records), Counter())) for name in ("dropped", "noted")}
     examples: list[Array] = []
+    difficulties: list[Array] = []
     of_example: dict[str, Any] = {}
     before = 0
     for path in paths:
         with np.load(path.with_suffix(".npz")) as found:
             examples.append(found["examples"])
             for name in found.files:
-                if name != "examples":
+                if name == "difficulties":
+                    difficulties.append(found[name])
+                elif name != "examples":
                     of_example.setdefault(name, []).append(found[name] + [before, 0])
         before += len(examples[-1])
     np.save(folder / "examples.npy", np.concatenate(examples) if examples else np.zeros(0, EXAMPLE))
+    if difficulties:
+        np.save(folder / "difficulties.npy", np.concatenate(difficulties))
     of_example = {name: np.concatenate(parts) for name, parts in of_example.items()}
     np.savez(folder / "of_examples.npz", **of_example)
     if all(path.with_suffix(".texts").exists() for path in paths):

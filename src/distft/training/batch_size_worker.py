@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 
 from distft.config.recipe import Recipe, load_recipe
 from distft.data.batch_plan import Plan
+from distft.data.curriculum import known_stages
 from distft.data.loader import build_loader
 from distft.distributed.collectives import reduce
 from distft.distributed.launcher_args import Launcher
@@ -160,7 +161,8 @@ def setup_probe(
     callbacks: Callable[[Sequence[int]], Sequence[TrainerCallback]],
 ) -> Trainer:
     """Build the trainer that runs every micro-batch; `callbacks` are those for the sizes to try."""
-    plan = Plan(data.lengths, recipe.batching, recipe.run.seed)
+    stages = known_stages(recipe.data, data.lengths, data.splits.difficulties)
+    plan = Plan(data.lengths, recipe.batching, recipe.run.seed, stages)
     sizes = plan.sizes(strategy.world.world_size)
     arguments = training_arguments(recipe, strategy, folder, PASSES)
     arguments.max_steps = 1 + len(sizes)

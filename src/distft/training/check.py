@@ -113,6 +113,7 @@ def check_settings(
 def check_data(recipe: Recipe, processes: int) -> Findings:
     """Read and tokenize the data, which is cached for the run, and plan its batches."""
     from distft.data.batch_plan import Plan
+    from distft.data.curriculum import known_stages
     from distft.data.prepare import prepare_data
     from distft.data.splits import lengths_of
     from distft.models.loading import load_tokenizer
@@ -130,7 +131,9 @@ def check_data(recipe: Recipe, processes: int) -> Findings:
         return Findings(faults=tuple(faults))
     if recipe.micro_batch_is_auto:
         return Findings(checked=("every row of the data",), run=tuple(splits.report.lines()))
-    plan = Plan(lengths_of(splits.train), recipe.batching, recipe.run.seed)
+    lengths = lengths_of(splits.train)
+    stages = known_stages(recipe.data, lengths, splits.difficulties)
+    plan = Plan(lengths, recipe.batching, recipe.run.seed, stages)
     epochs = recipe.epochs(plan.steps)
     accumulation, faults = attempt(
         recipe, "batching.micro_batch_tokens", lambda: plan.accumulation(processes, min(epochs, 2))
