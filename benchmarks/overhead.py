@@ -25,7 +25,7 @@ from typing import Any
 from provenance import provenance
 
 from distft.files import to_json, write_atomically
-from distft.training.batch_size_probe import free_port
+from distft.training.beside import free_port
 
 OVERRIDES = [
     "recipe=tiny",

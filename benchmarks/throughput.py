@@ -36,7 +36,7 @@ from distft.config.recipe import load_recipe
 from distft.files import to_json, write_atomically
 from distft.hardware import GIB, device_flops
 from distft.runs.folder import RunFolder
-from distft.training.batch_size_probe import free_port
+from distft.training.beside import free_port
 
 SCRIPTS = Path(__file__).parent / "references"
 MARK = "DISTFT_BENCHMARK_RUN"

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from distft.runs.folder import RunFolder
-from distft.training.batch_size_probe import free_port
+from distft.training.beside import free_port
 
 LIMIT_S = 540  # on a busy machine, the C++ that DeepSpeed compiles at first use alone takes five minutes
 

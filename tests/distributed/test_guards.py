@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distft.runs.folder import RunFolder
-from distft.training.batch_size_probe import free_port
+from distft.training.beside import free_port
 
 from .conftest import Train, finish, start
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distft.training.batch_size_probe import free_port
+from distft.training.beside import free_port
 
 from .conftest import Ended, Train, finish, start
 

@@ -160,6 +160,7 @@ EVERY_TIME = {
     "test_two_runs_at_once_never_share_a_folder",
     "test_a_server_that_dies_during_the_run",
     "test_restarts_are_one_wandb_run_offline",
+    "test_a_run_that_was_killed_keeps_its_order_without_the_cache",
     "test_every_name_here_is_that_of_a_test",
     "test_one_rank_out_of_memory_restarts_all_with_half_the_micro_batch[ddp]",
 }

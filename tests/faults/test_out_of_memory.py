@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distft.runs.folder import RunFolder
-from distft.training.batch_size_probe import free_port
+from distft.training.beside import free_port
 from distft.training.checkpoints import read_tensors
 from distft.training.oom import asked_bytes, taken_bytes
 

@@ -18,7 +18,7 @@ import pytest
 
 from distft.runs import manifest
 from distft.runs.folder import RunFolder
-from distft.training.batch_size_probe import free_port
+from distft.training.beside import free_port
 
 from ..distributed.conftest import LIMIT_S, finish, start
 from ..distributed.test_guards import wait_for_step

@@ -12,7 +12,7 @@ import pytest
 from distft.errors import DataError, WorkerError
 from distft.launch import local
 from distft.launch.node import Node
-from distft.training.batch_size_probe import free_port
+from distft.training.beside import free_port
 
 MODULE = "tests.launch.failing_worker"
 LIMIT_S = 300

@@ -43,7 +43,7 @@ def test_the_metrics_are_those_of_the_task(way: tuple[str, ...], tmp_path: Path)
         tokenizer.pad_token_id,
         trainer.args.device,
     )
-    assert trainer._log_likelihoods(found.samples) == pytest.approx(np.array(expected).flatten().tolist(), rel=1e-4)
+    assert trainer.log_likelihoods(found.samples) == pytest.approx(np.array(expected).flatten().tolist(), rel=1e-4)
     trainer._reviews = found
     metrics = trainer.evaluate()
     labels, predicted = [row.label for row in rows], np.array(expected).argmax(1)

@@ -33,7 +33,7 @@ _NAMES_OF_A_RUN = ("run.name", "run.dir", "run.resume", "run.force", "tracking."
 
 EQUAL: dict[str, tuple[str, ...]] = {
     "samples": ("as run.samples", "as run.skipped_steps", "data.", DATA, "run.seed"),
-    "order": ("data.", DATA, "run.seed"),
+    "order": ("data.", DATA, "run.seed", "as run.data_order_digest"),
     "global_batch": ("as run.global_batch_size", "as run.global_batch_tokens"),
     "tokens": ("as run.tokens",),
     "base_weights": (

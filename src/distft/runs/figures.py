@@ -126,6 +126,8 @@ FIGURES = (
     _key("data_sources"),
     _key("data_inferred"),
     _key("trained_tokens_by_role"),
+    _key("data_order"),
+    _key("data_order_digest", fact=True),
     _key("weights_digest"),
     _key("trainable_parameters", fact=True),
     _key("parameters", fact=True),
@@ -158,6 +160,7 @@ FIGURES = (
     _time("data_wait_s", "data wait", ",.2f"),
     _time("evaluation_time_s", "evaluation", ",.1f"),
     _time("saving_time_s", "saving", ",.1f"),
+    _time("scoring_time_s", "scoring for the order", ",.1f"),
     Figure(
         key="peak_memory_gib",
         label="peak memory",

@@ -94,6 +94,11 @@ class RunFolder:
         return self.path / "probe.json"
 
     @property
+    def scores(self) -> Path:
+        """How hard the base finds each training sample, if `data.order` is loss."""
+        return self.path / "scores"
+
+    @property
     def lock(self) -> Path:
         """Locked by the process that writes here, for as long as it lives."""
         return self.path / ".lock"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -120,7 +119,7 @@ class MemoryGuard:
             return recipe.with_micro_batch(known["micro_batch"])
         if world.is_main:
             say("measuring the largest micro-batch that fits, with the longest samples of the data")
-        found = probe(self._record.folder.recipe, world, os.environ)
+        found = probe(self._record.folder.recipe, world)
         if found.largest is None:
             raise OutOfMemory(
                 f"even a micro-batch of one sample does not fit: {found}. {self.cheaper_recipes()}",

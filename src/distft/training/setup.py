@@ -47,6 +47,7 @@ from distft.training.metrics import Telemetry
 from distft.training.micro_batches import settle
 from distft.training.nonfinite import BadNumbers
 from distft.training.oom import MemoryGuard
+from distft.training.order import plan_in_order
 from distft.training.profiler import Profile
 from distft.training.reviews import ValidationReviews
 from distft.training.schedule import schedule_faults, schedule_notes, total_steps
@@ -167,7 +168,7 @@ def weights_digest(recipe: Recipe, world: World) -> str | None:
 def setup_model(run: OpenRun) -> PreparedModel:
     """Plan the micro-batches, then load the model and its adapter. All ranks enter."""
     recipe, strategy, record, world = run.recipe, run.strategy, run.record, run.strategy.world
-    plan = Plan(run.data.lengths, recipe.batching, recipe.run.seed)
+    plan = plan_in_order(recipe, run.data.splits, run.data.lengths, record, world)
     accumulation = together(world, lambda: plan.accumulation(world.world_size, recipe.epochs(plan.steps)))
     for note in together(world, lambda: _position_notes(run)):
         record.changed(note)

@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.data.batch_plan import Plan, RankBatches
+from distft.data.curriculum import trained_tokens
 from distft.data.loader import Collator, DataWait, build_loader
 from distft.data.prepare import Splits
 from distft.data.splits import first_samples, lengths_of
@@ -284,7 +285,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         mean = loss / max(trained, 1)
         metrics |= {f"{metric_key_prefix}_loss": mean, f"{metric_key_prefix}_perplexity": perplexity(mean)}
         if self._reviews is not None and metric_key_prefix == "eval":
-            metrics |= self._reviews.metrics(self._log_likelihoods(self._reviews.samples))
+            metrics |= self._reviews.metrics(self.log_likelihoods(self._reviews.samples))
         return EvalLoopOutput(
             predictions=None, label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader)
         )
@@ -302,11 +303,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         nats, trained = self.accelerator.reduce(total, reduction="sum").tolist()
         return nats, trained
 
-    def _log_likelihoods(self, samples: Any) -> list[float]:
+    def log_likelihoods(self, samples: Any) -> list[float]:
         """The sum of the log-probabilities of each sample's trained tokens, in nats. All ranks enter, and get all."""
+        self.model.eval()
         plan = self._plan.evaluation(lengths_of(samples), self.args.per_device_eval_batch_size)
         accumulation = plan.accumulation(self.args.world_size, 1)
-        trained = [sum(label != IGNORED for label in labels[1:]) for labels in samples["labels"]]
+        trained = trained_tokens(samples)
         found = torch.zeros(len(samples), dtype=torch.float64, device=self.args.device)
         loader = self._loader(samples, plan, accumulation)
         for indices, inputs in zip(self._batches(plan, accumulation), loader, strict=True):
