@@ -40,6 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     turns = [[("user", f"What is {n} and {n}?"), ("assistant", f"It is {2 * n}.")] for n in range(40)]
     chats = [{"messages": [{"role": role, "content": text} for role, text in each]} for each in turns]
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats), encoding="utf-8")
+    graded = [{"prompt": f"{n} + {n} = ", "completion": str(2 * n), "level": n // 10} for n in range(40)]
+    (folder / "graded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in graded), encoding="utf-8")
     (folder / "shards").mkdir()
     for part in range(2):
         lines = [json.dumps({"question": f"Is {n} even?", "answer": "no" if n % 2 else "yes"}) for n in range(part, 20)]
