@@ -102,6 +102,20 @@ def to_trainer_device(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return prepared
 
 
+# PEFT -----------------------------------------------------------------------------------------------------------------
+
+
+def peft_refuses(model: Any, name: str) -> bool:
+    """Whether PEFT puts no adapter on modules of this name in this kind of model."""
+    from peft import LoraConfig
+
+    try:
+        checked("_check_lora_target_modules_mamba")(LoraConfig(), model, name)
+    except ValueError:
+        return True
+    return False
+
+
 # TRL ------------------------------------------------------------------------------------------------------------------
 
 

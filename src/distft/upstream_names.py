@@ -150,6 +150,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "checkpoint some layers and not others",
         source=r"self\._gradient_checkpointing_func\(",
     ),
+    _of("peft", "peft.tuners.tuners_utils")(
+        "_check_lora_target_modules_mamba",
+        "call",
+        "leave out of all-linear what PEFT refuses",
+        ("peft_config", "model", "target_name"),
+    ),
     _trl(
         "_use_triton",
         "replace",

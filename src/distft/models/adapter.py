@@ -13,6 +13,7 @@ from distft.config.recipe import Recipe
 from distft.distributed.strategies import Strategy
 from distft.models.embeddings import train_new_rows
 from distft.models.fused_lora import fuse
+from distft.models.targets import unsuitable, without_unsuitable
 
 
 def add_adapter(
@@ -24,7 +25,8 @@ def add_adapter(
     """
     assert recipe.lora is not None
     set_seed(recipe.run.seed)  # loading the base may have drawn random numbers on some ranks and not on others
-    config = LoraConfig(task_type="CAUSAL_LM", **train_new_rows(recipe.lora, base, known_rows, new_tokens))
+    lora = without_unsuitable(train_new_rows(recipe.lora, base, known_rows, new_tokens), base)
+    config = LoraConfig(task_type="CAUSAL_LM", **lora)
     model = get_peft_model(base, config, autocast_adapter_dtype=not strategy.keeps_adapter_in_base_dtype(recipe))
     head = model.get_output_embeddings()
     if head is not None and not hasattr(head, "bias"):
@@ -46,3 +48,9 @@ def keep_adapter_in_fp32(model: Any, recipe: Recipe, strategy: Strategy) -> None
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+
+
+def modules_left_out(model: Any, recipe: Recipe) -> list[str]:
+    """Ends of the names of linears that all-linear means and that cannot have an adapter."""
+    wants_all = recipe.lora is not None and recipe.lora.get("target_modules") == "all-linear"
+    return unsuitable(model.get_base_model()) if wants_all else []

@@ -22,6 +22,7 @@ from distft.distributed.strategies.selection import STRATEGIES
 from distft.errors import Fault
 from distft.models.embeddings import ends_with
 from distft.models.skeleton import Skeleton
+from distft.models.targets import unsuitable, without_unsuitable
 from distft.text import shorten
 
 _INDEX = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
@@ -41,7 +42,8 @@ def lora_faults(recipe: Recipe, skeleton: Skeleton) -> list[Fault]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config = LoraConfig(task_type="CAUSAL_LM", **{**recipe.lora, "init_lora_weights": True})
+            lora = without_unsuitable(recipe.lora, skeleton.model)
+            config = LoraConfig(task_type="CAUSAL_LM", **{**lora, "init_lora_weights": True})
             model = get_peft_model(skeleton.model, config, low_cpu_mem_usage=True)
     except Exception as error:  # whatever its many checks raise
         return [_refused_by_peft(recipe, skeleton, error)]
@@ -75,6 +77,7 @@ class _Names:
         yield from self._listed("target_modules", self._target_hint)
         for key in ("modules_to_save", "exclude_modules"):
             yield from self._listed(key, lambda name: nearest(name, map(_leaf, self.modules)))
+        yield from self._unsuitable()
         yield from self._target_parameters()
         yield from self._patterns()
         yield from self._layers()
@@ -99,6 +102,15 @@ class _Names:
 
     def _nothing(self, kind: str, name: str) -> str:
         return f"{name!r} matches no {kind} of {self.recipe.model.name}"
+
+    def _unsuitable(self) -> Iterator[Fault]:
+        """Entries of a list of target modules that cannot have an adapter."""
+        targets = self.lora.get("target_modules")
+        listed = targets if isinstance(targets, list) else []
+        for name in unsuitable(self.skeleton.model) if listed else []:
+            if name in listed:
+                problem = f"an adapter cannot be put on {name!r} of {self.recipe.model.name}"
+                yield _fault(self.recipe, "target_modules", problem, "leave it out, as all-linear does")
 
     def _target_hint(self, name: str) -> str:
         return nearest(name, self.linears) or f"use any of {', '.join(self.linears)}, or all-linear"

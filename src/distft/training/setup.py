@@ -28,6 +28,7 @@ from distft.distributed.tensors import whole_numel
 from distft.distributed.world import World
 from distft.errors import RecipeError
 from distft.models.activation_checkpointing import set_up_checkpointing
+from distft.models.adapter import modules_left_out
 from distft.models.checks import position_findings
 from distft.models.digest import digest
 from distft.models.generation import end_answers_at
@@ -177,6 +178,8 @@ def setup_model(run: OpenRun) -> PreparedModel:
     for note in weights_notes(recipe):
         record.changed(note)
     model = together(world, lambda: run.memory.load(lambda: load_model(recipe, strategy)))
+    if left_out := modules_left_out(model, recipe):
+        record.changed(f"lora.target_modules=all-linear: no adapter can be put on {', '.join(left_out)}")
     settled = run.memory.load(lambda: settle(model, recipe, strategy, run.data.tokenizer, run.data.lengths))
     for note in settled.notes:
         record.changed(note)

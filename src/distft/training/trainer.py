@@ -120,8 +120,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._trained_positions = TrainedPositions(self.accelerator.unwrap_model(self.model))
         self._empty_rounds = 0  # rounds of the current optimizer step that are still to be skipped
-        # Entropy, correct predictions and trained tokens since the last log.
-        self._sums = torch.zeros(3, device=self.args.device)
+        # Entropy, correct predictions, auxiliary loss and trained tokens since the last log.
+        self._sums = torch.zeros(4, device=self.args.device)
 
     def get_train_dataloader(self) -> Any:
         return self._loader(self.train_dataset, self._plan, self.args.gradient_accumulation_steps)
@@ -190,22 +190,26 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """TRL's loss, without gathering metrics from all ranks in every micro-batch, which waits for the device.
 
         Returns the summed loss of the trained tokens, for `loss_type: nll` their negative log-likelihood in nats,
-        divided by the number of trained tokens in the whole global batch.
+        divided by the number of trained tokens in the whole global batch. The auxiliary loss of a mixture of experts is
+        averaged over micro-batches and ranks by their trained tokens: an empty micro-batch has none.
         """
-        if self.aux_loss_enabled or self.label_smoother is not None or return_outputs:
+        if self.label_smoother is not None or return_outputs:
             inputs = {key: value for key, value in inputs.items() if key not in _OURS}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = self._score(model, inputs)
+        outputs = self._score(model, inputs | ({"output_router_logits": True} if self.aux_loss_enabled else {}))
         loss = -outputs.log_probs  # zero for ignored labels
         if self.args.loss_type == "dft":  # Wu et al. 2025 (arXiv:2508.05629)
             loss = loss * outputs.log_probs.detach().exp()
-        trained = outputs.label_mask.sum()
+        total, trained = loss.sum(), outputs.label_mask.sum()
+        auxiliary = trained * outputs.aux_loss if self.aux_loss_enabled else torch.zeros_like(total)
         if self.model.training:
-            self._sums += torch.stack([outputs.entropy.detach().sum(), outputs.is_top1.sum(), trained])
+            sums = [outputs.entropy.detach().sum(), outputs.is_top1.sum(), auxiliary.detach(), trained]
+            self._sums += torch.stack(sums)
+        total = total + self.router_aux_loss_coef * auxiliary
         if num_items_in_batch is None:
-            return loss.sum() / trained.clamp(min=1)
+            return total / trained.clamp(min=1)
         # Ranks average their gradients, but `num_items_in_batch` counts the trained tokens of all of them.
-        return loss.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        return total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
 
     def _score(self, model: Any, inputs: dict[str, Any]) -> Any:
         """The outputs of TRL's fused head: log-probabilities (zero for ignored labels), entropy, `label_mask`, …"""
@@ -220,10 +224,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, with the metrics since the last one reduced over all ranks. All ranks enter."""
         if "loss" in logs:
-            entropy, right, trained = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+            entropy, right, auxiliary, trained = self.accelerator.reduce(self._sums, reduction="sum").tolist()
             self._sums.zero_()
             if trained:
                 logs |= {"entropy": entropy / trained, "mean_token_accuracy": right / trained}
+                logs |= {"aux_loss": auxiliary / trained} if self.aux_loss_enabled else {}
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
