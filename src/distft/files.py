@@ -29,11 +29,24 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
+        Path(temporary).chmod(0o666 & ~_umask())
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def share(folder: Path) -> None:
+    """Give the files in `folder` the modes that the umask leaves: some libraries write them for their owner alone."""
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
 
 
 def build_folder_once(folder: Path, build: Callable[[Path], None], *, resumes: bool = False) -> None:

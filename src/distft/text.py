@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 def count(number: int, noun: str) -> str:
@@ -28,6 +28,16 @@ def redacted(text: str) -> str:
     """`text` without what may be a secret in its addresses: `user:password@`, and the query of https://…?signature=…"""
     text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/'\"@]+@", r"\1", text)
     return re.sub(r"(https?://[^\s'\"?]*)\?[^\s'\"]*", r"\1", text)
+
+
+def with_interval(estimate: Mapping[str, float | None] | None, form: str) -> str:
+    """A `value` formatted with `form`, followed by its interval (`low` and `high`) if it has one; – if unknown."""
+    value, low, high = ((estimate or {}).get(key) for key in ("value", "low", "high"))
+    if value is None or value != value:
+        return "–"
+    if low is None or high is None or low != low or high != high:
+        return format(value, form)
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def parse_duration(text: str) -> float:

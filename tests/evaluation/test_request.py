@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,14 @@ def test_an_unfinished_run_has_nothing_to_evaluate(learned: RunFolder, tmp_path:
         Request.of([str(tmp_path)])
     with pytest.raises(RunFolderError, match=f"did you mean {tmp_path}"):
         Request.of([str(tmp_path.with_name(f"{tmp_path.name}s"))])
+
+
+def test_the_result_of_a_run_has_a_card_and_everyone_may_read_it(learned: RunFolder) -> None:
+    text = (learned.adapter / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("---\nlibrary_name: peft\n") and "trained on `tiny_sentiment`" in text
+    umask = os.umask(0o077)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in learned.adapter.iterdir()} == {0o666 & ~umask}
 
 
 def test_columns_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ def merge(options: argparse.Namespace) -> None:
     from distft.data.named_templates import words_of_run
     from distft.hardware import visible_devices
     from distft.models.export import merge
+    from distft.runs.card import write_card
     from distft.runs.folder import RunFolder
 
     folder = RunFolder(options.folder)
@@ -33,4 +34,5 @@ def merge(options: argparse.Namespace) -> None:
         raise RunFolderError(f"{target} already exists and will not be overwritten; give another --output")
     recipe = load(words_of_run(folder.recipe, folder.adapter))
     merge(recipe, folder.adapter, target, {"": 0} if visible_devices() else None)
+    write_card(folder, target)
     print(f"merged model: {target}")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -29,6 +30,7 @@ from distft.evaluation.target import Target, Trained
 from distft.evaluation.tasks import load_task
 from distft.files import to_json, write_atomically
 from distft.hardware import describe, visible_devices
+from distft.runs.card import write_card
 from distft.runs.folder import RunFolder
 from distft.runs.wandb import closing_wandb, log_evaluation
 from distft.text import shorten
@@ -130,6 +132,8 @@ def _record(task: str, result: dict[str, Any], record: dict[str, Any], folder: R
     if folder.summary.is_file():
         kept = {name: {part: found[part] for part in summary.PARTS if part in found} for name, found in record.items()}
         folder.write_summary(folder.read_summary() | {"evaluation": kept})
+        for trained in filter(Path.is_dir, (folder.adapter, folder.model)):
+            write_card(folder, trained)
     about = filter(None, [summary.template_line(task, result), summary.overlap_line(task, result)])
     for line in [*about, *summary.figure_lines(task, result), *summary.detail_lines(task, result)]:
         say(line)

@@ -14,7 +14,7 @@ from typing import Any
 
 from distft.evaluation.sets import split_key
 from distft.runs.figures import FIGURES
-from distft.text import shorten
+from distft.text import shorten, with_interval
 
 PARTS = (
     "figures",
@@ -115,21 +115,13 @@ def _verdict(figure: Mapping[str, Any]) -> str | None:
     return "inconclusive" if verdict == "no difference" and wide else verdict
 
 
-def shown(estimate: Estimate | None, form: str) -> str:
-    """A value formatted with `form`, followed by its interval if it has one."""
-    value, low, high = ((estimate or {}).get(key) for key in ("value", "low", "high"))
-    if value is None or value != value:
-        return _UNKNOWN
-    if low is None or high is None or low != low or high != high:
-        return format(value, form)
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
-
-
 def figure_lines(task: str, result: Mapping[str, Any]) -> list[str]:
     """One line for the console per figure of a task."""
     found = []
     for _, _, figure in figures({task: result}):
-        sides = [f"{side} {shown(figure[side], figure['form'])}" for side in (*_SIDES, "difference") if figure[side]]
+        sides = [
+            f"{side} {with_interval(figure[side], figure['form'])}" for side in (*_SIDES, "difference") if figure[side]
+        ]
         verdict = f" ({figure['verdict']})" if figure["verdict"] else ""
         found.append(f"{task}: {figure['title']}: {', '.join(sides)}{verdict}")
     return found
@@ -190,7 +182,7 @@ def details_of(task: str, result: Mapping[str, Any]) -> Iterator[Detail]:
     if categories := result.get("categories"):
         sides = [side for side in _SIDES if any(side in scores for scores in categories.values())]
         rows = [
-            (name, str(scores["count"]), *(shown(scores.get(side), ".2f") for side in sides))
+            (name, str(scores["count"]), *(with_interval(scores.get(side), ".2f") for side in sides))
             for name, scores in categories.items()
         ]
         yield Detail(f"{task}: score out of 10 by category", ("category", "questions", *sides), tuple(rows))
@@ -308,7 +300,7 @@ def headline(evaluation: Mapping[str, Any]) -> str:
 
 
 def _value(estimate: Estimate | None, form: str) -> str:
-    return shown({"value": (estimate or {}).get("value")}, form)
+    return with_interval({"value": (estimate or {}).get("value")}, form)
 
 
 def _quoted(texts: Sequence[str]) -> str:

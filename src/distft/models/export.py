@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.errors import InvariantError, ModelError
+from distft.files import share
 from distft.models.loading import load_base, load_tokenizer
 from distft.models.saved_adapter import SavedAdapter
 from distft.text import first_line
@@ -47,6 +48,7 @@ def merge(recipe: Recipe, adapter: Path, target: Path, device_map: dict[str, int
         _require_close(_logits(merged), expected, _rounding(merged), "merging has changed")
         merged.save_pretrained(str(target), safe_serialization=True)
         load_tokenizer(recipe).save_pretrained(str(target))
+        share(target)
         expected, options = _logits(merged), {"trust_remote_code": recipe.model.trust_remote_code}
         del base, model, merged
         gc.collect()

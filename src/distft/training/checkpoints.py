@@ -23,7 +23,7 @@ from distft.console import say
 from distft.distributed.collectives import first_failure, together
 from distft.distributed.strategies import Strategy
 from distft.errors import InvariantError, StorageError
-from distft.files import disk_full_reason, free_space, to_json, write_atomically
+from distft.files import disk_full_reason, free_space, share, to_json, write_atomically
 from distft.models.generation import save_stop_tokens
 from distft.runs import manifest
 from distft.runs.folder import RunFolder
@@ -58,6 +58,7 @@ def save_result(
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(target))
                 save_stop_tokens(model, target)
+            share(target)
 
     together(strategy.world, write)
     return target

@@ -15,6 +15,7 @@ from distft.distributed.collectives import together
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import strategy_faults
 from distft.distributed.supervisor import check_not_refused
+from distft.runs.card import write_card
 from distft.training.check import check_together
 from distft.training.checkpoints import save_result
 from distft.training.metrics import perplexity
@@ -88,6 +89,7 @@ def finish(run: OpenRun, training: Training) -> None:
         adapter=str(saved),
         **telemetry.figures(),
     )
+    together(run.strategy.world, lambda: write_card(record.folder, saved) if run.strategy.world.is_main else None)
     training.profile.write()  # last: if it fails, the result is safe
     if run.strategy.world.is_main:
         for line in record.closing_lines():
