@@ -14,7 +14,7 @@ from distft.experiments.expand import load_experiment
 from distft.experiments.schema import list_experiments
 from distft.paths import packaged
 
-from .loading import CHECKS, load, value, write
+from .loading import CHECKS, faults, load, value, write
 
 SHIPPED = sorted(path.stem for path in packaged("recipes/experiments").glob("*.yaml"))
 
@@ -30,6 +30,8 @@ def test_the_promised_experiments_are_shipped() -> None:
         "strategies",
         "rank",
         "duel",
+        "curriculum",
+        "curriculum_imdb",
         "memory_grid",
         "ablation",
     }
@@ -58,6 +60,37 @@ def test_the_memory_grid_has_every_combination(tmp_path: Path) -> None:
 def test_strategies_has_every_strategy_with_and_without_quantisation(tmp_path: Path) -> None:
     found = {(run.recipe.strategy, run.recipe.bits) for run in load(tmp_path, name="strategies").runs}
     assert found == {(name, bits) for name in ("single", "ddp", "fsdp", "zero2", "zero3") for bits in (4, 16)}
+
+
+SEEDED = "base: tiny\nvariants: {a: {}, b: {data.order: length}}\n"
+
+
+def test_each_repeat_has_its_seed(tmp_path: Path) -> None:
+    write(tmp_path, SEEDED + "seeds: [7, 3]\ntarget_loss: worst\n")
+    experiment = load(tmp_path)
+    assert [(run.name, run.recipe.run.seed) for run in experiment.runs] == [
+        ("mine-a", 7),
+        ("mine-b", 7),
+        ("mine-a-r2", 3),
+        ("mine-b-r2", 3),
+    ]
+    assert (experiment.seeds, experiment.target_loss) == (True, "worst")
+    assert len(load_experiment(["experiment=mine"], folder=tmp_path, repeats=1).runs) == 2
+    with pytest.raises(ExperimentError, match="3 repeats need as many seeds, and the experiment has 2"):
+        load_experiment(["experiment=mine"], folder=tmp_path, repeats=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "problem"),
+    [
+        ("seeds: [1, 2]\nrepeats: 2\n", "", "and repeats both say how often each variant runs"),
+        ("seeds: [1, 1]\n", "", "has 1 twice, which would be the same run"),
+        ("seeds: [1, 2]\n", "run.seed=5", "cannot be set here: each repeat has a seed of its own"),
+        ("seeds: [1, 2]\noverrides: {run.seed: 5}\n", "", "cannot be set here"),
+    ],
+)
+def test_seeds_that_contradict_something_are_refused(tmp_path: Path, text: str, word: str, problem: str) -> None:
+    assert {fault.problem for fault in faults(tmp_path, SEEDED + text, *filter(None, [word]))} == {problem}
 
 
 # ---- from a file to runs ---------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from distft.models.loading import load_model
 from distft.paths import packaged
 from distft.training.arguments import training_arguments
 from distft.training.callbacks import Invariants
+from distft.training.check import check_settings
 from distft.training.checks import training_faults, weights_notes
-from distft.training.schedule import learning_rates, schedule_notes, total_steps
+from distft.training.schedule import learning_rates, order_notes, schedule_notes, total_steps
 
 
 def found(*words: str, **options: Any) -> dict[str, str]:
@@ -235,6 +236,21 @@ def test_the_number_of_steps_is_the_trainer_s() -> None:
     assert of("training.num_train_epochs=0.5") == 6
     assert of("training.num_train_epochs=0.001") == 1
     assert of("training.max_steps=7") == 7
+
+
+def test_a_curriculum_that_ends_before_its_hardest_samples_is_noted() -> None:
+    def notes(*words: str) -> list[str]:
+        return order_notes(load_recipe(["recipe=tiny", *words]), per_epoch=11)
+
+    assert notes("training.max_steps=5") == []
+    assert notes("data.order=loss") == notes("data.order=loss", "training.max_steps=11") == []
+    (note,) = notes("data.order=loss", "training.max_steps=5")
+    assert "ends after 5 of the 11 steps of its first epoch, so that the hardest samples are never trained" in note
+
+
+def test_the_quick_check_tells_the_order(tmp_path: Path) -> None:
+    found = check_settings(load_recipe(["recipe=tiny", "data.order=loss", "data.stages=3"]), 1, tmp_path)
+    assert any(line.startswith("an epoch goes from easy to hard by loss, in 3 stages; the base") for line in found.run)
 
 
 def test_a_run_that_never_updated_the_weights_has_no_result() -> None:

@@ -6,10 +6,10 @@ load_experiment(["experiment=tiny", "training.max_steps=5"])
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distft.config.files import folder_name
 from distft.config.recipe import Recipe, load_recipe
@@ -19,7 +19,7 @@ from distft.errors import ExperimentError, Fault, RecipeError
 from distft.experiments.budget import budget_faults, budget_settings
 from distft.experiments.faults import Checks, faults_of_base, of_command_line, placed
 from distft.experiments.schema import Equal, ExperimentFile, find_experiment, read_experiment
-from distft.experiments.variants import run_arguments, variants_of
+from distft.experiments.variants import Setting, run_arguments, variants_of
 from distft.reports.comparability import BY_DEFAULT, LOSS_TOLERANCE
 
 REPEATS = 5
@@ -50,6 +50,8 @@ class Experiment:
     description: str
     path: Path
     loss_tolerance: float = LOSS_TOLERANCE
+    seeds: bool = False
+    target_loss: float | Literal["worst"] | None = None
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -85,16 +87,18 @@ def load_experiment(
     else:
         path = find_experiment(wanted, folder)
         content = read_experiment(path, faults)
-    content = content if repeats is None else content.model_copy(update={"repeats": repeats})
+    number = repeats or len(content.seeds) or content.repeats
+    faults += _seed_faults(content, number, given, path)
     variants = variants_of(content, path, folder, faults)
     faults += budget_faults(content.budget, path)
     found = {(fault.where, fault.key, fault.problem): fault for fault in faults}
     runs = []
-    for repeat, variant in itertools.product(range(1, content.repeats + 1), variants):
+    for repeat, variant in itertools.product(range(1, number + 1), variants):
         name = f"{folder_name(path.stem)}-{variant.name}" + (f"-r{repeat}" if repeat > 1 else "")
         missed: list[Fault] = []
         budget = budget_settings(content.budget, variant, given, path, folder, missed)
-        words = run_arguments(variant, (*variant.settings, *budget), given, name, path.stem)
+        seed = [Setting("run.seed", each, "seeds") for each in content.seeds[repeat - 1 : repeat]]
+        words = run_arguments(variant, (*variant.settings, *budget, *seed), given, name, path.stem)
         try:
             recipe = load_recipe(words, checks=checks, folder=folder)
             runs.append(ExperimentRun(name, variant.name, repeat, words, recipe))
@@ -108,8 +112,33 @@ def load_experiment(
         raise ExperimentError([of_command_line(fault, path) for fault in faults] if recipes else faults)
     description = "recipes as they are" if recipes else first_comment(path.read_text(encoding="utf-8"))
     return Experiment(
-        folder_name(path.stem), tuple(runs), tuple(content.equal), description, path, content.loss_tolerance
+        folder_name(path.stem),
+        tuple(runs),
+        tuple(content.equal),
+        description,
+        path,
+        content.loss_tolerance,
+        bool(content.seeds),
+        content.target_loss,
     )
+
+
+def _seed_faults(content: ExperimentFile, number: int, given: Mapping[str, str], path: Path) -> list[Fault]:
+    """What is wrong with the seeds of `number` repeats."""
+    if not content.seeds:
+        return []
+    found = []
+    if "repeats" in content.model_fields_set:
+        found.append(Fault(str(path), "seeds", "and repeats both say how often each variant runs", "remove repeats"))
+    if twice := sorted({seed for seed in content.seeds if content.seeds.count(seed) > 1}):
+        found.append(Fault(str(path), "seeds", f"has {twice[0]} twice, which would be the same run"))
+    if number > len(content.seeds):
+        problem = f"{number} repeats need as many seeds, and the experiment has {len(content.seeds)}"
+        found.append(Fault(COMMAND_LINE, "--repeats", problem, f"add seeds in {path.name}"))
+    if "run.seed" in given:
+        hint = "copy the experiment's file into recipes/experiments to change its seeds"
+        found.append(Fault(COMMAND_LINE, "run.seed", "cannot be set here: each repeat has a seed of its own", hint))
+    return found
 
 
 def _read_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, str], list[Fault]]:

@@ -140,6 +140,8 @@ def report_on(experiment: Experiment) -> Report:
         title=f"Experiment {experiment.name}",
         equal=experiment.equal,
         loss_tolerance=experiment.loss_tolerance,
+        seeds=experiment.seeds,
+        target_loss=experiment.target_loss,
     )
 
 

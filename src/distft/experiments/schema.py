@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError
 
@@ -47,12 +47,17 @@ class ExperimentFile(Section):
     """Axes to combine: `key.path: [values]`, or the name of an axis with a mapping of names to what they change."""
     repeats: int = Field(1, ge=1)
     """How often each variant runs. Repeats take turns, so drift of the machine affects every variant equally."""
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default_factory=list)
+    """The seed (run.seed) of each repeat, in place of `repeats`. The splits follow from it, too."""
     budget: Budget | None = None
     """How long every run trains. Default: as its recipe says."""
     equal: list[Equal] = Field(default_factory=list)
     """What must be equal in all runs for their speeds to be compared."""
     loss_tolerance: float = Field(LOSS_TOLERANCE, gt=0)
     """If loss must be equal, the largest deviation from the first variant's loss, as a fraction of it."""
+    target_loss: Annotated[float, Field(gt=0)] | Literal["worst"] | None = None
+    """Report the steps and the time to the first evaluation with at most this loss, in nats. `worst`: the worst last
+    one of all finished runs, which each of them reaches."""
 
 
 def list_experiments(folder: Path) -> dict[str, Path]:

@@ -141,6 +141,8 @@ def _refused(content: ExperimentFile) -> dict[str, str]:
         "run.name": "each run is named after the experiment and its variant",
         "tracking.group": "the runs are a group with the experiment's name",
     }
+    if content.seeds:
+        refused["run.seed"] = "seeds sets that of each repeat; remove one of them"
     if content.budget is not None:
         why = "budget sets how long every run trains; remove one of them"
         refused |= dict.fromkeys(("training.max_steps", "training.num_train_epochs", "run.train_time"), why)

@@ -96,12 +96,13 @@ class Comparer:
     """Compares variants by their finished runs. Speeds are compared only if everything `declared` equal was equal.
 
     `finished` has the finished runs of each variant; `tolerance` is the relative difference up to which losses are
-    equal.
+    equal. With `seeds`, repeats have seeds of their own, so that their losses have a spread.
     """
 
     finished: Mapping[str, Sequence[Run]]
     declared: Sequence[str]
     tolerance: float
+    seeds: bool = False
 
     @property
     def together(self) -> int:
@@ -158,7 +159,8 @@ class Comparer:
                 return None, "not compared", different
             one, other = (_estimates(runs, figure.key) for runs in pair.values())
             return without_interval, *judge_items(one, other, figure.format)
-        if figure.per_token and not figure.speed and verdict != "equal":  # a loss, which the shared seed determines
+        by_seed = figure.per_token and not figure.speed  # a loss, which a shared seed determines
+        if by_seed and not self.seeds and verdict != "equal":
             return without_interval, "no spread", ""
         return found, verdict, ""
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from distft.errors import RunFolderError
 from distft.evaluation import summary as details
@@ -19,6 +19,7 @@ from distft.files import to_json
 from distft.reports import verdict as wording
 from distft.reports.comparability import BY_DEFAULT, EQUAL, LOSS_TOLERANCE, Equality, all_differences, equality
 from distft.reports.comparison import Comparer, Comparison
+from distft.reports.repeats import pair_by_seed, target_of, with_target
 from distft.reports.results import NOT_THERE, Run, read_run
 from distft.reports.variants import Variant, group, summarise
 from distft.runs.folder import RunFolder
@@ -44,6 +45,10 @@ class Report:
     missing: Mapping[str, str]
     loss_tolerance: float
     together: int
+    seeds: bool = False
+    """Whether repeats have seeds of their own."""
+    target_loss: float | None = None
+    """The evaluation loss, in nats, whose first reaching `steps_to_loss` and `time_to_loss_s` measure."""
 
     @property
     def verdict(self) -> str:
@@ -93,7 +98,7 @@ class Report:
         """The report as a JSON object, without the facts of each run, which are in its folder."""
         document = {"verdict": self.verdict, "confidence": CONFIDENCE, **dataclasses.asdict(self)}
         for run, record in zip(self.runs, document["runs"], strict=True):
-            del record["facts"]
+            del record["facts"], record["evaluated"]
             record["outcome"] = run.outcome
             record["figures"] = spell(record["figures"])
         for variant in document["variants"]:
@@ -129,22 +134,32 @@ def report(
 
 
 def report_on_runs(
-    wanted: Sequence[Run], *, title: str = "", equal: Sequence[str] = (), loss_tolerance: float = LOSS_TOLERANCE
+    wanted: Sequence[Run],
+    *,
+    title: str = "",
+    equal: Sequence[str] = (),
+    loss_tolerance: float = LOSS_TOLERANCE,
+    seeds: bool = False,
+    target_loss: float | Literal["worst"] | None = None,
 ) -> Report:
     """Report on the runs `wanted`. The others are compared with the variant of the first one.
 
     Runs with the status NOT_THERE become the report's `missing`. `equal` (keys of EQUAL) is what must be equal for
-    speeds to be compared; losses count as equal within the share `loss_tolerance`.
+    speeds to be compared; losses count as equal within the share `loss_tolerance`. With `seeds`, runs that differ only
+    in their seeds are repeats. `target_loss` is that of `repeats.target_of`.
 
     Raises:
         RunFolderError: none of the runs exists.
     """
+    wanted = pair_by_seed(wanted) if seeds else wanted
+    target = target_of(wanted, target_loss)
+    wanted = with_target(wanted, target)
     runs = tuple(run for run in wanted if run.status != NOT_THERE)
     if not runs:
         raise RunFolderError(f"{title}: none of its {count(len(wanted), 'run')} exists")
     named = group(wanted)
     finished = {name: done for name, members in named.items() if (done := [run for run in members if run.finished])}
-    comparer = Comparer(finished, tuple(equal) or BY_DEFAULT, loss_tolerance)
+    comparer = Comparer(finished, tuple(equal) or BY_DEFAULT, loss_tolerance, seeds)
     first, *others = finished or [""]
     return Report(
         title=title or count(len(runs), "run"),
@@ -156,4 +171,6 @@ def report_on_runs(
         missing={run.name: run.cause or "" for run in wanted if run.status == NOT_THERE},
         loss_tolerance=loss_tolerance,
         together=comparer.together,
+        seeds=seeds,
+        target_loss=target,
     )

@@ -92,6 +92,9 @@ class Run:
     """How many samples of `validation` and `test` were trained on, where training counted them."""
     selection: tuple[str, ...] = ()
     """Which evaluation was the best, and whether it ended the run, in words."""
+    evaluated: tuple[tuple[int, float | None, float], ...] = field(default=(), repr=False)
+    """Step, seconds of training before, and loss of each evaluation during training. Runs of older versions did not
+    record the seconds."""
 
     @property
     def finished(self) -> bool:
@@ -155,6 +158,11 @@ def read_run(folder: RunFolder) -> Run:
         evaluation=summary.get("evaluation") or {},
         overlap=summary.get("held_out_overlap") or {},
         selection=tuple(selection_lines(summary)),
+        evaluated=tuple(
+            (record["step"], record.get("time_s"), math.nan if record["eval_loss"] is None else record["eval_loss"])
+            for record in metrics
+            if "eval_loss" in record
+        ),
     )
 
 

@@ -9,6 +9,7 @@ from distft.reports import verdict as wording
 from distft.reports.bottleneck import PARTS
 from distft.reports.facts import fact_lines, names
 from distft.reports.history import History, final_figures
+from distft.reports.repeats import TO_LOSS
 from distft.reports.report import Report
 from distft.reports.results import NOT_THERE, SHOWN, TIMES, Run, Spread
 from distft.reports.tables import UNKNOWN, Cell, Code, Column, Document, Estimate, Line, Phrase, Range, Section, Table
@@ -23,8 +24,10 @@ _NO_ENERGY = "Energy is measured on NVIDIA GPUs only; distft does not estimate i
 _NO_PROFILE = "No run was profiled. Set tracking.profile_steps=3 to see what limits the speed of a step."
 _RANGES = (
     "Each figure is the median over the finished runs, with the smallest and largest value in brackets where they "
-    "differ. Repeats share the seed: the range shows how much the machine varies, not what another seed would give."
+    "differ. "
 )
+_ONE_SEED = "Repeats share the seed: the range shows how much the machine varies, not what another seed would give."
+_OWN_SEEDS = "Repeats have seeds of their own, for the order, the splits and the adapter's initial weights."
 
 
 def document(report: Report | None, logs: Sequence[History] = (), title: str = "") -> Document:
@@ -86,7 +89,7 @@ def _runs(report: Report) -> Section:
     unknown = [
         figure.label
         for figure in SHOWN
-        if not figure.quality and all(run.figures[figure.key] is None for run in report.runs)
+        if not (figure.quality or figure.key in TO_LOSS) and all(run.figures[figure.key] is None for run in report.runs)
     ]
     notes: list[Line] = [(f"Not measured in any run: {', '.join(unknown)}.",)] if unknown else []
     notes += [(_NO_ENERGY,)] if "energy" in unknown else []
@@ -146,7 +149,10 @@ def _variants(report: Report) -> Section:
         rows.append(tuple(row))
     notes: list[Line] = []
     if any(variant.finished > 1 for variant in report.variants):
-        notes.append((_RANGES,))
+        notes.append((_RANGES + (_OWN_SEEDS if report.seeds else _ONE_SEED),))
+    if report.target_loss is not None:
+        reached = f"the first evaluation with a loss of at most {report.target_loss:,.4f} nats"
+        notes.append((f"Steps and time to loss: to {reached}; the time is that of training, evaluations included.",))
     if against is not None:
         notes.append(("Speed-up: samples/s relative to ", Code(against), "."))
     return Section("variants", ("Variants",), Table(tuple(columns), tuple(rows)).without_unknown(), notes)

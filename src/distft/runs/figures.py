@@ -149,6 +149,18 @@ FIGURES = (
     _score("mt_bench_score", "MT-Bench score", "mt_bench", "score", ",.2f", "of 10"),
     _score("alpaca_win_rate", "AlpacaEval win rate by grades", "alpaca", "win_rate"),
     _score("alpaca_preferred_rate", "AlpacaEval win rate by preference", "alpaca", "preferred_rate"),
+    Figure(
+        key="steps_to_loss",
+        label="steps to loss",
+        format=",.0f",
+        in_summary=False,
+        compared=True,
+        per_token=True,
+        higher_is_better=False,
+    ),
+    dataclasses.replace(
+        _speed("time_to_loss_s", "time to loss", ",.1f", "s", per_token=True, lower=True), in_summary=False
+    ),
     _speed("train_time_s", "train time", ",.1f", "s", lower=True),
     _speed("samples_per_second", "samples/s", ",.2f"),
     _speed("tokens_per_second", "tokens/s", ",.0f", per_token=True),

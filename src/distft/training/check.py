@@ -98,7 +98,7 @@ def check_settings(
         faults=(*divides, *model.faults, *settings),
         checked=tuple(what for what, faults in checked.items() if not faults),
         skipped=tuple(model.skipped),
-        run=(*model.notes, *weights_notes(recipe), *selection_notes(recipe)),
+        run=(*model.notes, *weights_notes(recipe), *selection_notes(recipe), *_order(recipe)),
     )
     if not (model.skipped or model.faults) and needs_tokenizer(recipe):
         faults, told = format_findings(recipe, load_tokenizer(recipe))
@@ -110,6 +110,14 @@ def check_settings(
     return found
 
 
+def _order(recipe: Recipe) -> list[str]:
+    data = recipe.data
+    if data.order == "shuffled":
+        return []
+    scores = "; the base scores each training sample once, before the run" if data.order == "loss" else ""
+    return [f"an epoch goes from easy to hard by {data.order}, in {count(data.stages, 'stage')}{scores}"]
+
+
 def check_data(recipe: Recipe, processes: int) -> Findings:
     """Read and tokenize the data, which is cached for the run, and plan its batches."""
     from distft.data.batch_plan import Plan
@@ -118,7 +126,7 @@ def check_data(recipe: Recipe, processes: int) -> Findings:
     from distft.data.splits import lengths_of
     from distft.models.loading import load_tokenizer
     from distft.training.reviews import ValidationReviews
-    from distft.training.schedule import total_steps
+    from distft.training.schedule import order_notes, total_steps
 
     tokenizer, missing = attempt(recipe, "model.name", lambda: load_tokenizer(recipe))
     if missing:  # `check_settings` has said why, and whether it is a fault
@@ -147,7 +155,7 @@ def check_data(recipe: Recipe, processes: int) -> Findings:
     return Findings(
         faults=tuple(faults),
         checked=("every row of the data", "batches"),
-        run=(*splits.report.lines(), work),
+        run=(*splits.report.lines(), *order_notes(recipe, plan.steps), work),
     )
 
 

@@ -149,6 +149,8 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
             return
         if "loss" in logs:
             self._add_rates(state.global_step, logs)
+        else:  # an evaluation: when its weights were reached
+            logs["time_s"] = self._clock - self._started + self.resumed.get("trained_s", 0.0)
         for key in [key for key in logs if key.endswith("_loss")]:
             logs[key.removesuffix("loss") + "perplexity"] = perplexity(logs[key])
         if self.world.is_main:

@@ -13,6 +13,7 @@ from distft.data.prepare import Splits
 from distft.distributed.world import World
 from distft.runs.record import Record
 from distft.text import count
+from distft.training.schedule import order_notes
 from distft.training.scores import Scores, base_scores
 
 
@@ -32,7 +33,10 @@ def plan_in_order(recipe: Recipe, splits: Splits, lengths: Lengths, record: Reco
     if stages is not None:
         digest = hashlib.sha256(stages.tobytes()).hexdigest()[:16]
         record.note(data_order={"by": data.order, "stages": data.stages, **facts}, data_order_digest=digest)
-    return Plan(lengths, recipe.batching, recipe.run.seed, stages)
+    plan = Plan(lengths, recipe.batching, recipe.run.seed, stages)
+    for note in order_notes(recipe, plan.steps):
+        record.changed(note)
+    return plan
 
 
 def _origin(scores: Scores) -> str:

@@ -34,6 +34,17 @@ def total_steps(recipe: Recipe, per_epoch: int) -> int:
     return limit if limit > 0 else math.ceil(epochs * per_epoch)
 
 
+def order_notes(recipe: Recipe, per_epoch: int) -> list[str]:
+    """Say so if a curriculum ends before its hardest samples."""
+    steps, data = total_steps(recipe, per_epoch), recipe.data
+    if data.order == "shuffled" or steps >= per_epoch:
+        return []
+    return [
+        f"data.order={data.order}: training ends after {steps:,} of the {per_epoch:,} steps of its first epoch, so "
+        "that the hardest samples are never trained; train for an epoch, or lower data.max_samples"
+    ]
+
+
 def learning_rates(arguments: SFTConfig, steps: int) -> list[float]:
     """The learning rate of each of `steps` optimizer steps, built as the trainer builds it, on a dummy parameter.
 
