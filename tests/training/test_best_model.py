@@ -27,7 +27,7 @@ from distft.training.trainer import Trainer
 # The learning rate is too high: the first evaluation is the best, and the run is stopped three evaluations later.
 # Dropout, so that a step that is repeated or left out changes every later one.
 RECIPE = (
-    *("recipe=tiny", "strategy=single", "quantization=null", "tracking.report_to=[]", "data.max_samples=40"),
+    *("recipe=tiny", "strategy=single", "quantization=null", "tracking.report_to=[]", "data.max_samples=48"),
     *("data.validation_fraction=0.2", "batching.global_batch_size=8", "evaluation.before_and_after=false"),
     *("training.learning_rate=0.02", "training.lr_scheduler_type=constant", "training.max_steps=14"),
     *("training.warmup_steps=0", "training.logging_steps=1", "training.eval_strategy=steps", "training.eval_steps=1"),
@@ -104,7 +104,9 @@ def test_interrupted_twice_the_run_decides_and_ends_alike(
     assert list(logged(folder, "eval_loss")) == [1, 2, 3, 4]
     capsys.readouterr()
 
-    assert train(tmp_path, monkeypatch) == folder
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", fail)  # nothing is left to train
+        assert train(tmp_path, monkeypatch) == folder
     for key in ("loss", "eval_loss"):
         assert logged(folder, key) == logged(whole, key)
     summary, expected = folder.read_summary(), whole.read_summary()
@@ -136,6 +138,22 @@ def test_a_best_checkpoint_that_is_damaged_is_not_taken_and_without_it_the_last_
     assert "the checkpoint of step 1, whose eval_loss of" in notes and "is not there any more" in notes
     assert "no evaluation gave a finite eval_loss: the result is the model of the last step" in notes
     assert_result_is(folder, LAST)
+
+
+def test_a_run_that_was_saved_after_its_last_step_trains_no_further(
+    whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of `training.max_steps`, in the middle of an epoch. That of early stopping is in the test above."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("a step after the last")
+
+    unfinished(whole, tmp_path)
+    monkeypatch.setattr(Trainer, "training_step", fail)
+    changes = (f"training.max_steps={LAST}", "training.early_stopping_patience=9", "run.force=true")
+    folder = train(tmp_path, monkeypatch, *changes)
+    assert (folder.read_summary()["steps"], folder.read_summary()["stopped_early"]) == (LAST, None)
+    assert_result_is(folder, BEST)
 
 
 def test_other_weights_than_those_that_were_evaluated_are_an_error(
@@ -191,6 +209,11 @@ def test_every_new_best_is_saved_and_patience_counts_evaluations_in_a_row() -> N
     values = (3.0, 2.0, 2.5, 2.1, 1.9, 1.9, 2.0, math.nan)
     assert [run.evaluate(value)[0] for value in values] == [True, True, False, False, True, False, False, False]
     assert (run.state.best_metric, run.state.best_global_step, run.control.should_training_stop) == (1.9, 5, True)
+
+
+def test_evaluations_that_are_not_finite_are_no_improvement_from_the_first_on() -> None:
+    run = Judged("training.early_stopping_patience=2")
+    assert [run.evaluate(math.nan) for _ in range(2)] == [(False, False), (False, True)]
 
 
 def test_an_improvement_within_the_threshold_is_saved_and_does_not_count_as_one() -> None:

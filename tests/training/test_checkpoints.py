@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distft.config.recipe import load_recipe
@@ -83,6 +83,14 @@ def test_a_file_that_was_not_written_is_found(case: Case) -> None:
     model, save, file, count = case
     spoil(model, file.unlink)
     with pytest.raises(InvariantError, match=f"{count} of {count} tensors are not in the saved file"):
+        save()
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.bfloat16, torch.Tensor.t])
+def test_a_tensor_of_another_type_or_shape_is_found(case: Case, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    model, save, file, _ = case
+    spoil(model, lambda: save_file({key: change(t).contiguous() for key, t in load_file(file).items()}, file))
+    with pytest.raises(InvariantError, match=r"the saved \S+ is not the one that was trained"):
         save()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -85,6 +86,28 @@ def test_a_base_in_another_type_is_found() -> None:
 def test_weights_left_on_the_cpu_are_found() -> None:
     with pytest.raises(InvariantError, match=r"parameter \S+ is on the CPU, and this run trains on a GPU"):
         check(model_of(), GPU)
+
+
+def test_weights_that_belong_on_the_cpu_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 leaves an empty tensor there in place of each parameter; offloading leaves the parameter itself."""
+    model = model_of()
+    for partitioned in model.parameters():
+        partitioned.ds_id = 0
+    check(model, GPU)
+    monkeypatch.setattr(Single, "offloads_parameters", lambda self, environment: True)
+    check(model_of(), GPU)
+
+
+def test_types_that_differ_on_purpose_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP has 4-bit weights stored as bfloat16, and DeepSpeed casts the base."""
+    model = model_of()
+    head = model.base_model.model.lm_head
+    head.weight = Params4bit(head.weight.data.bfloat16(), requires_grad=False)
+    check(model)
+    model = model_of()
+    model.base_model.model.lm_head.to(torch.bfloat16)
+    monkeypatch.setattr(Single, "cast_dtypes", lambda self, recipe: {torch.bfloat16})
+    check(model)
 
 
 def test_a_strategy_s_own_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
