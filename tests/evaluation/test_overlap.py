@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from distft.config.recipe import Recipe, load_recipe
+from distft.data.named_templates import use_template
 from distft.data.prepare import prepare_data
 from distft.distributed.world import World
 from distft.evaluation.overlap import overlap
@@ -74,6 +76,19 @@ def test_inputs_count_as_trained_on_without_their_answers(target: Target, traine
     assert overlap(replace(target, trained=Trained(dolly)), asked) == {"count": 1, "items": 2}
 
 
+def test_every_turn_of_a_conversation_counts_as_trained_on(target: Target, tmp_path: Path) -> None:
+    turns = ["Are you well?", "Very well.", "Since when?", "Since May."]
+    roles = ["user", "assistant"] * 2
+    talk = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": talk}) + "\n", encoding="utf-8")
+    words = ["data.format.messages=messages", "data.chat_template=chatml", "data.test_fraction=0"]
+    made = load_recipe(["recipe=tiny", f"data.name={tmp_path}/talk.jsonl", *UNSPLIT, *words])
+    chatting = copy.deepcopy(target.tokenizer)
+    use_template(chatting, "chatml")
+    known = replace(target, tokenizer=chatting, trained=Trained(made))
+    assert overlap(known, ["Since when? ", "Very well.", "How old are you?"]) == {"count": 2, "items": 3}
+
+
 def test_what_is_not_known_is_said(target: Target, trained: Trained, tmp_path: Path) -> None:
     def why(known: Trained | None) -> str:
         found = overlap(replace(target, trained=known), ["Question 3?"])
@@ -81,6 +96,8 @@ def test_what_is_not_known_is_said(target: Target, trained: Trained, tmp_path: P
         return str(found["why"])
 
     assert why(None) == "the training is not known"
+    once = recipe(tmp_path / "train.jsonl", "data.test_fraction=0", "data.deduplicate=true")
+    assert why(replace(trained, recipe=once)).startswith("the training mixed or deduplicated its data")
     rows(tmp_path / "train.jsonl", range(31))
     assert why(trained) == "the data of the training have changed since"
     (tmp_path / "train.jsonl").unlink()

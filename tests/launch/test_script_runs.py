@@ -64,6 +64,14 @@ def test_the_report_gets_its_arguments_unchanged(tmp_path: Path) -> None:
     assert arguments(ended) == (*DISTFT, "report", *AWKWARD)
 
 
+def test_names_of_modules_are_not_executed(tmp_path: Path) -> None:
+    modules = ["gcc/12;touch", "cuda&", "*"]
+    slurm = load_recipe(["recipe=tiny", f"slurm.modules={modules}"]).slurm
+    text = script(slurm, Job("tiny", (("recipe=tiny",),)), OUTPUT, DISTFT, template())
+    ended = bash("module() { printf '%s\\0' \"$@\"; }\n" + text, tmp_path)
+    assert arguments(ended) == ("load", *modules, *DISTFT, "train", "recipe=tiny")
+
+
 @pytest.mark.parametrize(
     ("code", "restarts", "requeued"),
     [("75", "", True), ("75", "4", True), ("75", "5", False), ("0", "", False), ("2", "", False), ("1", "", False)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +62,15 @@ def test_steps_are_numbers_and_later_checkpoints_are_dropped(tmp_path: Path) -> 
     manifest.drop_after(tmp_path, 9)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-9", "checkpoint-last"]
     assert manifest.read(tmp_path / "checkpoint-9")["step"] == 9
+
+
+def test_a_deletion_that_is_cut_short_leaves_nothing_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = checkpoint(tmp_path, 3)
+    monkeypatch.setattr(manifest, "shutil", SimpleNamespace(rmtree=lambda path: None))
+    manifest.drop_after(tmp_path, 2)
+    assert manifest.fault(made) == "it has no manifest, so saving it did not finish"
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,13 @@ def test_evaluations_that_are_not_finite_are_no_improvement_from_the_first_on() 
     assert [run.evaluate(math.nan) for _ in range(2)] == [(False, False), (False, True)]
 
 
+def test_a_higher_accuracy_is_an_improvement() -> None:
+    run = Judged("training.metric_for_best_model=imdb_accuracy", "training.early_stopping_patience=2")
+    ends = [run.evaluate(value) for value in (0.5, 0.6, 0.55, 0.5)]
+    assert ends == [(True, False), (True, False), (False, False), (False, True)]
+    assert run.state.best_metric == 0.6
+
+
 def test_an_improvement_within_the_threshold_is_saved_and_does_not_count_as_one() -> None:
     run = Judged("training.early_stopping_threshold=0.1", "training.early_stopping_patience=2")
     assert [run.evaluate(value) for value in (2.0, 1.95, 1.91)] == [(True, False), (True, False), (True, True)]

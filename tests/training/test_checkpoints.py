@@ -86,10 +86,9 @@ def test_a_file_that_was_not_written_is_found(case: Case) -> None:
         save()
 
 
-@pytest.mark.parametrize("change", [torch.Tensor.bfloat16, torch.Tensor.t])
-def test_a_tensor_of_another_type_or_shape_is_found(case: Case, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_equal_numbers_of_another_type_are_found(case: Case) -> None:
     model, save, file, _ = case
-    spoil(model, lambda: save_file({key: change(t).contiguous() for key, t in load_file(file).items()}, file))
+    spoil(model, lambda: save_file({name: tensor.double() for name, tensor in load_file(file).items()}, file))
     with pytest.raises(InvariantError, match=r"the saved \S+ is not the one that was trained"):
         save()
 

@@ -10,9 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import TrainerControl, TrainerState
 
 from distft.api.in_process import train_here
+from distft.config.recipe import load_recipe
+from distft.data.batch_plan import Plan
+from distft.distributed.world import World
+from distft.runs.folder import RunFolder
 from distft.training import metrics, run
+from distft.training.throughput import Work
 from distft.training.trainer import Trainer
 
 RECIPE = (
@@ -93,3 +99,39 @@ def test_the_train_loss_is_the_mean_over_steps(timed: Timed) -> None:
     assert timed.summary["train_loss"] == pytest.approx(sum(timed.losses) / 7, rel=1e-6)
     logged = [record["loss"] for record in timed.records.values()]
     assert timed.summary["train_loss"] != pytest.approx(sum(logged) / 5, rel=1e-3)
+
+
+# ---- without a model -------------------------------------------------------------------------------------------------
+
+
+def telemetry(*words: str) -> metrics.Telemetry:
+    recipe = load_recipe(["recipe=tiny", "tracking.throughput_warmup_steps=1", *words])
+    plan = Plan([5] * 320, recipe.batching)
+    return metrics.Telemetry(RunFolder(Path("run")), recipe, World(), plan, Work(1.0), steps_total=9)
+
+
+@pytest.mark.parametrize(
+    ("follows", "words", "logged"),
+    [
+        ("should_save", (), True),  # a resumed run goes on from what was logged
+        ("should_training_stop", (), True),  # as at the end of run.train_time
+        ("should_evaluate", ("training.early_stopping_patience=2",), True),  # which may save, or end the run
+        ("should_evaluate", (), False),
+        ("should_epoch_stop", (), False),
+    ],
+)
+def test_what_a_save_or_the_end_may_follow_is_logged_before(follows: str, words: tuple[str, ...], logged: bool) -> None:
+    control = TrainerControl(**{follows: True})
+    telemetry(*words).on_step_end(None, TrainerState(global_step=5, max_steps=9), control)
+    assert control.should_log is logged
+
+
+def test_the_last_steps_of_an_epoch_are_no_part_of_its_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    measured, control = telemetry(), TrainerControl(should_evaluate=True)
+    now[0] += 3
+    measured.on_epoch_end(None, TrainerState(global_step=5, max_steps=9), control)
+    now[0] += 10
+    measured.on_evaluate(None, TrainerState(), control)
+    assert measured.carried()["evaluating_s"] == 10
