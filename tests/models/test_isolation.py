@@ -100,6 +100,14 @@ def test_without_gradients_the_logits_decide() -> None:
     assert check.findings(PADDED, "eager").fault is None
 
 
+@pytest.mark.parametrize(("family", "expected"), [("llama", []), ("jamba", ["dt_proj"]), ("qwen2_moe", [])])
+def test_adapters_that_no_gradient_reaches_are_named(family: str, expected: list[str]) -> None:
+    """Mamba reads the weight of its dt_proj without calling it. An expert that no token chooses is not meant."""
+    check = IsolationCheck(adapted(small_model(family)))
+    assert check.findings(PADDED, "sdpa").fault is None
+    assert check.unreached() == expected
+
+
 def test_the_check_leaves_no_trace() -> None:
     model = adapted(small_model("llama"), lora_dropout=0.5).train()
     model.get_base_model().lm_head.eval()

@@ -72,8 +72,8 @@ def test_a_model_that_mixes_the_samples_of_a_pack_is_trained_padded(
 ) -> None:
     """With the samples, the steps and so the updates that padding gives."""
     monkeypatch.chdir(tmp_path)
-    model = [f"model.name={folder_of(family)}", "lora.target_modules=all-linear", "lora.exclude_modules=[router]"]
-    model = model if family == "gpt_oss" else model[:2]
+    # The auxiliary loss of experts depends on the micro-batches (docs/models.md).
+    model = [f"model.name={folder_of(family)}", "lora.target_modules=all-linear", "training.router_aux_loss_coef=0"]
     runs = [
         RunFolder(train_here([*RUN, *model, f"run.name={name}", *words], 0))
         for name, words in {"packs": [PACKS], "padded": ["batching.micro_batch=2", "model.kernels=plain"]}.items()
@@ -81,9 +81,11 @@ def test_a_model_that_mixes_the_samples_of_a_pack_is_trained_padded(
     packs, plain = (run.read_summary() for run in runs)
     assert packs["micro_batch_tokens"] is None and packs["micro_batch"] > 1
     assert packs["attn_implementation"] == plain["attn_implementation"] == attention
-    (note,) = packs["changed_for_you"]
+    note, *others = packs["changed_for_you"]
+    unreached = "no gradient reaches the adapters on dt_proj, so they are not trained"
+    assert others == plain["changed_for_you"] == ([unreached] if family == "jamba" else [])
     assert f"computes padded rows with {attention} attention" in note and "the same global batch" in note
-    assert "packs with" in note and "the logits of two samples differ by" in note and not plain["changed_for_you"]
+    assert "packs with" in note and "the logits of two samples differ by" in note
     ours, theirs = ([record for record in run.read_metrics() if "loss" in record] for run in runs)
     for key in ("loss", "grad_norm"):
         assert [record[key] for record in ours] == pytest.approx([record[key] for record in theirs], rel=1e-5)

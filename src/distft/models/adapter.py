@@ -54,3 +54,12 @@ def modules_left_out(model: Any, recipe: Recipe) -> list[str]:
     """Ends of the names of linears that all-linear means and that cannot have an adapter."""
     wants_all = recipe.lora is not None and recipe.lora.get("target_modules") == "all-linear"
     return unsuitable(model.get_base_model()) if wants_all else []
+
+
+def freeze_adapters(model: Any, ends: Sequence[str], dtype: torch.dtype) -> None:
+    """Train no adapter on modules whose names end so, and keep it in `dtype` as other frozen weights. Its B stays zero,
+    and DDP does not wait for its gradient."""
+    for name, parameter in model.named_parameters():
+        module, adapter, _ = name.partition(".lora_")
+        if adapter and module.rpartition(".")[2] in ends:
+            parameter.requires_grad_(False).data = parameter.data.to(dtype)

@@ -61,13 +61,14 @@ def fuse(model: nn.Module) -> dict[str, int]:
 
 def fused_linears(model: nn.Module) -> tuple[int, int]:
     """How many of the model's linears with an adapter are computed by fused nodes, and how many there are."""
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import LoraLayer, ParamWrapper
 
     fused: set[int] = set()
     for module in model.modules():
         if isinstance(module, FusedLinear | FusedMLP) and not module.plain:
             fused |= {id(member) for member in module.members() if isinstance(member, LoraLayer)}
-    return len(fused), sum(isinstance(module, LoraLayer) for module in model.modules())
+    adapted = [m for m in model.modules() if isinstance(m, LoraLayer) and not isinstance(m, ParamWrapper)]
+    return len(fused), len(adapted)
 
 
 def use_plain_modules(model: nn.Module, plain: bool = True) -> None:

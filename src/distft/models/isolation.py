@@ -61,6 +61,7 @@ class IsolationCheck:
         self._device = model.get_input_embeddings().weight.device
         trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
         self._trained = list(_smallest(trainable)) if gradients else []
+        self._reached: set[int] = set()
 
     def findings(self, collate: Collate, attention: str, *, plain: bool = False) -> Findings:
         """Compare two samples that `collate` puts into one micro-batch, under the implementation `attention`, with the
@@ -101,6 +102,18 @@ class IsolationCheck:
             }
         wrong = next((_SAYS[name].format(error) for name, error in errors.items() if error > limits[name]), None)
         return Findings(wrong, errors)
+
+    def unreached(self) -> list[str]:
+        """Ends of the names of modules whose adapters are in no sample's gradient, in any layer: the model reads the
+        weights of these modules without calling them."""
+        ends: dict[str, bool] = {}
+        compared = {id(parameter) for parameter in self._trained}
+        for name, parameter in self._model.named_parameters():
+            module, adapter, _ = name.partition(".lora_")
+            if adapter and id(parameter) in compared:
+                end = module.rpartition(".")[2]
+                ends[end] = ends.get(end, False) or id(parameter) in self._reached
+        return sorted(end for end, reached in ends.items() if not reached) if self._reached else []
 
     @functools.cached_property
     def _alone(self) -> tuple[_Computed, _Computed]:
@@ -146,8 +159,11 @@ class IsolationCheck:
         if differentiates:
             targets = torch.tensor(samples[-1][1:], device=out.device)
             loss = nn.functional.cross_entropy(parts[-1][:-1].float(), targets, reduction="sum")
-            found = torch.autograd.grad(loss, self._trained, allow_unused=True, materialize_grads=True)
-            gradient = torch.cat([part.flatten().float() for part in found])
+            found = torch.autograd.grad(loss, self._trained, allow_unused=True)
+            pairs = list(zip(self._trained, found, strict=True))
+            self._reached |= {id(parameter) for parameter, part in pairs if part is not None}
+            parts_of = [torch.zeros_like(parameter) if part is None else part for parameter, part in pairs]
+            gradient = torch.cat([part.flatten().float() for part in parts_of])
         return _Computed([part.detach() for part in parts], gradient)
 
 

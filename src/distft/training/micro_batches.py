@@ -20,6 +20,7 @@ from distft.distributed.collectives import broadcast, first_failure
 from distft.distributed.strategies import Strategy
 from distft.errors import ModelError
 from distft.models import attention
+from distft.models.adapter import freeze_adapters
 from distft.models.fused_lora import fused_linears, use_plain_modules
 from distft.models.isolation import Findings, IsolationCheck, set_attention
 from distft.models.prefix import on_gpu
@@ -75,9 +76,13 @@ def settle(model: Any, recipe: Recipe, strategy: Strategy, tokenizer: Any, lengt
         "isolation_errors": found.errors,
         "isolation_check_s": round(time.perf_counter() - start, 3),
     }
+    notes = [_note(way, failed, settled)] if failed else []
+    if unreached := broadcast([] if check is None else check.unreached(), strategy.world):
+        freeze_adapters(model, unreached, getattr(torch, recipe.model.dtype))
+        notes.append(f"no gradient reaches the adapters on {', '.join(unreached)}, so they are not trained")
     if recipe.lora is not None:
         facts["fused_linears"], facts["adapted_linears"] = fused_linears(model)
-    return Settled(settled, [_note(way, failed, settled)] if failed else [], facts)
+    return Settled(settled, notes, facts)
 
 
 def ways(model: Any, recipe: Recipe, strategy: Strategy) -> Iterator[Way]:
