@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from distft.training.arguments import training_arguments
 from distft.training.callbacks import Invariants
 from distft.training.check import check_settings
 from distft.training.checks import training_faults, weights_notes
+from distft.training.run import finish
 from distft.training.schedule import learning_rates, order_notes, schedule_notes, total_steps
 
 
@@ -258,6 +260,9 @@ def test_a_run_that_never_updated_the_weights_has_no_result() -> None:
     never = Invariants(recipe, recipe, 0, recipe)
     with pytest.raises(InvariantError, match="none of the 3 steps updated the weights"):
         never.check_ended(3)
+    training: Any = SimpleNamespace(invariants=never, trainer=SimpleNamespace(state=SimpleNamespace(global_step=3)))
+    with pytest.raises(InvariantError, match="none of the 3 steps updated the weights"):
+        finish(recipe, training)
     Invariants(recipe, recipe, 0, recipe, updated=True).check_ended(3)
 
 
