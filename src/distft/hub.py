@@ -48,7 +48,7 @@ def fetch(recipe: Recipe) -> list[str]:
     require_files(recipe)
     lines = fetch_model(recipe)
     splits = prepare_data(recipe, load_tokenizer(recipe))
-    lines += map(fetch_data, data_sources(recipe.data))
+    lines += map(fetch_data, data_sources(recipe.data)[recipe.data.streaming :])  # what is streamed is fetched later
     tokens = [Path(file["filename"]) for file in splits.train.cache_files]  # of all splits
     return [*lines, f"data, tokenized: {tokens[0].parent}, {_size(*tokens)}"]
 
@@ -119,6 +119,8 @@ def missing_data(recipe: Recipe, source: Source) -> list[str]:
     """What `missing` finds for one data source."""
     if isinstance(source, Path):
         return [] if exists(source) else [f"there is no data file or folder {source} (data)"]
+    if recipe.data.streaming and on_network(source) and source == data_sources(recipe.data)[0]:
+        return [f"the data {source} are streamed, and need a connection during the run"]
     if remotes := remotes_of(source):
         lacking = [remote for remote in remotes if remote.copies() is None]
         return [f"the data {remote} is not in the cache; {remedy(recipe)}" for remote in lacking]

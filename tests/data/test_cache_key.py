@@ -18,6 +18,7 @@ from tests.data.rows import ALL, recipe_of, write_rows
 
 ROWS, OTHER, JINJA = "rows.jsonl", "other.jsonl", "own.jinja"
 MIXED = ("data.name=null", f"data.sources=[{{name: {ROWS}, weight: 3}}, {{name: {OTHER}, weight: 1}}]")
+STEPS = "training.max_steps=9"
 CHANGES = {
     "name": [f"data.name={OTHER}"],
     "path": [f"data.path={OTHER}"],
@@ -33,6 +34,8 @@ CHANGES = {
     "train_on_end_of_turn": ["data.train_on_end_of_turn=false"],
     "truncation": ["data.truncation=beginning"],
     "sources": ["data.name=null", f"data.sources=[{{name: {ROWS}, samples: 4}}]"],
+    "streaming": ["data.streaming=true", "data.window=4", STEPS],
+    "window": ["data.streaming=true", "data.window=8", STEPS],
     "stopping_strategy": ["data.stopping_strategy=all_exhausted"],
 }
 """What changes the samples, for each key of the data section. What those of the hub read are other rows."""
@@ -75,6 +78,8 @@ def test_beside_the_data_of_another_recipe_a_recipe_finds_its_own(
 ) -> None:
     base = [f"data.name={ROWS}", "data.chat_template=chatml", *ALL[:3], "training.max_length=24"]
     base += MIXED if key == "stopping_strategy" else []
+    base += ["data.streaming=true", "data.window=4", STEPS] if key == "window" else []
+    base += ["batching.global_batch_size=4", "batching.micro_batch=1"] if key in ("window", "streaming") else []
     changed = [*base, *(CHANGES | OTHERS)[key]]
     before, after = samples(base, tokenizer), samples(changed, tokenizer)
     assert before != after

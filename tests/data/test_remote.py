@@ -65,6 +65,9 @@ def test_files_folders_and_patterns_at_an_address_are_read(server: Server) -> No
     assert read(name=f"{at}/d/two.jsonl", test_path=f"{at}/d/one.jsonl") == ["two", "one"]
     assert read(files=[f"{at}/d/t*.jsonl", f"{at}/x/*"]) == ["two", "five"]
     assert read(name=f"{at}/d", files="o*") == ["one"]
+    assert server.asked["GET /d/one.jsonl"] == 1, "to list files is not to fetch them"
+    with pytest.raises(DataError, match="only the last part of an address can be a pattern"):
+        read(files=f"{at}/*/one.jsonl")
 
 
 def test_a_file_is_fetched_once_and_again_when_it_changes(server: Server) -> None:

@@ -141,6 +141,7 @@ EVERY_TIME = {
     "test_damaged_checkpoints_are_skipped_and_an_older_one_is_taken[ddp]",
     "test_retention_keeps_the_newest_and_a_manifest_is_strict",
     "test_a_rank_killed_at_a_random_step_comes_back[ddp]",
+    "test_a_streamed_run_killed_in_its_second_window_ends_the_same",
     "test_a_mistake_is_not_started_again[ddp]",
     "test_a_stopped_process_is_found_and_brought_back[ddp-1]",
     "test_a_signal_to_one_rank_stops_all_at_the_same_step[ddp-1-15]",

@@ -267,6 +267,12 @@ class Data(Section):
     stages: int = Field(4, ge=1)
     """Unless shuffled: how many parts of equally many samples an epoch has, each harder than the one before. Within a
     part, samples are shuffled, in each epoch anew."""
+    streaming: bool = False
+    """For data that do not fit on disk: read and tokenize them while training, window by window, without end;
+    training.max_steps says when to stop. The samples of each window are shuffled."""
+    window: int = Field(100_000, ge=1, json_schema_extra=SAMPLES)
+    """With `streaming`: samples of a window, rounded down to whole global batches. `validation_fraction` and
+    `test_fraction` are shares of a window then: so many rows at the beginning of the data are held out."""
     chat_template: ChatTemplateName | None = None
     """What turns conversations into text: `tokenizer` for the tokenizer's own template; or, for a base without one,
     `chatml`, another that TRL ships (`llama3`, `qwen3`, …), or the path of a .jinja file. Null means the tokenizer's

@@ -7,6 +7,7 @@ the micro-batch decide only how a step is divided, so every strategy performs th
 
 from __future__ import annotations
 
+import copy
 import functools
 import heapq
 import math
@@ -45,6 +46,12 @@ class Plan:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.batching, self._seed, self._stages, self._shuffle = batching, seed, stages, shuffle
 
+    def divided(self, batching: Batching) -> Plan:
+        """The same steps, in the micro-batches of `batching`."""
+        found = copy.copy(self)
+        found.batching = batching
+        return found
+
     def evaluation(self, lengths: Lengths, micro_batch: int) -> Plan:
         """The plan of one pass, as a single step, over other samples in order. An overlong sample gets its own pack."""
         budget = self._budget
@@ -78,9 +85,14 @@ class Plan:
         return self.batching.micro_batch_tokens
 
     @property
+    def longest_sample(self) -> int:
+        """Tokens of the longest sample."""
+        return int(self.lengths.max())
+
+    @property
     def heaviest_tokens(self) -> int:
         """Tokens, including padding, in the largest possible micro-batch."""
-        return self._budget or self._micro_batch * int(self.lengths.max())
+        return self._budget or self._micro_batch * self.longest_sample
 
     def longest(self, size: int) -> list[int]:
         """Indices of the longest samples that fit a micro-batch of `size` (tokens if packed, otherwise samples)."""
@@ -128,14 +140,21 @@ class Plan:
             steps = range(1 if self.batching.global_batch_size is not None else self.steps * epochs)
             size = max(len(self.samples(step)) for step in steps)
             return math.ceil(size / (self._micro_batch * world_size))
-        longest = int(self.lengths.max())
-        if longest > budget:
+        self._check_fits(self.longest_sample)
+        contents = (self.samples(step) for step in range(self.steps * epochs))
+        return max(len(self._packs(samples, world_size)) for samples in contents) // world_size
+
+    def _check_fits(self, longest: int) -> None:
+        budget = self._budget
+        if budget is not None and longest > budget:
             raise DataError(
                 f"the longest sample has {longest:,} tokens, which exceeds batching.micro_batch_tokens={budget}; "
                 f"raise it, or truncate samples with training.max_length={budget}"
             )
-        contents = (self.samples(step) for step in range(self.steps * epochs))
-        return max(len(self._packs(samples, world_size)) for samples in contents) // world_size
+
+    def _lengths_of(self, samples: Lengths) -> Lengths:
+        """Tokens of each of these samples of a step."""
+        return self.lengths[samples]
 
     def micro_batches(self, step: int, world_size: int) -> list[list[list[int]]]:
         """The samples of `step`, divided into [rounds][world_size] lists of indices with as few rounds as possible.
@@ -147,7 +166,7 @@ class Plan:
         if self.batching.micro_batch_tokens is not None:
             packs = self._packs(samples, world_size)
         else:
-            by_length = samples[np.argsort(-self.lengths[samples], kind="stable")].tolist()
+            by_length = samples[np.argsort(-self._lengths_of(samples), kind="stable")].tolist()
             size = self._micro_batch
             packs = [by_length[start : start + size] for start in range(0, len(by_length), size)]
         packs += [[]] * (-len(packs) % world_size)
@@ -158,11 +177,12 @@ class Plan:
         `world_size`."""
         budget = self._budget
         assert budget is not None
-        rounds = math.ceil(int(self.lengths[samples].sum()) / (budget * world_size))
-        packs = _balanced(samples, self.lengths, rounds * world_size)
+        lengths = self._lengths_of(samples)
+        rounds = math.ceil(int(lengths.sum()) / (budget * world_size))
+        packs = _balanced(samples, lengths, rounds * world_size)
         while max(packs)[0] > budget:
             rounds += 1
-            packs = _balanced(samples, self.lengths, rounds * world_size)
+            packs = _balanced(samples, lengths, rounds * world_size)
         packs.sort(key=lambda pack: pack[0], reverse=True)
         return [pack for _, pack in packs] + [[]] * (rounds * world_size - len(packs))
 
@@ -184,15 +204,15 @@ class Plan:
         return order, np.concatenate([[0], inner, [count]])
 
 
-def _balanced(samples: Lengths, lengths: Lengths, packs: int) -> list[tuple[int, list[int]]]:
-    """Divide `samples` into at most `packs` packs of similar length; returns (tokens, indices) for each pack.
+def _balanced(samples: Lengths, sizes: Lengths, packs: int) -> list[tuple[int, list[int]]]:
+    """Divide `samples` of these `sizes` into at most `packs` packs of similar length; returns (tokens, indices) for
+    each pack.
 
     Longest processing time first: the longest remaining sample goes into the shortest pack. The longest pack is at most
     4/3 of the optimum (Graham 1969, SIAM J. Appl. Math. 17).
     """
     heap: list[tuple[int, int]] = [(0, number) for number in range(min(packs, len(samples)))]
     content: list[list[int]] = [[] for _ in heap]
-    sizes = lengths[samples]
     for position in np.argsort(-sizes, kind="stable").tolist():
         load, number = heap[0]
         content[number].append(int(samples[position]))

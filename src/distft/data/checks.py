@@ -43,9 +43,11 @@ _HEAD_FILES, _HEAD_ROWS = 20, 20
 
 def data_faults(recipe: Recipe) -> list[Fault]:
     """Find the mistakes in the data section that are visible without reading any data."""
+    if found := _stream_faults(recipe):
+        return found
     if recipe.data.sources is not None:
         return _mixture_faults(recipe) or _of_sources(recipe, data_faults)
-    data, found = recipe.data, []
+    data = recipe.data
 
     def fault(key: str, *texts: str) -> None:
         found.append(Fault(recipe.source.of(key), key, *texts))
@@ -98,6 +100,55 @@ def data_faults(recipe: Recipe) -> list[Fault]:
     if data.validation_fraction + data.test_fraction >= 1:
         fault("data", "validation_fraction and test_fraction leave nothing to train on")
     return found
+
+
+def _stream_faults(recipe: Recipe) -> list[Fault]:
+    """What data.streaming does not do."""
+    data, batching = recipe.data, recipe.batching
+    if not data.streaming:
+        if data.window == Data.model_fields["window"].default:
+            return []
+        problem, hint = "is for streamed data", "set data.streaming=true, or leave it out"
+        return [Fault(recipe.source.of("data.window"), "data.window", problem, hint)]
+    form, whole = format_of(data), "set data.streaming=false"
+    problems: dict[str, tuple[bool, str, str]] = {
+        "data.sources": (data.sources is not None, "cannot be streamed: a mixture has to know its sizes", whole),
+        "data.order": (data.order != "shuffled", "orders all samples, and a stream has no end", "set it to shuffled"),
+        "data.deduplicate": (data.deduplicate, "has to know all rows, and streamed data are read as they come", whole),
+        "data.max_samples": (data.max_samples is not None, "draws from all rows", f"{whole}, or data.max_samples=null"),
+        "data.name": (
+            data.sources is None and file_source(data) is None,
+            "is on the hub, and only files are streamed",
+            "set data.files=hf://datasets/ORGANISATION/NAME/PATTERN, with data.name=null",
+        ),
+        "data.format": (form is not None and form.review is not None, "reviews with labels are not streamed", whole),
+        "training.max_steps": (
+            recipe.training.get("max_steps", -1) <= 0,
+            "is required with data.streaming: the stream has no end",
+            "set it to the number of optimizer steps",
+        ),
+        "batching.global_batch_tokens": (
+            batching.global_batch_size is None,
+            "needs the lengths of all samples",
+            "set batching.global_batch_size",
+        ),
+        "batching.micro_batch": (
+            recipe.micro_batch_is_auto,
+            "auto measures the longest samples, and a stream may bring longer ones",
+            "set a number",
+        ),
+        "training.max_length": (
+            batching.micro_batch_tokens is not None and recipe.training.get("max_length", 1024) is None,
+            "must limit the samples of a stream that is packed",
+            f"set it to at most batching.micro_batch_tokens={batching.micro_batch_tokens}",
+        ),
+        "data.window": (
+            batching.global_batch_size is not None and data.window < batching.global_batch_size,
+            f"{data.window:,} samples are less than batching.global_batch_size={batching.global_batch_size}",
+            "raise it",
+        ),
+    }
+    return [Fault(recipe.source.of(key), key, *texts) for key, (wrong, *texts) in problems.items() if wrong]
 
 
 def _address_faults(recipe: Recipe) -> list[Fault]:

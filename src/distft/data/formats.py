@@ -91,7 +91,7 @@ def check_columns(rows: Rows, data: Data) -> None:
     assert form is not None
     optional = () if own is not None and own.context else ("context",)
     named = {field: column for field in _COLUMNS if field not in optional and (column := getattr(form, field))}
-    for part in rows.parts:
+    for part in rows.parts[:1] if data.streaming else rows.parts:
         columns = part.columns(named.values())
         if not columns:
             continue  # an empty file beside others

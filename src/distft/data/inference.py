@@ -14,7 +14,7 @@ from distft.config.schema import Data, Format
 from distft.data.conversations import has_messages
 from distft.data.formats import format_of
 from distft.data.named_templates import OWN
-from distft.data.sources import data_sources, read_source
+from distft.data.sources import read_data
 from distft.errors import DataError
 from distft.text import shorten
 
@@ -64,7 +64,7 @@ def infer(data: Data) -> Inferred:
     Raises:
         DataError: they cannot be read, or no format or several fit their columns.
     """
-    source = read_source(data_sources(data)[0])
+    source = read_data(data)[0]
     rows = list(itertools.islice(source, _ROWS))
     if not rows:
         raise DataError(f"{source.name} is empty")

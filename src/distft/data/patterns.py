@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distft.data.files import READABLE, DataFile, exists, files_at, is_data, path_of, readable
-from distft.data.remote import Remote, is_remote
+from distft.data.remote import Remote, RemoteFile, is_remote
 from distft.errors import DataError
 from distft.text import redacted, shorten
 
@@ -50,6 +50,14 @@ class Patterns:
         for pattern in self.patterns:
             found |= dict.fromkeys(self._of(pattern))
         return readable(list(found), str(self))
+
+    def parts(self) -> list[DataFile | RemoteFile]:
+        """The files as `files` returns them, except that those at addresses are fetched when they are read."""
+        found: list[DataFile | RemoteFile] = []
+        for pattern in self.patterns:
+            remote = self._at(pattern)
+            found += remote.parts() if remote else readable(self._of(pattern), pattern)
+        return list(dict.fromkeys(found))
 
     def addresses(self) -> list[Remote]:
         """The patterns that are searched at addresses."""

@@ -33,7 +33,7 @@ EXAMPLE = np.dtype(
 """What is known of each example: hashes of its text and of `digest_record`, the size of the latter, its tokens, and
 whether it is among the samples (TRAINED), was TRUNCATED, and that inside a turn (CUT_INSIDE), or should have been and
 could not be (UNCUTTABLE)."""
-_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
+SAMPLES_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 _AT_ONCE = 1 << 18
 """Characters of text whose tokens are in memory at once."""
 
@@ -71,7 +71,7 @@ class Worker:
         total = samples = 0
         with (
             pa.OSFile(f"{path}.arrow", "wb") as sink,
-            pa.ipc.new_stream(sink, _SCHEMA) as writer,
+            pa.ipc.new_stream(sink, SAMPLES_SCHEMA) as writer,
             path.with_suffix(".texts").open("wb") as texts,
         ):
             for examples in _at_once(self._examples(segments, counts, difficulties)):
@@ -85,7 +85,7 @@ class Worker:
                 total += len(examples)
                 if kept := [sample for sample in found if sample.is_trained]:
                     samples += len(kept)
-                    writer.write_batch(_batch([s.ids for s in kept], [s.labels for s in kept]))
+                    writer.write_batch(record_batch([s.ids for s in kept], [s.labels for s in kept]))
                 if keeps_texts:
                     texts.writelines(records)
         if not keeps_texts:
@@ -161,8 +161,8 @@ def _at_once(examples: Iterator[Example]) -> Iterator[list[Example]]:
         yield some
 
 
-def _batch(ids: Sequence[Array], labels: Sequence[Array]) -> pa.RecordBatch:
+def record_batch(ids: Sequence[Array], labels: Sequence[Array]) -> pa.RecordBatch:
     """The samples as a record batch; both columns share their offsets."""
     offsets = pa.array(np.concatenate([[0], np.cumsum(list(map(len, ids)))]), pa.int32())
     columns = [pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(each), pa.int32())) for each in (ids, labels)]
-    return pa.record_batch(columns, schema=_SCHEMA)
+    return pa.record_batch(columns, schema=SAMPLES_SCHEMA)

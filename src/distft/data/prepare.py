@@ -21,17 +21,21 @@ from datasets.table import MemoryMappedTable
 from datasets.utils.logging import disable_progress_bar
 
 from distft.config.recipe import Recipe
+from distft.config.schema import Batching
+from distft.data.batch_plan import Lengths, Plan
 from distft.data.curriculum import difficulties_of, order_notes
 from distft.data.difficulty import check_difficulty_column, difficulty_column
-from distft.data.formats import check_columns, format_rows, formatter
+from distft.data.formats import Formatter, check_columns, format_rows, formatter
 from distft.data.inference import with_format
 from distft.data.mixture import mixed
 from distft.data.pieces import CUT_INSIDE, TRUNCATED, UNCUTTABLE, Array, Worker, content_of, digest_record
 from distft.data.report import Report
-from distft.data.sources import Rows, data_sources, parts_of, read_source, source_notes
+from distft.data.sources import Rows, parts_of, read_data, source_notes
 from distft.data.splits import Examples, Members, lengths_of, save_rows, split_members
+from distft.data.stream import Stream
 from distft.data.templates import Dropped
 from distft.data.token_store import Draw, TokenStore, store_of
+from distft.data.windowed_plan import StreamedSamples, WindowedPlan
 from distft.errors import DataError
 from distft.files import build_folder_once
 from distft.paths import cache_folder
@@ -56,6 +60,19 @@ class Splits:
     """Of a mixture, the number of each sample's source, for `validation` and `test`."""
     difficulties: Array | None = None
     """Of each training sample, the number in the column that data.order names."""
+    stream: Stream | None = None
+    """With data.streaming, what is trained on; `train` is its first window."""
+
+    def plan(self, seed: int, batching: Batching, stages: Lengths | None = None) -> Plan:
+        """The optimizer steps over the training samples, in stages if there are any."""
+        if self.stream is not None:
+            return WindowedPlan(self.stream, batching, seed)
+        return Plan(lengths_of(self.train), batching, seed, stages)
+
+    @property
+    def samples(self) -> Any:
+        """The training samples by the numbers that the plan gives them."""
+        return self.train if self.stream is None else StreamedSamples(self.stream)
 
     def by_source(self, split: Literal["validation", "test"], limit: int | None) -> dict[str, Dataset]:
         """The samples of each source among the first `limit` of a split; {} if there is one source."""
@@ -81,6 +98,10 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Splits:
             "the model's tokenizer has no fast version, which distft needs to map tokens to characters; "
             "set model.tokenizer"
         )
+    if recipe.data.streaming:
+        from distft.data.prepare_stream import prepare_stream  # imports this module
+
+        return prepare_stream(recipe, tokenizer)
     inputs = [
         _input(label, recipe.model_copy(update={"data": data}), tokenizer)
         for label, data in parts_of(recipe.data).items()
@@ -139,24 +160,28 @@ class _Input:
 def _input(label: str, recipe: Recipe, tokenizer: Any) -> _Input:
     recipe, inferred = with_format(recipe, tokenizer)
     data, form = recipe.data, formatter(recipe, tokenizer)
-    raw, *held_out = map(read_source, data_sources(data))
+    raw, *held_out = read_data(data)
     for rows in (raw, *held_out):
         check_columns(rows, data)
     check_difficulty_column(raw, data)
-    max_length = recipe.training.get("max_length", 1024)
-    key = {
-        "version": _VERSION,
-        "format": form.key(),
-        "max_length": max_length,
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "ends": [tokenizer.bos_token_id, tokenizer.eos_token_id],
-    }
-    work = Worker(Path(), form, tokenizer, max_length)
+    key = what_samples_depend_on(recipe, form, tokenizer)
+    work = Worker(Path(), form, tokenizer, recipe.training.get("max_length", 1024))
     processes = recipe.training.get("dataset_num_proc")
     orders = replace(work, difficulty=difficulty_column(data))
     stores = [store_of(raw, orders, key, processes, _draw(recipe, tokenizer))]
     stores += [store_of(rows, work, key, processes) for rows in held_out]
     return _Input(label, recipe, stores, inferred, form.lines())
+
+
+def what_samples_depend_on(recipe: Recipe, form: Formatter, tokenizer: Any) -> dict[str, Any]:
+    """All that tokenized samples depend on besides the rows, for JSON."""
+    return {
+        "version": _VERSION,
+        "format": form.key(),
+        "max_length": recipe.training.get("max_length", 1024),
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "ends": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+    }
 
 
 def _with_formats(recipe: Recipe, inputs: Sequence[_Input]) -> tuple[Recipe, list[str]]:

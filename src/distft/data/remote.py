@@ -13,12 +13,15 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from distft.console import say
 from distft.data.file_systems import ARROW_READS, file_system
@@ -103,6 +106,20 @@ class Remote:
         write_atomically(record, json.dumps([str(path.relative_to(self._folder)) for path in found]))
         return readable(found, str(self))
 
+    def parts(self) -> list[RemoteFile]:
+        """The data files, each of which is fetched when it is read.
+
+        Raises:
+            DataError: there is none, or the server cannot be asked.
+        """
+        if problem := self.missing_package():
+            raise DataError("\n  ".join(problem))
+        system, path = file_system(self.address)
+        return [
+            RemoteFile(self, redacted(system.unstrip_protocol(name)), name, self._told(system, name, about))
+            for name, about in self._listed(system, path)
+        ]
+
     def copies(self) -> list[Path] | None:
         """The files of the last time that they were fetched; None if one is not in the cache. Asks no server."""
         return _copies(self._folder / f"{_key(str(self), self.is_pattern)}.json")
@@ -115,13 +132,13 @@ class Remote:
         """Fetch each file that the cache lacks, and give its copy."""
         system, path = file_system(self.address)
         for name, about in self._listed(system, path):
-            yield self._copy(system, name, about)
+            yield self.copy_of(system, name, about)
 
     def _listed(self, system: Any, path: str) -> list[tuple[str, Mapping[str, Any]]]:
         """The data files by name, each with what the server says of it."""
         with _asking(self):
             if self.is_pattern and glob.has_magic(path):
-                found = list(system.glob(path, detail=True).values())
+                found = self._matching(system, path)
             else:
                 about = system.info(path) if suffix_of(_path(path)) else None  # a folder of objects is no object
                 if about is not None and about["type"] != "directory":
@@ -136,17 +153,32 @@ class Remote:
             require_one_suffix([_path(name) for name in names], str(self))
         return [(name, files[name]) for name in names]
 
-    def _copy(self, system: Any, name: str, about: Mapping[str, Any]) -> Path:
+    def _matching(self, system: Any, path: str) -> list[Mapping[str, Any]]:
+        if self.protocol not in ("http", "https"):
+            return list(system.glob(path, detail=True).values())
+        # fsspec would get every file to see whether it is a folder.
+        folder, _, pattern = path.rpartition("/")
+        if glob.has_magic(folder):
+            raise DataError(f"{self}: over {self.protocol}, only the last part of an address can be a pattern")
+        return [each for each in system.ls(folder + "/", detail=True) if fnmatchcase(_path(each["name"]).name, pattern)]
+
+    def _told(self, system: Any, name: str, about: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the server says of a file, with what changes with its content."""
         if not _content(about):
             with _asking(self):
                 about = system.info(name)
-        shown = redacted(system.unstrip_protocol(name))
-        if not (content := _content(about)):
+        if not _content(about):
             raise DataError(
-                f"{shown} cannot be told from a later version: the server gives neither ETag nor Last-Modified\n"
-                "  download it, and set data.path to the file"
+                f"{redacted(system.unstrip_protocol(name))} cannot be told from a later version: the server gives "
+                "neither ETag nor Last-Modified\n  download it, and set data.path to the file"
             )
-        folder = self._folder / _key(shown, content, about.get("size"))
+        return about
+
+    def copy_of(self, system: Any, name: str, about: Mapping[str, Any]) -> Path:
+        """The copy of one of the files in the cache, fetched now unless it is there."""
+        about = self._told(system, name, about)
+        shown = redacted(system.unstrip_protocol(name))
+        folder = self._folder / _version_key(shown, about)
         place = _path(name).name
 
         def build(temporary: Path) -> None:
@@ -154,6 +186,34 @@ class Remote:
 
         build_folder_once(folder, build)
         return folder / place
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """The rows of a file at an address: it is fetched when they are read, and removed when all have been."""
+
+    source: Remote
+    name: str
+    place: str
+    """Its name in the file system."""
+    about: Mapping[str, Any] = field(compare=False)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        copy = self._fetched()
+        yield from DataFile(copy)
+        shutil.rmtree(copy.parent, ignore_errors=True)
+
+    def columns(self, wanted: Collection[str]) -> list[str]:
+        """The names of its columns, as those of a local file."""
+        return DataFile(self._fetched()).columns(wanted)
+
+    def digest(self) -> str:
+        """A hash of what the server says of the content."""
+        return _version_key(self.name, self.about)
+
+    def _fetched(self) -> Path:
+        system, _ = file_system(self.source.address)
+        return self.source.copy_of(system, self.place, self.about)
 
 
 class _Unavailable(DataError):
@@ -190,6 +250,8 @@ def _asking(asked: Remote) -> Iterator[None]:
     """Turn the many errors of file systems into DataError for what is not there, and _Unavailable for the others."""
     try:
         yield
+    except DataError:
+        raise
     except Exception as error:
         # fsspec calls whatever HTTP fails with a file that is not found, and names the cause.
         inner = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ is not None else error
@@ -212,9 +274,13 @@ def _content(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     return sorted((key, str(value)) for key, value in about.items() if _CONTENT.fullmatch(key) and value)
 
 
+def _version_key(shown: str, about: Mapping[str, Any]) -> str:
+    return _key(shown, _content(about), about.get("size"))
+
+
 def _path(name: str) -> Path:
     """The path in an address or in a name of a file system, without its query."""
-    return Path(PurePosixPath(re.sub(r"[?#].*$", "", name) if re.match("https?://", name) else name))
+    return Path(PurePosixPath(unquote(re.sub(r"[?#].*$", "", name)) if re.match("https?://", name) else name))
 
 
 def _key(*parts: Any) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from distft.config.recipe import Recipe
 from distft.data.formats import class_number, format_of, formatter
-from distft.data.sources import KNOWN_DATASETS, HubSplit, data_sources, read_source
+from distft.data.sources import KNOWN_DATASETS, HubSplit, read_data, read_source
 from distft.data.splits import split_rows
 from distft.data.templates import Example, format_review
 from distft.errors import DataError
@@ -102,7 +102,7 @@ def _of_split(recipe: Recipe, split: Literal["validation", "test"], classes: int
     """The rows of the prepared split of a recipe whose data are reviews."""
     form = format_of(recipe.data)
     assert form is not None and form.review is not None
-    raw, *official = map(read_source, data_sources(recipe.data))
+    raw, *official = read_data(recipe.data)
     whole, apply = bool(official) and split == "test", formatter(recipe)
     rows: list[Mapping[str, Any]] = [row for row in (official[0] if whole else raw) if isinstance(apply(row), Example)]
     if not whole:

@@ -161,7 +161,8 @@ def file_source(data: Data) -> Path | Patterns | Remote | None:
     place = _by_name(data) if by_name else _place(data.path or "")
     if data.files is None or place is None:
         return place
-    return Patterns(place.address if isinstance(place, Remote) else str(place), _patterns(data.files))
+    folder = place.address if isinstance(place, Remote) else "" if place == Path() else str(place)
+    return Patterns(folder, _patterns(data.files))
 
 
 def _place(text: str) -> Path | Remote:
@@ -224,12 +225,20 @@ def source_notes(data: Data) -> list[str]:
     return lines
 
 
-def read_source(source: Source) -> Rows:
-    """Open a source. `datasets` downloads and caches what is on the hub; local files are read when iterated over.
+def read_data(data: Data) -> list[Rows]:
+    """Open the sources of `data_sources`; with data.streaming, files to train on at addresses are not fetched yet."""
+    return [read_source(source, data.streaming and not at) for at, source in enumerate(data_sources(data))]
+
+
+def read_source(source: Source, streamed: bool = False) -> Rows:
+    """Open a source. `datasets` downloads and caches what is on the hub; local files are read when iterated over, and
+    if they are `streamed`, files at addresses are fetched then.
 
     Raises:
         DataError: the source is missing, unreadable or empty.
     """
+    if streamed and isinstance(source, Patterns | Remote):
+        return Rows(str(source), source.parts())
     if isinstance(source, Path):
         return Rows(str(source), files_at(source))
     if isinstance(source, Patterns | Remote):

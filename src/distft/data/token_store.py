@@ -238,13 +238,18 @@ def _begin(worker: Worker, parent: int) -> None:
     """Set up a worker process: it ends with its parent, and leaves signals to it."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
+    end_with_parent()
+    if os.getppid() != parent:
+        os._exit(1)
     gc.freeze()  # a collection would write to, and so copy, every object that the processes share
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many processes as cores
     _WORKER.append(worker)
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when its parent ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _work(number: int, segments: list[Segment], keeps_texts: bool) -> dict[str, Any]:

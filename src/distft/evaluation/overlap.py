@@ -15,7 +15,7 @@ from distft.data.files import Row
 from distft.data.formats import format_of, format_rows
 from distft.data.inference import with_format
 from distft.data.prepare import prepare_data
-from distft.data.sources import Rows, data_sources, read_source
+from distft.data.sources import Rows, read_data
 from distft.data.splits import first_samples, split_members
 from distft.data.templates import Example
 from distft.distributed.collectives import broadcast, together
@@ -27,6 +27,7 @@ Overlap = dict[str, Any]
 _CHANGED = "the data of the training have changed since"
 _GONE = "the data of the training are not here any more"
 _MIXED = "the training mixed or deduplicated its data; held_out_overlap in summary.json counts its held-out rows"
+_STREAMED = "the training streamed its data, which are not kept"
 _UNKNOWN = "the training is not known"
 
 
@@ -40,16 +41,16 @@ def overlap(target: Target, texts: Sequence[str] | None = None) -> Overlap | Non
 
 
 def _count(target: Target, texts: Sequence[str] | None) -> Overlap:
-    if texts is None and _is_mixed(target.recipe):
+    if texts is None and (why := _not_counted(target.recipe)):
         samples = first_samples(target.held_out(), target.recipe.evaluation.max_samples)
-        return {"count": None, "items": len(samples or ()), "why": _MIXED}
+        return {"count": None, "items": len(samples or ()), "why": why}
     if texts is None:
         found = ((place, example.text) for place, _, example in _split(target.recipe, target.tokenizer, "test"))
         texts = [text for _, text in sorted(found)][: target.recipe.evaluation.max_samples]
     if target.trained is None:
         return {"count": None, "items": len(texts), "why": _UNKNOWN}
-    if _is_mixed(target.trained.recipe):
-        return {"count": None, "items": len(texts), "why": _MIXED}
+    if why := _not_counted(target.trained.recipe):
+        return {"count": None, "items": len(texts), "why": why}
     recipe, digest = target.trained.recipe, target.trained.data_digest
     try:
         if digest not in (None, prepare_data(recipe, target.tokenizer).report.digest):
@@ -60,8 +61,11 @@ def _count(target: Target, texts: Sequence[str] | None) -> Overlap:
     return {"count": int(np.isin(np.array(list(map(_hash, texts)), np.uint64), known).sum()), "items": len(texts)}
 
 
-def _is_mixed(recipe: Recipe) -> bool:
-    return recipe.data.sources is not None or recipe.data.deduplicate
+def _not_counted(recipe: Recipe) -> str | None:
+    """Why the texts of a training are not looked at; None if they are."""
+    if recipe.data.streaming:
+        return _STREAMED
+    return _MIXED if recipe.data.sources is not None or recipe.data.deduplicate else None
 
 
 def _hash(text: str) -> int:
@@ -92,7 +96,7 @@ def _split(recipe: Recipe, tokenizer: Any, split: str) -> Iterator[tuple[int, Ro
         DataError: the data cannot be read.
     """
     recipe, _ = with_format(recipe, tokenizer)
-    rows, *official = map(read_source, data_sources(recipe.data))
+    rows, *official = read_data(recipe.data)
 
     def examples(rows: Rows) -> Iterator[tuple[Row, Example]]:
         for row, example in format_rows(rows, recipe, tokenizer=tokenizer):

@@ -10,7 +10,7 @@ from distft.config.evaluation import Evaluation
 from distft.config.recipe import Recipe
 from distft.data.conversations import has_messages
 from distft.data.formats import format_of, is_chat
-from distft.data.sources import data_sources, read_source
+from distft.data.sources import read_data
 from distft.errors import DataError, ModelError
 from distft.evaluation.generate import Template, template_of
 from distft.evaluation.target import Target
@@ -70,7 +70,7 @@ def _template_of_prompts(recipe: Recipe, column: str, tokenizer: Any) -> Templat
     if template_of(tokenizer, "plain") == "plain":
         return "plain"
     try:
-        rows = read_source(data_sources(recipe.data)[0])
+        rows = read_data(recipe.data)[0]
         prompts = [row[column] or "" for row in islice(rows, _ROWS)]
         if any(map(has_messages, prompts)):
             return "chat"

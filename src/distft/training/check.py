@@ -120,7 +120,6 @@ def _order(recipe: Recipe) -> list[str]:
 
 def check_data(recipe: Recipe, processes: int) -> Findings:
     """Read and tokenize the data, which is cached for the run, and plan its batches."""
-    from distft.data.batch_plan import Plan
     from distft.data.curriculum import known_stages
     from distft.data.prepare import prepare_data
     from distft.data.splits import lengths_of
@@ -139,9 +138,8 @@ def check_data(recipe: Recipe, processes: int) -> Findings:
         return Findings(faults=tuple(faults))
     if recipe.micro_batch_is_auto:
         return Findings(checked=("every row of the data",), run=tuple(splits.report.lines()))
-    lengths = lengths_of(splits.train)
-    stages = known_stages(recipe.data, lengths, splits.difficulties)
-    plan = Plan(lengths, recipe.batching, recipe.run.seed, stages)
+    stages = known_stages(recipe.data, lengths_of(splits.train), splits.difficulties)
+    plan = splits.plan(recipe.run.seed, recipe.batching, stages)
     epochs = recipe.epochs(plan.steps)
     accumulation, faults = attempt(
         recipe, "batching.micro_batch_tokens", lambda: plan.accumulation(processes, min(epochs, 2))

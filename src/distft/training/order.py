@@ -33,7 +33,7 @@ def plan_in_order(recipe: Recipe, splits: Splits, lengths: Lengths, record: Reco
     if stages is not None:
         digest = hashlib.sha256(stages.tobytes()).hexdigest()[:16]
         record.note(data_order={"by": data.order, "stages": data.stages, **facts}, data_order_digest=digest)
-    plan = Plan(lengths, recipe.batching, recipe.run.seed, stages)
+    plan = splits.plan(recipe.run.seed, recipe.batching, stages)
     for note in order_notes(recipe, plan.steps):
         record.changed(note)
     return plan

@@ -171,7 +171,7 @@ def setup_model(run: OpenRun) -> PreparedModel:
     recipe, strategy, record, world = run.recipe, run.strategy, run.record, run.strategy.world
     plan = plan_in_order(recipe, run.data.splits, run.data.lengths, record, world)
     accumulation = together(world, lambda: plan.accumulation(world.world_size, recipe.epochs(plan.steps)))
-    for note in together(world, lambda: _position_notes(run)):
+    for note in together(world, lambda: _position_notes(run, plan)):
         record.changed(note)
     arguments = training_arguments(recipe, strategy, record.folder, accumulation)
     check_schedule(run, arguments, total_steps(recipe, plan.steps))
@@ -185,7 +185,7 @@ def setup_model(run: OpenRun) -> PreparedModel:
         record.changed(note)
     if settled.recipe is not recipe:  # padded: the same steps, in other micro-batches
         recipe = settled.recipe
-        plan = Plan(run.data.lengths, recipe.batching, recipe.run.seed)
+        plan = plan.divided(recipe.batching)
         accumulation = plan.accumulation(world.world_size, recipe.epochs(plan.steps))
         arguments = training_arguments(recipe, strategy, record.folder, accumulation)
     if run.data.splits.report.trained:  # conversations
@@ -223,13 +223,13 @@ def check_schedule(run: OpenRun, arguments: SFTConfig, steps: int) -> None:
         run.record.changed(note)
 
 
-def _position_notes(run: OpenRun) -> list[str]:
+def _position_notes(run: OpenRun, plan: Plan) -> list[str]:
     """What is said about samples that are longer than what the model was built for, now that their lengths are known.
 
     Raises:
         RecipeError: the model has no positions beyond, and would fail at the first such sample.
     """
-    faults, notes = position_findings(run.recipe, Skeleton.of(run.recipe), longest=int(max(run.data.lengths)))
+    faults, notes = position_findings(run.recipe, Skeleton.of(run.recipe), longest=plan.longest_sample)
     if faults:
         raise RecipeError(faults)
     return notes

@@ -71,6 +71,7 @@ def build_trainer(
         best=best,
         reviews=reviews,
         waits=waits or DataWait(),
+        samples=splits.samples,
         train_dataset=splits.train,
         eval_dataset=first_samples(splits.validation, recipe.evaluation.max_samples),
         sources={
@@ -94,16 +95,17 @@ def collator(recipe: Recipe, strategy: Strategy, tokenizer: Any) -> Collator:
 class Trainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer over prepared samples, in the micro-batches of a plan.
 
-    `numbers` decides whether a step may update the weights (None: every step may). `checkpoints` saves (None: the
-    trainer's own way). `best` judges the evaluations (None: nothing follows from them). `reviews` are classified in
-    each (None: none are). `sources` are the samples of each source of a mixture, by the prefix of an evaluation's
-    metrics.
+    `samples` are those that the plan numbers: `train_dataset`, or those of a stream that begins with it. `numbers`
+    decides whether a step may update the weights (None: every step may). `checkpoints` saves (None: the trainer's own
+    way). `best` judges the evaluations (None: nothing follows from them). `reviews` are classified in each (None: none
+    are). `sources` are the samples of each source of a mixture, by the prefix of an evaluation's metrics.
     """
 
     def __init__(
         self,
         *args: Any,
         plan: Plan,
+        samples: Any,
         collator: Collator,
         skips_empty_rounds: bool,
         numbers: BadNumbers | None,
@@ -116,7 +118,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     ) -> None:
         self._plan, self._collate, self._skips_empty_rounds = plan, collator, skips_empty_rounds
         self._numbers, self._checkpoints, self._best, self._waits = numbers, checkpoints, best, waits
-        self._reviews, self._sources = reviews, sources
+        self._reviews, self._sources, self._samples = reviews, sources, samples
         super().__init__(*args, **kwargs)
         self._trained_positions = TrainedPositions(self.accelerator.unwrap_model(self.model))
         self._empty_rounds = 0  # rounds of the current optimizer step that are still to be skipped
@@ -124,7 +126,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._sums = torch.zeros(4, device=self.args.device)
 
     def get_train_dataloader(self) -> Any:
-        return self._loader(self.train_dataset, self._plan, self.args.gradient_accumulation_steps)
+        return self._loader(self._samples, self._plan, self.args.gradient_accumulation_steps)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         samples = self.eval_dataset if eval_dataset is None else eval_dataset

@@ -13,7 +13,7 @@ from distft.config.evaluation import Evaluation
 from distft.config.recipe import Recipe
 from distft.data.batch_plan import batches_by_length
 from distft.data.formats import check_columns
-from distft.data.sources import data_sources, parts_of, read_source
+from distft.data.sources import data_sources, parts_of, read_data
 from distft.data.splits import first_samples
 from distft.data.tokenize import IGNORED
 from distft.errors import DataError
@@ -61,8 +61,8 @@ def _check_held_out(recipe: Recipe) -> None:
         sources = data_sources(data)
         if len(sources) == 1 and data.test_fraction == 0:
             raise DataError(_NOTHING_HELD_OUT)
-        for source in sources:
-            check_columns(read_source(source), data)
+        for rows in read_data(data):
+            check_columns(rows, data)
 
 
 def _score(
