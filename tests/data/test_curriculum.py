@@ -69,6 +69,16 @@ def test_one_stage_is_the_shuffled_order_and_as_many_as_samples_the_sorted_one()
     assert lengths[six].tolist() == [1, 2, 3, 5, 7, 9]
 
 
+def test_other_micro_batches_keep_the_stages() -> None:
+    """A run whose samples cannot be packed is padded, and has the same steps."""
+    lengths = np.arange(40)[::-1] + 1
+    plan = Plan(lengths, Batching(global_batch_size=8, micro_batch_tokens=60), 3, stage_numbers(lengths, 5))
+    padded = plan.divided(Batching(global_batch_size=8, micro_batch=2))
+    for step in range(2 * plan.steps):
+        assert padded.samples(step).tolist() == plan.samples(step).tolist()
+        assert max(len(part) for ranks in padded.micro_batches(step, 1) for part in ranks) == 2
+
+
 def test_epochs_shuffle_anew() -> None:
     plan = Plan(range(1, 41), Batching(global_batch_size=40), 0, stage_numbers(np.arange(40), 4))
     first, second = plan.samples(0).tolist(), plan.samples(1).tolist()

@@ -23,7 +23,6 @@ from distft.config.recipe import Recipe, load_recipe
 from distft.console import say
 from distft.data.batch_plan import Plan
 from distft.data.curriculum import sample_hashes, trained_tokens
-from distft.data.splits import lengths_of
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.supervisor import end_with_parent
 from distft.distributed.world import World
@@ -33,6 +32,7 @@ from distft.models.loading import load_model
 from distft.runs.folder import RunFolder
 from distft.text import first_line
 from distft.training.arguments import training_arguments
+from distft.training.micro_batches import settle
 from distft.training.oom import is_out_of_memory
 from distft.training.scores import CHUNK, OUT_OF_MEMORY, ScoreFiles
 from distft.training.setup import setup_data, setup_strategy
@@ -80,13 +80,15 @@ def score(run: Path, arguments: Sequence[str], output: Path) -> None:
     limit_gpu(recipe.batching.memory_limit_gib)
     files = ScoreFiles(RunFolder(run).scores)
     scoring = Score(data.splits.train.select(np.load(files.wanted)), files, strategy.world)
+    model = load_model(recipe, strategy)
+    recipe = settle(model, recipe, strategy, data.tokenizer, data.lengths).recipe  # as the run does
     training = training_arguments(recipe, strategy, RunFolder(output), 1)
     scoring.trainer = build_trainer(
         recipe,
         strategy,
-        load_model(recipe, strategy),
+        model,
         training,
-        Plan(lengths_of(data.splits.train), recipe.batching, recipe.run.seed),
+        Plan(data.lengths, recipe.batching, recipe.run.seed),
         data.tokenizer,
         data.splits,
         callbacks=[scoring],
