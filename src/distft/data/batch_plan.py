@@ -59,10 +59,6 @@ class Plan:
         size["micro_batch_tokens"] = None if budget is None else max(budget, int(lengths.max()))
         return Plan(lengths, self.batching.model_copy(update=size), shuffle=False)
 
-    def divided(self, batching: Batching) -> Plan:
-        """The same steps in other micro-batches, those of `batching`, which has the same global batch."""
-        return Plan(self.lengths, batching, self._seed, self._stages, shuffle=self._shuffle)
-
     @property
     def steps(self) -> int:
         """Optimizer steps per epoch."""
