@@ -164,6 +164,16 @@ def test_the_next_window_is_made_by_a_process_of_its_own(rows: list[str], prepar
         assert stream.window(number).file.read_bytes() == made[f"{number:06}"]
 
 
+def test_a_request_that_comes_late_makes_no_window_again(rows: list[str], prepare: Prepare) -> None:
+    """The process that makes windows ahead may start when training is far beyond what it was asked for first."""
+    stream = stream_of(prepare(*WORDS))
+    stream.window(1)
+    stream.remove(1)
+    stream.make_ahead(1)
+    stream.make_ahead(3)
+    assert sorted(path.name for path in stream.folder.iterdir() if path.is_dir()) == ["000000", "000003"]
+
+
 def test_only_the_rows_of_a_window_are_read(rows: list[str], prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Position] = []
     read = Stream._rows

@@ -52,7 +52,7 @@ def serve() -> None:
     stream: Stream = pickle.load(sys.stdin.buffer)  # noqa: S301 - of the process that started this one
     for line in sys.stdin.buffer:
         with contextlib.suppress(DistftError, OSError):
-            stream.window(int(line))
+            stream.make_ahead(int(line))
 
 
 if __name__ == "__main__":

@@ -86,16 +86,29 @@ class Stream:
         """
         folder = self._folder(number)
         if not self._is_whole(number):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / "lock"):
-                while not self._is_whole(number):
-                    following = next((n for n in range(number, 0, -1) if self._record(n - 1).exists()), 0)
-                    if not self._record(following).exists():
-                        shutil.rmtree(self._folder(following), ignore_errors=True)
-                    build_folder_once(self._folder(following), functools.partial(self._make, following), resumes=True)
-                    if following < number:  # it was made for its record
-                        self.remove(following)
+            with self._lock():
+                self._make_up_to(number)
         return Window(folder / "samples.arrow", np.load(folder / "lengths.npy"))
+
+    def make_ahead(self, number: int) -> None:
+        """Make a window that never was: one that was made and is gone lies behind."""
+        with self._lock():
+            if not self._record(number).exists():
+                self._make_up_to(number)
+
+    def _lock(self) -> FileLock:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / "lock")
+
+    def _make_up_to(self, number: int) -> None:
+        """Make a window, and those before it whose records are missing."""
+        while not self._is_whole(number):
+            following = next((n for n in range(number, 0, -1) if self._record(n - 1).exists()), 0)
+            if not self._record(following).exists():
+                shutil.rmtree(self._folder(following), ignore_errors=True)
+            build_folder_once(self._folder(following), functools.partial(self._make, following), resumes=True)
+            if following < number:  # it was made for its record
+                self.remove(following)
 
     def remove(self, number: int) -> None:
         """Remove the samples of a window, but not its record; the first stays, because every start looks at it."""
