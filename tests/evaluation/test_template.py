@@ -14,7 +14,6 @@ import pytest
 from distft.config.recipe import Recipe, load_recipe
 from distft.errors import ModelError
 from distft.evaluation.request import Request
-from distft.evaluation.run import _trained
 from distft.evaluation.summary import template_line
 from distft.evaluation.target import Target, Trained
 from distft.evaluation.tasks.alpaca import TASK
@@ -107,7 +106,7 @@ def test_the_training_of_an_adapter_is_known_from_its_run(adapter: Path, tmp_pat
         (["model=tiny"], None, "runs/evaluate-tiny"),
     ):
         request = Request.of([*words, *other], preflight_checks=False)
-        known = _trained(request.run)
+        known = Trained.by(request.run)
         assert (known and known.recipe.data.name) == trained
         assert request.recipe.data.name == "tiny_sentiment"
         assert request.folder.path.resolve() == tmp_path / folder

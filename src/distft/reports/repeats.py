@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Literal
 
 from distft.reports.results import DATA, HELD_OUT, Run
+from distft.runs.figures import FIGURES
 
 _OF_THE_SEED = ("run.seed", DATA, HELD_OUT)
 """Facts that the seed determines: it also decides which rows are held out."""
-TO_LOSS = ("steps_to_loss", "time_to_loss_s")
+TO_LOSS = tuple(figure.key for figure in FIGURES if figure.until_loss)
 """Figures that only an experiment with a target has."""
 _PAIRED = "one for each seed"
 

@@ -22,13 +22,15 @@ class Figure:
     format: str = ""
     """A format specification, such as `,.2f`."""
     in_summary: bool = True
-    """Whether it is a key of `summary.json`; if not, `path`, `task` or `logged` says where it comes from."""
+    """Whether it is a key of `summary.json`; if not, `path`, `task`, `logged` or `until_loss` says where it is from."""
     path: tuple[str, str] | None = None
     """The keys that lead to it in `summary.json`."""
     task: tuple[str, str] | None = None
     """The evaluation task and the name of the figure in its result."""
     logged: str = ""
     """The key of `metrics.jsonl` whose last value a report uses while the summary has none."""
+    until_loss: bool = False
+    """Whether it counts up to the evaluation that first reached the `target_loss` of an experiment."""
     fact: bool = False
     """Whether it says how the run was executed; reports list it if runs differ in it."""
     timing: bool = False
@@ -154,12 +156,15 @@ FIGURES = (
         label="steps to loss",
         format=",.0f",
         in_summary=False,
+        until_loss=True,
         compared=True,
         per_token=True,
         higher_is_better=False,
     ),
     dataclasses.replace(
-        _speed("time_to_loss_s", "time to loss", ",.1f", "s", per_token=True, lower=True), in_summary=False
+        _speed("time_to_loss_s", "time to loss", ",.1f", "s", per_token=True, lower=True),
+        in_summary=False,
+        until_loss=True,
     ),
     _speed("train_time_s", "train time", ",.1f", "s", lower=True),
     _speed("samples_per_second", "samples/s", ",.2f"),
