@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from statistics import median
 from typing import Any
 
 from distft.reports.comparison import judge
@@ -173,6 +174,21 @@ def test_precision() -> None:
     for variant, row in shown.items():
         assert row[1:] == [f"{off[variant][which]:.4f}" for which in ("mean", "min", "max")]
     assert f"the model learned {off['shipped']['learned']:.2f}" in TEXT
+
+
+def test_preparing_data() -> None:
+    record, large = measured("data_preparation_cpu"), measured("data_preparation_memory_cpu")["runs"][-1]
+    (answer,) = BENCHMARKS.tables("Preparing data")
+    expected = []
+    for version, checkout in (("before", "old"), ("now", "main")):
+        runs = [run for run in record["runs"] if run["checkout"] == checkout]
+        speed = median(run["tokens_per_second"] for run in runs)
+        expected.append([version, f"{speed:,.0f}", f"{max(run['peak_gib'] for run in runs):.2f}"])
+    assert answer == expected
+    assert f"That is {record['ratio_of_median_tokens_per_second']:.1f} times as fast" in TEXT
+    dropped = large["peak_gib"] - large["peak_anonymous_gib"]
+    assert f"A file of {large['megabytes']:,} MB took {large['peak_gib']:.2f} GiB" in TEXT
+    assert f"of which {dropped:.2f} are pages of files" in TEXT
 
 
 def test_every_record_that_a_page_names_exists() -> None:
