@@ -74,6 +74,9 @@ SLOW = (
     "training/test_profiler",
     "doctor/test_doctor",
     "models/test_matrix",
+    "reports/test_html",
+    "reports/test_evaluation_page",
+    "kernels/test_elementwise",
     "models/test_initialisations",
     "training/test_best_model",
     "training/test_check_sweep",
@@ -82,8 +85,8 @@ SLOW = (
     "docs/test_build",
     "test_package",
 )
-"""Tests that train, evaluate or build something for longer than a few seconds, by the start of their path; the longest
-first."""
+"""Tests that train, evaluate or build something, or open a browser, for longer than a few seconds, by the start of
+their path; the longest first."""
 
 SHARED = {
     "faults": ("faults/",),
