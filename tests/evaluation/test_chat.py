@@ -102,6 +102,10 @@ def test_a_run_an_adapter_and_a_model_are_told_apart(adapter: Path, tiny: Path, 
         model = Request.to_talk_to(name, [])
         assert (model.result, model.recipe.model.name, model.recipe.quantization) == (None, name, None)
 
+    (adapter_alone := tmp_path / "no-base").mkdir()
+    (adapter_alone / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="does not name its base; use distft evaluate model=BASE"):
+        Request.to_talk_to(str(adapter_alone), [])
     with pytest.raises(RunFolderError, match=r"did you mean .*runs/mine"):
         Request.to_talk_to(str(tmp_path / "runs" / "mime"), [])
     with pytest.raises(RunFolderError, match=r"neither a run folder .* nor the folder of an adapter or a model"):

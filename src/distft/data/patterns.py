@@ -100,7 +100,8 @@ class Patterns:
         return path if exists(path) else None
 
     def _matches(self, pattern: str) -> Iterator[Path]:
-        found = glob.iglob(str(path_of(pattern)), root_dir=self._local, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute patterns
+        # Path.glob takes no absolute patterns.
+        found = glob.iglob(str(path_of(pattern)), root_dir=self._local, recursive=True)  # noqa: PTH207
         return (self._local / path for path in found)
 
     def _searched(self, pattern: str) -> Path:

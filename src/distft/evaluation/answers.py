@@ -73,7 +73,7 @@ def answer_file(
     Returns:
         The number of answers, and of those that were cut off.
     """
-    target, template = load_target(request)
+    target, template = load_target(request, identify=True)
     side = "base" if base else target.sides[-1]
     items = [Item(prompt.messages, sampling) for prompt in prompts]
     kept = output.with_name(f".{output.name}.answers.jsonl")

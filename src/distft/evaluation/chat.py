@@ -16,13 +16,14 @@ from distft.evaluation.target import SideName, Target, Trained
 from distft.evaluation.template import PromptTemplate, prompt_template
 
 
-def load_target(request: Request) -> tuple[Target, PromptTemplate]:
+def load_target(request: Request, *, identify: bool = False) -> tuple[Target, PromptTemplate]:
     """What `request` names, in this process, and the template of its prompts: that of its training, where it is known.
+    With `identify`, its weights are hashed, which answers that are kept need.
 
     Raises:
         ModelError: the model or the adapter cannot be loaded.
     """
-    target = Target.load(request.recipe, request.result, World(), Trained.by(request.run))
+    target = Target.load(request.recipe, request.result, World(), Trained.by(request.run), identify=identify)
     return target, prompt_template(target, request.recipe.evaluation)
 
 

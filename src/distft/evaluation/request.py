@@ -14,9 +14,8 @@ from distft.config.validation import COMMAND_LINE
 from distft.data.checks import data_faults
 from distft.data.files import exists, path_of
 from distft.data.named_templates import words_of_run
-from distft.errors import Fault, LaunchError, RunFolderError
+from distft.errors import Fault, LaunchError, ModelError, RunFolderError
 from distft.evaluation import preflight
-from distft.models.saved_adapter import SavedAdapter
 from distft.runs.folder import RunFolder
 
 Check = Callable[[Recipe], list[Fault]]
@@ -71,8 +70,7 @@ class Request:
             return cls._of_run(path, words, ())
         if (path / "adapter_config.json").is_file():
             run = _run_around(path)
-            named = SavedAdapter.read(path).config.base_model_name_or_path
-            base = named if run is None else load_recipe(words_of_run(run.recipe, path)).model.name
+            base = _base_of(path) if run is None else load_recipe(words_of_run(run.recipe, path)).model.name
             return cls._of_model(base, name, words)
         if exists(path) and not (path / "config.json").is_file():
             raise RunFolderError(
@@ -134,6 +132,20 @@ def _run_around(result: Path) -> RunFolder | None:
     """The run whose result or checkpoint `result` is; None if it lies in no run."""
     parents = [*result.resolve().parents][:2] if result.is_dir() else []
     return next((RunFolder(parent) for parent in parents if RunFolder(parent).recipe.is_file()), None)
+
+
+def _base_of(adapter: Path) -> str:
+    """The base that an adapter's settings name; its weights are not read."""
+    try:
+        settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8-sig"))
+        base = settings.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"the adapter in {adapter} has no usable adapter_config.json: {error}") from error
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            f"the adapter in {adapter} does not name its base; use distft evaluate model=BASE adapter={adapter}"
+        )
+    return base
 
 
 def _not_a_run(path: Path) -> str:

@@ -71,11 +71,13 @@ class Target:
     _loaded: _Loaded = field(default_factory=_Loaded, repr=False)
 
     @classmethod
-    def load(cls, recipe: Recipe, result: Path | None, world: World, trained: Trained | None = None) -> Target:
+    def load(
+        cls, recipe: Recipe, result: Path | None, world: World, trained: Trained | None = None, *, identify: bool = True
+    ) -> Target:
         """Load the base as the recipe does (its dtype, its quantisation), with the adapter on it through PEFT, not
         merged.
 
-        All ranks call this.
+        All ranks call this. Without `identify`, nothing is hashed, and `identity` stays empty.
 
         Raises:
             ModelError: the base or the adapter cannot be loaded, or they do not fit each other.
@@ -90,7 +92,8 @@ class Target:
         identity: dict[SideName, str] = {}
         target = cls(recipe, world, tokenizer, device, result, is_adapter, identity, trained)
         together(world, target._load_first)
-        identity |= broadcast(together(world, target._identify), world)
+        if identify:
+            identity |= broadcast(together(world, target._identify), world)
         return target
 
     @property

@@ -45,8 +45,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Settled:
-    """The recipe with the micro-batches that the run computes, what the user is told about it, and `facts` for the
-    summary."""
+    """What was decided: the recipe with its final micro-batches, `notes` to print, and `facts` for `summary.json`."""
 
     recipe: Recipe
     notes: list[str]
