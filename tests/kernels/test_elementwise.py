@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from torch.nn.functional import silu
 
-from distft.kernels.elementwise import dequantize, swiglu, swiglu_backward
+from distft.kernels.elementwise import ACTIVATIONS, dequantize, gated, gated_backward
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 QUANTISED = [
@@ -81,17 +80,27 @@ EXACT = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch
         pytest.param("cuda", torch.float32, marks=pytest.mark.gpu),
     ],
 )
-@pytest.mark.parametrize("shape", [(3, 5), (7, 1000), (2, 4097)])
-def test_swiglu_and_its_gradients_match_float64(shape: tuple[int, int], device: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    grad, gate, up = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
-    exact_gate, exact_up = (tensor.to(torch.float64, copy=True).requires_grad_() for tensor in (gate, up))
-    hidden = silu(exact_gate) * exact_up
-    hidden.backward(grad.double())
-    expected = [hidden.detach(), exact_gate.grad, exact_up.grad, hidden.detach()]
-    forward = swiglu(gate, up)
-    of_gate, of_up, again = swiglu_backward(grad, gate, up)
-    assert torch.equal(again, forward), "the backward must recompute exactly the activation of the forward"
-    for found, exact in zip([forward, of_gate, of_up, again], expected, strict=True):
-        assert exact is not None and found.dtype == dtype
-        assert (found.double() - exact).norm() <= EXACT[dtype] * exact.norm()
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("halves", [False, True], ids=["apart", "halves"])
+def test_gated_activations_and_their_gradients_match_float64(
+    halves: bool, activation: str, device: str, dtype: torch.dtype
+) -> None:
+    """`halves`: gate and up are halves of the columns of one tensor, as the output of one linear is."""
+    for rows, columns in [(3, 5), (7, 1000), (2, 4097), (1, 999)]:
+        torch.manual_seed(0)
+        both = (3 * torch.randn(rows, 2 * columns, device=device)).to(dtype)
+        grad = torch.randn(rows, columns, device=device).to(dtype)
+        gate, up = both.chunk(2, 1)
+        if not halves:
+            gate, up = gate.contiguous(), up.contiguous()
+        exact_gate, exact_up = (tensor.to(torch.float64, copy=True).requires_grad_() for tensor in (gate, up))
+        hidden = ACTIVATIONS[activation](exact_gate) * exact_up
+        hidden.backward(grad.double())
+        expected = [hidden.detach(), exact_gate.grad, exact_up.grad, hidden.detach()]
+        forward = gated(gate, up, activation)
+        assert forward.is_contiguous()
+        of_gate, of_up, again = gated_backward(grad, gate, up, activation)
+        assert torch.equal(again, forward), "the backward must recompute exactly the activation of the forward"
+        for found, exact in zip([forward, of_gate, of_up, again], expected, strict=True):
+            assert exact is not None and found.dtype == dtype
+            assert (found.double() - exact).norm() <= EXACT[dtype] * exact.norm(), (rows, columns)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
 from distft.kernels.dropout import dropout
+from distft.kernels.elementwise import ACTIVATIONS
 from distft.kernels.lora import LoraLinears, LoraMlp, Origin, Spec, TiledLoraMlp
 
 SEEDS = (1234, 99)
@@ -76,22 +77,54 @@ def mlp(
     return parts([(4, 6), (4, 6), (6, 4)], ranks, scalings, bias=bias)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("p", [(0.0, 0.0), (0.3, 0.5)], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize(("ranks", "scalings"), [([2, 2, 2], [2.0, 2.0, 2.0]), ([1, 3, 2], [0.5, 4.0, 1.0])])
 def test_the_mlp_matches_autograd_and_finite_differences(
-    ranks: list[int], scalings: list[float], bias: bool, p: tuple[float, float]
+    ranks: list[int], scalings: list[float], bias: bool, p: tuple[float, float], activation: str
 ) -> None:
     specs, tensors, trained = mlp(ranks, scalings, bias=bias)
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
 
     def node(x: torch.Tensor, *trained: torch.Tensor) -> Any:
-        return LoraMlp.apply(x, Origin(), specs, p, SEEDS, *with_trained(tensors, trained))
+        return LoraMlp.apply(x, Origin(), activation, specs, p, SEEDS, *with_trained(tensors, trained))
 
     assert torch.autograd.gradcheck(node, (x, *trained))
     gate, up = (by_hand(x, specs[i].scaling, tensors[4 * i : 4 * i + 4], p[0], SEEDS[0]) for i in range(2))
-    expected = by_hand(silu(gate) * up, specs[2].scaling, tensors[8:], p[1], SEEDS[1])
+    expected = by_hand(ACTIVATIONS[activation](gate) * up, specs[2].scaling, tensors[8:], p[1], SEEDS[1])
     torch.testing.assert_close(node(x, *trained), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("p", [(0.0, 0.0), (0.3, 0.5)], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("tile", [None, 4], ids=["whole", "tiled"])
+def test_an_mlp_whose_gate_and_up_are_one_linear(tile: int | None, p: tuple[float, float]) -> None:
+    specs, tensors, trained = parts([(4, 12), (6, 4)], [3, 2], [2.0, 0.5], bias=True)
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def node(x: torch.Tensor, *trained: torch.Tensor) -> Any:
+        given = ("gelu", specs, p, SEEDS, *with_trained(tensors, trained))
+        return (
+            LoraMlp.apply(x, Origin(), *given) if tile is None else TiledLoraMlp.apply(x, Origin(), True, tile, *given)
+        )
+
+    assert torch.autograd.gradcheck(node, (x, *trained))
+    if tile is None:
+        gate, up = by_hand(x, specs[0].scaling, tensors[:4], p[0], SEEDS[0]).chunk(2, -1)
+        expected = by_hand(ACTIVATIONS["gelu"](gate) * up, specs[1].scaling, tensors[4:], p[1], SEEDS[1])
+        torch.testing.assert_close(node(x, *trained), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_the_nodes_return_can_be_changed_in_place() -> None:
+    """As models do with queries and keys. Autograd refuses it for views that a node has made."""
+    specs, tensors, _ = parts([(5, 6), (5, 2)], [2, 2], [1.0, 1.0], bias=False)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    expected = [2 * out for out in LoraLinears.apply(x, Origin(), specs, 0.0, 0, *tensors)]
+    found = [out.mul_(2) for out in LoraLinears.apply(x, Origin(), specs, 0.0, 0, *tensors)]
+    for each, other in zip(found, expected, strict=True):
+        assert torch.equal(each, other)
+    gradients = [torch.autograd.grad(sum(out.sum() for out in outs), x)[0] for outs in (found, expected)]
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("tile", [2, 4, 6, 9])
@@ -100,11 +133,13 @@ def test_the_tiled_mlp_matches_the_mlp(tile: int) -> None:
     specs, tensors, trained = mlp([2, 3, 1], [2.0, 0.5, 1.0], bias=True)
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     none = (0.0, 0.0)
-    whole = LoraMlp.apply(x, Origin(), specs, none, SEEDS, *with_trained(tensors, trained))
+    whole = LoraMlp.apply(x, Origin(), "silu", specs, none, SEEDS, *with_trained(tensors, trained))
     grad = torch.randn_like(whole)
     expected = torch.autograd.grad(whole, (x, *trained), grad)
     for given in (True, False):
-        tiled = TiledLoraMlp.apply(x, Origin(), given, tile, specs, none, SEEDS, *with_trained(tensors, trained))
+        tiled = TiledLoraMlp.apply(
+            x, Origin(), given, tile, "silu", specs, none, SEEDS, *with_trained(tensors, trained)
+        )
         if given:
             torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-12)
         for found, gradient in zip(torch.autograd.grad(tiled, (x, *trained), grad), expected, strict=True):
@@ -116,7 +151,9 @@ def test_the_tiled_mlp_regenerates_its_dropout_masks_in_the_backward() -> None:
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
 
     def node(x: torch.Tensor, *trained: torch.Tensor) -> Any:
-        return TiledLoraMlp.apply(x, Origin(), True, 4, specs, (0.3, 0.5), SEEDS, *with_trained(tensors, trained))
+        return TiledLoraMlp.apply(
+            x, Origin(), True, 4, "silu", specs, (0.3, 0.5), SEEDS, *with_trained(tensors, trained)
+        )
 
     assert torch.autograd.gradcheck(node, (x, *trained))
 
@@ -126,7 +163,7 @@ def test_every_tile_of_the_mlp_drops_elements_of_its_own() -> None:
     specs, tensors, trained = mlp([2, 3, 1], [2.0, 0.5, 1.0], bias=False)
     rows, p = torch.randn(2, 4, dtype=torch.float64), (0.3, 0.5)
     x = rows.repeat(3, 1).requires_grad_()
-    out = TiledLoraMlp.apply(x, Origin(), True, 2, specs, p, SEEDS, *tensors)
+    out = TiledLoraMlp.apply(x, Origin(), True, 2, "silu", specs, p, SEEDS, *tensors)
     tiles = out.detach().split(2)
     assert not any(torch.equal(tiles[one], tiles[other]) for one, other in [(0, 1), (0, 2), (1, 2)])
 
@@ -135,7 +172,9 @@ def test_every_tile_of_the_mlp_drops_elements_of_its_own() -> None:
     of_tiles = torch.autograd.grad(out, (x, *trained), weights)
     y = rows.repeat(3, 1).requires_grad_()
     parts_of_y = zip(y.split(2), [(SEEDS[0] + tile, SEEDS[1] + tile) for tile in range(3)], strict=True)
-    expected = torch.cat([LoraMlp.apply(part, Origin(), specs, p, seeds, *tensors) for part, seeds in parts_of_y])
+    expected = torch.cat(
+        [LoraMlp.apply(part, Origin(), "silu", specs, p, seeds, *tensors) for part, seeds in parts_of_y]
+    )
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     for found, gradient in zip(of_tiles, torch.autograd.grad(expected, (y, *trained), weights), strict=True):
         torch.testing.assert_close(found, gradient, rtol=1e-12, atol=1e-12)

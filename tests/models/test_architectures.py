@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig
+from transformers.activations import ACT2FN
 
-from distft.models.architectures import ARCHITECTURES, GATED_MLP, Architecture, is_gated_mlp, is_pre_norm
+from distft.kernels.elementwise import ACTIVATIONS
+from distft.models.architectures import ARCHITECTURES, Architecture, gated_mlp, is_pre_norm
 
 HIDDEN = 32
 SIZES = {
@@ -68,12 +70,18 @@ def listed(**flags: bool) -> list[str]:
 @pytest.mark.parametrize("family", listed(gated_mlp=True))
 def test_a_listed_mlp_computes_a_gated_mlp(family: str) -> None:
     mlp: Any = built(family, "MLP")
-    mlp.act_fn = nn.SiLU()
-    assert is_gated_mlp(mlp) and {name for name, _ in mlp.named_children()} == {*GATED_MLP, "act_fn"}
+    act = "activation_fn" if hasattr(mlp, "activation_fn") else "act_fn"
     x = torch.randn(3, HIDDEN)
-    assert torch.equal(mlp(x), mlp.down_proj(nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)))
-    mlp.act_fn = nn.GELU()
-    assert not is_gated_mlp(mlp)
+    for name, module in {"silu": nn.SiLU(), "gelu_tanh": ACT2FN["gelu_new"], "gelu": nn.GELU()}.items():
+        setattr(mlp, act, module)
+        known = gated_mlp(mlp)
+        assert known is not None and known.activation == name
+        assert {name for name, _ in mlp.named_children()} == {*known.linears, act}
+        outputs = torch.cat([getattr(mlp, linear)(x) for linear in known.linears[:-1]], 1)
+        gate, up = outputs.chunk(2, 1)
+        torch.testing.assert_close(mlp(x), mlp.down_proj(ACTIVATIONS[name](gate) * up))
+    setattr(mlp, act, nn.ReLU())
+    assert gated_mlp(mlp) is None
 
 
 @pytest.mark.parametrize("family", listed(pre_norm=True))
@@ -121,16 +129,16 @@ def test_an_unlisted_class_is_not_trusted() -> None:
             self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(4, 4) for _ in range(3))
             self.act_fn = nn.SiLU()
 
-    assert not is_gated_mlp(LlamaMLP())
+    assert gated_mlp(LlamaMLP()) is None
 
 
 def test_a_listed_class_whose_forward_has_changed_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     mlp: Any = built("llama", "MLP")
     layer: Any = built("llama", "DecoderLayer")
-    assert is_gated_mlp(mlp) and is_pre_norm(layer)
+    assert gated_mlp(mlp) and is_pre_norm(layer)
     original, of_layer = type(mlp).forward, type(layer).forward
     monkeypatch.setattr(type(mlp), "forward", lambda self, x: 1.5 * original(self, x))
-    assert not is_gated_mlp(mlp)
+    assert gated_mlp(mlp) is None
     monkeypatch.setattr(type(layer), "forward", lambda self, *args, **kwargs: of_layer(self, *args, **kwargs).square())
     assert not is_pre_norm(layer)
 
@@ -138,7 +146,7 @@ def test_a_listed_class_whose_forward_has_changed_is_not_trusted(monkeypatch: py
 def test_trying_a_module_out_changes_neither_it_nor_the_random_numbers() -> None:
     layer: Any = built("llama", "DecoderLayer").train()
     children, state = dict(layer.named_children()), torch.get_rng_state()
-    assert is_pre_norm(layer) and is_gated_mlp(layer.mlp) and layer.training
+    assert is_pre_norm(layer) and gated_mlp(layer.mlp) and layer.training
     assert dict(layer.named_children()) == children and torch.equal(torch.get_rng_state(), state)
 
 

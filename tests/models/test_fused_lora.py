@@ -15,13 +15,17 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     FalconH1Config,
+    GemmaConfig,
+    GlmConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
     Qwen2Config,
 )
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1MLP
 
-from distft.models.fused_lora import fuse
+from distft.models.activation_checkpointing import checkpoint_layers
+from distft.models.fused_lora import FusedMLP, fuse
 
 SHAPE = {
     "vocab_size": 96,
@@ -120,6 +124,34 @@ def test_a_fused_model_learns_what_the_plain_model_learns(
     assert_alike(learn(fused), learn(plain))
 
 
+IN_ONE = {"attention": 0, "mlp": LAYERS, "linear": 2 * LAYERS}
+"""With queries, keys and values in one linear, and gate and up in another."""
+OTHERS = [
+    pytest.param(lambda: GemmaConfig(**SHAPE, head_dim=16), WHOLE, id="gemma"),
+    pytest.param(lambda: LlamaConfig(**SHAPE, hidden_act="gelu"), WHOLE, id="llama with gelu"),
+    pytest.param(lambda: Phi3Config(**SHAPE, pad_token_id=0, partial_rotary_factor=0.5), IN_ONE, id="phi3"),
+    pytest.param(
+        lambda: GlmConfig(**SHAPE, head_dim=16, pad_token_id=0, attention_bias=True),
+        {"attention": LAYERS, "mlp": LAYERS, "linear": LAYERS},
+        id="glm",
+    ),
+]
+
+
+@pytest.mark.parametrize(("bits", "checkpointed"), [(16, False), (4, True)], ids=["kept", "4 bits, checkpointed"])
+@pytest.mark.parametrize(("config", "expected"), OTHERS)
+def test_other_gated_mlps(
+    config: Callable[[], Any], expected: dict[str, int], bits: int, checkpointed: bool, tmp_path: Path
+) -> None:
+    plain = adapted(base_of(config(), tmp_path, bits=bits), target_modules="all-linear")
+    fused = copy.deepcopy(plain)
+    assert fuse(fused) == expected
+    if checkpointed:
+        checkpoint_layers(fused, LAYERS, offload=False)
+        assert all(module.ends_checkpoint for module in fused.modules() if isinstance(module, FusedMLP))
+    assert_alike(learn(fused), learn(plain))
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_regenerates_the_dropout_masks(reentrant: bool, device: str, tmp_path: Path) -> None:
@@ -191,7 +223,7 @@ def test_linears_with_two_adapters_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_an_mlp_with_another_activation_is_fused_linear_by_linear(tmp_path: Path) -> None:
-    plain = adapted(base_of(LlamaConfig(**SHAPE, hidden_act="gelu"), tmp_path))
+    plain = adapted(base_of(LlamaConfig(**SHAPE, hidden_act="relu"), tmp_path))
     fused = copy.deepcopy(plain)
     assert fuse(fused) == {"attention": LAYERS, "mlp": 0, "linear": 4 * LAYERS}
     assert_alike(learn(fused), learn(plain))

@@ -1,14 +1,17 @@
 """Memory-bound kernels in Triton, each with the same computation in PyTorch for devices without Triton.
 
-`dequantize` unpacks 4-bit weights at memory bandwidth. `swiglu` and `swiglu_backward` compute the gated activation of
-Llama-like MLPs in a single pass each.
+`dequantize` unpacks 4-bit weights at memory bandwidth. `gated` and `gated_backward` compute the gated activation of an
+MLP in a single pass each.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.functional import gelu, silu
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
@@ -17,6 +20,15 @@ try:
     import triton.language as tl
 except ImportError:  # not part of PyTorch's CPU builds
     triton = None
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": silu,
+    "gelu_tanh": functools.partial(gelu, approximate="tanh"),
+    "gelu": gelu,
+}
+"""Activations of gated MLPs, by the name that the kernels have for them."""
+_KINDS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
 def on_triton(tensor: torch.Tensor) -> bool:
@@ -60,30 +72,44 @@ def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Te
     return out
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) · up (Shazeer 2020, arXiv:2002.05202), for contiguous tensors of the same shape."""
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """act(gate) · up [rows, columns] (Shazeer 2020, arXiv:2002.05202), for one of `ACTIVATIONS`.
+
+    Both are contiguous, or halves of the columns of one tensor. The result is contiguous.
+    """
     if not on_triton(gate):
-        return torch.nn.functional.silu(gate) * up
-    out = torch.empty_like(gate)
-    _swiglu[(triton.cdiv(gate.numel(), _ELEMENTS),)](gate, up, out, gate.numel(), ELEMENTS=_ELEMENTS, num_warps=8)
+        return ACTIVATIONS[activation](gate) * up
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    grid, layout = _rows(gate)
+    _gated[grid](gate, up, out, *layout, ELEMENTS=_ELEMENTS, KIND=_KINDS[activation], num_warps=8)
     return out
 
 
-def swiglu_backward(
-    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+def gated_backward(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of gate and up, and silu(gate) · up again, from the gradient `grad` of silu(gate) · up.
+    """The gradients of gate and up, and act(gate) · up again, from the gradient `grad` of act(gate) · up.
 
-    With σ the sigmoid, dgate = grad · up · (σ + silu(gate) · (1 - σ)) and dup = grad · silu(gate). All have the same
-    shape. On GPUs, the results overwrite `gate`, `up` and `grad`.
+    That is, dgate = grad · up · act'(gate) and dup = grad · act(gate). All have the same shape; `grad` is contiguous.
+    On GPUs, the results overwrite `gate`, `up` and `grad`.
     """
     if not on_triton(gate):
-        sigmoid, silu = torch.sigmoid(gate), torch.nn.functional.silu(gate)
-        return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu, silu * up
-    _swiglu_backward[(triton.cdiv(gate.numel(), _ELEMENTS),)](
-        grad, gate, up, gate.numel(), ELEMENTS=_ELEMENTS, num_warps=8
-    )
+        with torch.enable_grad():
+            x = gate.detach().requires_grad_()
+            act = ACTIVATIONS[activation](x)
+        (grad_gate,) = torch.autograd.grad(act, x, grad * up)
+        return grad_gate, grad * act.detach(), act.detach() * up
+    grid, layout = _rows(gate)
+    _gated_backward[grid](grad, gate, up, *layout, ELEMENTS=_ELEMENTS, KIND=_KINDS[activation], num_warps=8)
     return gate, up, grad
+
+
+def _rows(gate: torch.Tensor) -> tuple[tuple[int], tuple[int, int]]:
+    """The grid of the element-wise kernels, and the columns and the stride of a row of `gate`. A contiguous tensor is
+    one long row."""
+    columns = gate.numel() if gate.is_contiguous() else gate.shape[1]
+    rows = gate.numel() // max(columns, 1)
+    return (rows * triton.cdiv(columns, _ELEMENTS),), (columns, gate.stride(0))
 
 
 _BLOCKS = 128
@@ -125,22 +151,42 @@ if triton is not None:
         tl.store(out + at, tl.interleave(high, low).to(out.dtype.element_ty), mask=at < size)
 
     @triton.jit
-    def _swiglu(gate, up, out, size, ELEMENTS: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-        inside = at < size
-        e = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(up + at, mask=inside, other=0.0)
-        tl.store(out + at, (e * tl.sigmoid(e)).to(g.dtype) * g, mask=inside)
+    def _activation(e, KIND: tl.constexpr):
+        """The activation at e, and its derivative, in fp32."""
+        if KIND == 2:
+            share = 0.5 * (1 + tl.erf(e * 0.7071067811865476))
+            slope = share + e * 0.3989422804014327 * tl.exp(-0.5 * e * e)
+        elif KIND == 1:  # (1 + tanh(u / 2)) / 2 is the sigmoid of u
+            share = tl.sigmoid(1.5957691216057308 * (e + 0.044715 * e * e * e))
+            slope = share + e * share * (1 - share) * 1.5957691216057308 * (1 + 0.134145 * e * e)
+        else:
+            share = tl.sigmoid(e)
+            slope = share + e * share * (1 - share)
+        return e * share, slope
 
     @triton.jit
-    def _swiglu_backward(grad, gate, up, size, ELEMENTS: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-        inside = at < size
-        d = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    def _place(columns, stride, ELEMENTS: tl.constexpr):
+        """Where a program reads gate and up, and where it reads and writes contiguous tensors; and its mask."""
+        program, each = tl.program_id(0).to(tl.int64), tl.cdiv(columns, ELEMENTS)
+        row, column = program // each, (program % each) * ELEMENTS + tl.arange(0, ELEMENTS)
+        return row * stride + column, row * columns + column, column < columns
+
+    @triton.jit
+    def _gated(gate, up, out, columns, stride, ELEMENTS: tl.constexpr, KIND: tl.constexpr):
+        at, dense, inside = _place(columns, stride, ELEMENTS)
         e = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(up + at, mask=inside, other=0.0)
-        sigmoid = tl.sigmoid(e)
-        silu = (e * sigmoid).to(g.dtype)
-        tl.store(grad + at, silu * g, mask=inside)
-        tl.store(gate + at, (d * g * (sigmoid + e * sigmoid * (1 - sigmoid))).to(g.dtype), mask=inside)
-        tl.store(up + at, (d * silu).to(g.dtype), mask=inside)
+        act, _ = _activation(e, KIND)
+        tl.store(out + dense, act.to(g.dtype) * g, mask=inside)
+
+    @triton.jit
+    def _gated_backward(grad, gate, up, columns, stride, ELEMENTS: tl.constexpr, KIND: tl.constexpr):
+        at, dense, inside = _place(columns, stride, ELEMENTS)
+        d = tl.load(grad + dense, mask=inside, other=0.0).to(tl.float32)
+        e = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(up + at, mask=inside, other=0.0)
+        act, slope = _activation(e, KIND)
+        act = act.to(g.dtype)
+        tl.store(grad + dense, act * g, mask=inside)
+        tl.store(gate + at, (d * g * slope).to(g.dtype), mask=inside)
+        tl.store(up + at, (d * act).to(g.dtype), mask=inside)

@@ -25,7 +25,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from distft.kernels.dropout import add_dropped_product, dropout, dropped_product
-from distft.kernels.elementwise import dequantize, swiglu, swiglu_backward
+from distft.kernels.elementwise import dequantize, gated, gated_backward
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class LoraLinears(torch.autograd.Function):
             outputs, low = Group(specs, tensors, p, seed).forward(rows)
         ctx.origin, ctx.specs, ctx.p, ctx.seed, ctx.shape = origin.norm, specs, p, seed, x.shape
         ctx.save_for_backward(origin.kept(rows), low, *tensors)
-        return tuple(out.view(*x.shape[:-1], -1) for out in outputs)
+        return tuple(reshaped(out, x.shape) for out in outputs)
 
     @staticmethod
     @once_differentiable
@@ -145,11 +145,14 @@ class LoraLinears(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Mlp:
-    """down(silu(gate(x)) · up(x)) (SwiGLU: Shazeer 2020, arXiv:2002.05202), with the linears in this order.
+    """down(act(gate(x)) · up(x)) (Shazeer 2020, arXiv:2002.05202), with the linears in this order. Gate and up may be
+    one linear, whose outputs are those of gate, then those of up.
 
-    `p` and `seeds` are the dropout rates and seeds for x and for the hidden activation.
+    `activation` is one of `ACTIVATIONS`. `p` and `seeds` are the dropout rates and seeds for x and for the hidden
+    activation.
     """
 
+    activation: str
     specs: tuple[Spec, ...]
     p: tuple[float, float]
     seeds: tuple[int, int]
@@ -158,67 +161,76 @@ class Mlp:
     def groups(self, number: int = 0) -> tuple[Group, Group]:
         """The group of gate and up, and the group of down. Each tile, by its `number`, has its own dropout masks."""
         return (
-            Group(self.specs[:2], self.tensors[:8], self.p[0], self.seeds[0] + number),
-            Group(self.specs[2:], self.tensors[8:], self.p[1], self.seeds[1] + number),
+            Group(self.specs[:-1], self.tensors[:-4], self.p[0], self.seeds[0] + number),
+            Group(self.specs[-1:], self.tensors[-4:], self.p[1], self.seeds[1] + number),
         )
 
-    @staticmethod
+    def hidden(self, inner: Sequence[torch.Tensor]) -> torch.Tensor:
+        """act(gate) · up, from the outputs of the group of gate and up."""
+        gate, up = _gate_and_up(inner)
+        return gated(gate, up, self.activation)
+
     def backward(
+        self,
         pair: Group,
         down: Group,
         rows: torch.Tensor,
         low: torch.Tensor,
-        gate: torch.Tensor,
-        up: torch.Tensor,
+        inner: Sequence[torch.Tensor],
         low_down: torch.Tensor,
         grad: torch.Tensor,
     ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """The gradients of x and of the adapters, from the gradient of the output."""
+        """The gradients of x and of the adapters, from the gradient of the output. On GPUs, it overwrites `inner`, the
+        outputs of the group of gate and up."""
         grad_hidden, grad_low_down = down.grad_input([grad])
-        grad_gate, grad_up, hidden = swiglu_backward(grad_hidden, gate, up)
+        gate, up = _gate_and_up(inner)
+        *grads, hidden = gated_backward(grad_hidden, gate, up, self.activation)
         of_down = down.grad_adapters(hidden, low_down, [grad], grad_low_down)
         del hidden, grad_hidden
-        grad_x, grad_low = pair.grad_input([grad_gate, grad_up])
-        return grad_x, [*pair.grad_adapters(rows, low, [grad_gate, grad_up], grad_low), *of_down]
+        if len(inner) == 1:
+            grads = [inner[0] if grads[0] is gate else torch.cat(grads, 1)]
+        grad_x, grad_low = pair.grad_input(grads)
+        return grad_x, [*pair.grad_adapters(rows, low, grads, grad_low), *of_down]
+
+
+def _gate_and_up(inner: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    return inner[0].chunk(2, 1) if len(inner) == 1 else inner
 
 
 class LoraMlp(torch.autograd.Function):
-    """The MLP of x [..., in]; the backward recomputes silu(gate) · up instead of keeping it."""
+    """The MLP of x [..., in]; the backward recomputes act(gate) · up instead of keeping it."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
         origin: Origin,
+        activation: str,
         specs: tuple[Spec, ...],
         p: tuple[float, float],
         seeds: tuple[int, int],
         *tensors: Any,
     ) -> Any:
+        mlp = Mlp(activation, specs, p, seeds, tensors)
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1])
-            pair, down = Mlp(specs, p, seeds, tensors).groups()
-            (gate, up), low = pair.forward(rows)
-            (out,), low_down = down.forward(swiglu(gate, up))
-        ctx.origin, ctx.specs, ctx.p, ctx.seeds, ctx.shape = origin.norm, specs, p, seeds, x.shape
-        ctx.save_for_backward(origin.kept(rows), low, gate, up, low_down, *tensors)
-        return out.view(*x.shape[:-1], -1)
+            pair, down = mlp.groups()
+            inner, low = pair.forward(rows)
+            (out,), low_down = down.forward(mlp.hidden(inner))
+        ctx.origin, ctx.shape, ctx.settings = origin.norm, x.shape, (activation, specs, p, seeds)
+        ctx.save_for_backward(origin.kept(rows), low, low_down, *inner, *tensors)
+        return reshaped(out, x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        kept, low, gate, up, low_down, *tensors = ctx.saved_tensors
+        kept, low, low_down, *rest = ctx.saved_tensors
+        places = len(ctx.settings[1]) - 1
+        inner, tensors = rest[:places], rest[places:]
         rows = recompute_input(ctx.origin, kept, ctx.shape)
-        grad_x, of_adapters = Mlp.backward(
-            *Mlp(ctx.specs, ctx.p, ctx.seeds, tensors).groups(),
-            rows,
-            low,
-            gate,
-            up,
-            low_down,
-            grad.reshape(-1, grad.shape[-1]),
-        )
-        return grad_x.view(ctx.shape), None, None, None, None, *of_adapters
+        mlp = Mlp(*(*ctx.settings, tensors))
+        grad_x, of_adapters = mlp.backward(*mlp.groups(), rows, low, inner, low_down, grad.reshape(-1, grad.shape[-1]))
+        return grad_x.view(ctx.shape), None, None, None, None, None, *of_adapters
 
 
 class TiledLoraMlp(torch.autograd.Function):
@@ -235,6 +247,7 @@ class TiledLoraMlp(torch.autograd.Function):
         origin: Origin,
         whole: bool,
         tile: int,
+        activation: str,
         specs: tuple[Spec, ...],
         p: tuple[float, float],
         seeds: tuple[int, int],
@@ -245,37 +258,46 @@ class TiledLoraMlp(torch.autograd.Function):
         out = torch.empty_like(rows)
         if whole:
             with torch.autocast(x.device.type, enabled=False):
-                mlp = Mlp(specs, p, seeds, tensors)
+                mlp = Mlp(activation, specs, p, seeds, tensors)
                 for number, (part, into) in enumerate(
                     zip(torch.split(rows, tile), torch.split(out, tile), strict=True)
                 ):
                     pair, down = mlp.groups(number)
-                    into.copy_(down.forward(swiglu(*pair.forward(part)[0]))[0][0])
-        ctx.origin, ctx.specs, ctx.p, ctx.seeds, ctx.tile, ctx.shape = origin.norm, specs, p, seeds, tile, x.shape
+                    into.copy_(down.forward(mlp.hidden(pair.forward(part)[0]))[0][0])
+        ctx.origin, ctx.tile, ctx.shape, ctx.settings = origin.norm, tile, x.shape, (activation, specs, p, seeds)
         ctx.save_for_backward(origin.kept(rows), *tensors)
-        return out.view(x.shape)
+        return reshaped(out, x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         kept, *tensors = ctx.saved_tensors
         rows, grad = recompute_input(ctx.origin, kept, ctx.shape), grad.reshape(-1, grad.shape[-1])
-        mlp = Mlp(ctx.specs, ctx.p, ctx.seeds, tensors)
+        mlp = Mlp(*(*ctx.settings, tensors))
         total: list[torch.Tensor | None] = []
         grad_x = torch.empty_like(rows)
         for number, (part, grad_part, into) in enumerate(
             zip(torch.split(rows, ctx.tile), torch.split(grad, ctx.tile), torch.split(grad_x, ctx.tile), strict=True)
         ):
             pair, down = mlp.groups(number)
-            (gate, up), low = pair.forward(part)
-            low_down = down.low(swiglu(gate, up))
-            grad_of_part, of_adapters = Mlp.backward(pair, down, part, low, gate, up, low_down, grad_part)
+            inner, low = pair.forward(part)
+            low_down = down.low(mlp.hidden(inner))
+            grad_of_part, of_adapters = mlp.backward(pair, down, part, low, inner, low_down, grad_part)
             into.copy_(grad_of_part)
             before = total or [None] * len(of_adapters)
             total = [
                 new if old is None or new is None else old + new for old, new in zip(before, of_adapters, strict=True)
             ]
-        return grad_x.view(ctx.shape), None, None, None, None, None, None, *total
+        return grad_x.view(ctx.shape), None, None, None, None, None, None, None, *total
+
+
+def reshaped(out: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """`out` [tokens, columns], contiguous, with all dimensions of `shape` but its last one in place of the tokens.
+
+    Not as a view: what a model changes in place may not be a view that a node has returned.
+    """
+    alias: torch.Tensor = out.new_empty(0).set_(out.view(*shape[:-1], -1))  # type: ignore[call-overload]
+    return alias
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,23 @@ fused one by one.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
+
+from distft.kernels.elementwise import ACTIVATIONS
 
 QKV = ("q_proj", "k_proj", "v_proj")
 """Linears of an attention module that share their input."""
-GATED_MLP = ("gate_proj", "up_proj", "down_proj")
-"""Linears of a gated MLP, down(act_fn(gate(x)) · up(x))."""
+_GATED_MLPS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
+"""Linears of a gated MLP, down(act(gate(x)) · up(x)), in the order of their computation. Gate and up may be one."""
+_ACTIVATIONS = ("act_fn", "activation_fn")
+"""Names of a gated MLP's activation."""
 _PRE_NORM = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-_SILU = (nn.SiLU, type(ACT2FN["silu"]))  # transformers has a class of its own
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Architecture:
 
     prefix: str
     gated_mlp: bool = True
-    """The MLP computes down(act_fn(gate(x)) · up(x)) and nothing else."""
+    """The MLP computes down(act(gate(x)) · up(x)) and nothing else."""
     pre_norm: bool = True
     """The layer computes x += attention(norm(x)); x += mlp(norm(x)), up to constant factors of the two summands."""
 
@@ -53,7 +56,8 @@ ARCHITECTURES = {
     "gemma": Architecture("Gemma"),
     "gemma2": Architecture("Gemma2", pre_norm=False),
     "gemma3": Architecture("Gemma3", pre_norm=False),
-    "glm": Architecture("Glm", gated_mlp=False),
+    "glm": Architecture("Glm"),
+    "glm4": Architecture("Glm4", pre_norm=False),
     "glm4_moe": Architecture("Glm4Moe"),
     "granite": Architecture("Granite"),
     "helium": Architecture("Helium"),
@@ -71,6 +75,7 @@ ARCHITECTURES = {
     "olmo2": Architecture("Olmo2", pre_norm=False),
     "olmo3": Architecture("Olmo3", pre_norm=False),
     "olmoe": Architecture("Olmoe"),
+    "phi3": Architecture("Phi3"),
     "phimoe": Architecture("Phimoe", gated_mlp=False),
     "qwen2": Architecture("Qwen2"),
     "qwen2_moe": Architecture("Qwen2Moe"),
@@ -96,18 +101,36 @@ _MLPS = _class_names("MLP", [family for family, known in ARCHITECTURES.items() i
 _LAYERS = _class_names("DecoderLayer", [family for family, known in ARCHITECTURES.items() if known.pre_norm])
 
 
-def is_gated_mlp(module: nn.Module) -> bool:
-    """Whether `module` computes down(silu(gate(x)) · up(x)) and nothing else."""
-    return (
-        _name(module) in _MLPS and isinstance(getattr(module, "act_fn", None), _SILU) and _tries_out(_is_gated, module)
-    )
+@dataclass(frozen=True)
+class GatedMlp:
+    """What a gated MLP computes: down(act(gate(x)) · up(x)), and nothing else."""
+
+    linears: tuple[str, ...]
+    """Names of its linears in the order of their computation; gate and up may be one."""
+    activation: str
+    """One of the kernels' `ACTIVATIONS`."""
+
+
+def gated_mlp(module: nn.Module) -> GatedMlp | None:
+    """What `module` computes, if that is a gated MLP with an activation that the kernels have."""
+    names = {name for name, _ in module.named_children()}
+    linears = next((linears for linears in _GATED_MLPS if names.issuperset(linears)), None)
+    act = next((name for name in _ACTIVATIONS if hasattr(module, name)), None)
+    if linears is None or act is None or _name(module) not in _MLPS:
+        return None
+    candidates = (GatedMlp(linears, activation) for activation in ACTIVATIONS)
+    return next((each for each in candidates if _tries_out(functools.partial(_is_gated, act, each), module)), None)
 
 
 def is_pre_norm(layer: nn.Module) -> bool:
     """Whether `layer` is x += attention(norm(x)); x += mlp(norm(x)), so that nothing in its backward needs the output
     of its MLP, and its norms feed its attention and its MLP alone."""
-    known = _name(layer) in _LAYERS and {name for name, _ in layer.named_children()} == _PRE_NORM
-    return known and _tries_out(_adds_its_mlp_last, layer)
+    names = {name for name, _ in layer.named_children()} - set(_idle_dropouts(layer))
+    return _name(layer) in _LAYERS and names == _PRE_NORM and _tries_out(_adds_its_mlp_last, layer)
+
+
+def _idle_dropouts(layer: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in layer.named_children() if isinstance(module, nn.Dropout) and module.p == 0}
 
 
 def _tries_out(check: Callable[[Any], bool], module: nn.Module) -> bool:
@@ -117,15 +140,19 @@ def _tries_out(check: Callable[[Any], bool], module: nn.Module) -> bool:
         return False  # its forward expects something else
 
 
-def _is_gated(mlp: Any) -> bool:
-    def linear(inputs: int, outputs: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        weight = torch.arange(inputs * outputs, dtype=torch.float64).cos().view(inputs, outputs)
+def _is_gated(act: str, known: GatedMlp, mlp: Any) -> bool:
+    """Whether `mlp`, whose activation is its module `act`, computes what is `known`."""
+
+    def linear(number: int, inputs: int, outputs: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        weight = torch.arange(number, number + inputs * outputs, dtype=torch.float64).cos().view(inputs, outputs)
         return lambda x: x @ weight
 
-    gate, up, down = linear(3, 5), linear(3, 5), linear(5, 3)
+    *pair, down = known.linears
+    linears = {name: linear(number, 3, 10 // len(pair)) for number, name in enumerate(pair)} | {down: linear(5, 5, 3)}
     x = torch.arange(6, dtype=torch.float64).sin().view(2, 3)
-    found = _forward(mlp, {"gate_proj": gate, "up_proj": up, "down_proj": down, "act_fn": mlp.act_fn}, x)
-    return torch.equal(found, down(nn.functional.silu(gate(x)) * up(x)))
+    gate, up = torch.cat([linears[name](x) for name in pair], -1).chunk(2, -1)
+    expected = linears[down](ACTIVATIONS[known.activation](gate) * up)
+    return torch.allclose(_forward(mlp, {**linears, act: getattr(mlp, act)}, x), expected, rtol=1e-9, atol=1e-9)
 
 
 def _adds_its_mlp_last(layer: Any) -> bool:
@@ -140,7 +167,7 @@ def _adds_its_mlp_last(layer: Any) -> bool:
             return y.sin()
 
         parts = {"input_layernorm": norm, "self_attn": attention, "post_attention_layernorm": norm, "mlp": of_mlp.add}
-        found = _forward(layer, parts, x, position_embeddings=None)
+        found = _forward(layer, parts | _idle_dropouts(layer), x, position_embeddings=None)
         out = found[0] if isinstance(found, tuple) else found
         return torch.cat(torch.autograd.grad((out * x.detach().cos()).sum(), (x, of_mlp)))
 

@@ -23,7 +23,7 @@ from torch import nn
 from distft import upstream_api
 from distft.kernels.lora import LoraLinears, LoraMlp, Origin, Spec, TiledLoraMlp
 from distft.kernels.subclass import subclass_in_place
-from distft.models.architectures import GATED_MLP, QKV, is_gated_mlp, is_pre_norm
+from distft.models.architectures import QKV, GatedMlp, gated_mlp, is_pre_norm
 
 TILE = 12_288
 """Largest number of tokens that the MLP of a checkpointed layer processes at once. Each tile dequantises the 4-bit
@@ -42,9 +42,11 @@ def fuse(model: nn.Module) -> dict[str, int]:
         if all(_fits(children.get(name)) for name in QKV):
             LinearGroup([children.pop(name) for name in QKV])
             found["attention"] += 1
-        if is_gated_mlp(module) and all(_fits(children.get(name)) for name in GATED_MLP):
+        mlp = gated_mlp(module)
+        if mlp is not None and all(_fits(children.get(name)) for name in mlp.linears):
             subclass_in_place(module, FusedMLP)
-            for name in GATED_MLP:
+            module.computes = mlp  # type: ignore[assignment]
+            for name in mlp.linears:
                 children.pop(name)
             found["mlp"] += 1
         for child in children.values():
@@ -170,8 +172,9 @@ class FusedLinear(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """Mixin for gated MLPs: down(silu(gate(x)) · up(x)) as one node."""
+    """Mixin for gated MLPs: down(act(gate(x)) · up(x)) as one node."""
 
+    computes: GatedMlp
     norm: NormOutput | None = None
     plain: bool = False
     """Leave the computation to the MLP's own modules."""
@@ -179,7 +182,7 @@ class FusedMLP(nn.Module):
     """Nothing in the backward needs the output once more, so a recomputation leaves it out."""
 
     def members(self) -> list[Any]:
-        return [getattr(self, name) for name in GATED_MLP]
+        return [getattr(self, name) for name in self.computes.linears]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         members = self.members()
@@ -188,9 +191,10 @@ class FusedMLP(nn.Module):
         if self.plain or any(getattr(member, "disable_adapters", True) or member.merged for member in members):
             out = super().forward(x)
             return out
-        specs, tensors, p = _parts(members[:2], x.dtype)
-        down_specs, down_tensors, p_down = _parts(members[2:], x.dtype)
-        arguments = (specs + down_specs, (p, p_down), (_seed(p), _seed(p_down)), *tensors, *down_tensors)
+        specs, tensors, p = _parts(members[:-1], x.dtype)
+        down_specs, down_tensors, p_down = _parts(members[-1:], x.dtype)
+        specs, tensors = specs + down_specs, tensors + down_tensors
+        arguments = (self.computes.activation, specs, (p, p_down), (_seed(p), _seed(p_down)), *tensors)
         source = _input(x, specs[0].dtype, self.norm)
         if self.ends_checkpoint:
             whole = not upstream_api.in_backward()
