@@ -167,3 +167,18 @@ def rows(work: Path, shape: Shape, count: int, seed: int = 0) -> tuple[Path, np.
 
 def _word(number: int) -> str:
     return f"w{number}"
+
+
+def small_tokenizer() -> Any:
+    """A tokenizer that only knows the special tokens, for samples that are tokens already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(_SPECIAL)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        unk_token="<unk>",
+        pad_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
