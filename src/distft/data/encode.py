@@ -6,16 +6,16 @@ through `tokenize`.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from distft.data.segments import Characters, Encoded, Ids, SegmentEncoder, encode_whole
 from distft.data.templates import Example
 from distft.data.tokenize import IGNORED, tokenize
-
-Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class Sample(NamedTuple):
@@ -43,26 +43,32 @@ def _fast(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -
     plain = [each for each in examples if each.trained == ((each.first_trained, len(each.text)),) and not each.rendered]
     if not plain:
         return {}
-    tokenizer([""], truncation=False)  # tells the backend not to truncate or pad
-    encodings = tokenizer.backend_tokenizer.encode_batch([example.text for example in plain])
+    encode_texts = _encoder(tokenizer, len(tokenizer))
+    encoded = encode_texts([each.text for each in plain], [(each.first_trained, each.tail_from) for each in plain])
     samples = {
-        id(example): _sample(example, encoding, tokenizer, max_length)
-        for example, encoding in zip(plain, encodings, strict=True)
+        id(example): _sample(example, found, tokenizer, max_length)
+        for example, found in zip(plain, encoded, strict=True)
     }
     return {key: sample for key, sample in samples.items() if sample is not None}
 
 
-def _sample(example: Example, encoding: Any, tokenizer: Any, max_length: int | None) -> Sample | None:
+@functools.lru_cache(maxsize=1)
+def _encoder(tokenizer: Any, size: int) -> Callable[[Sequence[str], Sequence[Characters]], list[Encoded]]:
+    """What encodes texts for a tokenizer of `size` entries."""
+    tokenizer([""], truncation=False)  # tells the backend not to truncate or pad
+    backend = tokenizer.backend_tokenizer
+    segments = SegmentEncoder(backend)
+    return segments if segments.can_encode else functools.partial(encode_whole, backend)
+
+
+def _sample(example: Example, encoded: Encoded, tokenizer: Any, max_length: int | None) -> Sample | None:
     """None if the text brings special tokens, or characters that no token has."""
-    ids = np.array(encoding.ids, dtype=np.int32)
+    ids, (first, tail) = encoded.ids, encoded.places
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     special = (ids == eos) | (ids == bos)
     if not len(ids) or special[1:].any() or bos != eos == ids[0]:
         return None
-    first = encoding.char_to_token(example.first_trained)
-    tail = None if example.tail_from is None else encoding.char_to_token(example.tail_from)
-    last = encoding.token_to_chars(len(ids) - 1)  # a token that was added at the end has no characters
-    if first is None or (tail is None) != (example.tail_from is None) or last is None or last[1] < len(example.text):
+    if first is None or (tail is None) != (example.tail_from is None) or not encoded.ends:
         return None
     ids = np.append(ids, np.int32(eos))
     labels = ids.copy()
