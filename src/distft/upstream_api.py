@@ -39,6 +39,25 @@ def profiler_events(profiler: Any) -> list[Any]:
     return list(profiler.profiler.kineto_results.events())
 
 
+def flash_attention_backward(
+    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, bounds: Any, longest: int, *, scale: float, window: int
+) -> tuple[Any, Any, Any]:
+    """The gradients of q, k and v of causal attention over packed samples whose output is `out` and whose log-sum-exp
+    is `lse` [heads, tokens]; a query looks back `window` tokens, or at all of its sample with -1."""
+    import torch
+
+    checked("_flash_attention_backward")
+    backward = torch.ops.aten._flash_attention_backward
+    state, unused = (torch.zeros(size, dtype=kind, device=q.device) for size, kind in ((2, torch.uint64), (0, q.dtype)))
+    found: tuple[Any, Any, Any] = backward(
+        *(grad, q, k, v, out, lse, bounds, bounds, longest, longest, 0.0, window == -1, state, unused),
+        scale=scale,
+        window_size_left=window,
+        window_size_right=0,
+    )
+    return found
+
+
 # transformers ---------------------------------------------------------------------------------------------------------
 
 

@@ -118,6 +118,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     _of("torch", "torch.cuda.memory")(
         "_set_allocator_settings", "call", "use expandable segments, because packs differ in length", ("env",)
     ),
+    _of("torch", "torch._meta_registrations")(
+        "_flash_attention_backward",
+        "attribute",
+        "train through attention sinks in packs",
+        source=r"aten\._flash_attention_backward\b",
+    ),
     _of("torch", "torch.autograd.profiler:profile")(
         "kineto_results", "attribute", "read the profiler's events without building a Python object for each"
     ),

@@ -1,19 +1,27 @@
-"""Which attention a run uses, and PyTorch's variable-length kernel against SDPA with a block mask."""
+"""Which attention a run uses."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
-import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import BloomConfig, FalconConfig, Gemma2Config, GPTJConfig, GptOssConfig, LlamaConfig
+from transformers import (
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTJConfig,
+    GptOssConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MambaConfig,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from distft.config.recipe import load_recipe
 from distft.errors import ModelError
-from distft.models.attention import VARLEN, choices, choose, has_attention, kernel, varlen_attention
+from distft.models.attention import FLEX, choices, choose
+from distft.models.varlen import VARLEN
 
 PACKED = "batching.micro_batch_tokens=512"
 BF16 = "model.dtype=bfloat16"
@@ -67,84 +75,29 @@ def test_a_model_with_attention_of_its_own_never_gets_varlen(config: Any) -> Non
 
 
 UNSUPPORTED = [
-    (LlamaConfig(attention_dropout=0.1), "attention dropout"),
-    (Gemma2Config(), "soft-capping"),
-    (LlamaConfig(hidden_size=4096, num_attention_heads=8), "heads of size 512"),
+    (LlamaConfig(attention_dropout=0.1), "attention dropout", "sdpa"),
+    (GPT2Config(), "attention dropout", "sdpa"),
+    (Gemma2Config(), "soft-capping", FLEX),
+    (Llama4TextConfig(), "chunked attention", "sdpa"),
+    (LlamaConfig(hidden_size=4096, num_attention_heads=8), "heads of size 512", "sdpa"),
 ]
 
 
-@pytest.mark.parametrize(("config", "feature"), UNSUPPORTED, ids=[name for _, name in UNSUPPORTED])
-def test_a_model_that_needs_an_unsupported_feature_gets_another_kernel(config: Any, feature: str) -> None:
-    plain = "sdpa" if has_attention(config, "sdpa") else "eager"  # of Gemma 2, it depends on the version
-    assert choose(load_recipe([BF16, PACKED]), config, on_gpu=True) == (FAST or plain)
-    with pytest.raises(ModelError, match=f"does not support {feature}, which tiny needs; use sdpa or auto"):
+@pytest.mark.parametrize(
+    ("config", "feature", "other"), UNSUPPORTED, ids=[f"{config.model_type}-{name}" for config, name, _ in UNSUPPORTED]
+)
+def test_a_model_that_needs_an_unsupported_feature_gets_another_kernel(config: Any, feature: str, other: str) -> None:
+    assert choose(load_recipe([BF16, PACKED]), config, on_gpu=True) == (FAST or other)
+    remedy = "eager" if other == FLEX else "sdpa"
+    with pytest.raises(ModelError, match=f"does not support {feature}, which tiny needs; use {remedy} or auto"):
         choose(load_recipe([BF16, PACKED, "model.attn_implementation=varlen"]), config, on_gpu=True)
 
 
-def heads(tokens: int, query: int = 4, key: int = 2, size: int = 32, rows: int = 1, device: str = "cpu") -> Any:
-    """Queries, keys and values as transformers passes them: [rows, heads, tokens, head size]."""
-    torch.manual_seed(0)
-    return [torch.randn(rows, count, tokens, size, device=device) for count in (query, key, key)]
+def test_soft_capping_is_not_left_out() -> None:
+    assert "sdpa" not in choices(load_recipe([BF16, PACKED]), Gemma2Config(), on_gpu=False)
+    with pytest.raises(ModelError, match="sdpa does not support soft-capping, which tiny needs; use eager or auto"):
+        choose(load_recipe(["model.attn_implementation=sdpa"]), Gemma2Config(), on_gpu=False)
 
 
-@pytest.mark.parametrize(
-    ("rows", "options", "problem"),
-    [
-        (2, {"attention_mask": None}, "single packed row"),
-        (1, {"attention_mask": torch.ones(1, 8)}, "single packed row"),
-        (1, {"attention_mask": None, "dropout": 0.1}, "supports neither dropout"),
-        (1, {"attention_mask": None, "softcap": 30.0}, "nor soft-capping"),
-    ],
-    ids=["rows", "mask", "dropout", "soft-capping"],
-)
-def test_unsupported_inputs_are_refused(rows: int, options: dict[str, Any], problem: str) -> None:
-    with pytest.raises(ModelError, match=problem):
-        varlen_attention(torch.nn.Identity(), *heads(8, rows=rows), **options)
-
-
-LENGTHS = [1, 7, 64, 130, 3]
-
-
-def by_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], window: int | None = None) -> Any:
-    """SDPA in float64 with a mask that is causal within each sample and reaches back fewer than `window` tokens."""
-    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
-    place = torch.arange(len(sample), device=q.device)
-    back = place[:, None] - place[None, :]
-    mask = (sample[:, None] == sample[None, :]) & (back >= 0) & (back < (window or len(sample)))
-    return scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask, enable_gqa=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [LENGTHS, [205]], ids=["several samples", "one"])
-@pytest.mark.parametrize("key_heads", [2, 4], ids=["grouped queries", "one key per query"])
-@pytest.mark.parametrize("window", [None, 20, 4096])
-def test_varlen_attention_matches_sdpa_with_a_block_mask(
-    lengths: list[int], key_heads: int, window: int | None
-) -> None:
-    """Values and gradients, within the error of bf16."""
-    if window == 20 and "window_size" not in inspect.signature(kernel()).parameters:
-        pytest.skip(f"the kernel of PyTorch {torch.__version__} has no sliding window")
-    inputs = [
-        tensor.to(torch.bfloat16).requires_grad_()
-        for tensor in heads(sum(lengths), key=key_heads, size=64, device="cuda")
-    ]
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
-    options = {"sliding_window": window, "cu_seq_lens_q": bounds, "max_length_q": max(lengths)}
-    found, _ = varlen_attention(torch.nn.Identity(), *inputs, None, scaling=64**-0.5, **options)
-    expected = by_mask(*exact, lengths, window).transpose(1, 2)
-    weights = torch.randn_like(expected)
-    found.backward(weights.to(found.dtype))
-    expected.backward(weights.to(found.dtype).double())
-    pairs = [(found, expected), *((a.grad, b.grad) for a, b in zip(inputs, exact, strict=True))]
-    for ours, theirs in pairs:
-        assert (ours.double() - theirs).norm() <= 2**-6 * theirs.norm()
-
-
-@pytest.mark.gpu
-def test_a_row_without_boundaries_is_one_sample() -> None:
-    inputs = [tensor.to(torch.bfloat16) for tensor in heads(50, size=64, device="cuda")]
-    bounds = torch.tensor([0, 50], dtype=torch.int32, device="cuda")
-    without, _ = varlen_attention(torch.nn.Identity(), *inputs, None)
-    with_bounds, _ = varlen_attention(torch.nn.Identity(), *inputs, None, cu_seq_lens_q=bounds, max_length_q=50)
-    assert torch.equal(without, with_bounds)
+def test_a_model_without_heads_has_choices() -> None:
+    assert choices(load_recipe([BF16, PACKED]), MambaConfig(), on_gpu=True) == [FAST or VARLEN, "eager"]

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from distft.data.loader import Collator
 from distft.models.fused_lora import FusedLinear
@@ -59,6 +60,52 @@ def test_an_attention_that_omits_a_feature_is_found() -> None:
     assert check.findings(PADDED, "eager").fault is None
     fault = check.findings(PADDED, "without_sinks").fault
     assert fault is not None and "differ by" in fault and "from those of each alone" in fault
+
+
+def windowed(width: int | None) -> Any:
+    """Mistral, whose window is too wide for short samples, and whose masks forget it (None) or miscount it."""
+    model = adapted(small_model("mistral"))
+    model.config.sliding_window = 4096
+    for module in model.modules():
+        if getattr(module, "sliding_window", None):
+            module.sliding_window = 4096
+
+    def masked(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> Any:
+        tokens = args[1].shape[2]
+        back = torch.arange(tokens)[:, None] - torch.arange(tokens)[None, :]
+        seen = tokens if width is None or sliding_window is None else sliding_window + width
+        mask = (back >= 0) & (back < seen)
+        return sdpa_attention_forward(*args[:4], mask[None, None], **kwargs)
+
+    AttentionInterface.register("masked", masked)
+    return model
+
+
+@pytest.mark.parametrize(("width", "right"), [(0, True), (1, False), (-1, False), (None, False)])
+def test_a_window_is_crossed_whatever_its_width(width: int | None, right: bool) -> None:
+    model = windowed(width)
+    check = IsolationCheck(model)
+
+    fault = check.findings(PADDED, "masked").fault
+    assert (fault is None) == right and (right or "logits" in str(fault))
+    assert model.config.sliding_window == 4096
+
+
+def test_a_kernel_that_fails_in_training_mode_alone_is_found() -> None:
+    def lacking(*args: Any, dropout: float = 0.0, **kwargs: Any) -> Any:
+        if dropout:
+            raise ValueError("no dropout")
+        return sdpa_attention_forward(*args, **kwargs)
+
+    AttentionInterface.register("lacking", lacking)
+    AttentionMaskInterface.register("lacking", sdpa_mask)
+    model = small_model("llama")
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    check = IsolationCheck(adapted(model))
+    assert check.findings(PACKS, "lacking").fault == "ValueError: no dropout"
+    assert check.findings(PACKS, "sdpa").fault is None
 
 
 def test_a_fused_node_that_computes_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -318,7 +318,7 @@ def _hugging_face() -> dict[str, Any]:
     from huggingface_hub import constants
     from transformers.utils import is_flash_attn_2_available
 
-    from distft.models.attention import VARLEN, kernel
+    from distft.models.varlen import VARLEN, kernel
     from distft.paths import cache_folder
     from distft.runs.wandb import has_wandb_key
 

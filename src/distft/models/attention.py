@@ -1,21 +1,24 @@
-"""Attention over packed samples with PyTorch's built-in variable-length FlashAttention kernel: nothing to compile."""
+"""Which attention implementation a model is computed with."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 from typing import Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedConfig
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
 from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.errors import ModelError
+from distft.models.varlen import LARGEST_HEAD, VARLEN, kernel, kernel_options, varlen_attention
 
-VARLEN = "varlen"
-"""The name of the kernel in transformers' registry."""
+FLEX = "flex_attention"
+SOFT_CAPPING = "soft-capping"
+_HEAD_SIZES = ("head_dim", "global_head_dim", "qk_head_dim", "v_head_dim")
+_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "attn_dropout")
+"""The names that configurations have for them."""
 
 
 def choose(recipe: Recipe, config: PreTrainedConfig, *, on_gpu: bool) -> str:
@@ -24,7 +27,7 @@ def choose(recipe: Recipe, config: PreTrainedConfig, *, on_gpu: bool) -> str:
     Raises:
         ModelError: the recipe asks for one that cannot run here, or that the model lacks.
     """
-    asked, half = recipe.model.attn_implementation, recipe.model.dtype != "float32"
+    asked, half = recipe.model.attn_implementation, _in_16_bits(recipe)
     if asked == "auto":
         return choices(recipe, config, on_gpu=on_gpu)[0]
     if asked == VARLEN and not (on_gpu and half and kernel() is not None):
@@ -32,10 +35,12 @@ def choose(recipe: Recipe, config: PreTrainedConfig, *, on_gpu: bool) -> str:
             "model.attn_implementation=varlen needs a GPU, bfloat16 or float16, and a PyTorch that has varlen_attn; "
             "use sdpa or auto"
         )
-    if asked == VARLEN and (feature := missing_feature(config)):
+    feature = missing_feature(config)
+    if feature and (asked == VARLEN or (asked, feature) == ("sdpa", SOFT_CAPPING)):
+        others = "eager or auto" if feature == SOFT_CAPPING else "sdpa or auto"
         raise ModelError(
-            f"model.attn_implementation=varlen does not support {feature}, which {recipe.model.name} needs; "
-            "use sdpa or auto"
+            f"model.attn_implementation={asked} does not support {feature}, which {recipe.model.name} needs; "
+            f"use {others}"
         )
     if not has_attention(config, asked):
         raise ModelError(f"{recipe.model.name} has no {asked} attention; set model.attn_implementation=auto")
@@ -46,17 +51,26 @@ def choices(recipe: Recipe, config: PreTrainedConfig, *, on_gpu: bool) -> list[s
     """The implementations that `auto` may use, the fastest first.
 
     On a GPU, the first is flash-attn if it is installed; otherwise, for packed samples, PyTorch's variable-length
-    kernel if it supports the model. Then come SDPA and the model's plain ("eager") attention, as far as the model has
-    them. For packs, transformers gives both a block-diagonal mask, whose memory is quadratic in the length of the pack.
+    kernel if it supports the model, or its flex attention for soft-capping. Then come SDPA and the model's plain
+    ("eager") attention, as far as the model has them. For packs, transformers gives both a block-diagonal mask, whose
+    memory is quadratic in the length of the pack.
     """
-    fast = []
-    if on_gpu and recipe.model.dtype != "float32":
-        packed = recipe.batching.micro_batch_tokens is not None
+    fast, packed = [], recipe.batching.micro_batch_tokens is not None
+    lacks, slow = missing_feature(config), ["sdpa", "eager"]
+    if lacks == SOFT_CAPPING:
+        slow.remove("sdpa")  # some versions of transformers leave it out there without a word
+    if on_gpu and _in_16_bits(recipe):
         if is_flash_attn_2_available():
             fast.append("flash_attention_2")
-        elif packed and kernel() is not None and not missing_feature(config):
+        elif packed and kernel() is not None and not lacks:
             fast.append(VARLEN)
-    return [name for name in (*fast, "sdpa", "eager") if has_attention(config, name)]
+        elif packed and lacks == SOFT_CAPPING:
+            fast.append(FLEX)
+    return [name for name in (*fast, *slow) if has_attention(config, name)]
+
+
+def _in_16_bits(recipe: Recipe) -> bool:
+    return recipe.model.dtype != "float32" or recipe.mixed_precision != "no"
 
 
 def has_attention(config: PreTrainedConfig, name: str) -> bool:
@@ -73,84 +87,40 @@ def has_attention(config: PreTrainedConfig, name: str) -> bool:
 def missing_feature(config: PreTrainedConfig) -> str | None:
     """A feature that attention with this `config` needs and the variable-length kernel lacks, or None."""
     text = config.get_text_config()
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    windowed = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+
+    def largest(*names: str) -> float:
+        found = (getattr(text, name, None) for name in names)
+        return max((value for value in found if isinstance(value, int | float)), default=0)  # some have lists
+
+    heads = largest("num_attention_heads")
+    size = largest(*_HEAD_SIZES) or (largest("hidden_size") // heads if heads else 0)
+    windowed = largest("sliding_window") and getattr(text, "use_sliding_window", True)
     unsupported = {
-        "attention dropout": getattr(text, "attention_dropout", 0.0),
-        "soft-capping": getattr(text, "attn_logit_softcapping", None),
-        "sliding window": windowed and "window_size" not in _options(),
-        f"heads of size {size}": size > 256,
+        "attention dropout": largest(*_DROPOUTS),
+        SOFT_CAPPING: largest("attn_logit_softcapping"),
+        "sliding window": windowed and kernel() is not None and "window_size" not in kernel_options(),
+        "chunked attention": largest("attention_chunk_size"),
+        f"heads of size {size}": size > LARGEST_HEAD,
     }
     return next((name for name, needed in unsupported.items() if needed), None)
 
 
-@functools.cache
-def kernel() -> Any:
-    """PyTorch's `varlen_attn`, or None if this version has none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
-
-
-@functools.cache
-def _options() -> frozenset[str]:
-    return frozenset(inspect.signature(kernel()).parameters)
-
-
 def register() -> None:
-    """Register `attn_implementation="varlen"` with transformers.
+    """Register `attn_implementation="varlen"` with transformers, and its flex attention with the casts that it lacks.
 
-    It has no mask function: to build a mask, transformers would search for sample boundaries in every forward, and wait
-    for the device.
+    varlen has no mask function: to build a mask, transformers would search for sample boundaries in every forward, and
+    wait for the device.
     """
     AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionInterface.register(FLEX, flex_attention)
 
 
-def varlen_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sample of a packed row.
-
-    `query` is [1, heads, tokens, head size]; `key` and `value` are [1, key heads, tokens, head size]. `cu_seq_lens_q`
-    [samples + 1] holds the sample boundaries (int32) and `max_length_q` the length of the longest sample; without them,
-    the row is a single sample. Returns [1, tokens, heads, head size].
-
-    Raises:
-        ModelError: the rows are padded, or a feature is requested that this version of PyTorch does not support.
-    """
-    if query.shape[0] != 1 or attention_mask is not None or key.shape[2] != query.shape[2]:
-        raise ModelError("varlen attention needs a single packed row; use sdpa for padded batches and for generation")
-    if dropout or softcap:
-        raise ModelError("varlen attention supports neither dropout nor soft-capping; use sdpa")
-    tokens = query.shape[2]
-    if cu_seq_lens_q is None:
-        cu_seq_lens_q, max_length_q = torch.tensor([0, tokens], dtype=torch.int32, device=query.device), tokens
-    options: dict[str, Any] = {"scale": scaling}
-    window = -1 if sliding_window is None or sliding_window >= (max_length_q or tokens) else sliding_window - 1
-    if "window_size" in _options():
-        options["window_size"] = (window, 0)
-    elif window == -1:
-        options["is_causal"] = True
-    else:
-        raise ModelError(f"varlen attention in PyTorch {torch.__version__} has no sliding window; use sdpa")
-    if "enable_gqa" in _options():
-        options["enable_gqa"] = query.shape[1] != key.shape[1]
-    # Rotations and norms of fp32 weights give fp32 under autocast, which casts for SDPA and not for this kernel.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    out = kernel()(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options)
-    return out.unsqueeze(0), None
+def flex_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' flex attention, in one type: norms and rotations may give queries and keys in fp32 and leave values
+    in 16 bits."""
+    found: tuple[torch.Tensor, torch.Tensor | None] = flex_attention_forward(
+        module, query.to(value.dtype), key.to(value.dtype), value, *args, **options
+    )
+    return found

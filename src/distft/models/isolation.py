@@ -6,6 +6,10 @@ of the row), an attention kernel may leave out a feature of the model (ALiBi, si
 something else than the modules it replaces. None of that raises an error, so nothing is trusted by its name: two short
 samples are computed alone, by the plain modules of transformers and PEFT, and together as in training, and the logits
 and the adapter's gradient have to agree. Then the first is exchanged, which may not change the second.
+
+Of each kind of layer, the first is computed: with few layers, little rounding hides what is wrong. Windows are
+narrowed, so that short samples cross them. What is right is computed once more in training mode, with the dropout that
+some kernels lack.
 """
 
 from __future__ import annotations
@@ -19,20 +23,25 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from distft import upstream_api
+from distft.errors import ModelError
 from distft.models.fused_lora import use_plain_modules, uses_plain_modules
+from distft.models.prefix import first_layers
 from distft.text import first_line
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 _LENGTHS = (9, 13)
 """Tokens of the two samples."""
-_LONGEST_WINDOW = 1024
-"""A sliding window of at most this many tokens is crossed by the second sample."""
+_WINDOWS = ("sliding_window", "attention_window_size", "attention_chunk_size")
+"""The names under which configurations and attention modules have the width of a window."""
+_WINDOW = 5
+"""Windows in the check are this wide, so that both samples cross them."""
 _GRADIENTS = 1 << 25
 """The smallest trainable parameters are compared, up to this many elements in all."""
-_RAISED = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+_RAISED = (ModelError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 """What a model raises that cannot be computed in this way."""
 _SAYS = {
     "logits": "the logits of two samples differ by {:.2g} from those of each alone",
@@ -59,7 +68,8 @@ class IsolationCheck:
     def __init__(self, model: Any, *, precision: torch.dtype | None = None, gradients: bool = True) -> None:
         self._model, self._precision, self._samples = model, precision, _Samples.of(model)
         self._device = model.get_input_embeddings().weight.device
-        trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        with first_layers(model):
+            trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._trained = list(_smallest(trainable)) if gradients else []
         self._reached: set[int] = set()
 
@@ -67,7 +77,7 @@ class IsolationCheck:
         """Compare two samples that `collate` puts into one micro-batch, under the implementation `attention`, with the
         same samples alone. `plain`: without fused nodes. From then on, the model computes in this way."""
         use_plain_modules(self._model, plain)
-        with _undisturbed(self._model):
+        with first_layers(self._model), _undisturbed(self._model), _narrow_windows(self._model):
             try:
                 return self._findings(collate, attention)
             except torch.OutOfMemoryError:
@@ -90,9 +100,9 @@ class IsolationCheck:
         }
         if self._trained:
             errors["gradient"] = _error(together.gradient, second.gradient)
-        computed = self._precision or alone.dtype
-        exact = torch.finfo(computed).eps * 100 if torch.finfo(computed).bits > 16 else torch.finfo(computed).eps
-        limits = {"logits": 10 * exact, "exchanged": exact, "gradient": 10 * exact}
+        step = torch.finfo(self._precision or alone.dtype)
+        exact = step.eps * (100 if step.bits > 16 else 1)
+        limits = {"logits": 3 * exact, "exchanged": exact, "gradient": 3 * exact}
         if any(error > limits[name] for name, error in errors.items()):
             rounding = self._rounding
             limits = {
@@ -101,6 +111,10 @@ class IsolationCheck:
                 "gradient": max(limits["gradient"], 4 * rounding["gradient"]),
             }
         wrong = next((_SAYS[name].format(error) for name, error in errors.items() if error > limits[name]), None)
+        if wrong is None:
+            self._model.train()
+            with torch.no_grad():
+                self._computed(_batch(collate, samples.first, samples.second), [samples.first, samples.second])
         return Findings(wrong, errors)
 
     def unreached(self) -> list[str]:
@@ -192,10 +206,8 @@ class _Samples:
     @classmethod
     def of(cls, model: Any) -> _Samples:
         config = model.config.get_text_config()
-        window, positions = (getattr(config, name, None) for name in ("sliding_window", "max_position_embeddings"))
+        positions = getattr(config, "max_position_embeddings", None)
         first, second = _LENGTHS
-        if isinstance(window, int) and window <= _LONGEST_WINDOW:
-            second = max(second, window + 8)
         if isinstance(positions, int) and positions > 0:
             first, second = min(first, positions), min(second, positions)
         rows, begin = int(config.vocab_size), getattr(config, "bos_token_id", None)
@@ -259,12 +271,33 @@ def _plain(model: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _narrow_windows(model: Any) -> Iterator[None]:
+    """Windows of `_WINDOW` tokens, wherever the model has wider ones: masks are made by the configuration, and kernels
+    are told by the modules."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    unique = {id(config): config for config in configs if isinstance(config, PreTrainedConfig)}
+    owners = [*unique.values(), *model.modules()]
+    wide = [
+        (vars(owner), name, width)
+        for owner in owners
+        for name in _WINDOWS
+        if isinstance(width := vars(owner).get(name), int) and width > _WINDOW
+    ]
+    for values, name, _ in wide:
+        values[name] = _WINDOW
+    try:
+        yield
+    finally:
+        for values, name, width in wide:
+            values[name] = width
+
+
+@contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
     """Evaluation mode, and trained tensors of zeros (an adapter's B) filled with small numbers, for a while."""
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     zeros = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad and not p.detach().any()]
-    generator = torch.Generator().manual_seed(1)
-    device = next(model.parameters()).device
+    generator, device = torch.Generator().manual_seed(1), next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             model.eval()
@@ -274,5 +307,5 @@ def _undisturbed(model: Any) -> Iterator[None]:
         finally:
             for parameter, before in zeros:
                 parameter.data.copy_(before)
-            for module in training:
-                module.training = True
+            for module, training in modes:
+                module.training = training

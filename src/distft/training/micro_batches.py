@@ -24,6 +24,7 @@ from distft.models.adapter import freeze_adapters
 from distft.models.fused_lora import fused_linears, use_plain_modules
 from distft.models.isolation import Findings, IsolationCheck, set_attention
 from distft.models.prefix import on_gpu
+from distft.models.varlen import VARLEN
 from distft.text import count
 from distft.training.arguments import pad_multiple
 
@@ -92,8 +93,8 @@ def ways(model: Any, recipe: Recipe, strategy: Strategy) -> Iterator[Way]:
     named = recipe.model.attn_implementation != "auto"
     kernels = [True, False] if fused_linears(model)[0] else [True]
     for packed in (True, False) if _packs(recipe) and not named else (_packs(recipe),):
-        for name in [now] if named else dict.fromkeys([now, *others]):
-            if packed or name != attention.VARLEN:
+        for name in [now] if named else dict.fromkeys([*others, now]):
+            if packed or name != VARLEN:
                 yield from (Way(name, packed, fused) for fused in kernels)
 
 

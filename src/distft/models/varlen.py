@@ -1,0 +1,152 @@
+"""Attention over packed samples with PyTorch's built-in variable-length FlashAttention kernel: nothing to compile."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from distft import upstream_api
+from distft.errors import ModelError
+
+VARLEN = "varlen"
+"""The name of the kernel in transformers' registry."""
+LARGEST_HEAD = 256
+_MULTIPLE = 8
+"""The kernel takes heads whose size is a multiple of this."""
+
+
+@functools.cache
+def kernel() -> Any:
+    """PyTorch's `varlen_attn`, or None if this version has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+@functools.cache
+def kernel_options() -> frozenset[str]:
+    """The parameters of `kernel`, which newer versions of PyTorch have more of."""
+    return frozenset(inspect.signature(kernel()).parameters)
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each sample of a packed row.
+
+    `query` is [1, heads, tokens, head size]; `key` is [1, key heads, tokens, head size] and `value` [1, key heads,
+    tokens, value size]. `s_aux` [heads] holds the sinks: logits that take part in the softmax and have no value.
+    `cu_seq_lens_q` [samples + 1] holds the sample boundaries (int32) and `max_length_q` the length of the longest
+    sample; without them, the row is a single sample. Returns [1, tokens, heads, value size].
+
+    Raises:
+        ModelError: the rows are padded, or a feature is requested that this version of PyTorch does not support.
+    """
+    if query.shape[0] != 1 or attention_mask is not None or key.shape[2] != query.shape[2]:
+        raise ModelError("varlen attention needs a single packed row; use sdpa for padded batches and for generation")
+    if dropout or softcap or position_bias is not None:
+        raise ModelError("varlen attention supports neither dropout nor soft-capping nor a position bias; use sdpa")
+    tokens, size, value_size = query.shape[2], query.shape[3], value.shape[3]
+    if cu_seq_lens_q is None:
+        cu_seq_lens_q, max_length_q = torch.tensor([0, tokens], dtype=torch.int32, device=query.device), tokens
+    options: dict[str, Any] = {"scale": size**-0.5 if scaling is None else scaling}
+    window = -1 if sliding_window is None or sliding_window >= (max_length_q or tokens) else sliding_window - 1
+    if "window_size" in kernel_options():
+        options["window_size"] = (window, 0)
+    elif window == -1:
+        options["is_causal"] = True
+    else:
+        raise ModelError(f"varlen attention in PyTorch {torch.__version__} has no sliding window; use sdpa")
+    if "enable_gqa" in kernel_options():
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    # Under autocast, rotations and norms of fp32 weights give fp32, and so do fused linears behind a LayerNorm. SDPA
+    # is cast to 16 bits then, and this kernel is not.
+    dtype = value.dtype
+    if dtype == torch.float32 and torch.is_autocast_enabled(value.device.type):
+        dtype = torch.get_autocast_dtype(value.device.type)
+    padded = max(size, value_size)
+    padded += -padded % _MULTIPLE
+    q, k, v = (_rows(tensor, padded, dtype) for tensor in (query, key, value))
+    if s_aux is None:
+        out = kernel()(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options)
+    elif "return_aux" in kernel_options():
+        out = _WithSinks.apply(q, k, v, s_aux, cu_seq_lens_q, max_length_q, window, options)  # type: ignore[no-untyped-call]
+    else:
+        raise ModelError(f"varlen attention in PyTorch {torch.__version__} has no attention sinks; use eager")
+    return (out if padded == value_size else out[..., :value_size]).unsqueeze(0), None
+
+
+def _rows(tensor: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor [1, heads, tokens, ...] as [tokens, heads, size], filled up with zeros, which change no product."""
+    tensor = tensor.to(dtype).squeeze(0).transpose(0, 1)
+    return tensor if tensor.shape[-1] == size else nn.functional.pad(tensor, (0, size - tensor.shape[-1]))
+
+
+class _WithSinks(torch.autograd.Function):
+    """Attention whose softmax has one more logit per head, the sink, which has no value.
+
+    With l the log-sum-exp of a query's logits and s the sink, the new one is m = log(exp(l) + exp(s)), and the output
+    shrinks by exp(l - m). The kernel's backward takes its probabilities P = exp(logits - m) from the log-sum-exp that
+    it is given, and the gradient of the logits P (dP - d) with d = sum(grad * output) from the output. Given m and the
+    new output, it is exact: the value of the sink is zero, so it adds nothing to d. The sink's own gradient is that of
+    a logit with dP = 0: -exp(s - m) d, summed over the queries.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor,
+        bounds: torch.Tensor,
+        longest: int,
+        window: int,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """`q`, `k`, `v` are [tokens, heads, size], `sinks` [heads]; `window` is the number of tokens to look back, or
+        -1. Returns [tokens, heads, size]."""
+        from torch.nn.attention.varlen import AuxRequest
+
+        out: torch.Tensor
+        out, before = kernel()(
+            q, k, v, bounds, bounds, longest, longest, return_aux=AuxRequest(lse=True), **options
+        )  # `before` is [heads, tokens]
+        total = torch.logaddexp(before, sinks.detach().float()[:, None])
+        out.mul_(torch.exp(before - total).t()[..., None])
+        ctx.save_for_backward(q, k, v, sinks, bounds, out, total)
+        ctx.longest, ctx.window, ctx.scale = longest, window, options["scale"]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, sinks, bounds, out, total = ctx.saved_tensors
+        (grad,) = grads
+        found = upstream_api.flash_attention_backward(
+            grad, q, k, v, out, total, bounds, ctx.longest, scale=ctx.scale, window=ctx.window
+        )
+        of_sinks = None
+        if ctx.needs_input_grad[3]:
+            share = torch.exp(sinks.float()[:, None] - total)
+            of_sinks = -(share * (grad.float() * out.float()).sum(-1).t()).sum(1).to(sinks.dtype)
+        return *found, of_sinks, None, None, None, None
