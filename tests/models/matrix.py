@@ -15,15 +15,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
-from distft.config.recipe import load_recipe
+from distft.config.recipe import Recipe, load_recipe
 from distft.data.loader import Collator
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import choose
 from distft.distributed.world import World
 from distft.errors import ModelError
+from distft.models.adapter import keep_adapter_in_fp32
 from distft.models.fused_lora import use_plain_modules
 from distft.models.isolation import set_attention
+from distft.models.loading import load_model
 from distft.models.targets import without_unsuitable
 from distft.training.micro_batches import settle
 
@@ -118,6 +121,7 @@ FAMILIES = (
 )
 LENGTHS = (9, 14, 5, 11)
 """Tokens of the samples that are compared."""
+_WORDS = ("recipe=tiny", "strategy=single", "batching.micro_batch_tokens=600")
 _START, _END = "<!-- architectures -->\n", "<!-- /architectures -->\n"
 
 
@@ -144,8 +148,22 @@ class Outcome:
 def outcome_of(family: str) -> Outcome:
     base = small_model(family)
     lora = without_unsuitable({"target_modules": "all-linear"}, base)
-    model = adapted(base, exclude_modules=lora.get("exclude_modules"))
-    recipe = load_recipe(["recipe=tiny", "strategy=single", "quantization=null", "batching.micro_batch_tokens=600"])
+    recipe = load_recipe([*_WORDS, "quantization=null"])
+    return _settled(family, adapted(base, exclude_modules=lora.get("exclude_modules")), recipe)
+
+
+def outcome_as_loaded(family: str, folder: Path, *words: str) -> Outcome:
+    """The outcome for a model that a run loads from `folder`, with the overrides `words`; its base is quantised as they
+    say."""
+    small_model(family).save_pretrained(folder)
+    recipe = load_recipe([*_WORDS, f"model.name={folder}", "lora.r=4", "lora.lora_dropout=0", *words])
+    strategy = choose(recipe, World(), {}, Launcher())
+    model = load_model(recipe, strategy).eval()
+    keep_adapter_in_fp32(model, recipe, strategy)
+    return _settled(family, model, recipe)
+
+
+def _settled(family: str, model: Any, recipe: Recipe) -> Outcome:
     strategy = choose(recipe, World(), {}, Launcher())
     try:
         found = settle(model, recipe, strategy, SimpleNamespace(pad_token_id=0), np.array(LENGTHS))
@@ -166,10 +184,19 @@ def outcome_of(family: str) -> Outcome:
 
 
 def reference_of(model: Any) -> Any:
-    """A copy of `model` by plain modules: eager attention where it can be exchanged, and PEFT's own linears."""
+    """A copy of `model` by plain modules: eager attention where it can be exchanged, and PEFT's own linears.
+
+    It computes in fp32 with the values that the weights of `model` have.
+    """
     plain = copy.deepcopy(model)
     use_plain_modules(plain)
     set_attention(plain, "eager")
+    for module in plain.modules():
+        if hasattr(module, "compute_dtype"):  # of bitsandbytes, with weights in 4 bits
+            module.compute_dtype = torch.float32
+    for tensor in (*plain.parameters(), *plain.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
     return plain
 
 
