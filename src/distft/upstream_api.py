@@ -88,6 +88,18 @@ def supports_attention(kind: Any, name: str) -> bool:
     return bool(kind._supports_flash_attn if name.startswith("flash") else flags.get(name, True))
 
 
+def has_standard_experts(module: Any) -> bool:
+    """Whether `module` is of a class of experts for which transformers has several implementations."""
+    checked("_apply_gate")
+    return hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "has_bias")
+
+
+def expert_gate(module: Any) -> Callable[[Any], Any]:
+    """The gated activation of such a module: [rows, 2 · inner] → [rows, inner]."""
+    gate: Callable[[Any], Any] = module._apply_gate
+    return gate
+
+
 def checkpoint_layer_with(layer: Any, function: Callable[..., Any]) -> None:
     """Let `function` run the forward of a `GradientCheckpointingLayer` while its checkpointing is on."""
     checked("_gradient_checkpointing_func")

@@ -156,6 +156,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "checkpoint some layers and not others",
         source=r"self\._gradient_checkpointing_func\(",
     ),
+    _of("transformers", "transformers.integrations.moe")(
+        "_apply_gate",
+        "attribute",
+        "compute experts in grouped products",
+        source=r"experts_class\._apply_gate = ",
+    ),
     _of("peft", "peft.tuners.tuners_utils")(
         "_check_lora_target_modules_mamba",
         "call",

@@ -118,6 +118,9 @@ class Model(Section):
     ] = "auto"
     """Attention implementation by its transformers name, or `varlen`, PyTorch's own for packed samples; `auto` picks
     the fastest that works."""
+    experts_implementation: Literal["auto", "eager", "batched_mm", "grouped_mm"] = "auto"
+    """How a mixture of experts computes its experts, by the name in transformers; `auto` computes all of them in
+    grouped matrix products, from packed weights and adapters as they are."""
     kernels: Literal["auto", "plain"] = "auto"
     """`auto` fuses LoRA linears into the autograd functions of distft.kernels.lora and, on a GPU with liger-kernel
     installed, uses liger's norms and rotary embeddings; `plain` keeps the modules of PEFT and transformers."""
@@ -126,7 +129,8 @@ class Model(Section):
 
 
 class Quantization(Section):
-    """bitsandbytes quantisation of the base, under the field names of `transformers.BitsAndBytesConfig`."""
+    """bitsandbytes quantisation of the base, under the field names of `transformers.BitsAndBytesConfig`, besides
+    `experts` and `dequantize_at_load`."""
 
     load_in_4bit: bool = False
     """Quantise the weights to 4 bits (QLoRA)."""
@@ -144,6 +148,9 @@ class Quantization(Section):
     """Outlier threshold of LLM.int8()."""
     llm_int8_skip_modules: list[str] | None = None
     """Modules to leave unquantised, in addition to the output head; null for none."""
+    experts: bool = True
+    """Quantise the weights of experts, too, which transformers keeps in 3-D parameters: in 4 bits only. `false` leaves
+    them in model.dtype."""
     dequantize_at_load: bool = False
     """Dequantise 4-bit weights to model.dtype once, after loading: the results of QLoRA with the speed and the memory
     of a 16-bit base."""
@@ -160,7 +167,7 @@ class Quantization(Section):
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `transformers.BitsAndBytesConfig`."""
-        return self.model_dump(exclude_none=True, exclude={"dequantize_at_load"})
+        return self.model_dump(exclude_none=True, exclude={"dequantize_at_load", "experts"})
 
 
 class Format(Section):

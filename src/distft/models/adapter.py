@@ -12,6 +12,7 @@ from transformers import set_seed
 from distft.config.recipe import Recipe
 from distft.distributed.strategies import Strategy
 from distft.models.embeddings import train_new_rows
+from distft.models.experts import adapt_experts, fuse_experts
 from distft.models.fused_lora import fuse
 from distft.models.targets import unsuitable, without_unsuitable
 
@@ -33,6 +34,9 @@ def add_adapter(
         head.bias = None  # PEFT's wrapper for single rows has none, and TRL's fused head reads it
     if recipe.model.kernels == "auto" and not strategy.gathers_in_submodules:
         fuse(model)
+        if recipe.model.experts_implementation == "auto":
+            fuse_experts(model)
+    adapt_experts(model)
     return model
 
 

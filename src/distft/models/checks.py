@@ -6,12 +6,16 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.config.validation import nearest
 from distft.distributed.strategies.selection import STRATEGIES
-from distft.errors import DataError, Fault, ModelError
+from distft.distributed.tensors import whole_numel
+from distft.errors import DataError, Fault, InvariantError, ModelError
 from distft.models import attention
 from distft.models.embeddings import train_new_rows, vocabulary_size
+from distft.models.experts import expert_weights
+from distft.models.linear_weights import LinearWeights, quantization_faults
 from distft.models.loading import tokenizer_and_new_tokens
 from distft.models.locations import local_folder, location_problem
 from distft.models.lora_checks import lora_faults
@@ -23,17 +27,39 @@ _MULTIMODAL = ("image", "boi", "eoi", "audio", "video")
 lack rows for them (Gemma 3 1B)."""
 
 
-class ModelFindings(NamedTuple):
-    """`faults`, `notes` on what works but deserves attention, and `skipped`: what could not be checked.
+class Expected(NamedTuple):
+    """What loading the model must give: `trainable` of all `parameters` are trained. `weights` says what is quantised;
+    None if nothing is. `notes` are on what a user may not expect of that."""
 
-    `trainable` of all `parameters` are trained; both are 0 if the model is not known.
-    """
+    trainable: int
+    parameters: int
+    weights: LinearWeights | None
+    notes: list[str]
+
+    def lines(self, recipe: Recipe) -> list[str]:
+        """What will train and what will be quantised, for the user."""
+        trains = f"trains {self.trainable:,} of {self.parameters:,} parameters ({self.trainable / self.parameters:.2%})"
+        return [trains, *([] if self.weights is None else [self.weights.line(recipe)])]
+
+    def require(self, model: Any) -> None:
+        """Check what a model, loaded and with its adapter, trains.
+
+        Raises:
+            InvariantError: it is something else.
+        """
+        found = sum(whole_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
+        if found != self.trainable:
+            raise InvariantError(f"{found:,} parameters of the loaded model train; {self.trainable:,} were expected")
+
+
+class ModelFindings(NamedTuple):
+    """`faults`, `notes` on what works but deserves attention, and `skipped`: what could not be checked. `expected` is
+    None if the model is not known."""
 
     faults: list[Fault]
     notes: list[str]
     skipped: list[str]
-    trainable: int = 0
-    parameters: int = 0
+    expected: Expected | None = None
 
 
 def model_faults(recipe: Recipe, *, local_only: bool = True) -> ModelFindings:
@@ -77,14 +103,23 @@ def model_faults(recipe: Recipe, *, local_only: bool = True) -> ModelFindings:
             key = "model.resize_embeddings" if recipe.model.resize_embeddings else "data.chat_template"
             faults.append(Fault(recipe.source.of(key), key, problem, "strategy=ddp, zero2 or fsdp"))
     found, notes = position_findings(recipe, skeleton)
-    faults += [*found, *skip_faults(recipe, skeleton), *router_faults(recipe, skeleton)]
+    skips = skip_faults(recipe, skeleton)
+    faults += [*found, *skips, *router_faults(recipe, skeleton), *experts_faults(recipe, skeleton)]
     if not attention.has_attention(skeleton.config, asked := section.attn_implementation):
         problem = f"{section.name} has no {asked} attention"
         faults.append(_fault(recipe, "attn_implementation", problem, "set it to auto"))
+    weights = None if skips else LinearWeights.expected(recipe, skeleton)
+    if weights is not None:
+        faults += quantization_faults(recipe, skeleton, weights)
     faults += lora_faults(lora, skeleton)  # this puts the adapter on the skeleton
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in skeleton.model.parameters()]
     trainable = sum(size for size, trained in sizes if trained)
-    return ModelFindings(faults, notes, skipped, trainable, sum(size for size, _ in sizes))
+    if weights is None:
+        return ModelFindings(faults, notes, skipped)
+    of_experts = expert_notes(recipe, weights)
+    is_quantized = recipe.quantization is not None and recipe.quantization.is_quantized
+    expected = Expected(trainable, sum(size for size, _ in sizes), weights if is_quantized else None, of_experts)
+    return ModelFindings(faults, [*notes, *of_experts], skipped, expected)
 
 
 def _with_new_rows(recipe: Recipe, skeleton: Skeleton, tokenizer: Any, new: Sequence[int]) -> Recipe:
@@ -141,6 +176,30 @@ def skip_faults(recipe: Recipe, skeleton: Skeleton) -> list[Fault]:
             hint = nearest(entry, {name.rsplit(".", 1)[-1] for name in names})
         found.append(Fault(recipe.source.of(key), key, problem, hint))
     return found
+
+
+def experts_faults(recipe: Recipe, skeleton: Skeleton) -> list[Fault]:
+    """An implementation of experts for a model that has none, or that computes them in its own way."""
+    asked = recipe.model.experts_implementation
+    experts = [module for module in skeleton.model.modules() if expert_weights(module)]
+    if asked == "auto" or (experts and asked == "eager") or any(map(upstream_api.has_standard_experts, experts)):
+        return []
+    problem = f"{recipe.model.name} has no experts" if not experts else f"{recipe.model.name} has no {asked} experts"
+    return [_fault(recipe, "experts_implementation", problem, "set it to auto")]
+
+
+def expert_notes(recipe: Recipe, weights: LinearWeights) -> list[str]:
+    """What `all-linear` does not say: that experts, which are no linears, get no adapter."""
+    lora = recipe.lora
+    if lora is None or lora.get("target_modules") != "all-linear" or lora.get("target_parameters"):
+        return []
+    if not weights.experts:
+        return []
+    names = ", ".join(sorted(weights.experts))
+    return [
+        f"lora.target_modules=all-linear puts no adapter on experts, which hold {weights.in_experts:.0%} of the linear "
+        f"weights; lora.target_parameters=[{names}] does"
+    ]
 
 
 def router_faults(recipe: Recipe, skeleton: Skeleton) -> list[Fault]:

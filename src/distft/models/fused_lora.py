@@ -26,6 +26,7 @@ from distft.kernels.dora import Scaled, row_norms
 from distft.kernels.lora import LoraLinears, LoraMlp, Origin, Spec, TiledLoraMlp
 from distft.kernels.subclass import subclass_in_place
 from distft.models.architectures import QKV, GatedMlp, gated_mlp, is_pre_norm
+from distft.models.experts import Experts
 
 TILE = 12_288
 """Largest number of tokens that the MLP of a checkpointed layer processes at once. Each tile dequantises the 4-bit
@@ -85,13 +86,13 @@ def fused_linears(model: nn.Module) -> tuple[int, int]:
 def use_plain_modules(model: nn.Module, plain: bool = True) -> None:
     """Let PEFT's own modules compute what `fuse` has fused, or the fused nodes again."""
     for module in model.modules():
-        if isinstance(module, FusedLinear | FusedMLP):
+        if isinstance(module, FusedLinear | FusedMLP | Experts):
             module.plain = plain
 
 
 def uses_plain_modules(model: nn.Module) -> bool:
     """Whether `use_plain_modules` is in effect."""
-    return any(module.plain for module in model.modules() if isinstance(module, FusedLinear | FusedMLP))
+    return any(module.plain for module in model.modules() if isinstance(module, FusedLinear | FusedMLP | Experts))
 
 
 def keeps_int8_products(model: nn.Module) -> bool:

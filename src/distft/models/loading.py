@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,19 @@ def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig(**arguments)
 
 
-def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
-    """Load the base model, with the recipe's adapter if it has one, on the device where the strategy wants it.
+def packing_experts(recipe: Recipe) -> AbstractContextManager[None]:
+    """Let transformers quantise experts as well, if the recipe does."""
+    section = recipe.quantization
+    if section is None or not (section.load_in_4bit and section.experts):
+        return nullcontext()
+    from distft.models import four_bit  # it imports bitsandbytes
+
+    return four_bit.packing_experts()
+
+
+def load_model(recipe: Recipe, strategy: Strategy, loaded: Callable[[Any], None] | None = None) -> PreTrainedModel:
+    """Load the base model, with the recipe's adapter if it has one, on the device where the strategy wants it. `loaded`
+    sees the base before anything else is done to it.
 
     Raises:
         ModelError: the model is gated or not available, or lacks the modules that `lora.target_modules` names.
@@ -122,7 +134,8 @@ def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
         trust_remote_code=recipe.model.trust_remote_code,
     )
     implementation = attention.choose(recipe, config, on_gpu=strategy.on_gpu)
-    base = load_base(recipe, device_map=strategy.device_map(recipe), attn_implementation=implementation)
+    place = strategy.device_map(recipe)
+    base = load_base(recipe, device_map=place, attn_implementation=implementation, loaded=loaded)
     base.config.use_cache = False
     if recipe.model.kernels == "auto" and strategy.on_gpu:
         use_liger_kernels(base)
@@ -135,27 +148,36 @@ def load_model(recipe: Recipe, strategy: Strategy) -> PreTrainedModel:
 
 
 def load_base(
-    recipe: Recipe, *, device_map: dict[str, int] | None = None, attn_implementation: str | None = None
+    recipe: Recipe,
+    *,
+    device_map: dict[str, int] | None = None,
+    attn_implementation: str | None = None,
+    loaded: Callable[[Any], None] | None = None,
 ) -> Any:
     """Load the base model without an adapter, quantised (and dequantised again) and with the rows of its embeddings as
-    the recipe asks.
+    the recipe asks. `loaded` sees it as it was quantised.
 
     Raises:
         ModelError: the model is gated or not available.
     """
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    base = from_pretrained(
-        AutoModelForCausalLM,
-        model_path(recipe),
-        "model",
-        revision=recipe.model.revision,
-        trust_remote_code=recipe.model.trust_remote_code,
-        dtype=getattr(torch, recipe.model.dtype),
-        quantization_config=quantization_config(recipe),
-        device_map=device_map,
-        use_safetensors=True,
-        **options,
-    )
+    if recipe.model.experts_implementation != "auto":
+        options["experts_implementation"] = recipe.model.experts_implementation
+    with packing_experts(recipe):
+        base = from_pretrained(
+            AutoModelForCausalLM,
+            model_path(recipe),
+            "model",
+            revision=recipe.model.revision,
+            trust_remote_code=recipe.model.trust_remote_code,
+            dtype=getattr(torch, recipe.model.dtype),
+            quantization_config=quantization_config(recipe),
+            device_map=device_map,
+            use_safetensors=True,
+            **options,
+        )
+    if loaded is not None:
+        loaded(base)
     if recipe.quantization is not None and recipe.quantization.dequantize_at_load:
         base = base.dequantize(dtype=getattr(torch, recipe.model.dtype))
         base.is_loaded_in_4bit = False

@@ -116,10 +116,20 @@ class _Names:
         return nearest(name, self.linears) or f"use any of {', '.join(self.linears)}, or all-linear"
 
     def _target_parameters(self) -> Iterator[Fault]:
+        matched = False
         for entry in self.lora.get("target_parameters") or []:
-            if not any(ends_with(name, entry) for name in self.parameters):
-                near = nearest(entry, self.parameters) or nearest(entry, map(_leaf, self.parameters))
-                yield _fault(self.recipe, "target_parameters", self._nothing("parameter", entry), near)
+            if any(ends_with(name, entry) for name in self.parameters):
+                matched = True
+                continue
+            near = nearest(entry, self.parameters) or nearest(entry, map(_leaf, self.parameters))
+            yield _fault(self.recipe, "target_parameters", self._nothing("parameter", entry), near)
+        if matched and (kind := STRATEGIES[self.recipe.strategy]).gathers_in_submodules:
+            problem = f"{kind.title} gathers a weight when its module is called, and adapters on parameters call none"
+            yield _fault(self.recipe, "target_parameters", problem, "strategy=fsdp or zero2, or target_modules alone")
+        for key in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out"):
+            if matched and self.lora.get(key):
+                problem = "adapters on parameters (lora.target_parameters) work without it only"
+                yield _fault(self.recipe, key, problem, f"set it to {0 if key == 'lora_dropout' else 'false'}")
 
     def _patterns(self) -> Iterator[Fault]:
         for key, kinds in (("rank_pattern", int), ("alpha_pattern", (int, float))):

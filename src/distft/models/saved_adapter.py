@@ -23,6 +23,7 @@ from distft.config.recipe import Recipe
 from distft.console import say
 from distft.errors import ModelError
 from distft.models.digest import digest
+from distft.models.experts import adapt_experts
 from distft.models.generation import read_stop_tokens
 from distft.models.loading import load_base, model_path, of_whole_model
 from distft.text import count, shorten
@@ -86,6 +87,7 @@ class SavedAdapter:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about what is checked here
                 model = cls(base, self.config, "default")
+                adapt_experts(model)
                 expected = _tensors_of(model)
                 if lost := [name for name in expected - set(self.tensors) if ".lora_" not in name]:
                     raise self._misfit(name, lost, [], len(expected))  # PEFT stops at the first with a KeyError

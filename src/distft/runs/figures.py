@@ -133,6 +133,7 @@ FIGURES = (
     _key("weights_digest"),
     _key("trainable_parameters", fact=True),
     _key("parameters", fact=True),
+    _key("quantized_share", fact=True),
     _key("attn_implementation", fact=True),
     _key("fused_linears", fact=True),
     _key("adapted_linears"),

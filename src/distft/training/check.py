@@ -12,16 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from distft.config.recipe import Recipe
+from distft.console import say
 from distft.data.checks import data_file_faults, format_findings, needs_tokenizer, split_faults
 from distft.data.sources import HubSplit, data_sources, on_network
-from distft.distributed.collectives import together
+from distft.distributed.collectives import broadcast, together
 from distft.distributed.world import World
 from distft.errors import Fault, RecipeError, UserError
 from distft.runs.checks import folder_faults
 from distft.text import count
+
+if TYPE_CHECKING:
+    from distft.models.checks import Expected
 
 T = TypeVar("T")
 
@@ -30,13 +34,15 @@ T = TypeVar("T")
 class Findings:
     """What checks have found: `faults`, and lines for the user.
 
-    `checked` names what is right, `skipped` what could not be checked and why, `run` what the run will be.
+    `checked` names what is right, `skipped` what could not be checked and why, `run` what the run will be. `expected`
+    is what its model will be, if that is known.
     """
 
     faults: tuple[Fault, ...] = ()
     checked: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     run: tuple[str, ...] = ()
+    expected: Expected | None = None
 
     def __add__(self, other: Findings) -> Findings:
         return Findings(
@@ -44,6 +50,7 @@ class Findings:
             self.checked + other.checked,
             self.skipped + other.skipped,
             self.run + other.run,
+            self.expected or other.expected,
         )
 
     def require(self) -> None:
@@ -103,10 +110,10 @@ def check_settings(
     if not (model.skipped or model.faults) and needs_tokenizer(recipe):
         faults, told = format_findings(recipe, load_tokenizer(recipe))
         found += Findings(faults=tuple(faults), run=tuple(f"data: {line}" for line in told))
-    if model.trainable and not found.faults:
-        needed, fault = disk_findings(recipe, model.trainable, working_folder)
-        trains = f"trains {model.trainable:,} of {model.parameters:,} parameters"
-        found += Findings(faults=tuple(fault), run=(trains, needed))
+    expected = model.expected
+    if expected is not None and not found.faults:
+        needed, fault = disk_findings(recipe, expected.trainable, working_folder)
+        found += Findings(faults=tuple(fault), run=(*expected.lines(recipe), needed), expected=expected)
     return found
 
 
@@ -157,19 +164,25 @@ def check_data(recipe: Recipe, processes: int) -> Findings:
     )
 
 
-def check_together(recipe: Recipe, world: World, working_folder: Path) -> None:
-    """Check a run in its processes, before they load anything. Rank 0 looks; all ranks enter, and all raise.
+def check_together(recipe: Recipe, world: World, working_folder: Path) -> Expected | None:
+    """Check a run in its processes, before they load anything, and say what its model will be. Rank 0 looks; all ranks
+    enter, and all raise or return what to expect of the model.
 
     Raises:
         RecipeError: all faults at once.
     """
 
-    def look() -> None:
-        if world.is_main:
-            found = check_files(recipe, working_folder)
-            (found + check_settings(recipe, world.world_size, working_folder, local_only=False)).require()
+    def look() -> Expected | None:
+        if not world.is_main:
+            return None
+        found = check_files(recipe, working_folder)
+        found += check_settings(recipe, world.world_size, working_folder, local_only=False)
+        found.require()
+        for line in found.expected.lines(recipe) if found.expected is not None else []:
+            say(line)
+        return found.expected
 
-    together(world, look)
+    return broadcast(together(world, look), world)
 
 
 def attempt(recipe: Recipe, key: str, work: Callable[[], T]) -> tuple[T | None, list[Fault]]:

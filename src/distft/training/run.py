@@ -42,10 +42,10 @@ def train(arguments: Sequence[str]) -> None:
     with refusals():
         strategy = setup_strategy(recipe, Launcher.of_parent())
         together(strategy.world, check_not_refused)
-        check_together(recipe, strategy.world, Path.cwd())
+        expected = check_together(recipe, strategy.world, Path.cwd())
         data = setup_data(recipe, strategy)
     with open_run(recipe, strategy, data) as run, refusals():
-        training = setup_trainer(run, setup_model(run))
+        training = setup_trainer(run, setup_model(run, expected))
         fit(run, training)
         finish(run, training)
 

@@ -29,7 +29,7 @@ from distft.distributed.world import World
 from distft.errors import RecipeError
 from distft.models.activation_checkpointing import set_up_checkpointing
 from distft.models.adapter import modules_left_out
-from distft.models.checks import position_findings
+from distft.models.checks import Expected, position_findings
 from distft.models.digest import digest
 from distft.models.generation import end_answers_at
 from distft.models.loading import load_model, load_tokenizer, model_path
@@ -166,8 +166,8 @@ def weights_digest(recipe: Recipe, world: World) -> str | None:
     return together(world, read)
 
 
-def setup_model(run: OpenRun) -> PreparedModel:
-    """Plan the micro-batches, then load the model and its adapter. All ranks enter."""
+def setup_model(run: OpenRun, expected: Expected | None = None) -> PreparedModel:
+    """Plan the micro-batches, then load the model and its adapter, which must be as `expected`. All ranks enter."""
     recipe, strategy, record, world = run.recipe, run.strategy, run.record, run.strategy.world
     plan = plan_in_order(recipe, run.data.splits, run.data.lengths, record, world)
     accumulation = together(world, lambda: plan.accumulation(world.world_size, recipe.epochs(plan.steps)))
@@ -177,7 +177,9 @@ def setup_model(run: OpenRun) -> PreparedModel:
     check_schedule(run, arguments, total_steps(recipe, plan.steps))
     for note in weights_notes(recipe):
         record.changed(note)
-    model = together(world, lambda: run.memory.load(lambda: load_model(recipe, strategy)))
+    for note in expected.notes if expected is not None else []:
+        record.changed(note)
+    model = together(world, lambda: run.memory.load(lambda: _loaded(recipe, strategy, expected)))
     if left_out := modules_left_out(model, recipe):
         record.changed(f"lora.target_modules=all-linear: no adapter can be put on {', '.join(left_out)}")
     settled = run.memory.load(lambda: settle(model, recipe, strategy, run.data.tokenizer, run.data.lengths))
@@ -199,6 +201,7 @@ def setup_model(run: OpenRun) -> PreparedModel:
         trainable_parameters=trainable,
         parameters=sum(map(whole_numel, model.parameters())),
         checkpointed_layers=checkpointed,
+        quantized_share=None if expected is None or expected.weights is None else expected.weights.share,
         **settled.facts,
     )
     if world.is_main:
@@ -209,6 +212,15 @@ def setup_model(run: OpenRun) -> PreparedModel:
         recomputed_parameters(model, by_trainer=bool(arguments.gradient_checkpointing)),
     )
     return PreparedModel(recipe, model, arguments, plan, trainable, work)
+
+
+def _loaded(recipe: Recipe, strategy: Strategy, expected: Expected | None) -> Any:
+    if expected is None:
+        return load_model(recipe, strategy)
+    weights = expected.weights
+    model = load_model(recipe, strategy, None if weights is None else weights.require)
+    expected.require(model)
+    return model
 
 
 def check_schedule(run: OpenRun, arguments: SFTConfig, steps: int) -> None:

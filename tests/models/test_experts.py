@@ -1,0 +1,172 @@
+"""Experts in 4 bits, with adapters, in grouped products: what they compute, and what is said of them before a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distft.config.recipe import Recipe, load_recipe
+from distft.distributed.launcher_args import Launcher
+from distft.distributed.strategies import choose
+from distft.distributed.tensors import is_packed
+from distft.distributed.world import World
+from distft.errors import InvariantError
+from distft.models.checks import model_faults
+from distft.models.experts import Experts, fuses_experts
+from distft.models.export import merge
+from distft.models.fused_lora import use_plain_modules
+from distft.models.loading import load_model
+from distft.models.saved_adapter import load_trained
+
+from .families import saved
+
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
+FOUR = ("quantization.load_in_4bit=true", "quantization.bnb_4bit_compute_dtype=float32")
+TARGETS = "lora.target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]"
+IDS = torch.randint(5, 200, (2, 23), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distft.distributed.strategies.selection.visible_devices", lambda: 0)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(request.param, tmp_path_factory.mktemp("models") / request.param)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved("mixtral", tmp_path_factory.mktemp("models") / "mixtral")
+
+
+def recipe_for(base: Path, *words: str) -> Recipe:
+    common = ("recipe=tiny", "strategy=single", "model.dtype=float32", "lora.lora_dropout=0.0", "lora.r=4")
+    return load_recipe([*common, f"model.name={base}", "lora.target_modules=[q_proj,o_proj]", *words])
+
+
+def loaded(recipe: Recipe) -> Any:
+    """The model with an adapter that is not zero."""
+    model = load_model(recipe, choose(recipe, World(), {}, Launcher()))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model.eval()
+
+
+def learn(model: Any) -> list[torch.Tensor]:
+    """The logits and the gradient of the adapter."""
+    model.zero_grad()
+    out = model(input_ids=IDS, labels=IDS)
+    out.loss.backward()
+    trained = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+    assert all(part.any() for part in trained)
+    return [out.logits.detach(), torch.cat(trained)]
+
+
+def errors(found: list[torch.Tensor], expected: list[torch.Tensor]) -> list[float]:
+    return [float((ours - theirs).norm() / theirs.norm()) for ours, theirs in zip(found, expected, strict=True)]
+
+
+@pytest.mark.parametrize("bits", [FOUR, ("quantization=null",)], ids=["4", "16"])
+def test_grouped_products_compute_what_transformers_and_peft_do(base: Path, bits: tuple[str, ...]) -> None:
+    model = loaded(recipe_for(base, TARGETS, *bits))
+    packed = [name for name, parameter in model.named_parameters() if is_packed(parameter) and ".experts." in name]
+    assert len(packed) == (4 if bits is FOUR else 0) and fuses_experts(model)
+    found = learn(model)
+    use_plain_modules(model)
+    model.get_base_model().set_experts_implementation("eager")
+    assert max(errors(found, learn(model))) < 2e-6
+    assert max(errors(found, learn(loaded(recipe_for(base, TARGETS, *bits, "model.kernels=plain"))))) < 2e-6
+
+
+def test_4_bits_are_those_of_dequantised_weights_and_survive_a_merge(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(base, TARGETS, *FOUR)
+    model = loaded(recipe)
+    found = learn(model)
+    dense = learn(loaded(recipe_for(base, TARGETS, *FOUR, "quantization.dequantize_at_load=true")))
+    original = learn(loaded(recipe_for(base, TARGETS, "quantization=null")))
+    assert max(errors(found, dense)) < 2e-6 and min(errors(found, original)) > 0.01
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_trained(recipe, tmp_path / "adapter")
+    merge(recipe, tmp_path / "adapter", tmp_path / "merged")
+    merged = load_trained(recipe_for(base, "quantization=null"), tmp_path / "merged")
+    with torch.no_grad():
+        for other in (again, merged):
+            assert max(errors([other(IDS).logits], found[:1])) < 1e-4
+
+
+def test_only_the_packed_weights_outlive_a_product(mixtral: Path) -> None:
+    """Nothing that autograd keeps is as large as a dense weight."""
+    model = loaded(recipe_for(mixtral, TARGETS, *FOUR))
+    dense = min(m.states[name].shape.numel() for m in model.modules() if isinstance(m, Experts) for name in m.states)
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel() if tensor.ndim == 3 and tensor.shape[0] == 4 else 0)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=IDS, labels=IDS)
+    assert kept and max(kept) < dense
+
+
+def test_what_is_quantised_and_what_trains_is_known_before(base: Path) -> None:
+    recipe = recipe_for(base, TARGETS, *FOUR)
+    faults, notes, _, expected = model_faults(recipe)
+    assert faults == [] and expected is not None and expected.weights is not None
+    assert 0.9 < expected.weights.share < 1 and expected.weights.in_experts > 0.4
+    (line,) = expected.lines(recipe)[1:]
+    assert "of the linear weights in 4 bits" in line and notes == []
+    model = load_model(recipe, choose(recipe, World(), {}, Launcher()), expected.weights.require)
+    expected.require(model)
+    next(p for p in model.parameters() if p.requires_grad).requires_grad_(False)
+    with pytest.raises(InvariantError, match="parameters of the loaded model train"):
+        expected.require(model)
+
+
+def test_a_model_that_was_loaded_otherwise_is_found(mixtral: Path) -> None:
+    expected = model_faults(recipe_for(mixtral, *FOUR)).expected
+    left = recipe_for(mixtral, *FOUR, "quantization.experts=false")
+    assert expected is not None and expected.weights is not None
+    with pytest.raises(InvariantError, match=r"0 of the 12,288 elements in mlp\.experts\.down_proj were quantised"):
+        load_model(left, choose(left, World(), {}, Launcher()), expected.weights.require)
+
+
+def test_a_quantisation_that_misses_the_experts_must_be_asked_for(mixtral: Path) -> None:
+    eight = ("quantization.load_in_4bit=false", "quantization.load_in_8bit=true")
+    (fault,) = model_faults(recipe_for(mixtral, *eight)).faults
+    assert fault.key == "quantization.experts"
+    assert "8 bits reach 14% of the linear weights" in fault.problem and "mlp.experts.gate_up_proj" in fault.problem
+    for bits in (eight, FOUR):
+        asked = model_faults(recipe_for(mixtral, *bits, "quantization.experts=false"))
+        assert asked.faults == [] and asked.expected is not None and asked.expected.weights is not None
+        assert asked.expected.weights.share < 0.3
+        assert "mlp.experts.gate_up_proj, mlp.experts.down_proj" in asked.expected.lines(recipe_for(mixtral, *bits))[1]
+
+
+def test_all_linear_says_that_experts_get_no_adapter(base: Path) -> None:
+    (note,) = model_faults(recipe_for(base, "lora.target_modules=all-linear", "quantization=null")).notes
+    assert "puts no adapter on experts" in note
+    assert "lora.target_parameters=[mlp.experts.down_proj, mlp.experts.gate_up_proj]" in note
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "problem"),
+    [
+        (["lora.target_parameters=[mlp.experts.up_gate_proj]"], "lora.target_parameters", "matches no parameter"),
+        ([TARGETS, "lora.lora_dropout=0.1"], "lora.lora_dropout", "adapters on parameters"),
+        ([TARGETS, "lora.use_dora=true"], "lora.use_dora", "adapters on parameters"),
+        ([TARGETS, "strategy=zero3"], "lora.target_parameters", "ZeRO-3 gathers a weight when its module is called"),
+        (["model.name=tiny", "model.experts_implementation=eager"], "model.experts_implementation", "has no experts"),
+    ],
+)
+def test_mistakes_with_experts(words: list[str], key: str, problem: str, mixtral: Path) -> None:
+    (fault,) = model_faults(recipe_for(mixtral, "quantization=null", *words)).faults
+    assert fault.key == key and problem in fault.problem
