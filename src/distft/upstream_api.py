@@ -203,7 +203,6 @@ def apply_liger_kernels(model: Any) -> bool:
     """Use liger's norms and rotary embeddings in `model`; False where liger is not installed."""
     if importlib.util.find_spec("liger_kernel") is None:
         return False
-    checked("casting_mode")
     checked("_apply_liger_kernel_to_instance")(
         model=model, cross_entropy=False, fused_linear_cross_entropy=False, swiglu=False, geglu=False
     )

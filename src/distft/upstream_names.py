@@ -102,7 +102,6 @@ _loader = _of("accelerate", "accelerate.data_loader:DataLoaderShard")
 _process = _of("accelerate", "accelerate.state:PartialState")
 _state = _of("accelerate", "accelerate.state:AcceleratorState")
 _liger = _of("liger-kernel", "liger_kernel.transformers")
-_liger_norm = _of("liger-kernel", "liger_kernel.transformers.rms_norm:LigerRMSNorm")
 _linear4bit = _of("bitsandbytes", "bitsandbytes.nn.modules:Linear4bit")
 _native = _of("bitsandbytes", "bitsandbytes.cextension:BNBNativeLibrary")
 _dataset = _of("datasets", "datasets.arrow_dataset:Dataset")
@@ -191,12 +190,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     _state("__init__", "call", "run FSDP2 on CPU", ("fsdp_plugin",)),
     _state("_mixed_precision", "attribute", "run FSDP2 on CPU"),
     _liger("_apply_liger_kernel_to_instance", "call", "use liger's norms and rotary embeddings", ("model",)),
-    _liger_norm(
-        "casting_mode",
-        "attribute",
-        "recognise the norms that PyTorch's own kernel can compute",
-        source=r"self\.casting_mode\b",
-    ),
     _linear4bit("support_avx512bf16_for_cpu", "attribute", "keep 4-bit weights in a layout that has a gradient"),
     _native("_lib", "attribute", "name the native library that was loaded"),
     _dataset("_fingerprint", "attribute", "recognise data that has been tokenized before"),

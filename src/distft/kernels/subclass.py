@@ -17,10 +17,15 @@ def subclass_in_place(module: nn.Module, mixin: type) -> None:
     instance, as liger and accelerate do, that is what the mixin's `super().forward` calls.
     """
     cls: Any = type(module)
-    if "forward" in vars(module):
+    if has_own_forward(module):
         module._instance_forward = vars(module).pop("forward")
         cls = _subclass(_InstanceForward, cls)
     module.__class__ = _subclass(mixin, cls)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a `forward` is set on the instance."""
+    return "forward" in vars(module)
 
 
 class _InstanceForward(nn.Module):
@@ -30,6 +35,25 @@ class _InstanceForward(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._instance_forward(*args, **kwargs)
+
+
+class FastForward(nn.Module):
+    """Mixin for modules with a faster forward than that of their class: `fast`, which is the one that was set on the
+    instance unless a subclass has another."""
+
+    plain: bool = False
+    """Compute by the class's own forward."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.own(*args, **kwargs) if self.plain else self.fast(*args, **kwargs)
+
+    def fast(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+    def own(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the module's class, without one that was set on the instance."""
+        after = _InstanceForward if isinstance(self, _InstanceForward) else FastForward
+        return super(after, self).forward(*args, **kwargs)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ draws a mask for each.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from transformers.pytorch_utils import Conv1D
 
 from distft import upstream_api
 from distft.kernels.dora import Scaled, row_norms
+from distft.kernels.liger import use_plain_kernels
 from distft.kernels.lora import LoraLinears, LoraMlp, Origin, Spec, TiledLoraMlp
-from distft.kernels.subclass import subclass_in_place
+from distft.kernels.subclass import FastForward, subclass_in_place
 from distft.models.architectures import QKV, GatedMlp, gated_mlp, is_pre_norm
 from distft.models.experts import Experts
 
@@ -84,15 +86,26 @@ def fused_linears(model: nn.Module) -> tuple[int, int]:
 
 
 def use_plain_modules(model: nn.Module, plain: bool = True) -> None:
-    """Let PEFT's own modules compute what `fuse` has fused, or the fused nodes again."""
-    for module in model.modules():
-        if isinstance(module, FusedLinear | FusedMLP | Experts):
-            module.plain = plain
+    """Let the modules of PEFT and transformers compute what `fuse` and `use_fast_kernels` have replaced, or the fused
+    nodes and kernels again."""
+    use_plain_kernels(model, plain)
+    for module in _replaced(model):
+        module.plain = plain
 
 
 def uses_plain_modules(model: nn.Module) -> bool:
     """Whether `use_plain_modules` is in effect."""
-    return any(module.plain for module in model.modules() if isinstance(module, FusedLinear | FusedMLP | Experts))
+    return any(module.plain for module in _replaced(model))
+
+
+def has_plain_modules(model: nn.Module) -> bool:
+    """Whether `use_plain_modules` makes a difference."""
+    return any(True for _ in _replaced(model))
+
+
+def _replaced(model: nn.Module) -> Iterator[Any]:
+    kinds = FusedLinear | FusedMLP | Experts | FastForward
+    yield from (module for module in model.modules() if isinstance(module, kinds))
 
 
 def keeps_int8_products(model: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from distft.connection import cache_if_unreachable
 from distft.data.named_templates import OWN, use_template
 from distft.distributed.strategies import Strategy
 from distft.errors import ModelError
-from distft.kernels.liger import use_liger_kernels
+from distft.kernels.liger import use_fast_kernels
 from distft.models import attention
 from distft.models.adapter import add_adapter
 from distft.models.embeddings import add_rows, vocabulary_size
@@ -138,7 +138,7 @@ def load_model(recipe: Recipe, strategy: Strategy, loaded: Callable[[Any], None]
     base = load_base(recipe, device_map=place, attn_implementation=implementation, loaded=loaded)
     base.config.use_cache = False
     if recipe.model.kernels == "auto" and strategy.on_gpu:
-        use_liger_kernels(base)
+        use_fast_kernels(base)
     if recipe.lora is None:
         if not (recipe.updates_16_bits or strategy.updates_copies):
             base.float()  # mixed precision computes in 16 bits, and updates weights of 32

@@ -21,7 +21,7 @@ from distft.distributed.strategies import Strategy
 from distft.errors import ModelError
 from distft.models import attention
 from distft.models.adapter import freeze_adapters
-from distft.models.fused_lora import fused_linears, use_plain_modules
+from distft.models.fused_lora import fused_linears, has_plain_modules, use_plain_modules
 from distft.models.isolation import Findings, IsolationCheck, set_attention
 from distft.models.prefix import on_gpu
 from distft.models.varlen import VARLEN
@@ -40,7 +40,7 @@ class Way:
     fused: bool
 
     def __str__(self) -> str:
-        modules = "" if self.fused else " and PEFT's own modules"
+        modules = "" if self.fused else " and transformers' and PEFT's own modules"
         return f"{'packs' if self.packed else 'padded rows'} with {self.attention} attention{modules}"
 
 
@@ -87,11 +87,11 @@ def settle(model: Any, recipe: Recipe, strategy: Strategy, tokenizer: Any, lengt
 
 def ways(model: Any, recipe: Recipe, strategy: Strategy) -> Iterator[Way]:
     """The ways that the recipe allows, the best first: other attention before padding, and each with fused nodes
-    before PEFT's own modules."""
+    before the modules of transformers and PEFT."""
     now = upstream_api.attn_implementation(model.config)
     others = attention.choices(recipe, model.config, on_gpu=strategy.on_gpu)
     named = recipe.model.attn_implementation != "auto"
-    kernels = [True, False] if fused_linears(model)[0] else [True]
+    kernels = [True, False] if has_plain_modules(model) else [True]
     for packed in (True, False) if _packs(recipe) and not named else (_packs(recipe),):
         for name in [now] if named else dict.fromkeys([*others, now]):
             if packed or name != VARLEN:
