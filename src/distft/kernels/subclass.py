@@ -52,7 +52,7 @@ class FastForward(nn.Module):
 
     def own(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the module's class, without one that was set on the instance."""
-        after = _InstanceForward if isinstance(self, _InstanceForward) else FastForward
+        after: Any = _InstanceForward if isinstance(self, _InstanceForward) else FastForward
         return super(after, self).forward(*args, **kwargs)
 
 
