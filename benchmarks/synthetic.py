@@ -94,22 +94,13 @@ SHAPES = {
 
 def model(work: Path, shape: Shape) -> Path:
     """A folder under `work` with the model, with random bf16 weights (seed 0), and its tokenizer; created once."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     folder = work / f"{shape.name}-{shape.config['num_hidden_layers']}-layers"
     if folder.exists():
         return folder
     aside = folder.with_suffix(".building")
-    words = {word: number for number, word in enumerate([*_SPECIAL, *map(_word, range(3, shape.config["vocab_size"]))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
     # In a folder of its own too: next to the config of some models, transformers loads that model's tokenizer class.
     for place in (aside, aside / "tokenizer"):
-        made.save_pretrained(place)
+        word_tokenizer(place, shape.config["vocab_size"])
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         weights = shape.model()
@@ -118,6 +109,21 @@ def model(work: Path, shape: Shape) -> Path:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # leave the memory to the runs
     aside.rename(folder)
+    return folder
+
+
+def word_tokenizer(folder: Path, size: int) -> Path:
+    """Save a tokenizer with `size` entries, one for each word of `rows`; returns `folder`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate([*_SPECIAL, *map(_word, range(3, size))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    made.save_pretrained(folder)
     return folder
 
 

@@ -19,6 +19,7 @@ from distft.models.experts import Experts, fuses_experts
 from distft.models.export import merge
 from distft.models.fused_lora import use_plain_modules
 from distft.models.loading import load_model
+from distft.models.parameters import non_embedding_parameters
 from distft.models.saved_adapter import load_trained
 
 from .families import saved
@@ -117,6 +118,16 @@ def test_only_the_packed_weights_outlive_a_product(mixtral: Path) -> None:
     assert kept and max(kept) < dense
 
 
+def test_model_flops_count_the_experts_of_a_token(mixtral: Path) -> None:
+    found = [non_embedding_parameters(loaded(recipe_for(mixtral, *words))) for words in ((), (TARGETS,))]
+    plain = load_model(recipe_for(mixtral, *FOUR), choose(recipe_for(mixtral), World(), {}, Launcher()))
+    others = sum(p.numel() for name, p in plain.named_parameters() if "experts" not in name and not is_packed(p))
+    others += 2 * (2 * 32 * 32 + 2 * 16 * 32) - plain.get_input_embeddings().weight.numel()
+    of_experts, adapters = 2 * 4 * 3 * 32 * 48, 2 * 4 * 4 * (32 + 96 + 48 + 32)
+    assert found == [others + of_experts // 2, others + (of_experts + adapters) // 2]
+    assert non_embedding_parameters(plain) == found[0]
+
+
 def test_what_is_quantised_and_what_trains_is_known_before(base: Path) -> None:
     recipe = recipe_for(base, TARGETS, *FOUR)
     faults, notes, _, expected = model_faults(recipe)
@@ -170,3 +181,36 @@ def test_all_linear_says_that_experts_get_no_adapter(base: Path) -> None:
 def test_mistakes_with_experts(words: list[str], key: str, problem: str, mixtral: Path) -> None:
     (fault,) = model_faults(recipe_for(mixtral, "quantization=null", *words)).faults
     assert fault.key == key and problem in fault.problem
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [FOUR, ("quantization=null",)], ids=["4", "16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_grouped_products_on_a_gpu(dtype: str, bits: tuple[str, ...], base: Path) -> None:
+    """In bf16, the difference is no larger than that of two other ways of transformers."""
+    compute = f"quantization.bnb_4bit_compute_dtype={dtype}" if bits is FOUR else "quantization=null"
+    recipe = recipe_for(base, TARGETS, *bits, compute, f"model.dtype={dtype}", "training.bf16=false")
+    strategy = choose(recipe, World(), {}, Launcher())
+    model = load_model(recipe, strategy).cuda().eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    assert fuses_experts(model)
+    ids = IDS.cuda()
+
+    def learned() -> list[torch.Tensor]:
+        model.zero_grad()
+        out = model(input_ids=ids, labels=ids)
+        out.loss.backward()
+        grads = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad])
+        return [out.logits.detach().float(), grads]
+
+    found = learned()
+    use_plain_modules(model)
+    grouped = learned()
+    model.get_base_model().set_experts_implementation("eager")
+    eager = learned()
+    limits = [max(2 * error, 1e-5) for error in errors(grouped, eager)]
+    assert all(error < limit for error, limit in zip(errors(found, eager), limits, strict=True))
