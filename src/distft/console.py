@@ -63,6 +63,7 @@ def quiet_libraries() -> None:
     if os.environ.get(DEBUG):
         return
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel is not installed
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for each 8-bit product
     for message in (
         r".*gradient_checkpointing. is deprecated",  # TRL still sets the old name
         r".*`torch.distributed..*_tensor. is deprecated",  # DeepSpeed still calls the old name
