@@ -28,7 +28,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": gelu,
 }
 """Activations of gated MLPs, by the name that the kernels have for them."""
-_KINDS = {name: number for number, name in enumerate(ACTIVATIONS)}
+KINDS = {name: number for number, name in enumerate(ACTIVATIONS)}
+"""By what number the kernels know them."""
 
 
 def on_triton(tensor: torch.Tensor) -> bool:
@@ -81,7 +82,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor
         return ACTIVATIONS[activation](gate) * up
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     grid, layout = _rows(gate)
-    _gated[grid](gate, up, out, *layout, ELEMENTS=_ELEMENTS, KIND=_KINDS[activation], num_warps=8)
+    _gated[grid](gate, up, out, *layout, ELEMENTS=_ELEMENTS, KIND=KINDS[activation], num_warps=8)
     return out
 
 
@@ -100,7 +101,7 @@ def gated_backward(
         (grad_gate,) = torch.autograd.grad(act, x, grad * up)
         return grad_gate, grad * act.detach(), act.detach() * up
     grid, layout = _rows(gate)
-    _gated_backward[grid](grad, gate, up, *layout, ELEMENTS=_ELEMENTS, KIND=_KINDS[activation], num_warps=8)
+    _gated_backward[grid](grad, gate, up, *layout, ELEMENTS=_ELEMENTS, KIND=KINDS[activation], num_warps=8)
     return gate, up, grad
 
 

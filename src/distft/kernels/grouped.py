@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from distft.kernels.elementwise import dequantize
+from distft.kernels.rows import sum_rows
 
 ALIGNMENT = 8
 """A row must be a multiple of 16 bytes: of 8 values in 16 bits."""
@@ -53,7 +54,7 @@ class Routing:
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over a token's experts, in a fixed order; adding into rows would be in a random one on a GPU."""
-        return x[self.place].view(*self.shape, -1).sum(1)
+        return sum_rows(x, self.place, self.shape[-1])
 
 
 class _Spread(torch.autograd.Function):

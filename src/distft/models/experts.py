@@ -19,6 +19,7 @@ from torch import nn
 
 from distft import upstream_api
 from distft.kernels.elementwise import dequantize
+from distft.kernels.gates import Gate, ScaledGate, recognised
 from distft.kernels.grouped import ALIGNMENT, FrozenProduct, Routing, is_available, low_rank_product
 from distft.kernels.subclass import subclass_in_place
 
@@ -55,6 +56,7 @@ def fuse_experts(model: nn.Module) -> None:
         if _fits(module):
             _extend(module)
             module.fused = True  # type: ignore[assignment]
+            module.gate = _gate_of(module)  # type: ignore[assignment]
     adapt_experts(model)
 
 
@@ -95,6 +97,13 @@ def _fits(module: nn.Module) -> bool:
     return all(size % ALIGNMENT == 0 for shape in shapes for size in shape[1:])
 
 
+def _gate_of(module: Any) -> Gate | None:
+    """The module's gated activation, if the kernels have it and a bias before it is not trained."""
+    if not module.has_gate or (module.has_bias and module.gate_up_proj_bias.requires_grad):
+        return None
+    return recognised(upstream_api.expert_gate(module), *(getattr(module, name, None) for name in ("alpha", "limit")))
+
+
 @dataclass(frozen=True)
 class Adapter:
     """The factors of one weight's adapter: `a` [E, r, in] and `b` [E, out, r]. The weight is [E, out, in], or
@@ -121,6 +130,8 @@ class Experts(nn.Module):
     """The adapters of weights, for the duration of a forward."""
     fused: bool = False
     """Compute in grouped products."""
+    gate: Gate | None = None
+    """The gated activation, if the kernels have it."""
     plain: bool = False
     """Leave the computation to transformers' and PEFT's modules."""
     num_experts: Any
@@ -170,11 +181,19 @@ class Experts(nn.Module):
         scores; but the scores weight the inner activation, which is smaller than the output."""
         first = "gate_up_proj" if self.has_gate else "up_proj"
         routing, dtype = Routing(experts, self.num_experts), self._computing(first, x.device.type)
-        inner = self._product(first, routing.spread(x.to(dtype)), routing)
-        inner = upstream_api.expert_gate(self)(inner) if self.has_gate else self.act_fn(inner)
-        weights = routing.sorted(scores)
-        out = self._product("down_proj", (inner * weights).to(dtype), routing, weights)
-        return routing.collect(out).to(x.dtype)
+        inner, weights = self._product(first, routing.spread(x.to(dtype)), routing), routing.sorted(scores)
+        biases = [getattr(self, f"{name}_bias") if self.has_bias else None for name in (first, "down_proj")]
+        if self.gate is not None:
+            inner = ScaledGate.apply(inner, weights, self.gate, biases[0], routing.expert_of)  # type: ignore[no-untyped-call]
+        else:
+            inner = inner if biases[0] is None else inner + biases[0][routing.expert_of].to(inner.dtype)
+            inner = upstream_api.expert_gate(self)(inner) if self.has_gate else self.act_fn(inner)
+            inner = (inner * weights).to(dtype)
+        out = routing.collect(self._product("down_proj", inner, routing))
+        if biases[1] is not None:
+            shares = scores.new_zeros(len(x), self.num_experts).scatter(1, experts, scores)
+            out = out + (shares.to(dtype) @ biases[1].to(dtype)).to(out.dtype)
+        return out.to(x.dtype)
 
     def _computing(self, name: str, device: str) -> torch.dtype:
         """The type of products: that of the weights, or of autocast."""
@@ -184,15 +203,12 @@ class Experts(nn.Module):
         dtype: torch.dtype = owner.dtype
         return dtype
 
-    def _product(self, name: str, x: torch.Tensor, routing: Routing, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """W x + bias for each row of x [S, in] with its expert's weights. `scale` [S, 1] is in x already."""
+    def _product(self, name: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """W x for each row of x [S, in] with its expert's weights."""
         weight, state, adapter = self._packed(name), self.states.get(name), self.adapters.get(name)
         out: torch.Tensor = FrozenProduct.apply(x, weight, state, self.is_transposed, routing.ends)  # type: ignore[no-untyped-call]
         if adapter is not None:
             out = out + low_rank_product(x, adapter.a, adapter.b, adapter.scaling, routing.ends)
-        if self.has_bias:
-            bias = getattr(self, f"{name}_bias")[routing.expert_of]
-            out = out + (bias if scale is None else bias * scale).to(out.dtype)
         return out
 
 
