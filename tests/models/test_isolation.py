@@ -51,15 +51,31 @@ def test_samples_that_see_each_other_in_packs_are_found(family: str, precision: 
     assert check.findings(PADDED, WRONG[family]).fault is None
 
 
-def test_an_attention_that_omits_a_feature_is_found() -> None:
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_attention_that_omits_a_feature_is_found(precision: torch.dtype | None) -> None:
+    """In 16 bits too, where a router sends single tokens elsewhere by rounding."""
+
     def without_sinks(*args: Any, s_aux: Any = None, **kwargs: Any) -> Any:
         return sdpa_attention_forward(*args, **kwargs)
 
     AttentionInterface.register("without_sinks", without_sinks)
-    check = IsolationCheck(adapted(small_model("gpt_oss"), exclude_modules=["router"]))
+    model = small_model("gpt_oss").to(precision or torch.float32)
+    check = IsolationCheck(adapted(model, exclude_modules=["router"]), precision=precision)
     assert check.findings(PADDED, "eager").fault is None
     fault = check.findings(PADDED, "without_sinks").fault
     assert fault is not None and "differ by" in fault and "from those of each alone" in fault
+
+
+def test_what_rounding_hides_in_the_logits_shows_in_a_part_of_the_gradient() -> None:
+    def scaled(*args: Any, scaling: float, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(*args, scaling=1.1 * scaling, **kwargs)
+
+    AttentionInterface.register("scaled", scaled)
+    AttentionMaskInterface.register("scaled", sdpa_mask)
+    check = IsolationCheck(adapted(small_model("mistral").bfloat16()), precision=torch.bfloat16)
+    assert check.findings(PACKS, "sdpa").fault is None
+    fault = check.findings(PACKS, "scaled").fault
+    assert fault is not None and "gradient" in fault and "_proj" in fault
 
 
 def windowed(width: int | None) -> Any:
