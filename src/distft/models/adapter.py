@@ -12,7 +12,7 @@ from transformers import set_seed
 from distft.config.recipe import Recipe
 from distft.distributed.strategies import Strategy
 from distft.models.embeddings import train_new_rows
-from distft.models.experts import adapt_experts, fuse_experts
+from distft.models.experts import adapt_experts, fuse_experts, seen_dense
 from distft.models.fused_lora import fuse
 from distft.models.targets import unsuitable, without_unsuitable
 
@@ -28,7 +28,8 @@ def add_adapter(
     set_seed(recipe.run.seed)  # loading the base may have drawn random numbers on some ranks and not on others
     lora = without_unsuitable(train_new_rows(recipe.lora, base, known_rows, new_tokens), base)
     config = LoraConfig(task_type="CAUSAL_LM", **lora)
-    model = get_peft_model(base, config, autocast_adapter_dtype=not strategy.keeps_adapter_in_base_dtype(recipe))
+    with seen_dense(base):
+        model = get_peft_model(base, config, autocast_adapter_dtype=not strategy.keeps_adapter_in_base_dtype(recipe))
     head = model.get_output_embeddings()
     if head is not None and not hasattr(head, "bias"):
         head.bias = None  # PEFT's wrapper for single rows has none, and TRL's fused head reads it

@@ -42,12 +42,25 @@ def dequantize_experts(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Unpack the weights of all experts in `model` that have 4 bits."""
     module: Any
     for module in model.modules():
-        if isinstance(module, Experts) and module.states:
-            dense = {name: getattr(module, name) for name in module.states}
-            module.states = {}
+        if isinstance(module, Experts):
+            dense, module.states = {name: module.dense(name) for name in module.states}, {}
             for name, weight in dense.items():
                 weight = weight if dtype is None else weight.to(dtype)
                 setattr(module, name, nn.Parameter(weight, requires_grad=False))
+
+
+@contextmanager
+def seen_dense(model: nn.Module) -> Iterator[None]:
+    """Let the packed weights of experts read as dense ones: PEFT looks at a weight's shape to put an adapter on it.
+    FSDP2 reads the same attributes, and means the parameters as they are."""
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    for module in experts:
+        module.reads_dense = True
+    try:
+        yield
+    finally:
+        for module in experts:
+            module.reads_dense = False
 
 
 def fuse_experts(model: nn.Module) -> None:
@@ -134,6 +147,8 @@ class Experts(nn.Module):
     """The gated activation, if the kernels have it."""
     plain: bool = False
     """Leave the computation to transformers' and PEFT's modules."""
+    reads_dense: bool = False
+    """Whether packed weights read as dense ones."""
     num_experts: Any
     has_gate: Any
     has_bias: Any
@@ -142,16 +157,13 @@ class Experts(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
-        if name not in self.states:  # whose own name is found without this method
-            return value
-        with torch.no_grad():
-            return dequantize(value, self.states[name], self.states[name].dtype)
+        return self.dense(name) if self.reads_dense and name in self.states else value
 
-    def _packed(self, name: str) -> torch.Tensor:
-        """The parameter as it is."""
+    def dense(self, name: str) -> torch.Tensor:
+        """The weight `name`, dequantised if it is packed."""
         weight: Any = super().__getattr__(name)
-        packed: torch.Tensor = weight
-        return packed
+        with torch.no_grad():
+            return dequantize(weight, self.states[name], self.states[name].dtype) if name in self.states else weight
 
     def forward(self, x: torch.Tensor, *routing: Any, **named: Any) -> torch.Tensor:
         out: torch.Tensor
@@ -167,7 +179,7 @@ class Experts(nn.Module):
         """Dense weights with their adapters, computed once, in place of the parameters."""
         whole = {}
         for name in {**self.states, **self.adapters}:
-            weight, adapter = getattr(self, name), self.adapters.get(name)
+            weight, adapter = self.dense(name), self.adapters.get(name)
             whole[name] = weight if adapter is None else adapter.added_to(weight)
         vars(self).update(whole)
         try:
@@ -199,13 +211,13 @@ class Experts(nn.Module):
         """The type of products: that of the weights, or of autocast."""
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
-        owner: Any = self.states.get(name, self._packed(name))
+        owner: Any = self.states.get(name, getattr(self, name))
         dtype: torch.dtype = owner.dtype
         return dtype
 
     def _product(self, name: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """W x for each row of x [S, in] with its expert's weights."""
-        weight, state, adapter = self._packed(name), self.states.get(name), self.adapters.get(name)
+        weight, state, adapter = getattr(self, name), self.states.get(name), self.adapters.get(name)
         out: torch.Tensor = FrozenProduct.apply(x, weight, state, self.is_transposed, routing.ends)  # type: ignore[no-untyped-call]
         if adapter is not None:
             out = out + low_rank_product(x, adapter.a, adapter.b, adapter.scaling, routing.ends)

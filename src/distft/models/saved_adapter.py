@@ -23,7 +23,7 @@ from distft.config.recipe import Recipe
 from distft.console import say
 from distft.errors import ModelError
 from distft.models.digest import digest
-from distft.models.experts import adapt_experts
+from distft.models.experts import adapt_experts, seen_dense
 from distft.models.generation import read_stop_tokens
 from distft.models.loading import load_base, model_path, of_whole_model
 from distft.text import count, shorten
@@ -84,7 +84,7 @@ class SavedAdapter:
         read_stop_tokens(base, self.folder)
         rows = base.get_input_embeddings().weight.shape[0]
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), seen_dense(base):
                 warnings.simplefilter("ignore")  # about what is checked here
                 model = cls(base, self.config, "default")
                 adapt_experts(model)
