@@ -116,5 +116,5 @@ def low_rank_product(
     missing = -a.shape[1] % ALIGNMENT
     if missing:
         a, b = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
-    low = functional.grouped_mm(x, a.to(x.dtype).transpose(-2, -1), offs=ends)
-    return scaling * functional.grouped_mm(low, b.to(x.dtype).contiguous().transpose(-2, -1), offs=ends)
+    low = scaling * functional.grouped_mm(x, a.to(x.dtype).transpose(-2, -1), offs=ends)  # smaller than the result
+    return functional.grouped_mm(low, b.to(x.dtype).contiguous().transpose(-2, -1), offs=ends)

@@ -220,7 +220,7 @@ class Experts(nn.Module):
         weight, state, adapter = getattr(self, name), self.states.get(name), self.adapters.get(name)
         out: torch.Tensor = FrozenProduct.apply(x, weight, state, self.is_transposed, routing.ends)  # type: ignore[no-untyped-call]
         if adapter is not None:
-            out = out + low_rank_product(x, adapter.a, adapter.b, adapter.scaling, routing.ends)
+            out += low_rank_product(x, adapter.a, adapter.b, adapter.scaling, routing.ends)
         return out
 
 
