@@ -162,18 +162,35 @@ def test_a_quantisation_that_misses_the_experts_must_be_asked_for(mixtral: Path)
         assert "mlp.experts.gate_up_proj, mlp.experts.down_proj" in asked.expected.lines(recipe_for(mixtral, *bits))[1]
 
 
-def test_all_linear_says_that_experts_get_no_adapter(base: Path) -> None:
-    (note,) = model_faults(recipe_for(base, "lora.target_modules=all-linear", "quantization=null")).notes
-    assert "puts no adapter on experts" in note
-    assert "lora.target_parameters=[mlp.experts.down_proj, mlp.experts.gate_up_proj]" in note
+def test_all_linear_says_whether_experts_get_an_adapter(base: Path) -> None:
+    words = ("lora.target_modules=all-linear", "quantization=null")
+    found = model_faults(recipe_for(base, *words))
+    (note,), model = (
+        found.notes,
+        load_model(recipe_for(base, *words), choose(recipe_for(base), World(), {}, Launcher())),
+    )
+    assert found.expected is not None
+    found.expected.require(model)
+    theirs = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and "lora_" in name)
+    if theirs:
+        assert f"adapts experts, too: {theirs:,} trained parameters are theirs" in note
+    else:
+        assert "puts no adapter on experts" in note
+        assert "lora.target_parameters=[mlp.experts.down_proj, mlp.experts.gate_up_proj]" in note
+    assert bool(theirs) == (base.name != "gpt_oss")
 
 
 @pytest.mark.parametrize(
     ("words", "key", "problem"),
     [
         (["lora.target_parameters=[mlp.experts.up_gate_proj]"], "lora.target_parameters", "matches no parameter"),
-        ([TARGETS, "lora.lora_dropout=0.1"], "lora.lora_dropout", "adapters on parameters"),
-        ([TARGETS, "lora.use_dora=true"], "lora.use_dora", "adapters on parameters"),
+        ([TARGETS, "lora.lora_dropout=0.1"], "lora.lora_dropout", "adapters on the parameters of experts"),
+        ([TARGETS, "lora.use_dora=true"], "lora.use_dora", "adapters on the parameters of experts"),
+        (
+            ["lora.target_modules=all-linear", "lora.lora_dropout=0.1"],
+            "lora.lora_dropout",
+            "adapters on the parameters",
+        ),
         ([TARGETS, "strategy=zero3"], "lora.target_parameters", "ZeRO-3 gathers a weight when its module is called"),
         (["model.name=tiny", "model.experts_implementation=eager"], "model.experts_implementation", "has no experts"),
     ],

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from peft.tuners.lora import ParamWrapper
+
 from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.config.validation import nearest
@@ -116,7 +118,7 @@ def model_faults(recipe: Recipe, *, local_only: bool = True) -> ModelFindings:
     trainable = sum(size for size, trained in sizes if trained)
     if weights is None:
         return ModelFindings(faults, notes, skipped)
-    of_experts = expert_notes(recipe, weights)
+    of_experts = expert_notes(recipe, weights, skeleton.model)
     is_quantized = recipe.quantization is not None and recipe.quantization.is_quantized
     expected = Expected(trainable, sum(size for size, _ in sizes), weights if is_quantized else None, of_experts)
     return ModelFindings(faults, [*notes, *of_experts], skipped, expected)
@@ -188,13 +190,22 @@ def experts_faults(recipe: Recipe, skeleton: Skeleton) -> list[Fault]:
     return [_fault(recipe, "experts_implementation", problem, "set it to auto")]
 
 
-def expert_notes(recipe: Recipe, weights: LinearWeights) -> list[str]:
-    """What `all-linear` does not say: that experts, which are no linears, get no adapter."""
+def expert_notes(recipe: Recipe, weights: LinearWeights, model: Any) -> list[str]:
+    """What `all-linear` does to experts, which are no linears: PEFT adapts those of some architectures all the same.
+    `model` has the adapter."""
     lora = recipe.lora
-    if lora is None or lora.get("target_modules") != "all-linear" or lora.get("target_parameters"):
+    if (
+        not weights.experts
+        or lora is None
+        or lora.get("target_modules") != "all-linear"
+        or lora.get("target_parameters")
+    ):
         return []
-    if not weights.experts:
-        return []
+    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper) and module.num_experts > 1]
+    if wrappers:
+        parts = (part for module in wrappers for part in (module.lora_A, module.lora_B))
+        found = sum(parameter.numel() for part in parts for parameter in part.parameters())
+        return [f"lora.target_modules=all-linear adapts experts, too: {found:,} trained parameters are theirs"]
     names = ", ".join(sorted(weights.experts))
     return [
         f"lora.target_modules=all-linear puts no adapter on experts, which hold {weights.in_experts:.0%} of the linear "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -59,6 +60,10 @@ def _refused_by_peft(recipe: Recipe, skeleton: Skeleton, error: Exception) -> Fa
     if found := re.match(r"Target module (\w+).*not supported", text):
         hint = f"use any of {', '.join(_linears(skeleton.model))}, or all-linear"
         return _fault(recipe, "target_modules", f"an adapter cannot be put on a whole {found[1]}", hint)
+    if found := re.match(r"lora\.ParamWrapper does not work with (\w+)", text):
+        off = "0" if found[1] == "lora_dropout" else "false"
+        hint = f"set it to {off}, or adapt linears only: lora.target_modules=[{', '.join(_linears(skeleton.model))}]"
+        return _fault(recipe, found[1], "adapters on the parameters of experts work without it only", hint)
     key = next((key for key in recipe.lora or {} if f"`{key}`" in text or f"{key}=" in text), "")
     where = f"lora.{key}" if key else "lora"
     return Fault(recipe.source.of(where), where, f"PEFT does not accept it: {text}")
@@ -116,20 +121,10 @@ class _Names:
         return nearest(name, self.linears) or f"use any of {', '.join(self.linears)}, or all-linear"
 
     def _target_parameters(self) -> Iterator[Fault]:
-        matched = False
         for entry in self.lora.get("target_parameters") or []:
-            if any(ends_with(name, entry) for name in self.parameters):
-                matched = True
-                continue
-            near = nearest(entry, self.parameters) or nearest(entry, map(_leaf, self.parameters))
-            yield _fault(self.recipe, "target_parameters", self._nothing("parameter", entry), near)
-        if matched and (kind := STRATEGIES[self.recipe.strategy]).gathers_in_submodules:
-            problem = f"{kind.title} gathers a weight when its module is called, and adapters on parameters call none"
-            yield _fault(self.recipe, "target_parameters", problem, "strategy=fsdp or zero2, or target_modules alone")
-        for key in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out"):
-            if matched and self.lora.get(key):
-                problem = "adapters on parameters (lora.target_parameters) work without it only"
-                yield _fault(self.recipe, key, problem, f"set it to {0 if key == 'lora_dropout' else 'false'}")
+            if not any(ends_with(name, entry) for name in self.parameters):
+                near = nearest(entry, self.parameters) or nearest(entry, map(_leaf, self.parameters))
+                yield _fault(self.recipe, "target_parameters", self._nothing("parameter", entry), near)
 
     def _patterns(self) -> Iterator[Fault]:
         for key, kinds in (("rank_pattern", int), ("alpha_pattern", (int, float))):
@@ -205,6 +200,11 @@ def _adapted_faults(recipe: Recipe, model: PeftModel) -> Iterator[Fault]:
     ranks = {lora.get("r", 8), *(value for value in (lora.get("rank_pattern") or {}).values())}
     if lora.get("init_lora_weights") == "orthogonal" and any(isinstance(rank, int) and rank % 2 for rank in ranks):
         yield _fault(recipe, "init_lora_weights", "orthogonal needs even ranks", "set lora.r to an even number")
+    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    if wrappers and (kind := STRATEGIES[recipe.strategy]).gathers_in_submodules:
+        key = "target_parameters" if lora.get("target_parameters") else "target_modules"
+        problem = f"{kind.title} gathers a weight when its module is called, and adapters on parameters call none"
+        yield _fault(recipe, key, problem, "strategy=fsdp or zero2, or adapt linears only")
     yield from _quantized_faults(recipe, model)
     yield from _initialisation_faults(recipe)
     yield from _embedding_faults(recipe, model)
