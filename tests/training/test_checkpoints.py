@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distft.config.recipe import load_recipe
 from distft.distributed.strategies.single import Single
@@ -18,6 +18,7 @@ from distft.distributed.world import World
 from distft.errors import InvariantError
 from distft.runs.folder import RunFolder
 from distft.training.checkpoints import save_result
+from tests.models.families import small_model
 
 SINGLE = Single(World(), False, "single")
 
@@ -64,6 +65,16 @@ def test_what_was_trained_is_saved(case: Case) -> None:
     _, save, file, count = case
     assert save() == file.parent
     assert len(load_file(file)) == count
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_whole_mixture_of_experts_is_saved_under_the_names_of_the_hub(family: str, tmp_path: Path) -> None:
+    recipe = load_recipe(["recipe=tiny", "strategy=single", "quantization=null", "lora=null", "model.dtype=float32"])
+    model = small_model(family)
+    saved = save_result(model, recipe, SINGLE, RunFolder(tmp_path))
+    again = AutoModelForCausalLM.from_pretrained(saved)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_a_byte_that_differs_on_disk_is_found(case: Case) -> None:
