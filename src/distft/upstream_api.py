@@ -94,6 +94,12 @@ def has_standard_experts(module: Any) -> bool:
     return hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "has_bias")
 
 
+def experts_implementation(config: Any) -> str:
+    """The implementation of experts that a model with this configuration runs."""
+    checked("_experts_implementation")
+    return str(config._experts_implementation)
+
+
 def expert_gate(module: Any) -> Callable[[Any], Any]:
     """The gated activation of such a module: [rows, 2 · inner] → [rows, inner]."""
     gate: Callable[[Any], Any] = module._apply_gate

@@ -145,6 +145,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "record which attention the model was loaded with",
         source=r"def _attn_implementation\(self\)|self\._attn_implementation\b",
     ),
+    _config(
+        "_experts_implementation",
+        "attribute",
+        "compute experts one by one in the check of micro-batches, and again as before",
+        source=r"def _experts_implementation\(self\)|self\._experts_implementation\b",
+    ),
     _model("_can_set_attn_implementation", "call", "know which models have attention of their own"),
     _model("_supports_sdpa", "call", "choose an attention implementation"),
     _model("_supports_flex_attn", "call", "choose an attention implementation"),

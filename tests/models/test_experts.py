@@ -9,15 +9,18 @@ import pytest
 import torch
 
 from distft.config.recipe import Recipe, load_recipe
+from distft.data.loader import Collator
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import choose
 from distft.distributed.tensors import is_packed
 from distft.distributed.world import World
 from distft.errors import InvariantError
+from distft.kernels.grouped import Routing
 from distft.models.checks import model_faults
 from distft.models.experts import Experts, fuses_experts
 from distft.models.export import merge
 from distft.models.fused_lora import use_plain_modules
+from distft.models.isolation import IsolationCheck
 from distft.models.loading import load_model
 from distft.models.parameters import non_embedding_parameters
 from distft.models.saved_adapter import load_trained
@@ -116,6 +119,20 @@ def test_only_the_packed_weights_outlive_a_product(mixtral: Path) -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(input_ids=IDS, labels=IDS)
     assert kept and max(kept) < dense
+
+
+@pytest.mark.parametrize("wrong", ["sum", "sorted"])
+def test_the_check_before_step_1_finds_grouped_products_that_are_wrong(
+    wrong: str, mixtral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = IsolationCheck(loaded(recipe_for(mixtral, TARGETS, *FOUR)))
+    packs, right = Collator(0, packed=True), getattr(Routing, wrong)
+    assert check.findings(packs, "sdpa").fault is None
+    monkeypatch.setattr(Routing, wrong, lambda routing, x: right(routing, x) * 1.01)
+    fault = check.findings(packs, "sdpa").fault
+    assert fault is not None and "alone" in fault
+    assert check.findings(packs, "sdpa", plain=True).fault is None
+    assert check._model.get_base_model().config._experts_implementation == "grouped_mm"
 
 
 def test_model_flops_count_the_experts_of_a_token(mixtral: Path) -> None:

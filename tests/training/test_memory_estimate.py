@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 from distft.config.recipe import Recipe, load_recipe
 from distft.distributed.strategies import Strategy, strategy_for
@@ -76,3 +76,24 @@ def test_checkpointing_and_the_optimizer_count(llama: Path) -> None:
 
     assert size("training.gradient_checkpointing=false") > 1.5 * size()
     assert size("training.optim=paged_adamw_32bit") < size("training.optim=adamw_8bit") < size()
+
+
+def test_experts_count_with_their_bits_and_adapters(tmp_path: Path) -> None:
+    """30.5 billion parameters, of which experts have 29."""
+    Qwen3MoeConfig(hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=48, num_experts=128).save_pretrained(
+        tmp_path
+    )
+    words = ["recipe=single_qlora", f"model.name={tmp_path}", "lora.lora_dropout=0", "lora.target_modules=[q_proj]"]
+    shape = Shape.of(load_recipe(words))
+    of_experts = 48 * 128 * 3 * 2048 * 768
+    assert sum(number * i * o for _, number, i, o in shape.experts) == of_experts
+
+    def size(*overrides: str) -> int:
+        recipe = load_recipe([*words, *overrides])
+        return device_bytes(recipe, shape, on(1, recipe), 1, 1024)
+
+    saved = size("quantization.experts=false") - size()
+    assert saved == pytest.approx(of_experts * (2 - 0.516), rel=0.05)
+    names = "lora.target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]"
+    trained = 48 * 128 * 8 * (2048 + 1536 + 768 + 2048)
+    assert size(names) - size() == pytest.approx(trained * 8, rel=0.01)  # the optimizer is paged

@@ -89,6 +89,21 @@ def fuses_experts(model: nn.Module) -> bool:
     return any(isinstance(module, Experts) and module.fused and not module.plain for module in model.modules())
 
 
+@contextmanager
+def eager_experts(model: Any) -> Iterator[None]:
+    """Let transformers compute experts one by one, where they are not computed in grouped products of `Experts`."""
+    if not any(map(upstream_api.has_standard_experts, model.modules())):
+        yield
+        return
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = upstream_api.experts_implementation(base.config)
+    base.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        base.set_experts_implementation(before)
+
+
 def _extend(module: nn.Module) -> None:
     if not isinstance(module, Experts):
         subclass_in_place(module, Experts)

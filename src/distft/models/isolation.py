@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig
 
 from distft import upstream_api
 from distft.errors import ModelError
+from distft.models.experts import eager_experts
 from distft.models.fused_lora import use_plain_modules, uses_plain_modules
 from distft.models.prefix import first_layers
 from distft.text import first_line
@@ -281,12 +282,14 @@ def _finite(error: torch.Tensor) -> float:
 
 @contextmanager
 def _plain(model: Any) -> Iterator[None]:
-    """The model by its plain modules: eager attention, if it is exchangeable, and PEFT's own linears."""
+    """The model by its plain modules: eager attention, if it is exchangeable, experts one by one, and PEFT's own
+    linears."""
     attention, before = upstream_api.attn_implementation(model.config), uses_plain_modules(model)
     set_attention(model, "eager")
     use_plain_modules(model)
     try:
-        yield
+        with eager_experts(model):
+            yield
     finally:
         use_plain_modules(model, before)
         set_attention(model, attention)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distft.config.recipe import Recipe
 from distft.distributed.strategies import Strategy, strategy_for
 from distft.hardware import GIB
+from distft.models.experts import expert_weights
 from distft.models.loading import model_path
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -24,14 +25,15 @@ _FIXED = GIB
 class Shape:
     """The sizes of a base model that decide its memory.
 
-    `linears` has the name, inputs and outputs of every linear layer except the output head. `parameters` counts all,
-    including the head and the embeddings.
+    `linears` has the name, inputs and outputs of every linear layer except the output head, and `experts` the name,
+    number, rows and columns of every weight of experts. `parameters` counts all, including the head and the embeddings.
     """
 
     parameters: int
     linears: tuple[tuple[str, int, int], ...]
     layers: int
     hidden_size: int
+    experts: tuple[tuple[str, int, int, int], ...] = ()
 
     @classmethod
     def of(cls, recipe: Recipe) -> Shape:
@@ -48,13 +50,21 @@ class Shape:
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and module is not head
         )
+        experts = tuple(
+            (name, *weight.shape) for module in model.modules() for name, weight in expert_weights(module).items()
+        )
         text = config.get_text_config()
-        return cls(model.num_parameters(), linears, text.num_hidden_layers, text.hidden_size)
+        return cls(model.num_parameters(), linears, text.num_hidden_layers, text.hidden_size, experts)
 
     def adapter(self, lora: dict[str, Any]) -> int:
         """Return the number of parameters of a LoRA adapter."""
         targets, rank = lora.get("target_modules"), lora.get("r", 8)
-        return sum(rank * (i + o) for name, i, o in self.linears if targets == "all-linear" or name in (targets or ()))
+        linears: int = sum(
+            rank * (i + o) for name, i, o in self.linears if targets == "all-linear" or name in (targets or ())
+        )
+        named = {target.rpartition(".")[2] for target in lora.get("target_parameters") or ()}
+        of_experts: int = sum(number * rank * (i + o) for name, number, i, o in self.experts if name in named)
+        return linears + of_experts
 
 
 def device_bytes(recipe: Recipe, shape: Shape, strategy: Strategy, micro_batch: int, tokens: int) -> int:
@@ -72,14 +82,17 @@ def device_bytes(recipe: Recipe, shape: Shape, strategy: Strategy, micro_batch: 
     world, width = strategy.world.world_size, _BYTES[recipe.model.dtype]
     if recipe.lora is None and not recipe.updates_16_bits:
         width = 4
-    linear = sum(i * o for _, i, o in shape.linears)
+    matrices = [i * o for _, i, o in shape.linears]
+    if recipe.quantization is not None and recipe.quantization.experts and recipe.bits == 4:
+        matrices += [number * i * o for _, number, i, o in shape.experts]
+    linear = sum(matrices)
     double = recipe.quantization is not None and recipe.quantization.bnb_4bit_use_double_quant
     each = {4: 0.516 if double else 0.5625, 8: 1.0, 16: float(width)}[recipe.bits]
     weights = linear * each + (shape.parameters - linear) * width
     if "weights" in strategy.shards:
         weights = weights / world + 2 * weights / max(shape.layers, 1)
     elif recipe.bits == 4:
-        weights += max(i * o for _, i, o in shape.linears) * width  # one matrix at a time is unpacked
+        weights += max(matrices) * width  # one weight at a time is unpacked
 
     optimizer = str(recipe.training.get("optim", ""))
     state = 0 if "paged" in optimizer else 2 if "8bit" in optimizer else None
