@@ -28,10 +28,18 @@ def learn(model: Any, batch: dict[str, Any], precision: torch.dtype | None = Non
     return {"loss": loss.detach(), "gradient": torch.cat([part.float().flatten() for part in gradients])}
 
 
-def assert_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], error: float = 1e-5) -> None:
+def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """How far the loss, the gradient and the norm of the gradient are from the expected ones, relative to them."""
     for name, value in expected.items():
         assert value.norm() > 0, f"the {name} is zero, which tests nothing"
-        assert (found[name] - value).norm() <= error * value.norm(), name
+    off = {name: ((found[name] - value).norm() / value.norm()).item() for name, value in expected.items()}
+    norms = [each["gradient"].norm().item() for each in (found, expected)]
+    return {**off, "gradient norm": abs(norms[0] / norms[1] - 1)}
+
+
+def assert_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    off = errors(found, expected)
+    assert max(off.values()) <= 1e-5, off
 
 
 def trained(outcome: Outcome) -> Any:

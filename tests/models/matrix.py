@@ -183,17 +183,22 @@ def _settled(family: str, model: Any, recipe: Recipe) -> Outcome:
     return Outcome(family, facts["attn_implementation"], packed, "; ".join(why), fused, model)
 
 
-def reference_of(model: Any) -> Any:
-    """A copy of `model` by plain modules: eager attention where it can be exchanged, and PEFT's own linears.
-
-    It computes in fp32 with the values that the weights of `model` have.
-    """
+def plain_copy(model: Any) -> Any:
+    """A copy of `model` by plain modules: eager attention where it can be exchanged, and PEFT's own linears."""
     plain = copy.deepcopy(model)
     use_plain_modules(plain)
     set_attention(plain, "eager")
+    return plain
+
+
+def reference_of(model: Any) -> Any:
+    """A plain copy of `model` that computes in fp32 with the values that the weights of `model` have."""
+    plain = plain_copy(model)
     for module in plain.modules():
         if hasattr(module, "compute_dtype"):  # of bitsandbytes, with weights in 4 bits
             module.compute_dtype = torch.float32
+        for state in vars(module).get("states", {}).values():  # of packed experts
+            state.dtype = torch.float32
     for tensor in (*plain.parameters(), *plain.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()

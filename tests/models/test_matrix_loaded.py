@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from .learning import assert_alike, learn, trained
-from .matrix import FAMILIES, batch_of, outcome_as_loaded, reference_of
+from .learning import assert_alike, errors, learn, trained
+from .matrix import FAMILIES, batch_of, outcome_as_loaded, plain_copy, reference_of
 
 BF16 = ("model.dtype=bfloat16", "training.bf16=true")
 FOUR_BITS = ("quantization={load_in_4bit: true, bnb_4bit_compute_dtype: bfloat16}", *BF16)
+REFUSED_IN_4_BITS = ("mamba", "rwkv")
+"""transformers reads packed weights of these as if they were dense, or rescales them."""
+LIMITS = {"loss": 3e-3, "gradient": 0.05, "gradient norm": 1e-2}
+"""Errors relative to fp32. A model that bf16 disturbs more, as one whose tokens change their experts, may be off by
+twice what plain modules are off in bf16."""
 
 
 @pytest.mark.gpu
@@ -20,16 +25,19 @@ FOUR_BITS = ("quantization={load_in_4bit: true, bnb_4bit_compute_dtype: bfloat16
 def test_on_a_gpu_it_learns_as_padded_in_fp32(family: str, words: tuple[str, ...], tmp_path: Path) -> None:
     """The reference has the same weights, rounded or quantised, and computes in fp32: rounding is all that differs."""
     outcome = outcome_as_loaded(family, tmp_path, *words)
+    if words == FOUR_BITS and family in REFUSED_IN_4_BITS:
+        assert outcome.attention is None and "quantization=null" in outcome.why
+        return
     assert outcome.attention is not None, outcome.why
     model = trained(outcome)
     expected = learn(reference_of(model), batch_of(None))
-    found = learn(model, batch_of(outcome), torch.bfloat16)
-    assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=3e-3)
-    assert found["gradient"].norm().item() == pytest.approx(expected["gradient"].norm().item(), rel=1e-2)
-    assert_alike(found, expected, 0.1)
+    plain = errors(learn(plain_copy(model), batch_of(None), torch.bfloat16), expected)
+    found = errors(learn(model, batch_of(outcome), torch.bfloat16), expected)
+    wrong = {name: (off, plain[name]) for name, off in found.items() if off > max(LIMITS[name], 2 * plain[name])}
+    assert not wrong, (outcome.row(), wrong)
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox", "opt", "phi3", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "mixtral", "opt", "phi3"])
 def test_in_4_bits_it_learns_as_padded(family: str, tmp_path: Path) -> None:
     words = ("quantization={load_in_4bit: true, bnb_4bit_compute_dtype: float32}", "model.dtype=float32")
     outcome = outcome_as_loaded(family, tmp_path, *words)

@@ -267,7 +267,7 @@ class AdaptedWeight(nn.Module):
         elif self.disable_adapters or not active:
             out = self.base_layer(x, *args, **kwargs)
         else:
-            before = experts.adapters
+            before = dict(experts.adapters)  # the class's own mapping cannot be copied with a model
             experts.adapters = {**before, self.parameter_name: self._adapter(active[0])}
             try:
                 out = self.base_layer(x, *args, **kwargs)

@@ -153,7 +153,9 @@ def _refusal(recipe: Recipe, failed: dict[Way, str]) -> str:
     found = "; ".join(f"{way}: {fault}" for way, fault in failed.items() if way.fused)
     name, asked = recipe.model.name, recipe.model.attn_implementation
     if asked == "auto":
-        return f"distft knows no way to train {name} in which each sample is computed as if it were alone ({found})"
+        remedy = "; set quantization=null, because some layers cannot be quantised" if recipe.bits < 16 else ""
+        problem = f"distft knows no way to train {name} in which each sample is computed as if it were alone ({found})"
+        return problem + remedy
     remedy = "set model.attn_implementation=auto, which finds what is right"
     if _packs(recipe):
         remedy += ", or batching.micro_batch_tokens=null, which pads"
