@@ -43,11 +43,13 @@ EXPECTED = {
     "gpt_oss": VARLEN,  # sinks and windows
     "mistral": VARLEN,  # a window
     "gemma3_text": VARLEN,
-    "deepseek_v3": VARLEN,  # values of another size
-    "minicpm3": VARLEN,
+    "minicpm3": VARLEN,  # values of another size
+    "youtu": VARLEN,
     "phi": VARLEN,  # LayerNorm, which returns fp32 under autocast
     "starcoder2": VARLEN,
     "gpt_neox": VARLEN,
+    "nemotron": VARLEN,  # layers that pass no boundaries on
+    "stablelm": VARLEN,
     "gemma2": FLEX,  # soft-capping
 }
 
@@ -90,8 +92,8 @@ def test_packs_learn_as_padded_rows_by_plain_modules(family: str, bits: str, fol
     if bits == "bf16":
         reference = reference.float()
     expected, theirs = learn(reference, PADDED(rows()), None if bits == "bf16" else torch.bfloat16)
-    assert abs(loss / expected - 1) < 3e-3
-    assert (gradient - theirs).norm() <= 5e-2 * theirs.norm()
+    errors = float(loss / expected - 1), float((gradient - theirs).norm() / theirs.norm())
+    assert abs(errors[0]) < 3e-3 and errors[1] < 5e-2, (errors, found.facts)
 
 
 def rows() -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from distft.data.loader import Collator
 from distft.models.isolation import IsolationCheck
-from distft.models.prefix import shortened
+from distft.models.prefix import quant_states, shortened
 
 from .families import adapted, small_model
 
@@ -29,6 +29,14 @@ def test_it_has_one_layer_of_each_kind(family: str, kept: int) -> None:
     assert not any(id(parameter) in theirs for parameter in short.parameters())
     found = IsolationCheck(short).findings(Collator(0, packed=False), "sdpa")
     assert found.fault is None
+
+
+def test_states_of_packed_weights_are_found() -> None:
+    """Those of linears, which a copy has twice, and those of experts."""
+    model = adapted(small_model("llama"))
+    linear = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    linear.quant_state, linear.states = "of the linear", {"down_proj": "of an expert"}
+    assert quant_states(shortened(model)) == ["of the linear", "of an expert"]
 
 
 def test_it_computes_with_the_weights_of_the_model() -> None:

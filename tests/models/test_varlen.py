@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from distft.data.loader import Collator
 from distft.errors import ModelError
-from distft.models.varlen import kernel, varlen_attention
+from distft.models.activation_checkpointing import checkpoint_layers
+from distft.models.varlen import hand_over_boundaries, kernel, varlen_attention
+
+from .families import small_model
 
 LENGTHS = [1, 7, 64, 130, 3]
 
@@ -69,6 +75,29 @@ def test_the_reference_counts_a_window_as_transformers_does() -> None:
     mask = create_sliding_window_causal_mask(config, embeds, attention_mask=None, past_key_values=None)
     back = torch.arange(8)[:, None] - torch.arange(8)[None, :]
     assert torch.equal(mask[0, 0] == 0, (back >= 0) & (back < 3))
+
+
+@pytest.mark.parametrize("family", ["stablelm", "nemotron", "llama"])
+def test_attention_receives_the_boundaries_of_its_micro_batch(family: str) -> None:
+    """Even if its layer does not pass them on, and when the layer is recomputed in the backward."""
+    seen: list[list[int]] = []
+
+    def noting(*args: Any, cu_seq_lens_q: torch.Tensor | None = None, **options: Any) -> Any:
+        seen.append([] if cu_seq_lens_q is None else cu_seq_lens_q.tolist())
+        return sdpa_attention_forward(*args, **options)
+
+    AttentionInterface.register("noting", noting)
+    model = small_model(family, attention="noting")
+    for _ in range(2):
+        hand_over_boundaries(model)  # the second time, nothing is left to do
+    model.train()
+    checkpoint_layers(model, 2, offload=False)
+    collate, samples = Collator(0, packed=True), [{"input_ids": [5] * size, "labels": [5] * size} for size in (3, 4)]
+    batches = [collate(samples), collate(samples[::-1])]
+    losses = [model(**batch, use_cache=False).loss for batch in batches]
+    for loss in losses:
+        loss.backward()
+    assert seen == 2 * ([[0, 3, 7]] * 2 + [[0, 4, 7]] * 2)
 
 
 CASES: dict[str, dict[str, Any]] = {

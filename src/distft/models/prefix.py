@@ -19,8 +19,22 @@ def on_gpu(model: Any) -> Any:
     and its head."""
     if model.get_input_embeddings().weight.is_cuda:
         return model
+    device = torch.device("cuda", torch.cuda.current_device())
     with torch.no_grad():
-        return shortened(model).to(torch.device("cuda", torch.cuda.current_device()))
+        short = shortened(model).to(device)
+    for state in quant_states(short):
+        state.to(device)
+    return short
+
+
+def quant_states(model: nn.Module) -> list[Any]:
+    """What bitsandbytes needs to unpack the weights of `model`, as far as modules have it.
+
+    In a copied module, it is another object than that of the weight, and does not move with it.
+    """
+    owned = [vars(module) for module in model.modules()]
+    states = [state for values in owned for state in (values.get("quant_state"), *values.get("states", {}).values())]
+    return [state for state in states if state is not None]
 
 
 def shortened(model: Any) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
+import textwrap
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from distft import upstream_api
 from distft.errors import ModelError
@@ -94,6 +97,50 @@ def varlen_attention(
     else:
         raise ModelError(f"varlen attention in PyTorch {torch.__version__} has no attention sinks; use eager")
     return (out if padded == value_size else out[..., :value_size]).unsqueeze(0), None
+
+
+_BOUNDARIES = ("cu_seq_lens_q", "max_length_q")
+
+
+def hand_over_boundaries(model: nn.Module) -> None:
+    """Give attention modules the sample boundaries that their layers receive and do not pass on (StableLM, Nemotron).
+
+    They travel with the positions, which the layers do pass on: if a layer is recomputed in the backward, its hooks are
+    not called again, or other micro-batches were computed in between.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        for name, attention in layer.named_children():
+            if "takes_boundaries" not in vars(attention) and _keeps_keywords(
+                layer.__class__, name, attention.__class__
+            ):
+                vars(attention)["takes_boundaries"] = True
+                layer.register_forward_pre_hook(_note, with_kwargs=True)
+                attention.register_forward_pre_hook(_take, with_kwargs=True)
+
+
+@functools.cache
+def _keeps_keywords(layer: Any, name: str, attention: Any) -> bool:
+    """Whether the forward of `layer` calls its attention `name` without the `**kwargs` that both accept."""
+    accepted = (inspect.signature(kind.forward).parameters.values() for kind in (layer, attention))
+    takes = all(any(each.kind is each.VAR_KEYWORD for each in parameters) for parameters in accepted)
+    if "Attention" not in attention.__name__ or not takes:
+        return False
+    try:
+        code = ast.parse(textwrap.dedent(inspect.getsource(layer.forward)))
+    except (OSError, SyntaxError):
+        return False
+    calls = [node for node in ast.walk(code) if isinstance(node, ast.Call) and ast.unparse(node.func) == f"self.{name}"]
+    return bool(calls) and all(keyword.arg is not None for call in calls for keyword in call.keywords)
+
+
+def _note(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    if "position_ids" in kwargs:
+        kwargs["position_ids"].boundaries = {key: kwargs[key] for key in _BOUNDARIES if key in kwargs}
+
+
+def _take(attention: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, getattr(kwargs.get("position_ids"), "boundaries", {}) | kwargs
 
 
 def _rows(tensor: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
