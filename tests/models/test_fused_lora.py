@@ -128,6 +128,7 @@ def test_a_fused_model_learns_what_the_plain_model_learns(
 
 IN_ONE = {"attention": 0, "mlp": LAYERS, "linear": 2 * LAYERS}
 """With queries, keys and values in one linear, and gate and up in another."""
+STILL = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 OTHERS = [
     pytest.param(lambda: GemmaConfig(**SHAPE, head_dim=16), WHOLE, id="gemma"),
     pytest.param(lambda: LlamaConfig(**SHAPE, hidden_act="gelu"), WHOLE, id="llama with gelu"),
@@ -138,7 +139,7 @@ OTHERS = [
         id="glm",
     ),
     pytest.param(
-        lambda: GPT2Config(n_embd=64, n_layer=LAYERS, n_head=4, vocab_size=96, n_positions=64),
+        lambda: GPT2Config(n_embd=64, n_layer=LAYERS, n_head=4, vocab_size=96, n_positions=64, **STILL),
         {"attention": 0, "mlp": 0, "linear": 4 * LAYERS},
         id="gpt2",
     ),
@@ -184,20 +185,29 @@ def test_checkpointing_regenerates_the_dropout_masks(reentrant: bool, device: st
 def test_in_bf16_a_fused_model_is_as_close_to_fp32_as_the_plain_model(
     config: Callable[[], Any], options: dict[str, Any], bits: int, tmp_path: Path
 ) -> None:
-    """By the relative norm of the error of all gradients together."""
+    """By the relative norm of the error of all gradients of several batches together; that of one batch is chance."""
     if options and bits == 8:
         pytest.skip("PEFT computes DoRA over 8 bits")
     options = {"target_modules": "all-linear", **options}
-    exact = learn(adapted(base_of(config(), tmp_path, bits=bits, device="cuda"), **options))
+    exact = adapted(base_of(config(), tmp_path, bits=bits, device="cuda"), **options)
     plain = adapted(base_of(config(), tmp_path, bits=bits, dtype=torch.bfloat16, device="cuda"), **options)
     fused = copy.deepcopy(plain)
     assert any(fuse(fused).values()) and len(set(fused_linears(fused))) == 1
-    errors = []
-    for model in (plain, fused):
-        found, names = learn(model), [name for name in exact if name.startswith("gradient of")]
-        differences = torch.stack([(found[name] - exact[name]).norm() for name in names])
-        errors.append(float(differences.norm() / torch.stack([exact[name].norm() for name in names]).norm()))
-    assert errors[1] < 1.5 * errors[0] < 0.1
+    sums = [0.0, 0.0, 0.0]
+    for seed in range(8):
+        ids = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(seed)).cuda()
+        right, *found = [gradient(model, ids) for model in (exact, plain, fused)]
+        for place, error in enumerate([right, *(each - right for each in found)]):
+            sums[place] += float(error.square().sum())
+    errors = [(part / sums[0]) ** 0.5 for part in sums[1:]]
+    assert errors[1] < 1.5 * errors[0] < 0.2, f"fused {errors[1]:.4f}, plain {errors[0]:.4f}"
+
+
+def gradient(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """That of all trained tensors, as one vector."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, trained)
+    return torch.cat([part.flatten().double() for part in found])
 
 
 def test_evaluation_mode_turns_dropout_off(tmp_path: Path) -> None:
