@@ -3,23 +3,25 @@
     python benchmarks/pretrained.py --model smollm2 --instructions alpaca.jsonl --reviews imdb.jsonl --output out.json
     python benchmarks/pretrained.py … --experiments rank --set training.max_steps=2  # proves a change, without a GPU
 
-Runs that need one GPU share it with others, so losses, accuracies and peak memory count, and speeds do not. At the end
-`distft compare --resume` finds every run made, and writes the report that the result holds.
+Runs on one GPU share it with others, so losses, accuracies and peak memory count, and speeds do not. They take turns in
+processes that have imported everything. At the end `distft compare --resume` finds every run made, and writes the
+report that the result holds.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from provenance import provenance
 from distft.api.recipe import load_experiment
 from distft.experiments.compare import Comparison
 from distft.experiments.expand import Experiment, ExperimentRun
-from distft.experiments.results import folder_of, logs_of, tasks_left
+from distft.experiments.results import logs_of, tasks_left
 from distft.files import to_json, write_atomically
 from distft.paths import packaged
 
@@ -88,58 +90,66 @@ def recipes_of_the_duel(model: Path, work: Path) -> None:
         (work / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
 
 
-class Starter:
-    """Starts runs, `places` processes at a time; those that need one GPU take turns among the GPUs."""
+def on_gpu(number: int) -> None:
+    """Prepare a process that makes runs on one GPU, one after the other."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
 
-    def __init__(self, places: int, deadline: float) -> None:
-        self.places, self.deadline = places, deadline
-        self.gpus = torch.cuda.device_count()
-        self._turns: Iterator[int] = itertools.cycle(range(max(self.gpus, 1)))
-        self._free = threading.Condition()
 
-    def processes(self, run: ExperimentRun) -> int:
-        return 1 if run.recipe.strategy == "single" else 2
+def make_here(run: ExperimentRun, logs: Path) -> None:
+    """Train the run in this process, and evaluate it as its recipe says. What it prints goes to its log."""
+    from distft.api.in_process import train_here
+    from distft.console import quiet_libraries
+    from distft.evaluation.run import evaluate
 
-    def wait(self, run: ExperimentRun) -> None:
-        """Wait until there are places for the run, and take them."""
-        number = self.processes(run)
-        with self._free:
-            self._free.wait_for(lambda: self.places >= number)
-            self.places -= number
-
-    def make(self, run: ExperimentRun, logs: Path) -> None:
-        """Train the run and evaluate it as its recipe says. What fails is in its log, and in the report."""
-        number = self.processes(run)
-        environment = {"CUDA_VISIBLE_DEVICES": str(next(self._turns))} if self.gpus and number == 1 else {}
+    quiet_libraries()
+    with (logs / f"{run.name}.log").open("w", encoding="utf-8") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
         try:
-            words = ["train", "--nproc", str(number), *run.arguments]
-            if self._command(words, logs / f"{run.name}.log", environment) == 0 and tasks_left(run):
-                folder = folder_of(run)
-                assert folder is not None
-                changes = [word for word in run.arguments if word.startswith("evaluation.")]
-                words = ["evaluate", "--nproc", str(number), str(folder.path), *changes]
-                self._command(words, logs / f"{run.name}.evaluation.log", environment)
-        finally:
-            with self._free:
-                self.places += number
-                self._free.notify_all()
+            folder = train_here(run.arguments, 0)
+            if tasks_left(run):
+                evaluate([str(folder), *(word for word in run.arguments if word.startswith("evaluation."))])
+        except Exception:
+            traceback.print_exc()
 
-    def _command(self, words: list[str], log: Path, environment: dict[str, str]) -> int:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            return 1
-        with log.open("w", encoding="utf-8") as output:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "distft.cli", *words],
-                env=os.environ | environment,
-                stdout=output,
-                stderr=output,
-            )
-            try:
-                return child.wait(left)
-            except subprocess.TimeoutExpired:
-                child.terminate()
-                return child.wait()
+
+def make_in_processes(run: ExperimentRun, logs: Path, limit_s: float) -> None:
+    """Train the run on two GPUs, or two processes without any."""
+    command = [sys.executable, "-m", "distft.cli", "train", "--nproc", "2", *run.arguments]
+    with (logs / f"{run.name}.log").open("w", encoding="utf-8") as log, contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, stdout=log, stderr=log, timeout=max(limit_s, 1))
+
+
+def make_all(todo: Sequence[tuple[ExperimentRun, Path]], options: argparse.Namespace) -> None:
+    """Make the runs, `--at-once` of them on a GPU, as far as the time limit allows."""
+    deadline = time.monotonic() + options.limit
+    gpus, spawn = torch.cuda.device_count(), multiprocessing.get_context("spawn")
+    several = [each for each in todo if each[0].recipe.strategy != "single"]
+    single = [each for each in todo if each[0].recipe.strategy == "single"]
+    places = options.at_once * max(gpus, 1)
+    with ThreadPoolExecutor(options.at_once) as pool:
+        for run, logs in several:
+            pool.submit(lambda run, logs: make_in_processes(run, logs, deadline - time.monotonic()), run, logs)
+        workers = [
+            ProcessPoolExecutor(1, spawn, initializer=on_gpu, initargs=(number % max(gpus, 1),))
+            for number in range(min(places, len(single)))
+        ]
+        queue = iter(single)
+        waiting = {
+            workers[number].submit(make_here, *each): number for number, each in zip(range(places), queue, strict=False)
+        }
+        while waiting:
+            done, _ = wait(waiting, timeout=max(deadline - time.monotonic(), 0), return_when=FIRST_COMPLETED)
+            if not done:
+                break
+            for each in done:
+                number = waiting.pop(each)
+                if (following := next(queue, None)) is not None:
+                    waiting[workers[number].submit(make_here, *following)] = number
+        for worker in workers:
+            for process in list((worker._processes or {}).values()):
+                process.kill()
+            worker.shutdown(cancel_futures=True)
 
 
 def trimmed(report: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +182,7 @@ def main() -> int:
     parser.add_argument("--reviews", type=Path, required=True, help=".jsonl in IMDB's schema")
     parser.add_argument("--experiments", nargs="+", default=[*EXPERIMENTS], choices=EXPERIMENTS)
     parser.add_argument("--work", type=Path, default=Path("/tmp/distft-pretrained"))
-    parser.add_argument("--places", type=int, default=os.cpu_count() or 2, help="processes at the same time")
+    parser.add_argument("--at-once", type=int, default=1, help="runs at the same time on a GPU")
     parser.add_argument("--limit", type=int, default=3600, help="seconds after which no run goes on")
     parser.add_argument("--repeats", type=int, help="instead of one for each seed, or one")
     parser.add_argument("--commit", default="", help="commit that is measured, if git is not available")
@@ -182,7 +192,6 @@ def main() -> int:
     for name in ("model", "instructions", "reviews", "output"):
         setattr(options, name, getattr(options, name).absolute())
 
-    starter = Starter(options.places, time.monotonic() + options.limit)
     before = json.loads(options.output.read_text(encoding="utf-8")) if options.output.is_file() else {"experiments": {}}
     record: dict[str, Any] = {**provenance(__file__, options.commit), "experiments": before["experiments"]}
     options.work.mkdir(parents=True, exist_ok=True)
@@ -193,12 +202,9 @@ def main() -> int:
         for name in options.experiments
     }
     todo = [(run, logs_of(experiment)) for experiment in experiments.values() for run in experiment.runs]
-    todo.sort(key=lambda each: -starter.processes(each[0]))
-    with ThreadPoolExecutor(len(todo)) as pool:
-        for run, logs in todo:
-            logs.mkdir(parents=True, exist_ok=True)
-            starter.wait(run)
-            pool.submit(starter.make, run, logs)
+    for _, logs in todo:
+        logs.mkdir(parents=True, exist_ok=True)
+    make_all(todo, options)
     with ThreadPoolExecutor(len(experiments)) as pool:
         record["experiments"] |= dict(
             zip(

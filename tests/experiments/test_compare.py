@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from distft.errors import ExperimentError
+from distft.config.schema import Format
+from distft.errors import ExperimentError, RunFolderError
 from distft.experiments.compare import Comparison
 from distft.experiments.expand import load_experiment
 from distft.models.digest import digest as weights_digest
@@ -134,6 +135,19 @@ def test_a_damaged_run_is_made_anew_beside_what_is_left_of_it(tmp_path: Path) ->
     assert (tmp_path / "runs" / "mine-four.damaged-2" / "summary.json").read_text() == torn
     report = json.loads((tmp_path / "runs" / "mine.json").read_text())
     assert [run["status"] for run in report["runs"]] == ["finished", "finished", "failed"]
+
+
+def test_the_format_that_a_run_inferred_is_no_change_of_its_recipe(tmp_path: Path) -> None:
+    words = ("data.name=rows.jsonl", f"run.dir={tmp_path / 'runs'}")
+    experiment = load_experiment(["experiment=mine", *words], folder=folder_with(tmp_path))
+    for folder, run in zip(finished(tmp_path, *words), experiment.runs, strict=False):
+        changes = {"format": Format(instruction="a", response="b"), "chat_template": "tokenizer"}
+        data = run.recipe.data.model_copy(update=changes)
+        folder.recipe.write_text(run.recipe.model_copy(update={"data": data}).to_yaml())
+    Comparison(experiment)._check_recipes()
+    named = load_experiment(["experiment=mine", *words, "data.format.text=b"], folder=tmp_path)
+    with pytest.raises(RunFolderError, match=r"data\.format\.instruction: was 'a', is now None"):
+        Comparison(named)._check_recipes()
 
 
 def test_runs_of_another_recipe_do_not_count_as_made(tmp_path: Path) -> None:

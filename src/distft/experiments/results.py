@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from distft.config.files import leaves
+from distft.config.recipe import Recipe
 from distft.console import say
 from distft.errors import RunFolderError
 from distft.evaluation.sets import asked
@@ -161,8 +163,8 @@ def changed_recipes(experiment: Experiment, made: Mapping[str, Run]) -> str:
         there = made.get(run.name)
         if there is None or not there.recorded:
             continue
-        now = dict(leaves(run.recipe.model_dump()))
-        for key, values in differences({"then": [there.asked], "now": [now]}).items():
+        then, now = (_without_inferred(run.recipe, each) for each in (there.asked, leaves(run.recipe.model_dump())))
+        for key, values in differences({"then": [then], "now": [now]}).items():
             if key.startswith(_MEASURED_WITH) or not key.startswith(_FREE_TO_DIFFER):
                 line = f"{key}: was {values['then']!r}, is now {values['now']!r}"
                 found.setdefault(line, []).append(there.name)
@@ -173,6 +175,22 @@ def changed_recipes(experiment: Experiment, made: Mapping[str, Run]) -> str:
     more = [f"  and {len(lines) - _LINES} more"] if len(lines) > _LINES else []
     head = f"{number} of {len(experiment.runs)} runs of {experiment.name} were made with another recipe than today's:"
     return "\n".join([head, *lines[:_LINES], *more])
+
+
+def _without_inferred(recipe: Recipe, values: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The values of a recipe by their keys, without what a run infers and records of its data because `recipe` does not
+    name it."""
+    data, kept = recipe.data, dict(values)
+    if data.format is None:
+        inferred = ("data.format", "data.chat_template") if data.chat_template is None else ("data.format",)
+        kept = {key: value for key, value in kept.items() if not key.startswith(inferred)}
+    if data.sources is not None and isinstance(sources := kept.get("data.sources"), list):
+        named = [source.format is not None for source in data.sources]
+        kept["data.sources"] = [
+            source if names else {key: value for key, value in source.items() if key != "format"}
+            for source, names in itertools.zip_longest(sources, named, fillvalue={})
+        ]
+    return kept
 
 
 def track(experiment: Experiment, report: Report) -> None:
