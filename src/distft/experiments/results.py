@@ -184,11 +184,11 @@ def _without_inferred(recipe: Recipe, values: Mapping[str, Any] | Iterable[tuple
     if data.format is None:
         inferred = ("data.format", "data.chat_template") if data.chat_template is None else ("data.format",)
         kept = {key: value for key, value in kept.items() if not key.startswith(inferred)}
-    if data.sources is not None and isinstance(sources := kept.get("data.sources"), list):
-        named = [source.format is not None for source in data.sources]
+    found = kept.get("data.sources")
+    if data.sources is not None and isinstance(found, list) and len(found) == len(data.sources):
         kept["data.sources"] = [
-            source if names else {key: value for key, value in source.items() if key != "format"}
-            for source, names in itertools.zip_longest(sources, named, fillvalue={})
+            each if source.format is not None else {key: value for key, value in each.items() if key != "format"}
+            for each, source in zip(found, data.sources, strict=True)
         ]
     return kept
 
