@@ -76,3 +76,8 @@ def test_an_unknown_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) ->
         main(["train", "--procs", "2"])
     assert ended.value.code == 2
     assert "unrecognized arguments: --procs" in capsys.readouterr().err
+
+
+def test_train_without_a_recipe_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train"]) == 2
+    assert "distft train tiny" in capsys.readouterr().err

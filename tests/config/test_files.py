@@ -60,7 +60,16 @@ def test_null_resets_the_lora_section_and_an_override_after_it_starts_anew() -> 
 
 @pytest.mark.parametrize("argument", ["lora.r", "=8", "--nproc"])
 def test_an_argument_that_is_no_override_is_a_fault(argument: str) -> None:
-    assert faults(argument)[argument].problem == "expected key.path=value"
+    assert faults(argument)[argument].problem == "expected key.path=value or the name of a recipe"
+
+
+def test_a_recipe_may_be_named_without_its_key(tmp_path: Path) -> None:
+    write(tmp_path / "recipes/mine.yaml", "extends: ddp_qlora\n")
+    for words in (["ddp_qlora"], ["lora.r=4", "ddp_qlora"]):
+        assert load(*words).source.name == "ddp_qlora"
+    for word in ("mine", "recipes/mine.yaml"):
+        assert load(word, folder=tmp_path).source.name == "mine"
+    assert faults("ddp_qlor")["ddp_qlor"].hint == "did you mean ddp_qlora?"
 
 
 @pytest.mark.parametrize("text", ["[1", "{a: 1, a: 2}", "2025-13-45", "0b_"])

@@ -69,6 +69,19 @@ def test_an_unknown_key_names_the_one_that_was_meant(key: str, hint: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("override", "key", "hint"),
+    [
+        ("strategy=fsdp2", "strategy", "did you mean fsdp?"),
+        ("evaluation.tasks=[perplexty]", "evaluation.tasks.0", "did you mean perplexity?"),
+        ("training.optim=adamw_torch_fusd", "training.optim", "did you mean adamw_torch_fused?"),
+        ("strategy=everything", "strategy", ""),
+    ],
+)
+def test_a_misspelt_value_suggests_the_nearest(override: str, key: str, hint: str) -> None:
+    assert faults(override)[key].hint == hint
+
+
+@pytest.mark.parametrize(
     ("key", "instead"),
     [
         ("training.per_device_train_batch_size", "batching.micro_batch"),
@@ -93,7 +106,7 @@ def test_a_key_that_distft_owns_names_what_to_set_instead(key: str, instead: str
         ("lora.r=eight", "expected a valid integer, got 'eight' (str)"),
         ("lora.r=8.5", "expected a valid integer, got 8.5 (float)"),
         ("training.bf16=yes", "expected a valid boolean, got 'yes' (str)"),
-        ("strategy=dpp", "expected 'single', 'ddp', 'fsdp', 'zero2' or 'zero3', got 'dpp' (str)"),
+        ("strategy=dpp", "expected 'single', 'ddp', 'fsdp', 'zero2' or 'zero3', got 'dpp' (str) (did you mean ddp?)"),
         ("batching.global_batch_size=0", "expected greater than or equal to 1, got 0 (int)"),
         ("data.test_fraction=1.0", "expected less than 1, got 1.0 (float)"),
         ("run.name=2025", "expected a valid string, got 2025 (int) (in quotes it is text: '\"2025\"')"),

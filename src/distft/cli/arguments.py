@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What `add_subparsers()` returns, for which argparse has no public name."""
-RECIPE = "recipe=NAME and any number of key.path=value overrides"
+RECIPE = "recipe=NAME, or just the name or the YAML file, and any number of key.path=value overrides"
 
 
 def is_experiment(words: Sequence[str]) -> bool:

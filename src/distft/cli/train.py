@@ -7,6 +7,7 @@ import argparse
 from distft.api.check import load_to_run
 from distft.api.train import processes_for
 from distft.cli.arguments import RECIPE, Commands
+from distft.errors import UserError
 
 
 def add_to(commands: Commands) -> None:
@@ -28,6 +29,11 @@ def train(options: argparse.Namespace) -> int:
     from distft.launch.local import run
     from distft.launch.node import Node
 
+    if not options.overrides:
+        raise UserError(
+            "distft train needs a recipe: `distft train tiny` trains the built-in example, `distft recipes list` shows "
+            "all recipes, and `distft train llama3_8b data.name=chats.jsonl` trains on your data"
+        )
     node = Node.of(options.nnodes, options.node_rank, options.rdzv)
     node.check_rendezvous()
     words = [*options.overrides, *(["run.resume=must"] if options.resume else [])]

@@ -23,7 +23,7 @@ def read_values(arguments: Sequence[str], folder: Path, faults: list[Fault]) -> 
     Raises:
         RecipeError: the recipe does not exist, or a file cannot be read.
     """
-    overrides, wanted = _read_overrides(arguments, faults)
+    overrides, wanted = _read_overrides(arguments, folder, faults)
     name, files, merged, origins = _read_files(wanted, folder, faults)
     if not files:
         raise RecipeError(faults)
@@ -85,7 +85,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_overrides(arguments: Sequence[str], faults: list[Fault]) -> tuple[list[tuple[str, Any]], str]:
+def _read_overrides(arguments: Sequence[str], folder: Path, faults: list[Fault]) -> tuple[list[tuple[str, Any]], str]:
+    """The keys with their values, and the recipe: `recipe=NAME`, or a word that names one."""
     overrides: list[tuple[str, Any]] = []
     wanted = DEFAULT_RECIPE
     for argument in arguments:
@@ -93,12 +94,13 @@ def _read_overrides(arguments: Sequence[str], faults: list[Fault]) -> tuple[list
         if any("\ud800" <= character <= "\udfff" for character in argument):
             problem = f"is not text in this terminal's encoding ({sys.getfilesystemencoding()})"
             faults.append(Fault(COMMAND_LINE, ascii(argument), problem, "set LC_ALL=C.UTF-8, and use UTF-8"))
-        elif not equals or not key:
-            faults.append(
-                Fault(COMMAND_LINE, argument, "expected key.path=value", "for example recipe=ddp_qlora lora.r=8")
-            )
-        elif key == "recipe":
+        elif key == "recipe" and equals:
             wanted = text
+        elif not equals and (is_yaml(key) or key in list_recipes(folder)):
+            wanted = key
+        elif not equals or not key:
+            hint = nearest(key, list_recipes(folder)) or "for example recipe=ddp_qlora lora.r=8"
+            faults.append(Fault(COMMAND_LINE, argument, "expected key.path=value or the name of a recipe", hint))
         else:
             try:
                 value = text if text.startswith("*") else parse_yaml(text)  # `*.jsonl`; an alias would have no anchor

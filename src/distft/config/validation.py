@@ -118,7 +118,10 @@ def _fault(location: Sequence[Any], error: Mapping[str, Any], source: Source) ->
     expected = re.sub(r"0\.0{6}\d+", lambda bound: f"{float(bound[0]):g}", expected)  # 1e-38, which pydantic writes out
     value = error["input"]
     got = "null" if value is None else f"{_shown(value)} ({type(value).__name__})"
-    return Fault(where, key, f"expected {expected}, got {got}", _spelling(str(error["type"]), value, where))
+    hint = _spelling(str(error["type"]), value, where)
+    if error["type"] == "literal_error" and isinstance(value, str):
+        hint = nearest(value, re.findall(r"'([^']+)'", expected))
+    return Fault(where, key, f"expected {expected}, got {got}", hint)
 
 
 def _spelling(problem: str, value: Any, where: str) -> str:
