@@ -96,6 +96,17 @@ def test_packs_learn_as_padded_rows_by_plain_modules(family: str, bits: str, fol
     assert abs(errors[0]) < 3e-3 and errors[1] < 5e-2, (errors, found.facts)
 
 
+@pytest.mark.parametrize("family", ["afmoe", "deepseek_v3", "opt", "ctrl", "mixtral"])
+def test_other_models_get_the_kernel_too(family: str, folder_of: Callable[[str], Path]) -> None:
+    """Experts, whose routers decide otherwise by rounding, and models with dropout are not compared here."""
+    model_words = (f"model.name={folder_of(family)}", "lora.target_modules=all-linear")
+    recipe = load_recipe([*WORDS["bf16"], *model_words, "batching.micro_batch_tokens=600"])
+    strategy = choose(recipe, World(), {}, Launcher())
+    found = settle(load_model(recipe, strategy), recipe, strategy, load_tokenizer(recipe), np.array([14]))
+    assert found.facts["attn_implementation"] == VARLEN, found.notes
+    assert found.recipe.batching.micro_batch_tokens == 600
+
+
 def rows() -> list[dict[str, Any]]:
     samples = [[(7 * number + 3 * place) % 120 + 5 for place in range(size)] for number, size in enumerate((9, 14, 5))]
     return [{"input_ids": tokens, "labels": tokens} for tokens in samples]

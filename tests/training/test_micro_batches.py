@@ -103,6 +103,14 @@ def test_a_named_way_that_is_wrong_is_refused(folder_of: Callable[[str], Path]) 
     assert "set model.attn_implementation=auto" in text and "batching.micro_batch_tokens=null" in text
 
 
+def test_a_model_that_reads_packed_weights_itself_is_told_to_leave_them_unpacked(
+    folder_of: Callable[[str], Path],
+) -> None:
+    quantized = ("quantization={load_in_4bit: true}", "lora.target_modules=[in_proj]")
+    with pytest.raises(ModelError, match=r"knows no way to train .*; set quantization=null"):
+        settled(f"model.name={folder_of('mamba')}", *quantized, PACKS)
+
+
 def test_a_model_without_sdpa_gets_eager_attention(folder_of: Callable[[str], Path]) -> None:
     found, model = settled(f"model.name={folder_of('gptj')}", "lora.target_modules=all-linear", PACKS)
     assert model.config._attn_implementation == found.facts["attn_implementation"] == "eager"
