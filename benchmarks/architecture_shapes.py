@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of a few layers. `overrides` are what its recipe needs besides."""
+    """A model of a few layers, and the recipe that it is trained with."""
 
     name: str
     config: Any
-    overrides: tuple[str, ...] = ()
+    recipe: str = "qwen3_8b"
     is_twin: bool = False
 
     @functools.cached_property
@@ -138,9 +138,10 @@ _NARROW = {
 def shape_of(name: str, *, tiny: bool = False) -> Shape:
     """The shape `name` with the layers of `SHAPES`, or narrow."""
     if name == "mixtral_8x7b":
+        recipe = "qwen3_30b_a3b"
         config = AutoConfig.for_model("mixtral", num_hidden_layers=SHAPES[name], **_MIXTRAL)
     else:
-        config = config_of(name, SHAPES[name]).get_text_config()
+        recipe, config = name, config_of(name, SHAPES[name]).get_text_config()
     if tiny:
         values = {key: value for key, value in config.to_dict().items() if key not in ("layer_types", "model_type")}
         values |= {key: value for key, value in _NARROW.items() if key in values}
@@ -148,4 +149,4 @@ def shape_of(name: str, *, tiny: bool = False) -> Shape:
         if "short_factor" in rope:
             values["rope_parameters"] = rope | {key: rope[key][:6] for key in ("short_factor", "long_factor")}
         config = AutoConfig.for_model(config.model_type, **values)
-    return Shape(name, config)
+    return Shape(name, config, recipe)
