@@ -11,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from distft.data.tokenize import IGNORED
 
 from ..models.families import saved
-from .test_packing import PACKED, PADDED, trainer_of
+from .test_packing import PACKED, PADDED, error, first_step, trainer_of
 
 
 @pytest.mark.parametrize("batching", [PADDED, PACKED], ids=["padded", "packed"])
@@ -50,3 +50,15 @@ def test_the_log_has_its_mean(tmp_path: Path) -> None:
     logs = {"loss": 1.0}
     trainer.log(logs)
     assert logs["aux_loss"] == pytest.approx(loss[1.0] - loss[0.0], rel=1e-4) and logs["aux_loss"] > 0.5
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+def test_without_it_packs_and_padded_rows_are_the_same_step(family: str, tmp_path: Path) -> None:
+    """With it they are not: it is a product of means over a micro-batch."""
+    words = (f"model.name={saved(family, tmp_path / 'model')}", "lora.target_modules=all-linear")
+    off: dict[float, list[float]] = {}
+    for weight in (0.0, 0.5):
+        more = (*words, f"training.router_aux_loss_coef={weight}")
+        padded, packed = (first_step(trainer_of(tmp_path, *more, *way)) for way in (PADDED, PACKED))
+        off[weight] = [abs(packed[0] / padded[0] - 1), error(packed[1], padded[1])]
+    assert max(off[0.0]) < 1e-6 < 1e-5 < min(off[0.5]), off
