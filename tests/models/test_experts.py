@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from distft.config.recipe import Recipe, load_recipe
 from distft.data.loader import Collator
@@ -21,7 +23,7 @@ from distft.models.experts import Experts, fuses_experts
 from distft.models.export import merge
 from distft.models.fused_lora import use_plain_modules
 from distft.models.isolation import IsolationCheck
-from distft.models.loading import load_model
+from distft.models.loading import load_base, load_model
 from distft.models.parameters import non_embedding_parameters
 from distft.models.saved_adapter import load_trained
 
@@ -216,6 +218,29 @@ def test_all_linear_says_whether_experts_get_an_adapter(base: Path) -> None:
 def test_mistakes_with_experts(words: list[str], key: str, problem: str, mixtral: Path) -> None:
     (fault,) = model_faults(recipe_for(mixtral, "quantization=null", *words)).faults
     assert fault.key == key and problem in fault.problem
+
+
+def test_weights_in_mxfp4_are_unpacked_and_not_quantised_again(tmp_path: Path) -> None:
+    """As gpt-oss is stored: 32 values in E2M1 share an exponent."""
+    folder = saved("gpt_oss", tmp_path / "gpt_oss")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"quantization_config": {"quant_method": "mxfp4"}, "intermediate_size": 32}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weights, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name in [name for name in weights if ".experts." in name]:
+        tensor, rows = weights.pop(name), 64 if "gate_up" in name else 32
+        if name.endswith("_bias"):
+            weights[name] = tensor[:, :rows].contiguous()
+        else:
+            blocks = torch.randint(256, (4, rows, 1, 16), generator=generator).to(torch.uint8)
+            weights |= {f"{name}_blocks": blocks, f"{name}_scales": torch.full((4, rows, 1), 126, dtype=torch.uint8)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (fault,) = model_faults(recipe_for(folder, *FOUR)).faults
+    assert "is stored in mxfp4, which bitsandbytes cannot quantise again" in fault.problem
+    base = load_base(recipe_for(folder, "quantization=null"))
+    dense = base.model.layers[0].mlp.experts.gate_up_proj
+    assert dense.shape == (4, 32, 64) and dense.dtype == torch.float32
+    assert {*dense.abs().unique().tolist()} == {0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3}
 
 
 def of_experts(module: Any, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ from distft.config.recipe import Recipe
 from distft.distributed.tensors import is_packed, whole_numel
 from distft.errors import Fault, InvariantError
 from distft.models.experts import expert_weights
-from distft.models.loading import packing_experts, quantization_config
+from distft.models.loading import packing_experts, quantization_config, stored_method
 from distft.models.skeleton import Skeleton
 from distft.text import shorten
 
@@ -60,9 +60,8 @@ class LinearWeights:
         weights = [(name, parameter.numel(), is_expert) for name, parameter, is_expert in _linear_weights(model)]
         if config is None:
             return cls._of((name, size, is_expert, False) for name, size, is_expert in weights)
-        is_quantized_already = getattr(skeleton.config, "quantization_config", None) is not None
         with packing_experts(recipe):
-            quantizer = AutoHfQuantizer.from_config(config, pre_quantized=is_quantized_already)
+            quantizer = AutoHfQuantizer.from_config(config, pre_quantized=stored_method(skeleton.config) is not None)
         quantizer.preprocess_model(model=model, device_map=None)
         return cls._of((*weight, quantizer.param_needs_quantization(model, weight[0])) for weight in weights)
 
@@ -115,6 +114,12 @@ def quantization_faults(recipe: Recipe, skeleton: Skeleton, weights: LinearWeigh
     section = recipe.quantization
     if section is None or not section.is_quantized:
         return []
+    if (stored := stored_method(skeleton.config)) not in (None, "bitsandbytes"):
+        problem = f"{recipe.model.name} is stored in {stored}, which bitsandbytes cannot quantise again"
+        hint = (
+            f"quantization=null, which unpacks it to {recipe.model.dtype}" if stored == "mxfp4" else "quantization=null"
+        )
+        return [Fault(recipe.source.of("quantization"), "quantization", problem, hint)]
     if section.llm_int8_skip_modules and weights.share < ENOUGH:
         whole = section.model_copy(update={"llm_int8_skip_modules": None})
         weights = LinearWeights.expected(recipe.model_copy(update={"quantization": whole}), skeleton)

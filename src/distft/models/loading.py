@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Mxfp4Config,
+    PreTrainedModel,
+    set_seed,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from distft import upstream_api
@@ -105,6 +113,13 @@ def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig(**arguments)
 
 
+def stored_method(config: Any) -> str | None:
+    """The quantisation in which a model's weights are stored; None if they are not quantised."""
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
+
+
 def packing_experts(recipe: Recipe) -> AbstractContextManager[None]:
     """Let transformers quantise experts as well, if the recipe does."""
     section = recipe.quantization
@@ -171,7 +186,7 @@ def load_base(
             revision=recipe.model.revision,
             trust_remote_code=recipe.model.trust_remote_code,
             dtype=getattr(torch, recipe.model.dtype),
-            quantization_config=quantization_config(recipe),
+            quantization_config=quantization_config(recipe) or _unpacking(recipe),
             device_map=device_map,
             use_safetensors=True,
             **options,
@@ -187,6 +202,14 @@ def load_base(
     for module in base.modules():
         upstream_api.disable_avx512_repacking(module)
     return base
+
+
+def _unpacking(recipe: Recipe) -> Mxfp4Config | None:
+    """What unpacks weights that are stored in MXFP4 (gpt-oss), in which they cannot be trained."""
+    section = recipe.model
+    options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    config = from_pretrained(AutoConfig, model_path(recipe), "model", **options)
+    return Mxfp4Config(dequantize=True) if stored_method(config) == "mxfp4" else None
 
 
 def _place(name: str) -> str:
