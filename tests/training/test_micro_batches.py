@@ -66,6 +66,15 @@ def test_what_is_right_stays_as_the_recipe_has_it() -> None:
     assert found.facts["fused_linears"] == found.facts["adapted_linears"] == 28
 
 
+def test_layers_whose_experts_are_in_grouped_products_are_counted(folder_of: Callable[[str], Path]) -> None:
+    words = [PACKS, f"model.name={folder_of('mixtral')}", "lora.target_modules=[q_proj, v_proj]"]
+    counts = ("fused_linears", "adapted_linears", "fused_expert_layers", "expert_layers")
+    found, _ = settled(*words)
+    assert [found.facts[name] for name in counts] == [4, 4, 2, 2]
+    found, _ = settled(*words, "model.kernels=plain")
+    assert [found.facts[name] for name in counts] == [0, 4, 0, 2]
+
+
 @pytest.mark.parametrize(("family", "attention"), [("bloom", "eager"), ("gpt_oss", "eager"), ("jamba", "sdpa")])
 def test_a_model_that_mixes_the_samples_of_a_pack_is_trained_padded(
     family: str, attention: str, folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -104,6 +104,12 @@ def eager_experts(model: Any) -> Iterator[None]:
         base.set_experts_implementation(before)
 
 
+def fused_expert_layers(model: nn.Module) -> tuple[int, int]:
+    """In how many layers experts are computed in grouped products, and how many layers have any."""
+    found = [module for module in model.modules() if expert_weights(module)]
+    return sum(isinstance(each, Experts) and each.fused and not each.plain for each in found), len(found)
+
+
 def _extend(module: nn.Module) -> None:
     if not isinstance(module, Experts):
         subclass_in_place(module, Experts)

@@ -137,6 +137,8 @@ FIGURES = (
     _key("attn_implementation", fact=True),
     _key("fused_linears", fact=True),
     _key("adapted_linears"),
+    _key("fused_expert_layers"),
+    _key("expert_layers"),
     _key("isolation_errors"),
     _key("isolation_check_s"),
     _loss("train_loss", "mean train loss", ",.4f"),

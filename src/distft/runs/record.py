@@ -116,8 +116,10 @@ class Record:
         ]
 
     def _fused(self) -> str:
-        adapted = self._facts.get("adapted_linears")
-        return "" if adapted is None else f"; fused: {self._facts['fused_linears']} of {adapted} linears"
+        adapted, layers = (self._facts.get(name) for name in ("adapted_linears", "expert_layers"))
+        parts = [] if adapted is None else [f"{self._facts['fused_linears']} of {adapted} linears"]
+        parts += [] if layers is None else [f"experts of {self._facts['fused_expert_layers']} of {layers} layers"]
+        return f"; fused: {', '.join(parts)}" if parts else ""
 
     def _batch(self) -> str:
         facts = self._facts

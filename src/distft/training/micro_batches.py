@@ -21,6 +21,7 @@ from distft.distributed.strategies import Strategy
 from distft.errors import ModelError
 from distft.models import attention
 from distft.models.adapter import freeze_adapters
+from distft.models.experts import fused_expert_layers
 from distft.models.fused_lora import fused_linears, has_plain_modules, use_plain_modules
 from distft.models.isolation import Findings, IsolationCheck, set_attention
 from distft.models.prefix import on_gpu
@@ -82,6 +83,9 @@ def settle(model: Any, recipe: Recipe, strategy: Strategy, tokenizer: Any, lengt
         notes.append(f"no gradient reaches the adapters on {', '.join(unreached)}, so they are not trained")
     if recipe.lora is not None:
         facts["fused_linears"], facts["adapted_linears"] = fused_linears(model)
+    fused, layers = fused_expert_layers(model)
+    if layers:
+        facts["fused_expert_layers"], facts["expert_layers"] = fused, layers
     return Settled(settled, notes, facts)
 
 
