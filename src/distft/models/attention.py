@@ -50,8 +50,8 @@ def choose(recipe: Recipe, config: PreTrainedConfig, *, on_gpu: bool) -> str:
 def choices(recipe: Recipe, config: PreTrainedConfig, *, on_gpu: bool) -> list[str]:
     """The implementations that `auto` may use, the fastest first.
 
-    On a GPU, the first is flash-attn if it is installed; otherwise, for packed samples, PyTorch's variable-length
-    kernel if it supports the model, or its flex attention for soft-capping. Then come SDPA and the model's plain
+    On a GPU, the first is flash-attn if it is installed; then, for packed samples, PyTorch's variable-length kernel if
+    it supports the model, or its flex attention for soft-capping. Then come SDPA and the model's plain
     ("eager") attention, as far as the model has them. For packs, transformers gives both a block-diagonal mask, whose
     memory is quadratic in the length of the pack.
     """
@@ -61,8 +61,8 @@ def choices(recipe: Recipe, config: PreTrainedConfig, *, on_gpu: bool) -> list[s
         slow.remove("sdpa")  # some versions of transformers leave it out there without a word
     if on_gpu and _in_16_bits(recipe):
         if is_flash_attn_2_available():
-            fast.append("flash_attention_2")
-        elif packed and kernel() is not None and not lacks:
+            fast.append("flash_attention_2")  # which lacks sinks
+        if packed and kernel() is not None and not lacks:
             fast.append(VARLEN)
         elif packed and lacks == SOFT_CAPPING:
             fast.append(FLEX)
