@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from distft.config.recipe import load_recipe
+from distft.distributed.launcher_args import Launcher
+from distft.distributed.strategies import choose
+from distft.distributed.world import World
+from distft.models.loading import load_model
+from distft.training.micro_batches import settle
+
 from .learning import assert_alike, errors, learn, trained
-from .matrix import FAMILIES, batch_of, outcome_as_loaded, plain_copy, reference_of
+from .matrix import FAMILIES, LENGTHS, batch_of, outcome_as_loaded, plain_copy, reference_of
 
 BF16 = ("model.dtype=bfloat16", "training.bf16=true")
 FOUR_BITS = ("quantization={load_in_4bit: true, bnb_4bit_compute_dtype: bfloat16}", *BF16)
@@ -44,3 +53,14 @@ def test_in_4_bits_it_learns_as_padded(family: str, tmp_path: Path) -> None:
     assert "Linear4bit" in {type(module).__name__ for module in outcome.model.modules()}
     model = trained(outcome)
     assert_alike(learn(model, batch_of(outcome)), learn(reference_of(model), batch_of(None)))
+
+
+def test_in_8_bits_rounding_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLM.int8() rounds activations to 8 bits, whatever the type of the model."""
+    monkeypatch.setattr("distft.distributed.strategies.selection.visible_devices", lambda: 0)
+    words = ["strategy=single", "batching.micro_batch_tokens=600", "lora.target_modules=[q_proj,v_proj,o_proj]"]
+    recipe = load_recipe(["recipe=tiny", "quantization={load_in_8bit: true}", *words])
+    strategy = choose(recipe, World(), {}, Launcher())
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    settled = settle(load_model(recipe, strategy), recipe, strategy, tokenizer, np.array(LENGTHS))
+    assert settled.recipe.batching.micro_batch_tokens == 600 and not settled.notes

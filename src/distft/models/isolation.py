@@ -69,6 +69,8 @@ class IsolationCheck:
 
     def __init__(self, model: Any, *, precision: torch.dtype | None = None, gradients: bool = True) -> None:
         self._model, self._precision, self._samples = model, precision, _Samples.of(model)
+        quantised = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
+        self._rounded_to = torch.bfloat16 if quantised else precision  # LLM.int8() rounds activations to 8 bits
         self._device = model.get_input_embeddings().weight.device
         with first_layers(model):
             trained = [(_end(name), each) for name, each in model.named_parameters() if each.requires_grad]
@@ -98,7 +100,7 @@ class IsolationCheck:
         alone = torch.cat([first.logits[0], second.logits[0]])
         logits = _typical_error(torch.cat(together.logits), alone)
         exchanged, gradients = _error(other.logits[1], together.logits[1]), _errors(together, second)
-        step = torch.finfo(self._precision or alone.dtype)
+        step = torch.finfo(self._rounded_to or alone.dtype)
         exact = step.eps * (100 if step.bits > 16 else 1)
         if max(logits, *gradients.values()) > 3 * exact or exchanged > exact:
             of_logits, of_gradients = self._rounding
@@ -144,7 +146,7 @@ class IsolationCheck:
         samples, second = self._samples, self._alone[1]
 
         def rounded(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-            step = torch.finfo(self._precision or output.dtype).eps
+            step = torch.finfo(self._rounded_to or output.dtype).eps
             signs = torch.randint(2, output.shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
             return output * (1 + step * signs.to(output))
 
