@@ -205,9 +205,12 @@ def reference_of(model: Any) -> Any:
     return plain
 
 
-def batch_of(outcome: Outcome | None) -> dict[str, Any]:
-    """The samples as one micro-batch, as the outcome has them; padded for None."""
-    samples = [[(7 * number + 3 * place) % 120 + 5 for place in range(size)] for number, size in enumerate(LENGTHS)]
+def batch_of(outcome: Outcome | None, variant: int = 0) -> dict[str, Any]:
+    """The samples as one micro-batch, as the outcome has them; padded for None. Each variant has other tokens."""
+    samples = [
+        [(7 * number + (3 + variant) * place + 11 * variant) % 120 + 5 for place in range(size)]
+        for number, size in enumerate(LENGTHS)
+    ]
     collate = Collator(0, packed=outcome is not None and outcome.packed)
     return collate([{"input_ids": tokens, "labels": tokens} for tokens in samples])
 

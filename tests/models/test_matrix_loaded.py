@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,8 +25,9 @@ FOUR_BITS = ("quantization={load_in_4bit: true, bnb_4bit_compute_dtype: bfloat16
 REFUSED_IN_4_BITS = ("mamba", "rwkv")
 """transformers reads packed weights of these as if they were dense, or rescales them."""
 LIMITS = {"loss": 3e-3, "gradient": 0.05, "gradient norm": 1e-2}
-"""Errors relative to fp32. A model that bf16 disturbs more, as one whose tokens change their experts, may be off by
-twice what plain modules are off in bf16."""
+"""Errors relative to fp32. A model that bf16 disturbs more may be off by twice what plain modules are off in bf16."""
+BATCHES = 5
+"""The median of so many batches counts: a token that rounding sends to other experts changes much of one of them."""
 
 
 @pytest.mark.gpu
@@ -39,11 +41,15 @@ def test_on_a_gpu_it_learns_as_padded_in_fp32(family: str, words: tuple[str, ...
         return
     assert outcome.attention is not None, outcome.why
     model = trained(outcome)
-    expected = learn(reference_of(model), batch_of(None))
-    plain = errors(learn(plain_copy(model), batch_of(None), torch.bfloat16), expected)
-    found = errors(learn(model, batch_of(outcome), torch.bfloat16), expected)
-    wrong = {name: (off, plain[name]) for name, off in found.items() if off > max(LIMITS[name], 2 * plain[name])}
-    assert not wrong, (outcome.row(), wrong)
+    exact, plain = reference_of(model), plain_copy(model)
+    found, usual = [], []
+    for variant in range(BATCHES):
+        expected = learn(exact, batch_of(None, variant))
+        found.append(errors(learn(model, batch_of(outcome, variant), torch.bfloat16), expected))
+        usual.append(errors(learn(plain, batch_of(None, variant), torch.bfloat16), expected))
+    off, limits = ({name: median(each[name] for each in some) for name in LIMITS} for some in (found, usual))
+    wrong = {name: (off[name], limits[name]) for name in LIMITS if off[name] > max(LIMITS[name], 2 * limits[name])}
+    assert not wrong, (outcome.row(), wrong, found)
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "mixtral", "opt", "phi3"])
