@@ -41,7 +41,7 @@ class Expected(NamedTuple):
     def lines(self, recipe: Recipe) -> list[str]:
         """What will train and what will be quantised, for the user."""
         trains = f"trains {self.trainable:,} of {self.parameters:,} parameters ({self.trainable / self.parameters:.2%})"
-        return [trains, *([] if self.weights is None else [self.weights.line(recipe)])]
+        return [trains, *([] if self.weights is None else [self.weights.line(recipe)]), *self.notes]
 
     def require(self, model: Any) -> None:
         """Check what a model, loaded and with its adapter, trains.
@@ -118,10 +118,10 @@ def model_faults(recipe: Recipe, *, local_only: bool = True) -> ModelFindings:
     trainable = sum(size for size, trained in sizes if trained)
     if weights is None:
         return ModelFindings(faults, notes, skipped)
-    of_experts = expert_notes(recipe, weights, skeleton.model)
+    said = expert_notes(recipe, weights, skeleton.model)
     is_quantized = recipe.quantization is not None and recipe.quantization.is_quantized
-    expected = Expected(trainable, sum(size for size, _ in sizes), weights if is_quantized else None, of_experts)
-    return ModelFindings(faults, [*notes, *of_experts], skipped, expected)
+    expected = Expected(trainable, sum(size for size, _ in sizes), weights if is_quantized else None, said)
+    return ModelFindings(faults, notes, skipped, expected)
 
 
 def _with_new_rows(recipe: Recipe, skeleton: Skeleton, tokenizer: Any, new: Sequence[int]) -> Recipe:

@@ -177,8 +177,6 @@ def setup_model(run: OpenRun, expected: Expected | None = None) -> PreparedModel
     check_schedule(run, arguments, total_steps(recipe, plan.steps))
     for note in weights_notes(recipe):
         record.changed(note)
-    for note in expected.notes if expected is not None else []:
-        record.changed(note)
     model = together(world, lambda: run.memory.load(lambda: _loaded(recipe, strategy, expected)))
     if left_out := modules_left_out(model, recipe):
         record.changed(f"lora.target_modules=all-linear: no adapter can be put on {', '.join(left_out)}")
