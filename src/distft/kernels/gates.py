@@ -100,7 +100,7 @@ class ScaledGate(torch.autograd.Function):
 
 def _arguments(columns: int, gate: Gate, bias: torch.Tensor | None) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
     """Programs per row, and what all kernels are given."""
-    elements = min(max(int(triton.next_power_of_2(columns)), 128), 4096)
+    elements = min(max(int(triton.next_power_of_2(columns)), 128), 2048 if gate.clamped else 4096)
     options = {
         "ELEMENTS": elements,
         "KIND": 3 if gate.clamped else KINDS[gate.activation],
@@ -113,23 +113,29 @@ def _arguments(columns: int, gate: Gate, bias: torch.Tensor | None) -> tuple[int
 if triton is not None:
 
     @triton.jit
-    def _load(inner, bias, expert, columns, ELEMENTS: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr):
-        """Row, columns and mask of a program, where its gate and up are, and their values."""
-        program, each = tl.program_id(0).to(tl.int64), tl.cdiv(columns, ELEMENTS)
-        row, column = program // each, (program % each) * ELEMENTS + tl.arange(0, ELEMENTS)
-        inside = column < columns
+    def _pairs(values, columns, start, ELEMENTS: tl.constexpr, KIND: tl.constexpr):
+        """The gate and up of a row of `values`, from column `start` on. Those that take turns are read together."""
         if KIND == 3:
-            of_gate, of_up = 2 * column, 2 * column + 1
+            both = 2 * start + tl.arange(0, 2 * ELEMENTS)
+            found = tl.load(values + both, mask=both < 2 * columns, other=0.0).to(tl.float32)
+            e, g = tl.split(tl.reshape(found, (ELEMENTS, 2)))
         else:
-            of_gate, of_up = column, columns + column
-        at = row * 2 * columns
-        e = tl.load(inner + at + of_gate, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(inner + at + of_up, mask=inside, other=0.0).to(tl.float32)
+            column = start + tl.arange(0, ELEMENTS)
+            e = tl.load(values + column, mask=column < columns, other=0.0).to(tl.float32)
+            g = tl.load(values + columns + column, mask=column < columns, other=0.0).to(tl.float32)
+        return e, g
+
+    @triton.jit
+    def _load(inner, bias, expert, columns, ELEMENTS: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr):
+        """Row and first column of a program, and its gate and up."""
+        program, each = tl.program_id(0).to(tl.int64), tl.cdiv(columns, ELEMENTS)
+        row, start = program // each, (program % each) * ELEMENTS
+        e, g = _pairs(inner + row * 2 * columns, columns, start, ELEMENTS, KIND)
         if BIAS:
-            of_bias = bias + tl.load(expert + row).to(tl.int64) * 2 * columns
-            e += tl.load(of_bias + of_gate, mask=inside, other=0.0).to(tl.float32)
-            g += tl.load(of_bias + of_up, mask=inside, other=0.0).to(tl.float32)
-        return row, column, inside, inner + at + of_gate, inner + at + of_up, e, g
+            of_expert = bias + tl.load(expert + row).to(tl.int64) * 2 * columns
+            added_e, added_g = _pairs(of_expert, columns, start, ELEMENTS, KIND)
+            e, g = e + added_e, g + added_g
+        return row, start, e, g
 
     @triton.jit
     def _value(e, g, alpha, limit, KIND: tl.constexpr):
@@ -158,10 +164,12 @@ if triton is not None:
         KIND: tl.constexpr,
         BIAS: tl.constexpr,
     ):
-        row, column, inside, _, _, e, g = _load(inner, bias, expert, columns, ELEMENTS, KIND, BIAS)
+        row, start, e, g = _load(inner, bias, expert, columns, ELEMENTS, KIND, BIAS)
+        column = start + tl.arange(0, ELEMENTS)
         act, _, factor, _ = _value(e, g, alpha, limit, KIND)
         score = tl.load(scores + row).to(tl.float32)
-        tl.store(out + row * columns + column, (act * factor * score).to(out.dtype.element_ty), mask=inside)
+        value = (act * factor * score).to(out.dtype.element_ty)
+        tl.store(out + row * columns + column, value, mask=column < columns)
 
     @triton.jit
     def _scaled_gate_backward(
@@ -178,10 +186,18 @@ if triton is not None:
         KIND: tl.constexpr,
         BIAS: tl.constexpr,
     ):
-        row, column, inside, of_gate, of_up, e, g = _load(inner, bias, expert, columns, ELEMENTS, KIND, BIAS)
+        row, start, e, g = _load(inner, bias, expert, columns, ELEMENTS, KIND, BIAS)
+        column = start + tl.arange(0, ELEMENTS)
         act, slope, factor, of_factor = _value(e, g, alpha, limit, KIND)
-        d = tl.load(grad + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(grad + row * columns + column, mask=column < columns, other=0.0).to(tl.float32)
         tl.store(parts + tl.program_id(0).to(tl.int64), tl.sum(d * act * factor, 0))
         d *= tl.load(scores + row).to(tl.float32)
-        tl.store(of_gate, (d * factor * slope).to(inner.dtype.element_ty), mask=inside)
-        tl.store(of_up, (d * act * of_factor).to(inner.dtype.element_ty), mask=inside)
+        of_gate = (d * factor * slope).to(inner.dtype.element_ty)
+        of_up = (d * act * of_factor).to(inner.dtype.element_ty)
+        into = inner + row * 2 * columns
+        if KIND == 3:
+            both = 2 * start + tl.arange(0, 2 * ELEMENTS)
+            tl.store(into + both, tl.interleave(of_gate, of_up), mask=both < 2 * columns)
+        else:
+            tl.store(into + column, of_gate, mask=column < columns)
+            tl.store(into + columns + column, of_up, mask=column < columns)
