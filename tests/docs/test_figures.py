@@ -150,24 +150,6 @@ def test_compared_with_trl() -> None:
         assert row[4:] == [*(f"× {ratio:.1f}" for ratio in ratios), *(f"{peak:.1f}" for peak in peaks)]
 
 
-def test_architectures() -> None:
-    record = measured("architectures_h200")
-    assert record["failed"] == {}
-    (table,) = BENCHMARKS.tables("Architectures")
-    assert [name.strip("`") for name, *_ in table] == list(record["ratios"])
-    for name, *cells in table:
-        ours, llama = (record["summary"][name.strip("`") + end] for end in ("", "-llama"))
-        ratio, profile = record["ratios"][name.strip("`")], ours["profile"]
-        assert cells == [
-            str(ours["layers"]),
-            f"{ours['tokens_per_second']['median']:,.0f}",
-            *(f"{side['mfu']['median']:.3f}" for side in (ours, llama)),
-            f"{ratio['of_mfu']:.2f}",
-            f"{ratio['least']:.2f} – {ratio['greatest']:.2f}",
-            *(f"{profile[part] / profile['step_time_s']:.0%}" for part in ("products_s", "idle_s")),
-        ]
-
-
 def test_long_context() -> None:
     summary = measured("long_context_h200")["summary"]
     (table,) = BENCHMARKS.tables("Long context")
