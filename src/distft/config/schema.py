@@ -122,8 +122,8 @@ class Model(Section):
     """How a mixture of experts computes its experts, by the name in transformers; `auto` computes all of them in
     grouped matrix products, from packed weights and adapters as they are."""
     kernels: Literal["auto", "plain"] = "auto"
-    """`auto` fuses LoRA linears into the autograd functions of distft.kernels.lora and, on a GPU with liger-kernel
-    installed, uses liger's norms and rotary embeddings; `plain` keeps the modules of PEFT and transformers."""
+    """`auto` fuses LoRA linears into the autograd functions of distft.kernels.lora and, on a GPU, uses PyTorch's norms
+    and, if liger-kernel is installed, its kernels for the rest; `plain` keeps the modules of PEFT and transformers."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
 
