@@ -15,8 +15,8 @@ from .conftest import Train, needs_compiler
 
 FAMILIES = ("bloom", "gemma3_text", "gpt_neox", "gpt_oss", "mixtral", "qwen3")
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
-EVERY_TIME = {("gemma3_text", "zero3"), ("mixtral", "fsdp")}
-"""Local attention and experts. test_same_optimisation.py has a Llama under every strategy."""
+EVERY_TIME = {("gemma3_text", "zero3")}
+"""test_same_optimisation.py has a Llama under every strategy, and test_experts.py a mixture of experts."""
 WORDS = (
     "recipe=tiny",
     "quantization=null",
