@@ -31,13 +31,13 @@ from distft.files import to_json, write_atomically
 from distft.hardware import GIB
 from distft.models import loading
 
-EXPERTS = "lora.target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]"
+EXPERTS = ("lora.target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]", "lora.r=4", "lora.lora_alpha=8")
 SHARDED = ("strategy=fsdp", "quantization.bnb_4bit_quant_storage=bfloat16")
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "single": (1, ("strategy=single",)),
-    "single, experts adapted": (1, ("strategy=single", EXPERTS)),
+    "single, experts adapted": (1, ("strategy=single", *EXPERTS)),
     "fsdp": (2, SHARDED),
-    "fsdp, experts adapted": (2, (*SHARDED, EXPERTS)),
+    "fsdp, experts adapted": (2, (*SHARDED, *EXPERTS)),
 }
 """Processes, and what the recipe has besides."""
 _TINY = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_experts": 8, "vocab_size": 512}
