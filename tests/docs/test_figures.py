@@ -150,6 +150,16 @@ def test_compared_with_trl() -> None:
         assert row[4:] == [*(f"× {ratio:.1f}" for ratio in ratios), *(f"{peak:.1f}" for peak in peaks)]
 
 
+def test_mixture_of_experts() -> None:
+    record = measured("mixture_h200")
+    (table,) = BENCHMARKS.tables("Mixture of experts")
+    forms = {"samples_per_second": ".1f", "tokens_per_second": ",.0f", "mfu": ".3f", "peak_memory_gib": ".1f"}
+    assert table == [medians(record["summary"]["single"], forms)]
+    (run, *_) = record["runs"]["single"]
+    assert f"{run['quantized_share']:.2%} of the linear weights have 4 bits" in TEXT and run["checkpointed_layers"] == 0
+    assert record["config"]["num_hidden_layers"] == 48 and record["config"]["num_local_experts"] == 128
+
+
 def test_long_context() -> None:
     summary = measured("long_context_h200")["summary"]
     (table,) = BENCHMARKS.tables("Long context")
