@@ -88,6 +88,12 @@ def supports_attention(kind: Any, name: str) -> bool:
     return bool(kind._supports_flash_attn if name.startswith("flash") else flags.get(name, True))
 
 
+def layers_not_to_split(model: Any) -> set[str]:
+    """The names of the classes of layers that stay whole on a device; a model may lack some of them."""
+    checked("_no_split_modules")
+    return set(getattr(model, "_no_split_modules", None) or ())
+
+
 def has_standard_experts(module: Any) -> bool:
     """Whether `module` is of a class of experts for which transformers has several implementations."""
     checked("_apply_gate")

@@ -152,6 +152,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         source=r"def _experts_implementation\(self\)|self\._experts_implementation\b",
     ),
     _model("_can_set_attn_implementation", "call", "know which models have attention of their own"),
+    _model("_no_split_modules", "attribute", "know which layers FSDP2 shards as units"),
     _model("_supports_sdpa", "call", "choose an attention implementation"),
     _model("_supports_flex_attn", "call", "choose an attention implementation"),
     _model("_supports_flash_attn", "call", "choose an attention implementation"),

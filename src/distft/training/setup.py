@@ -188,6 +188,8 @@ def setup_model(run: OpenRun, expected: Expected | None = None) -> PreparedModel
         plan = plan.divided(recipe.batching)
         accumulation = plan.accumulation(world.world_size, recipe.epochs(plan.steps))
         arguments = training_arguments(recipe, strategy, record.folder, accumulation)
+    if recipe.lora is None and model.config.get_text_config() is not model.config:
+        arguments.ddp_find_unused_parameters = True  # no text reaches a vision tower; only DDP reads this
     if run.data.splits.report.trained:  # conversations
         tokenizer = run.data.tokenizer
         end_answers_at(model, stop_tokens_of(chat_template(recipe, tokenizer), tokenizer))

@@ -147,6 +147,9 @@ class Strategy:
     def preserve_output_dtype(self, accelerator: Any) -> None:
         """Make losses under mixed precision as exact as under DDP. Call it before the model is prepared."""
 
+    def choose_layers(self, accelerator: Any, model: nn.Module) -> None:
+        """Say which layers of `model` are sharded as units. Call it before the model is prepared."""
+
     def prefetch(self, model: nn.Module, memory_limit_gib: float | None) -> str | None:
         """Gather the layers of a prepared model ahead of time. All ranks must call it.
 

@@ -95,6 +95,16 @@ class FSDP2(Strategy):
         if plugin is not None and hasattr(plugin.mixed_precision_policy, "output_dtype"):  # FSDP1's policy has none
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
+    def choose_layers(self, accelerator: Any, model: nn.Module) -> None:
+        """Shard the layers that transformers would not split, as accelerate does; but models with a vision tower name
+        some that they lack, which accelerate refuses."""
+        plugin = getattr(accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+            there = {type(module).__name__ for module in model.modules()}
+            named = upstream_api.layers_not_to_split(model)
+            if named - there:
+                plugin.transformer_cls_names_to_wrap = sorted(named & there)
+
     def prefetch(self, model: nn.Module, memory_limit_gib: float | None) -> str | None:
         import torch
 
