@@ -62,7 +62,6 @@ _OWN: dict[str, dict[str, Any]] = {
     "falcon": {"head_dim": None},
     "falcon_alibi": {"head_dim": None, "alibi": True},
     "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma2": {"head_dim": 16},  # flex attention takes no smaller heads
     "glm4_moe_lite": _LATENT,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
     "gptj": {"rotary_dim": 4},

@@ -20,7 +20,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from distft.config.recipe import load_recipe
 from distft.errors import ModelError
-from distft.models.attention import FLEX, choices, choose
+from distft.models.attention import choices, choose
+from distft.models.unpacked import UNPACKED
 from distft.models.varlen import VARLEN
 
 PACKED = "batching.micro_batch_tokens=512"
@@ -55,8 +56,8 @@ def test_varlen_is_refused_where_it_cannot_run(dtype: str, on_gpu: bool) -> None
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (LlamaConfig(), ["sdpa", "eager"]),
-        (GptOssConfig(), ["eager"]),  # its sinks are unknown to SDPA
+        (LlamaConfig(), ["sdpa", "eager", UNPACKED]),
+        (GptOssConfig(), ["eager", UNPACKED]),  # its sinks are unknown to SDPA
         (BloomConfig(), ["eager"]),
         (FalconConfig(), ["sdpa", "eager"]),
     ],
@@ -77,7 +78,7 @@ def test_a_model_with_attention_of_its_own_never_gets_varlen(config: Any) -> Non
 UNSUPPORTED = [
     (LlamaConfig(attention_dropout=0.1), "attention dropout", "sdpa"),
     (GPT2Config(), "attention dropout", "sdpa"),
-    (Gemma2Config(), "soft-capping", FLEX),
+    (Gemma2Config(), "soft-capping", UNPACKED),
     (Llama4TextConfig(), "chunked attention", "sdpa"),
     (LlamaConfig(hidden_size=4096, num_attention_heads=8), "heads of size 512", "sdpa"),
 ]
@@ -88,7 +89,7 @@ UNSUPPORTED = [
 )
 def test_a_model_that_needs_an_unsupported_feature_gets_another_kernel(config: Any, feature: str, other: str) -> None:
     assert choose(load_recipe([BF16, PACKED]), config, on_gpu=True) == (FAST or other)
-    remedy = "eager" if other == FLEX else "sdpa"
+    remedy = "eager" if other == UNPACKED else "sdpa"
     with pytest.raises(ModelError, match=f"does not support {feature}, which tiny needs; use {remedy} or auto"):
         choose(load_recipe([BF16, PACKED, "model.attn_implementation=varlen"]), config, on_gpu=True)
 
@@ -97,6 +98,13 @@ def test_soft_capping_is_not_left_out() -> None:
     assert "sdpa" not in choices(load_recipe([BF16, PACKED]), Gemma2Config(), on_gpu=False)
     with pytest.raises(ModelError, match="sdpa does not support soft-capping, which tiny needs; use eager or auto"):
         choose(load_recipe(["model.attn_implementation=sdpa"]), Gemma2Config(), on_gpu=False)
+
+
+def test_packs_on_a_gpu_are_unpacked_before_attention_is_eager() -> None:
+    names = choices(load_recipe([PACKED]), GptOssConfig(), on_gpu=True)  # fp32, and no SDPA
+    assert names == [UNPACKED, "eager"]
+    assert UNPACKED not in choices(load_recipe([BF16]), GptOssConfig(), on_gpu=True)
+    assert UNPACKED not in choices(load_recipe([PACKED]), BloomConfig(), on_gpu=True)  # it has attention of its own
 
 
 def test_a_model_without_heads_has_choices() -> None:

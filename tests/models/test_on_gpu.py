@@ -18,10 +18,10 @@ from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import choose
 from distft.distributed.world import World
 from distft.models import attention
-from distft.models.attention import FLEX
 from distft.models.isolation import IsolationCheck, set_attention
 from distft.models.loading import load_base, load_model, load_tokenizer
 from distft.models.prefix import on_gpu
+from distft.models.unpacked import UNPACKED
 from distft.models.varlen import VARLEN, varlen_attention
 from distft.training.micro_batches import settle
 
@@ -50,7 +50,7 @@ EXPECTED = {
     "gpt_neox": VARLEN,
     "nemotron": VARLEN,  # layers that pass no boundaries on
     "stablelm": VARLEN,
-    "gemma2": FLEX,  # soft-capping
+    "gemma2": UNPACKED,  # soft-capping
 }
 
 

@@ -52,6 +52,7 @@ def by_mask(
     lengths: list[int],
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """Attention [rows, tokens, heads, value size] that is causal within each sample and reaches back fewer than
     `window` tokens; the logits of `sinks` are cut off behind the softmax."""
@@ -60,7 +61,8 @@ def by_mask(
     back = place[:, None] - place[None, :]
     mask = (sample[:, None] == sample[None, :]) & (back >= 0) & (back < (window or len(sample)))
     k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
-    logits = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+    logits = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    logits = (logits if cap is None else cap * torch.tanh(logits / cap)).masked_fill(~mask, -torch.inf)
     if sinks is not None:
         logits = torch.cat([logits, sinks[None, :, None, None].expand(*logits.shape[:3], 1)], -1)
     return (logits.softmax(-1)[..., : len(sample)] @ v).transpose(1, 2)

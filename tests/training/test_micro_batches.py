@@ -20,6 +20,7 @@ from distft.distributed.world import World
 from distft.errors import ModelError
 from distft.models.checks import model_faults
 from distft.models.loading import load_model, load_tokenizer
+from distft.models.unpacked import UNPACKED
 from distft.runs.folder import RunFolder
 from distft.training.batch_size_worker import probe_recipe, setup_probe
 from distft.training.checkpoints import read_tensors
@@ -75,11 +76,19 @@ def test_layers_whose_experts_are_in_grouped_products_are_counted(folder_of: Cal
     assert [found.facts[name] for name in counts] == [0, 4, 0, 2]
 
 
-@pytest.mark.parametrize(("family", "attention"), [("bloom", "eager"), ("gpt_oss", "eager"), ("jamba", "sdpa")])
-def test_a_model_that_mixes_the_samples_of_a_pack_is_trained_padded(
-    family: str, attention: str, folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("family", "attention", "settled_on"),
+    [("bloom", "eager", "eager"), ("gpt_oss", "eager", UNPACKED), ("jamba", "sdpa", "sdpa")],
+)
+def test_a_model_that_mixes_the_samples_of_a_pack_is_trained_otherwise(
+    family: str,
+    attention: str,
+    settled_on: str,
+    folder_of: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With the samples, the steps and so the updates that padding gives."""
+    """Padded, or unpacked for attention: with the samples, the steps and so the updates that padding gives."""
     monkeypatch.chdir(tmp_path)
     # The auxiliary loss of experts depends on the micro-batches (docs/models.md).
     model = [f"model.name={folder_of(family)}", "lora.target_modules=all-linear", "training.router_aux_loss_coef=0"]
@@ -88,13 +97,19 @@ def test_a_model_that_mixes_the_samples_of_a_pack_is_trained_padded(
         for name, words in {"packs": [PACKS], "padded": ["batching.micro_batch=2", "model.kernels=plain"]}.items()
     ]
     packs, plain = (run.read_summary() for run in runs)
-    assert packs["micro_batch_tokens"] is None and packs["micro_batch"] > 1
-    assert packs["attn_implementation"] == plain["attn_implementation"] == attention
+    if settled_on == UNPACKED:
+        assert packs["micro_batch_tokens"] == 600
+    else:
+        assert packs["micro_batch_tokens"] is None and packs["micro_batch"] > 1
+    assert (packs["attn_implementation"], plain["attn_implementation"]) == (settled_on, attention)
     note, *others = packs["changed_for_you"]
     unreached = "no gradient reaches the adapters on dt_proj, so they are not trained"
     assert others == plain["changed_for_you"] == ([unreached] if family == "jamba" else [])
-    assert f"computes padded rows with {attention} attention" in note and "the same global batch" in note
-    assert "packs with" in note and "the logits of two samples differ by" in note
+    if settled_on == UNPACKED:
+        assert f"computes packs with {UNPACKED} attention, because" in note
+    else:
+        assert f"computes padded rows with {attention} attention" in note and "the same global batch" in note
+    assert f"packs with {attention} attention" in note and "the logits of two samples differ by" in note
     ours, theirs = ([record for record in run.read_metrics() if "loss" in record] for run in runs)
     for key in ("loss", "grad_norm"):
         assert [record[key] for record in ours] == pytest.approx([record[key] for record in theirs], rel=1e-5)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedConfig
-from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
 from distft import upstream_api
 from distft.config.recipe import Recipe
 from distft.errors import ModelError
+from distft.models.unpacked import UNPACKED, unpacked_attention
 from distft.models.varlen import LARGEST_HEAD, VARLEN, kernel, kernel_options, varlen_attention
 
-FLEX = "flex_attention"
 SOFT_CAPPING = "soft-capping"
 _HEAD_SIZES = ("head_dim", "global_head_dim", "qk_head_dim", "v_head_dim")
 _DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "attn_dropout")
@@ -51,22 +47,24 @@ def choices(recipe: Recipe, config: PreTrainedConfig, *, on_gpu: bool) -> list[s
     """The implementations that `auto` may use, the fastest first.
 
     On a GPU, the first is flash-attn if it is installed; then, for packed samples, PyTorch's variable-length kernel if
-    it supports the model, or its flex attention for soft-capping. Then come SDPA and the model's plain
-    ("eager") attention, as far as the model has them. For packs, transformers gives both a block-diagonal mask, whose
-    memory is quadratic in the length of the pack.
+    it supports the model. Then come SDPA and, last, the model's plain ("eager") attention, as far as the model has
+    them. For packs, transformers gives both a block-diagonal mask, whose memory is quadratic in the length of the pack;
+    on a GPU, attention that unpacks the samples is better than eager attention. On a CPU, it is for models whose masks
+    are wrong in packs.
     """
-    fast, packed = [], recipe.batching.micro_batch_tokens is not None
-    lacks, slow = missing_feature(config), ["sdpa", "eager"]
-    if lacks == SOFT_CAPPING:
-        slow.remove("sdpa")  # some versions of transformers leave it out there without a word
+    packed, lacks = recipe.batching.micro_batch_tokens is not None, missing_feature(config)
+    names = []
     if on_gpu and _in_16_bits(recipe):
         if is_flash_attn_2_available():
-            fast.append("flash_attention_2")  # which lacks sinks
+            names.append("flash_attention_2")  # which lacks sinks
         if packed and kernel() is not None and not lacks:
-            fast.append(VARLEN)
-        elif packed and lacks == SOFT_CAPPING:
-            fast.append(FLEX)
-    return [name for name in (*fast, *slow) if has_attention(config, name)]
+            names.append(VARLEN)
+    if lacks != SOFT_CAPPING:  # some versions of transformers leave it out there without a word
+        names.append("sdpa")
+    names.append("eager")
+    if packed:
+        names.insert(-1 if on_gpu else len(names), UNPACKED)
+    return [name for name in names if has_attention(config, name)]
 
 
 def _in_16_bits(recipe: Recipe) -> bool:
@@ -79,7 +77,7 @@ def has_attention(config: PreTrainedConfig, name: str) -> bool:
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is None:
         return True
-    if name == VARLEN:  # a model that does not call it would attend without any mask
+    if name in (VARLEN, UNPACKED):  # a model that does not call it would attend without any mask
         return not upstream_api.attention_is_fixed(kind)
     return upstream_api.supports_attention(kind, name)
 
@@ -106,21 +104,10 @@ def missing_feature(config: PreTrainedConfig) -> str | None:
 
 
 def register() -> None:
-    """Register `attn_implementation="varlen"` with transformers, and its flex attention with the casts that it lacks.
+    """Register `varlen` and `unpacked` with transformers.
 
-    varlen has no mask function: to build a mask, transformers would search for sample boundaries in every forward, and
+    They have no mask functions: to build a mask, transformers would search for sample boundaries in every forward, and
     wait for the device.
     """
     AttentionInterface.register(VARLEN, varlen_attention)
-    AttentionInterface.register(FLEX, flex_attention)
-
-
-def flex_attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' flex attention, in one type: norms and rotations may give queries and keys in fp32 and leave values
-    in 16 bits."""
-    found: tuple[torch.Tensor, torch.Tensor | None] = flex_attention_forward(
-        module, query.to(value.dtype), key.to(value.dtype), value, *args, **options
-    )
-    return found
+    AttentionInterface.register(UNPACKED, unpacked_attention)

@@ -30,6 +30,7 @@ from distft.errors import ModelError
 from distft.models.experts import eager_experts
 from distft.models.fused_lora import use_plain_modules, uses_plain_modules
 from distft.models.prefix import first_layers
+from distft.models.unpacked import UNPACKED
 from distft.models.varlen import VARLEN, hand_over_boundaries
 from distft.text import first_line
 
@@ -182,7 +183,7 @@ class IsolationCheck:
 
 def set_attention(model: Any, name: str) -> bool:
     """Let `model` use the attention `name`; False if it cannot."""
-    if name == VARLEN:
+    if name in (VARLEN, UNPACKED):
         hand_over_boundaries(model)
     if upstream_api.attn_implementation(model.config) == name:
         return True

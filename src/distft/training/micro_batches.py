@@ -25,6 +25,7 @@ from distft.models.experts import fused_expert_layers
 from distft.models.fused_lora import fused_linears, has_plain_modules, use_plain_modules
 from distft.models.isolation import Findings, IsolationCheck, set_attention
 from distft.models.prefix import on_gpu
+from distft.models.unpacked import UNPACKED
 from distft.models.varlen import VARLEN
 from distft.text import count
 from distft.training.arguments import pad_multiple
@@ -98,7 +99,7 @@ def ways(model: Any, recipe: Recipe, strategy: Strategy) -> Iterator[Way]:
     kernels = [True, False] if has_plain_modules(model) else [True]
     for packed in (True, False) if _packs(recipe) and not named else (_packs(recipe),):
         for name in [now] if named else dict.fromkeys([*others, now]):
-            if packed or name != VARLEN:
+            if packed or name not in (VARLEN, UNPACKED):
                 yield from (Way(name, packed, fused) for fused in kernels)
 
 
