@@ -63,6 +63,7 @@ def settle(model: Any, recipe: Recipe, strategy: Strategy, tokenizer: Any, lengt
         ModelError: on all ranks; none is right, or not the one that the recipe names.
     """
     start = time.perf_counter()
+    attention.register()
     check = _check_of(model, recipe, strategy)
     failed: dict[Way, str] = {}
     for way in ways(model, recipe, strategy):
