@@ -160,6 +160,37 @@ def test_mixture_of_experts() -> None:
     assert record["config"]["num_hidden_layers"] == 48 and record["config"]["num_local_experts"] == 128
 
 
+def test_architectures() -> None:
+    (table,) = BENCHMARKS.tables("Architectures")
+    expected: list[list[str]] = []
+    ratios: dict[str, list[float]] = {"dense": [], "experts": []}
+    for path in (ROOT / "benchmarks" / "results").glob("architectures*_h200.json"):
+        record = measured(path.stem)
+        assert record["failed"] == {} and f"`{path.name}`" in TEXT
+        for name, ratio in record["ratios"].items():
+            ours, llama = (record["summary"][name + end] for end in ("", "-llama"))
+            profile = ours["profile"]
+            expected.append(
+                [
+                    f"`{name}`",
+                    str(ours["layers"]),
+                    f"{ours['tokens_per_second']['median']:,.0f}",
+                    *(f"{side['mfu']['median']:.3f}" for side in (ours, llama)),
+                    f"{ratio['of_mfu']:.2f}",
+                    f"{ratio['least']:.2f} – {ratio['greatest']:.2f}",
+                    *(f"{profile[part] / profile['step_time_s']:.0%}" for part in ("products_s", "idle_s")),
+                ]
+            )
+            kind = "experts" if ours["parameters"] > 1.5 * ours["active_parameters"] else "dense"
+            ratios[kind].append(ratio["of_mfu"])
+    assert sorted(table) == sorted(expected)
+    spans = {kind: f"{min(found):.2f} to {max(found):.2f}" for kind, found in ratios.items()}
+    assert (
+        f"The dense models reach {spans['dense']} of the Llama's MFU, the mixtures of experts {spans['experts']}."
+        in TEXT
+    )
+
+
 def test_long_context() -> None:
     summary = measured("long_context_h200")["summary"]
     (table,) = BENCHMARKS.tables("Long context")
