@@ -114,9 +114,9 @@ def sections() -> str:
     if experiments := record("pretrained_h200").get("experiments"):
         found.append(
             "## Real weights\n\n"
-            "SmolLM2-135M-Instruct on real rows: 999 instructions of Alpaca as chats, and 1,997 reviews of IMDB. These\n"
-            "are the shipped experiments with another model and other rows, on GPUs that several runs shared: losses,\n"
-            "accuracies and peak memory count, and speeds do not. Three runs are three seeds: the median, and the range.\n"
+            "SmolLM2-135M-Instruct on real rows: 999 instructions of Alpaca as chats, and 1,997 reviews of IMDB.\n"
+            "These are the shipped experiments with another model and other rows, on GPUs that several runs shared: losses,\n"
+            "accuracies and peak memory count, and speeds do not. Three runs are three seeds.\n"
         )
         for name, what in _REAL.items():
             if name in experiments:
@@ -131,7 +131,7 @@ def sections() -> str:
         head = ("`recipe`", "layers", "attention", "fused linears", "peak GiB")
         found.append(
             "## Recipes at their real shapes\n\n"
-            "Each recipe for a chat model trained three steps of 64 samples on one H200, at its model's real shape and\n"
+            "Each recipe for a chat model trained three steps of 64 samples on one H200, at its model's real shape,\n"
             "with random weights. It shows that they run, with which attention and how many fused linears, and in how\n"
             "much memory. Of some models, only a few layers ran.\n\n"
             f"{_table(head, recipes())}\nRecord: `recipes_h200.json`, made by `benchmarks/recipes.py`.\n"
