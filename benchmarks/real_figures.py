@@ -115,7 +115,7 @@ def sections() -> str:
         found.append(
             "## Real weights\n\n"
             "SmolLM2-135M-Instruct on real rows: 999 instructions of Alpaca as chats, and 1,997 reviews of IMDB.\n"
-            "These are the shipped experiments with another model and other rows, on GPUs that several runs shared: losses,\n"
+            "These are the shipped experiments with another model and other rows, on shared GPUs: losses,\n"
             "accuracies and peak memory count, and speeds do not. Three runs are three seeds.\n"
         )
         for name, what in _REAL.items():
