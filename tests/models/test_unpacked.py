@@ -64,9 +64,12 @@ FAMILIES = ("gemma2", "gpt_oss", "afmoe", "opt", "biogpt", "stablelm", "seed_oss
 def test_models_are_right_with_it(family: str) -> None:
     """Also those that build their masks without the boundaries of samples, or have dropout."""
     attention.register()
-    model = adapted(small_model(family), exclude_modules=["router"] if family == "gpt_oss" else None)
-    found = IsolationCheck(model).findings(Collator(0, packed=True), UNPACKED)
-    assert found.fault is None and max(found.errors.values()) < 1e-5, found
+    for precision in (None, torch.bfloat16):
+        base = small_model(family).to(precision or torch.float32)
+        model = adapted(base, exclude_modules=["router"] if family == "gpt_oss" else None)
+        found = IsolationCheck(model, precision=precision).findings(Collator(0, packed=True), UNPACKED)
+        assert found.fault is None, (precision, found)
+        assert precision or max(found.errors.values()) < 1e-5, found
 
 
 def test_dropout_is_drawn() -> None:

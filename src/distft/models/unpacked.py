@@ -51,7 +51,8 @@ def unpacked_attention(
     tokens = torch.arange(query.shape[2], device=query.device)
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q, max_length_q = torch.tensor([0, len(tokens)], device=query.device), len(tokens)
-    starts, sample = cu_seq_lens_q[:-1], torch.bucketize(tokens, cu_seq_lens_q[1:], right=True)
+    starts, ends = cu_seq_lens_q[:-1].to(tokens.dtype), cu_seq_lens_q[1:].to(tokens.dtype)
+    sample = torch.bucketize(tokens, ends, right=True)
     rows, width = len(starts), max_length_q
     if rows * width**2 <= len(tokens) ** 2:
         # A row that is longer than its sample goes on into the next one, which no token of the sample sees.
