@@ -55,7 +55,7 @@ EXPERIMENTS: dict[str, tuple[str, ...]] = {
     ),
     "imdb_bits": (*REVIEWS, "training.learning_rate=5e-4", "training.max_steps=100"),
     "ablation": (*REVIEWS, "training.learning_rate=2e-4"),
-    "duel": (*REVIEWS, "training.learning_rate=5e-4", "training.max_steps=100"),
+    "duel": (*REVIEWS, "strategy=single", "training.learning_rate=5e-4", "training.max_steps=100"),
     "memory_grid": (*CHATS, "batching.global_batch_tokens=16384", "training.max_steps=2"),
 }
 """What is different for a model and data of this size. None of it changes what is compared."""
