@@ -93,6 +93,7 @@ def test_grouped_products_compute_what_transformers_and_peft_do(base: Path, bits
     assert max(errors(found, learn(loaded(recipe_for(base, TARGETS, *bits, "model.kernels=plain"))))) < 2e-6
 
 
+@pytest.mark.parametrize("base", ["qwen3_moe", "gpt_oss"], indirect=True)
 def test_4_bits_are_those_of_dequantised_weights_and_survive_a_merge(base: Path, tmp_path: Path) -> None:
     recipe = recipe_for(base, TARGETS, *FOUR)
     model = loaded(recipe)
