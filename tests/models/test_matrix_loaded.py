@@ -63,12 +63,15 @@ def test_in_4_bits_it_learns_as_padded(family: str, tmp_path: Path) -> None:
     assert_alike(learn(model, batch_of(outcome)), learn(reference_of(model), batch_of(None)))
 
 
-def test_in_8_bits_rounding_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LLM.int8() rounds activations to 8 bits, whatever the type of the model."""
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_by_quantised_linears_is_no_fault(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLM.int8() rounds activations to 8 bits, and 4-bit products may be in bf16, whatever the type of the model."""
     monkeypatch.setattr("distft.distributed.strategies.selection.visible_devices", lambda: 0)
     words = ["strategy=single", "batching.micro_batch_tokens=600", "lora.target_modules=[q_proj,v_proj,o_proj]"]
-    recipe = load_recipe(["recipe=tiny", "quantization={load_in_8bit: true}", *words])
+    quantization = f"quantization={{load_in_{bits}bit: true, bnb_4bit_compute_dtype: bfloat16}}"
+    recipe = load_recipe(["recipe=tiny", quantization, *words])
     strategy = choose(recipe, World(), {}, Launcher())
     tokenizer = SimpleNamespace(pad_token_id=0)
     settled = settle(load_model(recipe, strategy), recipe, strategy, tokenizer, np.array(LENGTHS))
     assert settled.recipe.batching.micro_batch_tokens == 600 and not settled.notes
+    assert settled.facts["fused_linears"] == settled.facts["adapted_linears"] > 0

@@ -61,6 +61,16 @@ class Findings:
     errors: Mapping[str, float] = field(default_factory=dict)
 
 
+def _products_of(model: Any) -> torch.dtype | None:
+    """The type to which products with quantised weights round, if that is not the model's; as coarse as bf16 for
+    LLM.int8(), which rounds activations to 8 bits."""
+    found = {type(module).__name__: module for module in model.modules()}
+    if "Linear8bitLt" in found:
+        return torch.bfloat16
+    computes = getattr(found.get("Linear4bit"), "compute_dtype", None)
+    return computes if computes is not None and computes.itemsize == 2 else None
+
+
 class IsolationCheck:
     """The check of one model. It leaves the model, its adapter and the random numbers as they were.
 
@@ -70,8 +80,7 @@ class IsolationCheck:
 
     def __init__(self, model: Any, *, precision: torch.dtype | None = None, gradients: bool = True) -> None:
         self._model, self._precision, self._samples = model, precision, _Samples.of(model)
-        quantised = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
-        self._rounded_to = torch.bfloat16 if quantised else precision  # LLM.int8() rounds activations to 8 bits
+        self._rounded_to = _products_of(model) or precision
         self._device = model.get_input_embeddings().weight.device
         with first_layers(model):
             trained = [(_end(name), each) for name, each in model.named_parameters() if each.requires_grad]
