@@ -34,15 +34,20 @@ def runs_of(experiment: str) -> dict[str, list[dict[str, Any]]]:
 
 def spread(runs: list[dict[str, Any]], figure: str, form: str = ".3f") -> str:
     """The median and the range of a figure."""
-    values = [run["figures"][figure] for run in runs]
-    several = f" ({min(values):{form}}–{max(values):{form}})" if len(values) > 1 else ""
-    return f"{median(values):{form}}{several}"
+    return _spread([run["figures"][figure] for run in runs], form)
 
 
 def base_accuracy(runs: list[dict[str, Any]]) -> str:
-    values = [run["evaluation"]["imdb"]["figures"]["accuracy"]["base"]["value"] for run in runs]
-    several = f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else ""
-    return f"{median(values):.3f}{several}"
+    found = [run["evaluation"].get("imdb") for run in runs]
+    return _spread([each and each["figures"]["accuracy"]["base"]["value"] for each in found], ".3f")
+
+
+def _spread(values: list[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    several = f" ({min(known):{form}}–{max(known):{form}})" if len(known) > 1 else ""
+    return f"{median(known):{form}}{several}"
 
 
 def losses(experiment: str) -> list[Row]:
