@@ -191,3 +191,13 @@ def test_an_unused_output_contributes_nothing_to_the_gradients() -> None:
     of_hand = [by_hand(other, 1.0, tensors[4 * i : 4 * i + 4], 0.0, 0) for i in range(3)]
     (of_hand[0].sum() + (of_hand[2] ** 2).sum()).backward()
     torch.testing.assert_close(x.grad, other.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_the_backward_computes_in_its_own_types_under_autocast() -> None:
+    x, a, b = torch.randn(6, 5, requires_grad=True), torch.randn(2, 5), torch.randn(4, 2)
+    tensors = [torch.randn(4, 5), None, a.requires_grad_(), b.requires_grad_()]
+    out = LoraLinears.apply(x, Origin(), (Spec(0.5, None, torch.float32),), 0.0, 1, *tensors)[0].square().sum()
+    expected = torch.autograd.grad(out, [x, a, b], retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(out, [x, a, b])
+    assert all(map(torch.equal, found, expected))

@@ -16,6 +16,7 @@ the MLP recomputes its inner activations in the backward. `distft.models.fused_l
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,18 @@ from torch.autograd.function import once_differentiable
 
 from distft.kernels.dropout import add_dropped_product, dropout, dropped_product
 from distft.kernels.elementwise import dequantize, gated, gated_backward
+
+
+def in_own_types(backward: Callable[..., Any]) -> Any:
+    """A backward that computes in the types of its tensors, even if it is called under autocast."""
+
+    @once_differentiable
+    @functools.wraps(backward)
+    def computed(ctx: Any, *grads: torch.Tensor) -> Any:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return backward(ctx, *grads)
+
+    return computed
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,7 @@ class LoraLinears(torch.autograd.Function):
         return tuple(reshaped(out, x.shape) for out in outputs)
 
     @staticmethod
-    @once_differentiable
+    @in_own_types
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         kept, low, *tensors = ctx.saved_tensors
         rows = recompute_input(ctx.origin, kept, ctx.shape)
@@ -222,7 +235,7 @@ class LoraMlp(torch.autograd.Function):
         return reshaped(out, x.shape)
 
     @staticmethod
-    @once_differentiable
+    @in_own_types
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         kept, low, low_down, *rest = ctx.saved_tensors
         places = len(ctx.settings[1]) - 1
@@ -269,7 +282,7 @@ class TiledLoraMlp(torch.autograd.Function):
         return reshaped(out, x.shape)
 
     @staticmethod
-    @once_differentiable
+    @in_own_types
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         kept, *tensors = ctx.saved_tensors
         rows, grad = recompute_input(ctx.origin, kept, ctx.shape), grad.reshape(-1, grad.shape[-1])
