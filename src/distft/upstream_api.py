@@ -159,6 +159,25 @@ def peft_refuses(model: Any, name: str) -> bool:
     return False
 
 
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """Let the block compute with the base alone. Unlike PEFT's `disable_adapter`, it leaves `requires_grad` as it is,
+    which FSDP2 reads when it first gathers a parameter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    checked("_disable_adapters", "peft.tuners.tuners_utils:BaseTunerLayer")
+    checked("_disable_adapters", "peft.utils.other:AuxiliaryTrainingWrapper")
+    layers = [each for each in model.modules() if isinstance(each, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
 # TRL ------------------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +189,17 @@ def select_tokens_on_host() -> None:
     checked("_use_triton")
     module: Any = importlib.import_module("trl.trainer.utils")
     module._use_triton = lambda device: False
+
+
+def disable_dropout(model: Any) -> None:
+    """Set the rate of all dropout in `model` to 0."""
+    checked("disable_dropout_in_model")(model)
+
+
+def score_squares(model: Any) -> None:
+    """Let TRL's fused head return log Σ p², too, which weights of WPO need."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    checked("add_fused_lm_head")(causal, outputs=("log_probs", "entropy", "is_top1", "log_sum_sq_probs"))
 
 
 def clear_evaluation_metrics(trainer: Any) -> None:

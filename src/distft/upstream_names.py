@@ -168,6 +168,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "compute experts in grouped products",
         source=r"experts_class\._apply_gate = ",
     ),
+    _of("peft", "peft.tuners.tuners_utils:BaseTunerLayer")(
+        "_disable_adapters", "attribute", "compute with the base alone, and leave requires_grad as it is"
+    ),
+    _of("peft", "peft.utils.other:AuxiliaryTrainingWrapper")(
+        "_disable_adapters", "attribute", "compute with the base alone, and leave requires_grad as it is"
+    ),
     _of("peft", "peft.tuners.tuners_utils")(
         "_check_lora_target_modules_mamba",
         "call",
@@ -187,6 +193,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "compute the loss from the fused head's outputs",
         source=r"fused_lm_head=False, labels=None, shift_labels=None",
     ),
+    _trl("disable_dropout_in_model", "call", "train over pairs without dropout, as DPOTrainer does", ("model",)),
+    _trl("add_fused_lm_head", "call", "score what the weights of WPO need", ("model", "outputs")),
     _sft("_metrics", "attribute", "drop the metrics that TRL gathers during an evaluation"),
     _loader("__init__", "call", "copy batches to the device without waiting", ("_non_blocking",)),
     _process("_shared_state", "call", "run FSDP2 on CPU, and leave no state behind in a process of the user's"),

@@ -10,7 +10,7 @@ import pytest
 
 from distft.data.inference import format_of_rows, with_format
 from distft.data.named_templates import CHATML
-from distft.errors import DataError
+from distft.errors import DataError, RecipeError
 from tests.data.rows import ALL, Prepare, read_rows, recipe_of, whole, write_rows
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -45,6 +45,26 @@ SHARE = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
             "not read: category",
         ),
         ({"text": "Hi", "meta": {}}, {"text": "text"}, "whole texts in text (not read: meta)"),
+        (
+            {"prompt": "Hi", "chosen": "Hello", "rejected": "No", "score": 1},
+            {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
+            "pairs of preferences, chosen and rejected, with their prompt in prompt (not read: score)",
+        ),
+        (
+            {"conversations": SHARE[:1], "chosen": SHARE[1], "rejected": SHARE[1]},
+            {"prompt": "conversations", "chosen": "chosen", "rejected": "rejected"},
+            "with their prompt in conversations",
+        ),
+        (
+            {"chosen": TURNS, "rejected": TURNS, "tools": "[]"},
+            {"chosen": "chosen", "rejected": "rejected", "tools": "tools"},
+            "without a column of prompts: what both begin with",
+        ),
+        (
+            {"system": "Be kind", "question": "Hi", "chosen": "a", "rejected": "b"},
+            {"prompt": "question", "chosen": "chosen", "rejected": "rejected", "system": "system"},
+            "with their prompt in question",
+        ),
     ],
 )
 def test_columns_tell_the_format(row: dict[str, Any], columns: dict[str, str], said: str) -> None:
@@ -65,8 +85,12 @@ def test_columns_tell_the_format(row: dict[str, Any], columns: dict[str, str], s
         ),
         ({"a": TURNS, "b": TURNS}, "conversations in a; or conversations in b"),
         (
-            {"conversations": SHARE, "chosen": SHARE[0], "rejected": SHARE[0]},
-            "pairs of preferences, chosen a",
+            {"prompt": "Hi", "chosen": ["a"], "rejected": ["b"]},
+            "chosen and rejected, which hold neither texts nor messages",
+        ),
+        (
+            {"instruction": "Hi", "input": "x", "chosen": "a", "rejected": "b"},
+            "in two columns, instruction and its context",
         ),
         ({"messages": TURNS, "label": True}, "mark answers as good or bad in the column label"),
     ],
@@ -94,10 +118,25 @@ def test_the_format_of_real_data_is_told(shared_data: Path, name: str, columns: 
     assert recipe.data.format.model_dump(exclude_none=True, exclude={"label_words"}) == columns
 
 
-@pytest.mark.parametrize("name", ["dpo_sample", "kto_sample"])
-def test_real_preferences_are_refused(shared_data: Path, name: str) -> None:
-    with pytest.raises(DataError, match="which distft does not train on yet"):
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("dpo_sample", r"pairs of preferences, chosen and rejected, and objective=sft.*\n  set objective=dpo"),
+        ("kto_sample", "which distft does not train on yet"),
+    ],
+)
+def test_sft_refuses_real_preferences_and_says_what_to_set(shared_data: Path, name: str, problem: str) -> None:
+    with pytest.raises(DataError, match=problem):
         with_format(recipe_of(f"data.name={shared_data / name}.jsonl"))
+
+
+def test_dpo_refuses_single_answers(shared_data: Path) -> None:
+    with pytest.raises(DataError, match=r"objective=dpo needs pairs of answers, and the data are instructions in"):
+        with_format(recipe_of("recipe=dpo", f"data.name={shared_data / 'alpaca_sample'}.jsonl"))
+    with pytest.raises(RecipeError, match="names single answers, and objective=dpo"):
+        recipe_of("recipe=dpo", "data.name=dolly")
+    with pytest.raises(RecipeError, match="names pairs of answers, chosen and rejected, and objective=sft"):
+        recipe_of("data.name=tiny_preferences")
 
 
 def test_instructions_become_conversations_where_the_tokenizer_has_a_template(

@@ -42,6 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats), encoding="utf-8")
     graded = [{"prompt": f"{n} + {n} = ", "completion": str(2 * n), "level": n // 10} for n in range(40)]
     (folder / "graded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in graded), encoding="utf-8")
+    pairs = [{"prompt": f"{n} + {n} = ", "chosen": str(2 * n), "rejected": str(2 * n + 1)} for n in range(40)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
     (folder / "shards").mkdir()
     for part in range(2):
         lines = [json.dumps({"question": f"Is {n} even?", "answer": "no" if n % 2 else "yes"}) for n in range(part, 20)]

@@ -13,6 +13,7 @@ from pydantic import Field, PrivateAttr, ValidationError, WithJsonSchema
 
 from distft.config.evaluation import Evaluation
 from distft.config.files import read_values, related
+from distft.config.preference import Preference
 from distft.config.schema import Batching, Data, Model, Quantization, Run, Section, StrategyName, Tracking
 from distft.config.slurm import Slurm
 from distft.config.upstream import UPSTREAMS, Upstream, upstream_section
@@ -21,6 +22,9 @@ from distft.config.validation import COMMAND_LINE, Source, faults_of, location_o
 from distft.config.yaml import dump_yaml
 from distft.errors import Fault, RecipeError
 from distft.text import count
+
+REWRITES = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Values of lora.init_lora_weights, or their beginnings, with which PEFT also changes the weights of the base."""
 
 
 class Recipe(Section):
@@ -31,6 +35,11 @@ class Recipe(Section):
     """Which run this is and where its folder goes."""
     strategy: StrategyName
     """How the work is distributed: single, ddp, fsdp (FSDP2), zero2 or zero3 (DeepSpeed)."""
+    objective: Literal["sft", "dpo"] = "sft"
+    """What is learned: `sft` to write the data's texts; `dpo` to prefer the chosen answer of each pair (direct
+    preference optimisation). The reference is the model with its adapter off."""
+    preference: Preference | None = None
+    """The loss over pairs of answers, under the field names of TRL's DPOConfig; only with `objective: dpo`."""
     model: Model
     """The base model and its tokenizer."""
     quantization: Quantization | None = None
@@ -55,6 +64,11 @@ class Recipe(Section):
     @property
     def source(self) -> Source:
         return self._source
+
+    @property
+    def prefers(self) -> bool:
+        """Whether the samples are pairs of answers."""
+        return self.objective == "dpo"
 
     @property
     def bits(self) -> int:
@@ -176,6 +190,7 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
 
     _check_precision(recipe, fault)
     _check_batching(recipe, fault)
+    _check_objective(recipe, fault)
     if not any(getattr(recipe.data, key) is not None for key in ("sources", "path", "files")) and not recipe.data.name:
         fault("data.name", "is required", "or list several in data.sources")
     if recipe.training.get("eval_strategy", "no") != "no" and recipe.data.validation_fraction == 0:
@@ -225,6 +240,43 @@ def _check_batching(recipe: Recipe, fault: Callable[..., None]) -> None:
     ] == [True, False]:
         hint = "batching.micro_batch_tokens=null turns packing off"
         fault("batching.micro_batch", "has no effect: batching.micro_batch_tokens packs the samples", hint)
+
+
+def _check_objective(recipe: Recipe, fault: Callable[..., None]) -> None:
+    """What does not go with pairs of answers, or only with them."""
+    if not recipe.prefers:
+        if recipe.preference is not None:
+            fault("preference", "is the loss over pairs of answers", "set objective=dpo, or preference=null")
+        return
+    for name, *texts in (recipe.preference or Preference()).problems():
+        fault(f"preference.{name}", *texts)
+    if recipe.lora is None:
+        fault("lora", "objective=dpo compares the model with its adapter on and off", "add a lora section")
+    init = str((recipe.lora or {}).get("init_lora_weights", True)).lower()
+    if init.startswith(REWRITES):
+        problem = f"{init} changes the weights of the base, which is the reference of objective=dpo"
+        fault("lora.init_lora_weights", problem, "set it to true")
+    if (recipe.lora or {}).get("bias", "none") != "none":
+        problem = "trains biases of the base, which is the reference of objective=dpo"
+        fault("lora.bias", problem, "set it to none")
+    if recipe.training.get("completion_only_loss") is not None:
+        hint = "leave it out: of a pair, the answers count and the prompt does not"
+        fault("training.completion_only_loss", "is for objective=sft", hint)
+    for key in (key for key in ("loss_type", "label_smoothing_factor") if recipe.training.get(key)):
+        name = "loss_type" if key == "loss_type" else "label_smoothing"
+        fault(f"training.{key}", "is for objective=sft", f"set preference.{name}")
+    if recipe.training.get("neftune_noise_alpha"):
+        fault("training.neftune_noise_alpha", "would add noise to the reference as well", "leave it out")
+    if recipe.data.train_on != "assistant":
+        hint = "leave it out: of a pair, the answers count"
+        fault("data.train_on", "is for objective=sft", hint)
+    if recipe.data.streaming:
+        fault("data.streaming", "reads single answers, not pairs", "set data.streaming=false")
+    if recipe.data.order == "loss":
+        fault("data.order", "loss scores single answers, not pairs", "set shuffled, length or a column of numbers")
+    if recipe.micro_batch_is_auto:
+        key = "micro_batch" if recipe.batching.micro_batch_tokens is None else "micro_batch_tokens"
+        fault(f"batching.{key}", "auto measures single answers, not pairs", "set a number")
 
 
 def _validate(values: dict[str, Any], source: Source, faults: list[Fault]) -> Recipe | None:

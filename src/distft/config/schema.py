@@ -171,8 +171,8 @@ class Quantization(Section):
 
 
 class Format(Section):
-    """Which columns hold what: `messages`; `text`; `prompt` and `completion`; `instruction` and `response`; or `review`
-    and `label`."""
+    """Which columns hold what: `messages`; `text`; `prompt` and `completion`; `instruction` and `response`; `review`
+    and `label`; or, for `objective: dpo`, `chosen` and `rejected`."""
 
     messages: str | None = None
     """Column of conversations: a list of messages with `role` and `content`, or with `from` and `value`."""
@@ -186,6 +186,11 @@ class Format(Section):
     """Column of prompts: texts, used verbatim, or lists of messages."""
     completion: str | None = None
     """Column of the completions that follow the prompts: texts, or lists of messages."""
+    chosen: str | None = None
+    """Column of the better answers, for `objective: dpo`: texts, messages, or lists of messages. Without `prompt`, what
+    both answers begin with is the prompt."""
+    rejected: str | None = None
+    """Column of the worse answers."""
     instruction: str | None = None
     """Column of instructions (Dolly's template, or data.chat_template)."""
     context: str | None = None
@@ -236,8 +241,8 @@ class Data(Section):
     """The training data and its splits."""
 
     name: Annotated[Place, _NULLABLE] = ""
-    """`tiny`, `tiny_sentiment`, `dolly` or `imdb`; or a hub ID; or a .jsonl, .json, .csv, .tsv, .parquet or .arrow file
-    or a folder, local or at an address (https://, s3://, gs://, …). Null with `sources`."""
+    """`tiny`, `tiny_sentiment`, `tiny_preferences`, `dolly` or `imdb`; or a hub ID; or a .jsonl, .json, .csv, .tsv,
+    .parquet or .arrow file or a folder, local or at an address (https://, s3://, gs://, …). Null with `sources`."""
     path: Place | None = None
     """File or folder to read in place of the hub's copy, with the columns of `name`."""
     files: Place | list[Place] | None = None
@@ -259,8 +264,8 @@ class Data(Section):
     max_samples: int | None = Field(None, ge=1, json_schema_extra=SAMPLES)
     """Use only this many rows of the training split, drawn with run.seed; null for all."""
     format: Format | None = None
-    """Columns; null for `tiny`, `tiny_sentiment`, `dolly` and `imdb`, whose columns are known, and for data whose
-    columns say what they are."""
+    """Columns; null for `tiny`, `tiny_sentiment`, `tiny_preferences`, `dolly` and `imdb`, whose columns are known, and
+    for data whose columns say what they are."""
     sources: list[DataSource] | None = None
     """A mixture of several sources, in place of `name`, each with its own splits. All have weights, or none has."""
     stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"

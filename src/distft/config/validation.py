@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from distft.config.evaluation import Evaluation
+from distft.config.preference import Preference
 from distft.config.schema import Batching, Data, Model, Quantization, Run, Section, Tracking
 from distft.config.slurm import Slurm
 from distft.config.upstream import UPSTREAMS, upstream_section
@@ -27,6 +28,7 @@ DERIVED = "derived"
 SECTIONS: dict[str, type[Section]] = {
     "run": Run,
     "model": Model,
+    "preference": Preference,
     "quantization": Quantization,
     "data": Data,
     "batching": Batching,
@@ -51,6 +53,8 @@ RENAMED: dict[str, str] = {
     "rank": "lora.r",
     "dropout": "lora.lora_dropout",
     "load_in_4bit": "quantization.load_in_4bit",
+    "rpo_alpha": "preference.loss_type=[sigmoid,sft] with preference.loss_weights=[1.0,α]",
+    "beta": "preference.beta",
 }
 """Names that people know from older versions and other tools, and what they are called here."""
 
@@ -167,7 +171,7 @@ def _suggestion(leaf: str, section: str, siblings: Iterable[str]) -> str:
 def field_names() -> dict[str, list[str]]:
     """The fields of each section; under `""` the sections."""
     names = {name: list(cls.model_fields) for name, cls in SECTIONS.items()}
-    names[""] = [*names, "strategy", "lora", "training", "extends"]
+    names[""] = [*names, "strategy", "objective", "lora", "training", "extends"]
     for upstream in UPSTREAMS:
         names[upstream] = list(upstream_section(upstream).model_fields)
     return names

@@ -79,6 +79,18 @@ def data_faults(recipe: Recipe) -> list[Fault]:
         except DataError as error:
             fault("data.format", str(error))
             return found
+        if (kind == "pair") != recipe.prefers:
+            problem = "names single answers" if recipe.prefers else "names pairs of answers, chosen and rejected"
+            fault(
+                "data.format",
+                f"{problem}, and objective={recipe.objective}",
+                "set "
+                + (
+                    "data.format.chosen and data.format.rejected, or objective=sft"
+                    if recipe.prefers
+                    else "objective=dpo"
+                ),
+            )
         if kind == "text" and recipe.training.get("completion_only_loss"):
             fault(
                 "training.completion_only_loss",

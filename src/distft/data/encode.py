@@ -29,10 +29,33 @@ class Sample(NamedTuple):
     """Has a trained token."""
     marked: Mapping[str, int] = {}
     trained: Mapping[str, int] = {}
+    chosen: int = 0
+    """Of a pair, the tokens of the better sequence, which the other follows in `ids` and `labels`; else 0."""
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> list[Sample]:
-    """The sample of each example, as `tokenize` defines it."""
+    """The sample of each example, as `tokenize` defines it; of a pair, both sequences, one after the other."""
+    if pairs := [(example, example.rejected) for example in examples if example.rejected is not None]:
+        assert len(pairs) == len(examples)
+        chosen, rejected = (_encode(each, tokenizer, max_length) for each in zip(*pairs, strict=True))
+        return list(map(_joined, chosen, rejected))
+    return _encode(examples, tokenizer, max_length)
+
+
+def _joined(chosen: Sample, rejected: Sample) -> Sample:
+    """A pair is trained if a token of both answers is left, and was cut as the one that was cut more."""
+    return Sample(
+        np.concatenate([chosen.ids, rejected.ids]),
+        np.concatenate([chosen.labels, rejected.labels]),
+        max(chosen.cut, rejected.cut),
+        chosen.is_trained and rejected.is_trained,
+        Counter(chosen.marked) + Counter(rejected.marked),
+        Counter(chosen.trained) + Counter(rejected.trained),
+        len(chosen.ids),
+    )
+
+
+def _encode(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> list[Sample]:
     found = _fast(examples, tokenizer, max_length)
     slow = _slow([example for example in examples if id(example) not in found], tokenizer, max_length)
     return [found.get(id(example)) or next(slow) for example in examples]

@@ -17,6 +17,7 @@ from distft.config.recipe import Recipe
 from distft.config.schema import Data, Format
 from distft.data.conversations import Conversation, conversation, from_texts, has_messages
 from distft.data.files import Row
+from distft.data.pairs import NO_ANSWER, after_prompt, common_text, pair_of, with_prompt
 from distft.data.sources import KNOWN_DATASETS, Rows, parts_of
 from distft.data.templates import Dropped, Example, format_dolly, format_review
 from distft.errors import DataError
@@ -28,6 +29,7 @@ _KINDS = {
     "messages": {"messages"},
     "text": {"text"},
     "prompt": {"prompt", "completion"},
+    "pair": {"chosen", "rejected"},
     "dolly": {"instruction", "response"},
     "review": {"review", "label"},
 }
@@ -35,6 +37,7 @@ _KINDS = {
 _OPTIONAL = {
     "messages": {"tools", "system"},
     "prompt": {"tools"},
+    "pair": {"prompt", "tools", "system"},
     "dolly": {"context", "system"},
 }
 _COLUMNS = (
@@ -44,6 +47,8 @@ _COLUMNS = (
     "text",
     "prompt",
     "completion",
+    "chosen",
+    "rejected",
     "instruction",
     "context",
     "response",
@@ -76,7 +81,7 @@ def kind_of(form: Format) -> str:
             return kind
     raise DataError(
         "set messages; or text; or prompt and completion; or instruction, response and optionally context; or review "
-        f"and label (got {', '.join(sorted(given)) or 'none'})"
+        f"and label; or, with objective=dpo, chosen and rejected (got {', '.join(sorted(given)) or 'none'})"
     )
 
 
@@ -106,7 +111,8 @@ def check_columns(rows: Rows, data: Data) -> None:
                 f"the data ({part.name}) has no column {', '.join(missing.values())}; it has {', '.join(columns)}\n"
                 f"  {hint}"
             )
-        _check_preferences(part.name, named.values(), columns)
+        if form.chosen is None:
+            _check_preferences(part.name, named.values(), columns)
 
 
 def _check_preferences(name: str, named: Iterable[str], columns: Collection[str]) -> None:
@@ -114,10 +120,12 @@ def _check_preferences(name: str, named: Iterable[str], columns: Collection[str]
     for column in named:
         for one, other in (("chosen", "rejected"), ("rejected", "chosen")):
             if one in column and (ignored := column.replace(one, other)) in columns:
+                better, worse = (column, ignored) if one == "chosen" else (ignored, column)
                 raise DataError(
-                    f"the data ({name}) has pairs of preferences, {column} and {ignored}, and distft trains on single "
-                    f"answers: {ignored} would be ignored\n  to train on {column} alone, write a file without the "
-                    f"column {ignored}"
+                    f"the data ({name}) has pairs of preferences, {column} and {ignored}, and {ignored} would be "
+                    f"ignored\n  to train on the pairs, set objective=dpo data.format.chosen={better} "
+                    f"data.format.rejected={worse}; to train on {column} alone, write a file without the column "
+                    f"{ignored}"
                 )
 
 
@@ -150,7 +158,7 @@ def formatter(recipe: Recipe, tokenizer: Any = None) -> Formatter:
     form, through_chat = format_of(recipe.data), is_chat(recipe.data)
     assert form is not None
     template, problem = None, None
-    if tokenizer is not None and (through_chat or kind_of(form) == "prompt"):
+    if tokenizer is not None and (through_chat or kind_of(form) in ("prompt", "pair")):
         from distft.data.chat_template import chat_template
 
         try:
@@ -219,7 +227,8 @@ class Formatter:
 
     def key(self) -> dict[str, Any]:
         """All that the examples depend on besides the rows, for JSON."""
-        return {"form": self.form.model_dump(), "rules": asdict(self.rules)}
+        columns = self.form.model_dump(exclude={"chosen", "rejected"} if self.form.chosen is None else None)
+        return {"form": columns, "rules": asdict(self.rules)}
 
     def lines(self) -> list[str]:
         """What to tell the user about the template of conversations."""
@@ -267,6 +276,38 @@ def _format_turns(form: Format, rules: _Rules, row: Mapping[str, Any]) -> Exampl
     return rules.example(prompt + completion)
 
 
+def _format_pair(form: Format, rules: _Rules, row: Mapping[str, Any]) -> Example | Dropped:
+    assert form.chosen is not None and form.rejected is not None
+    columns = form.chosen, form.rejected
+    given: Any = row.get(form.prompt) if form.prompt else None
+    if all(isinstance(row.get(column), str | None) and not has_messages(row.get(column)) for column in columns):
+        chosen, rejected = (_text(row, column) for column in columns)
+        if form.prompt is None:
+            given = common_text(chosen, rejected)
+            chosen, rejected = chosen[len(given) :], rejected[len(given) :]
+        if not (chosen.strip() and rejected.strip()):
+            return NO_ANSWER
+        if not (rules.through_chat or has_messages(given)):
+            head = given if form.prompt is None else _text(row, form.prompt)
+            examples = [Example.trained_from(head + answer, len(head)) for answer in (chosen, rejected)]
+            return pair_of(*examples, has_prompt=bool(head.strip()))
+        answers: list[Any] = [[{"role": "assistant", "content": answer}] for answer in (chosen, rejected)]
+    elif any(row.get(column) is None for column in columns):
+        return NO_ANSWER
+    else:
+        answers = [row[column] for column in columns]
+    tools, system = row.get(form.tools) if form.tools else None, _text(row, form.system)
+    if isinstance(given, str) and not has_messages(given):
+        given = [{"role": "user", "content": given}] if given.strip() else None
+    prompt = None if given is None else conversation(given, form.prompt or "prompt", tools, system)
+    said = [
+        with_prompt(conversation(answer, column, tools, "" if prompt else system), column, prompt)
+        for answer, column in zip(answers, columns, strict=True)
+    ]
+    *both, shared = after_prompt(*said)
+    return pair_of(*map(rules.example, both), has_prompt=shared > 0)
+
+
 def _format_instruction(form: Format, rules: _Rules, row: Mapping[str, Any]) -> Example | Dropped:
     response = _text(row, form.response)
     if not response.strip():
@@ -299,6 +340,7 @@ _FORMATTERS = {
     "messages": _format_messages,
     "text": _format_text,
     "prompt": _format_prompt,
+    "pair": _format_pair,
     "dolly": _format_instruction,
     "review": _format_review,
 }

@@ -14,6 +14,7 @@ from distft.config.schema import Data, Format
 from distft.data.conversations import has_messages
 from distft.data.formats import format_of
 from distft.data.named_templates import OWN
+from distft.data.pairs import is_answer
 from distft.data.sources import read_data
 from distft.errors import DataError
 from distft.text import shorten
@@ -21,6 +22,8 @@ from distft.text import shorten
 _ROWS = 20
 """Rows that are looked at."""
 _CONVERSATIONS = ("messages", "conversations", "conversation")
+_PROMPTS = ("prompt", "question", "instruction", *_CONVERSATIONS)
+"""Columns that may hold the prompt of a chosen and a rejected answer."""
 _RESPONSES, _CONTEXTS = ("output", "response"), ("input", "context")
 _HINT = (
     "say which columns to read: data.format.messages=COLUMN for conversations; data.format.text=COLUMN; "
@@ -48,6 +51,18 @@ def with_format(recipe: Recipe, tokenizer: Any = None) -> tuple[Recipe, str | No
     if format_of(data) is not None:
         return recipe, None
     form, what = infer(data)
+    if recipe.prefers and form.chosen is None:
+        raise DataError(
+            f"objective=dpo needs pairs of answers, and the data are {what.split('; ')[0].removeprefix('read as ')}\n"
+            "  name the columns: data.format.chosen=COLUMN data.format.rejected=COLUMN, and data.format.prompt=COLUMN "
+            "if there is one; or set objective=sft"
+        )
+    if form.chosen is not None and not recipe.prefers:
+        raise DataError(
+            f"the data have pairs of preferences, {form.chosen} and {form.rejected}, and objective=sft trains on "
+            "single answers\n  set objective=dpo (recipe=dpo has it); to train on chosen alone, write a file without "
+            "the column rejected"
+        )
     changes: dict[str, Any] = {"format": form}
     if form.instruction and data.chat_template is None:
         if tokenizer is not None and tokenizer.chat_template:
@@ -82,8 +97,8 @@ def format_of_rows(rows: Sequence[Mapping[str, Any]]) -> Inferred:
     """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     first = {column: _first(rows, column) for column in columns}
-    _refuse_preferences(first)
-    found = _candidates(first)
+    _refuse_marked_answers(first)
+    found = _pairs(first) or _candidates(first)
     if len(found) > 1:
         kinds = "; or ".join(what for _, what in found)
         raise DataError(f"can be read in several ways: {kinds}. The columns are {', '.join(columns)}\n  {_HINT}")
@@ -129,12 +144,30 @@ def _conversations(first: Mapping[str, Any], column: str) -> Format:
     return Format(messages=column, tools="tools" if "tools" in first else None, system=system)
 
 
-def _refuse_preferences(first: Mapping[str, Any]) -> None:
-    if "chosen" in first and "rejected" in first:
+def _pairs(first: Mapping[str, Any]) -> list[Inferred]:
+    """The format of a chosen and a rejected answer, if there are such columns."""
+    if not ("chosen" in first and "rejected" in first):
+        return []
+    if not (is_answer(first["chosen"]) and is_answer(first["rejected"])):
         raise DataError(
-            "have pairs of preferences, chosen and rejected, which distft does not train on yet\n  to train on chosen "
-            "alone, write a file without the column rejected"
+            "have the columns chosen and rejected, which hold neither texts nor messages\n  write each answer as a "
+            "text, as a message with role and content, or as a list of messages"
         )
+    prompts = [name for name in _PROMPTS if is_answer(first.get(name))]
+    if prompts[:1] == ["instruction"] and any(first.get(name) for name in _CONTEXTS):
+        raise DataError(
+            "have pairs of preferences whose prompts are in two columns, instruction and its context\n  write both "
+            "into one column, prompt"
+        )
+    system = "system" if isinstance(first.get("system"), str) else None
+    tools = "tools" if "tools" in first and not _is_text(first["chosen"]) else None
+    prompt = prompts[0] if prompts else None
+    form = Format(prompt=prompt, chosen="chosen", rejected="rejected", tools=tools, system=system)
+    asked = f"with their prompt in {prompt}" if prompt else "without a column of prompts: what both begin with"
+    return [Inferred(form, f"pairs of preferences, chosen and rejected, {asked}")]
+
+
+def _refuse_marked_answers(first: Mapping[str, Any]) -> None:
     answers = any(has_messages(value) or column == "completion" for column, value in first.items())
     if answers and isinstance(first.get("label"), bool):
         raise DataError(

@@ -10,6 +10,7 @@ import torch
 from accelerate.data_loader import DataLoaderShard
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from distft.data.pairs import sequences_of
 from distft.data.tokenize import IGNORED
 
 
@@ -19,22 +20,36 @@ class Collator:
     The width is a multiple of `multiple`, if given; a pack is filled up with a dummy sample that the loss ignores. An
     empty list of samples gives a single ignored token, so that an idle rank still takes part in every collective. With
     `for_head`, the batch also has what `trained_positions` returns, as `scored` and `targets`.
+
+    With `pairs`, each sample is a pair, of which the two sequences become two rows or samples of the pack, the chosen
+    one first. The batch then also has what `trained_counts` returns, as `counts`.
     """
 
-    def __init__(self, pad_token: int, *, packed: bool, multiple: int | None = None, for_head: bool = False) -> None:
+    def __init__(
+        self,
+        pad_token: int,
+        *,
+        packed: bool,
+        multiple: int | None = None,
+        for_head: bool = False,
+        pairs: bool = False,
+    ) -> None:
         self._pad_token, self._fill_to = pad_token, (multiple or 1) if packed else 1
-        self._multiple, self._for_head = multiple or 1, for_head
+        self._multiple, self._for_head, self._pairs = multiple or 1, for_head, pairs
         self._collate = DataCollatorForLanguageModeling(
             pad_token, padding_free=packed, pad_to_multiple_of=None if packed else multiple
         )
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        sequences = rows = sequences_of(rows) if self._pairs else rows
         missing = -sum(len(row["input_ids"]) for row in rows) % self._fill_to if rows else 1
         if missing:
             rows = [*rows, {"input_ids": [self._pad_token] * missing, "labels": [IGNORED] * missing}]
         batch: dict[str, Any] = self._collate(rows)
         if self._for_head:
             batch["scored"], batch["targets"] = trained_positions(batch["labels"], self._multiple)
+        if self._pairs:
+            batch["counts"] = trained_counts(sequences, batch["targets"].shape[1])
         return batch
 
 
@@ -52,6 +67,12 @@ def trained_positions(labels: torch.Tensor, multiple: int) -> tuple[torch.Tensor
     spare = -len(positions) % multiple or (0 if len(positions) else multiple)
     targets = torch.cat([flat[positions], flat.new_full((spare,), IGNORED)])
     return torch.cat([positions, positions.new_zeros(spare)]), targets[None]
+
+
+def trained_counts(sequences: list[dict[str, Any]], scored: int) -> torch.Tensor:
+    """How many of the `scored` positions of a batch are of each sequence, and how many fill it up, [sequences + 1]."""
+    counts = [sum(label != IGNORED for label in each["labels"][1:]) for each in sequences]
+    return torch.tensor([*counts, scored - sum(counts)])
 
 
 class DataWait:

@@ -34,6 +34,8 @@ EXAMPLE = np.dtype(
 whether it is among the samples (TRAINED), was TRUNCATED, and that inside a turn (CUT_INSIDE), or should have been and
 could not be (UNCUTTABLE)."""
 SAMPLES_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
+PAIRS_SCHEMA = SAMPLES_SCHEMA.append(pa.field("chosen", pa.int32()))
+"""Of a pair, the sequence with the chosen answer has the first `chosen` tokens, the one with the rejected the rest."""
 _AT_ONCE = 1 << 18
 """Characters of text whose tokens are in memory at once."""
 
@@ -71,7 +73,7 @@ class Worker:
         total = samples = 0
         with (
             pa.OSFile(f"{path}.arrow", "wb") as sink,
-            pa.ipc.new_stream(sink, SAMPLES_SCHEMA) as writer,
+            pa.ipc.new_stream(sink, SAMPLES_SCHEMA if self.apply.form.chosen is None else PAIRS_SCHEMA) as writer,
             path.with_suffix(".texts").open("wb") as texts,
         ):
             for examples in _at_once(self._examples(segments, counts, difficulties)):
@@ -85,7 +87,7 @@ class Worker:
                 total += len(examples)
                 if kept := [sample for sample in found if sample.is_trained]:
                     samples += len(kept)
-                    writer.write_batch(record_batch([s.ids for s in kept], [s.labels for s in kept]))
+                    writer.write_batch(record_batch(kept))
                 if keeps_texts:
                     texts.writelines(records)
         if not keeps_texts:
@@ -124,7 +126,8 @@ class Worker:
 def digest_record(example: Example) -> bytes:
     """The text of an example and its trained parts: what a digest of the data consists of."""
     parts = example.trained if example.rendered else [example.first_trained]
-    return json.dumps([example.text, *parts]).encode()
+    record = json.dumps([example.text, *parts]).encode()
+    return record if example.rejected is None else record + digest_record(example.rejected)
 
 
 def content_of(record: bytes) -> int:
@@ -161,8 +164,13 @@ def _at_once(examples: Iterator[Example]) -> Iterator[list[Example]]:
         yield some
 
 
-def record_batch(ids: Sequence[Array], labels: Sequence[Array]) -> pa.RecordBatch:
-    """The samples as a record batch; both columns share their offsets."""
+def record_batch(samples: Sequence[Sample]) -> pa.RecordBatch:
+    """The samples as a record batch; both columns of tokens share their offsets."""
+    ids, labels = [sample.ids for sample in samples], [sample.labels for sample in samples]
     offsets = pa.array(np.concatenate([[0], np.cumsum(list(map(len, ids)))]), pa.int32())
-    columns = [pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(each), pa.int32())) for each in (ids, labels)]
-    return pa.record_batch(columns, schema=SAMPLES_SCHEMA)
+    columns: list[Any] = [
+        pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(each), pa.int32())) for each in (ids, labels)
+    ]
+    if not any(sample.chosen for sample in samples):
+        return pa.record_batch(columns, schema=SAMPLES_SCHEMA)
+    return pa.record_batch([*columns, pa.array([sample.chosen for sample in samples], pa.int32())], schema=PAIRS_SCHEMA)

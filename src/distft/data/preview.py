@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distft.config.recipe import Recipe
+from distft.data.pairs import sequences_of
 from distft.data.prepare import prepare_data
 from distft.data.splits import lengths_of
 from distft.data.tokenize import IGNORED
@@ -26,7 +27,11 @@ def preview(recipe: Recipe, tokenizer: Any, *, rows: Sequence[int], colour: bool
         row = splits.train[number]
         trained = sum(label != IGNORED for label in row["labels"])
         lines.append(f"── sample {number}: {len(row['input_ids'])} tokens, {trained} trained " + "─" * 40)
-        lines.append(_marked(row, tokenizer, colour))
+        if "chosen" in row:
+            for name, sequence in zip(("chosen", "rejected"), sequences_of([row]), strict=True):
+                lines += [f"{name} ({len(sequence['input_ids'])} tokens):", _marked(sequence, tokenizer, colour)]
+        else:
+            lines.append(_marked(row, tokenizer, colour))
     lengths = lengths_of(splits.train).tolist()
     lines += ["── lengths in tokens (train) " + "─" * 40, *_histogram(lengths), *splits.report.lines()]
     legend = f"{_GREEN}trained{_RESET} {_DIM}masked{_RESET}" if colour else "⟦trained⟧ masked"

@@ -17,7 +17,7 @@ from distft.connection import cache_if_unreachable
 from distft.data.files import DataFile, Row, exists, files_at, left_out, path_of, suffix_of
 from distft.data.patterns import Patterns, stem
 from distft.data.remote import Remote, is_remote
-from distft.data.toy import tiny_sentiment
+from distft.data.toy import tiny_preferences, tiny_sentiment
 from distft.errors import DataError
 from distft.paths import packaged
 from distft.text import first_line, shorten
@@ -39,10 +39,12 @@ class KnownDataset:
 
 
 _INSTRUCTIONS = Format(instruction="instruction", context="context", response="response")
+_PAIRS = Format(prompt="prompt", chosen="chosen", rejected="rejected")
 _REVIEWS = Format(review="text", label="label")
 KNOWN_DATASETS = {
     "tiny": KnownDataset(_INSTRUCTIONS, file="assets/tiny_instructions.jsonl"),
     "tiny_sentiment": KnownDataset(_REVIEWS, build=tiny_sentiment),
+    "tiny_preferences": KnownDataset(_PAIRS, build=tiny_preferences),
     "dolly": KnownDataset(_INSTRUCTIONS, hub="databricks/databricks-dolly-15k"),
     "imdb": KnownDataset(_REVIEWS, hub="stanfordnlp/imdb", test_split="test"),
 }

@@ -136,6 +136,15 @@ def lengths_of(samples: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.asarray(lengths if rows is None else lengths[rows], dtype=np.int64)
 
 
+def longest_sequence(samples: Dataset) -> int:
+    """Tokens of the longest sequence: of a pair, the longer of its two."""
+    lengths = lengths_of(samples)
+    if "chosen" in samples.column_names:
+        chosen = np.asarray(samples.with_format("numpy")["chosen"][:], dtype=np.int64)
+        lengths = np.maximum(chosen, lengths - chosen)
+    return int(lengths.max())
+
+
 def first_samples(samples: Dataset | None, limit: int | None) -> Dataset | None:
     """The first `limit` samples, or all of them if `limit` is None."""
     return samples if samples is None or limit is None else samples.select(range(min(len(samples), limit)))

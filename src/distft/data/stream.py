@@ -146,7 +146,7 @@ class Stream:
                 end = some[taken - 1][0]
                 rows = itertools.chain(some[taken:], rows)
                 if kept:
-                    writer.write_batch(record_batch([s.ids for s in kept], [s.labels for s in kept]))
+                    writer.write_batch(record_batch(kept))
                     lengths += [len(sample.ids) for sample in kept]
                 self._check(number, end)
         self._reading = end, rows

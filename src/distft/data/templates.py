@@ -43,6 +43,8 @@ class Example:
     """What ends a turn of the assistant. A cut inside a turn leaves no half of it."""
     notes: tuple[str, ...] = ()
     """What the report counts about this row, such as `null prompt`."""
+    rejected: Example | None = None
+    """Of a pair, the example with the worse answer; this one has the better."""
 
     @classmethod
     def trained_from(cls, text: str, start: int = 0, **fields: Any) -> Example:

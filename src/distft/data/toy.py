@@ -1,7 +1,7 @@
-"""Synthetic film reviews, labelled by sentiment.
+"""Synthetic film reviews, labelled by sentiment, or in pairs of which the positive one is to be preferred.
 
-The rows have IMDB's schema (`text`, and `label`: 0 negative, 1 positive), need no download, and are simple enough for a
-small model to learn to classify.
+The rows have IMDB's schema (`text`, and `label`: 0 negative, 1 positive), or `prompt`, `chosen` and `rejected`. They
+need no download, and are simple enough for a small model to learn from.
 """
 
 from __future__ import annotations
@@ -67,8 +67,17 @@ _PLACEHOLDERS = {
 
 def tiny_sentiment() -> Path:
     """The file of the built-in reviews in the user's cache, written by the first process that asks for it."""
-    text = "".join(json.dumps(row) + "\n" for row in reviews())
-    file = cache_folder() / f"tiny_sentiment-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+    return _file("tiny_sentiment", reviews())
+
+
+def tiny_preferences() -> Path:
+    """The same for the built-in pairs."""
+    return _file("tiny_preferences", preferences())
+
+
+def _file(name: str, rows: list[dict[str, Any]]) -> Path:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    file = cache_folder() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
     if not file.exists():
         write_atomically(file, text)
     return file
@@ -87,6 +96,13 @@ def reviews(count: int = ROWS, seed: int = SEED) -> list[dict[str, Any]]:
             seen.add(text)
             rows.append({"text": text, "label": label})
     return rows
+
+
+def preferences(count: int = ROWS // 2) -> list[dict[str, Any]]:
+    """`count` rows with a positive and a negative review each."""
+    texts = [row["text"] for row in reviews(2 * count)]
+    pairs = zip(texts[1::2], texts[::2], strict=True)
+    return [{"prompt": "Write a review of a film.\n\n", "chosen": one, "rejected": other} for one, other in pairs]
 
 
 def _fill(template: str, label: int, draw: random.Random) -> str:

@@ -67,7 +67,7 @@ def _metadata(recipe: Recipe, summary: Mapping[str, Any], name: str, *, adapter:
         license=_license(recipe),
         model_name=name,
         pipeline_tag="text-generation",
-        tags=["distft", "sft", *(["lora"] if recipe.lora is not None else [])],
+        tags=["distft", recipe.objective, *(["lora"] if recipe.lora is not None else [])],
     )
 
 
@@ -147,7 +147,7 @@ def _changes(summary: Mapping[str, Any]) -> str:
     ]
     before, after = summary.get("eval_before") or {}, summary.get("eval_after") or {}
     if not rows and before and after:
-        rows = [(f"held-out {name}", f"{before[name]:,.4f}", f"{after[name]:,.4f}") for name in ("loss", "perplexity")]
+        rows = [(f"held-out {name}", f"{before[name]:,.4f}", f"{after[name]:,.4f}") for name in before]
     if not rows:
         return ""
     lines = "\n".join(f"| {title} | {base} | {trained} |" for title, base, trained in rows)

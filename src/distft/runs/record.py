@@ -133,8 +133,10 @@ class Record:
         facts = self._facts
         lines = selection_lines(facts)
         if facts.get("eval_before"):
-            before, after = facts["eval_before"]["perplexity"], facts["eval_after"]["perplexity"]
-            lines.append(f"held-out perplexity: {before:,.2f} before, {after:,.2f} after")
+            pairs = "rewards/accuracies" in facts["eval_before"]
+            key, label = ("rewards/accuracies", "reward accuracy") if pairs else ("perplexity", "perplexity")
+            before, after = facts["eval_before"][key], facts["eval_after"][key]
+            lines.append(f"held-out {label}: {before:,.2f} before, {after:,.2f} after")
         if facts.get("samples_per_second"):
             lines.append(f"{facts['samples_per_second']:,.1f} samples/s, {facts['tokens_per_second']:,.0f} tokens/s")
         return [*lines, f"saved and read back: {facts['adapter']}"]

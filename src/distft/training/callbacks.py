@@ -13,6 +13,7 @@ from distft.distributed.strategies import Strategy
 from distft.errors import InvariantError
 from distft.text import count
 from distft.training import invariants
+from distft.training.metrics import perplexity
 from distft.training.nonfinite import BadNumbers
 
 if TYPE_CHECKING:
@@ -76,20 +77,24 @@ class FSDPPrefetch(TrainerCallback):  # type: ignore[misc]
 
 
 class HeldOutLoss(TrainerCallback):  # type: ignore[misc]
-    """Measures the loss on the held-out split before the first step of a run; a resumed run has it in `before`."""
+    """Measures the loss on the held-out split, and what comes with it, before the first step of a run; a resumed run
+    has it in `before`; older checkpoints have the loss alone."""
 
-    def __init__(self, samples: Any, before: float | None) -> None:
-        self._samples, self.before = samples, before
+    def __init__(self, samples: Any, before: dict[str, float] | float | None) -> None:
+        self._samples = samples
+        self.before = {"loss": before, "perplexity": perplexity(before)} if isinstance(before, float | int) else before
         self._trainer: Trainer | None = None
 
     def attach(self, trainer: Trainer) -> None:
         """Measure with `trainer`, which can only be built once its callbacks are."""
         self._trainer = trainer
 
-    def measure(self) -> float:
-        """Return the mean negative log-likelihood of the held-out split, in nats per token. All ranks enter."""
+    def measure(self) -> dict[str, float]:
+        """Return the loss of the held-out split: of texts, the mean negative log-likelihood in nats per token, with its
+        perplexity; of pairs, the mean loss, with the rewards. All ranks enter."""
         assert self._trainer is not None
-        return float(self._trainer.evaluate(self._samples, metric_key_prefix="test")["test_loss"])
+        found = self._trainer.evaluate(self._samples, metric_key_prefix="test")
+        return {key: float(found[f"test_{key}"]) for key in self._trainer.figures}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.before is None and state.global_step == 0:

@@ -151,7 +151,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
             self._add_rates(state.global_step, logs)
         else:  # an evaluation: when its weights were reached
             logs["time_s"] = self._clock - self._started + self.resumed.get("trained_s", 0.0)
-        for key in [key for key in logs if key.endswith("_loss")]:
+        for key in [key for key in logs if key.endswith("_loss") and not self.recipe.prefers]:
             logs[key.removesuffix("loss") + "perplexity"] = perplexity(logs[key])
         if self.world.is_main:
             self._write({"step": state.global_step, **logs, **(self._by_rank if "loss" in logs else {})})
@@ -296,7 +296,12 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
             if key.endswith("_loss"):
                 scored = {metric_of(self.recipe)} & set(logs) - {"eval_loss", "eval_perplexity"}
                 scores = "".join(f", {name.removeprefix('eval_')} {logs[name]:.3f}" for name in scored)
-                loss = f"{key} {logs[key]:.4f}, perplexity {perplexity(logs[key]):.3f}"
+                loss = f"{key} {logs[key]:.4f}"
+                accuracy = logs.get(key.removesuffix("loss") + "rewards/accuracies")
+                if not self.recipe.prefers:
+                    loss += f", perplexity {perplexity(logs[key]):.3f}"
+                elif accuracy is not None:
+                    loss += f", reward accuracy {accuracy:.3f}"
                 self._bar.write(f"step {self._bar.n}: {loss}{scores}")
 
 

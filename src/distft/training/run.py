@@ -18,7 +18,6 @@ from distft.distributed.supervisor import check_not_refused
 from distft.runs.card import write_card
 from distft.training.check import check_together
 from distft.training.checkpoints import save_result
-from distft.training.metrics import perplexity
 from distft.training.refusals import refusals
 from distft.training.setup import (
     OpenRun,
@@ -75,8 +74,8 @@ def finish(run: OpenRun, training: Training) -> None:
     if before is not None:
         after = training.held_out.measure()
         record.note(
-            eval_before={"loss": before, "perplexity": perplexity(before)},
-            eval_after={"loss": after, "perplexity": perplexity(after)},
+            eval_before=before,
+            eval_after=after,
         )
     with telemetry.saving():
         model, tokenizer = training.trainer.model, run.data.tokenizer

@@ -22,6 +22,9 @@ HIGHER_IS_BETTER = {"eval_loss": False, "eval_perplexity": False} | {
     f"{IMDB}{name}": True for name in ("accuracy", "f1", "macro_f1", "precision", "recall")
 }
 """The metrics that an evaluation during training can have, by their keys in metrics.jsonl."""
+REWARDS = "eval_rewards/"
+"""The beginning of the metrics over pairs of answers."""
+HIGHER_IS_BETTER |= {f"{REWARDS}accuracies": True, f"{REWARDS}margins": True}
 _TASKS = ("lm_eval", "mt_bench", "alpaca", "imdb_generation")
 """Beginnings of the metrics that only `distft evaluate` measures: their answers are written or judged by a model."""
 
@@ -77,7 +80,7 @@ def selection_faults(recipe: Recipe, strategy: Strategy) -> Iterator[Fault]:
 
     evaluates, best = training.get("eval_strategy", "no"), bool(training.get("load_best_model_at_end"))
     saves, key = training.get("save_strategy", "steps"), "load_best_model_at_end" if best else "early_stopping_patience"
-    if metric not in HIGHER_IS_BETTER:
+    if metric not in HIGHER_IS_BETTER or not _fits(recipe, metric):
         yield _unknown(recipe, metric)
     elif metric.startswith(IMDB) and not _has_reviews(recipe):
         problem = f"{_plain(metric)} classifies the reviews of the validation split, and the data has no classes"
@@ -112,9 +115,15 @@ def _unknown(recipe: Recipe, metric: str) -> Fault:
     problem = f"an evaluation during training has no {name!r}"
     if name.startswith(_TASKS):
         problem = f"{name} is not measured during training: a model would have to write or judge answers"
-    names = [_plain(each) for each in HIGHER_IS_BETTER if not each.startswith(IMDB) or _has_reviews(recipe)]
+    fitting = (each for each in HIGHER_IS_BETTER if _fits(recipe, each))
+    names = [_plain(each) for each in fitting if not each.startswith(IMDB) or _has_reviews(recipe)]
     hint = "; ".join(filter(None, [nearest(name, names), f"it has {', '.join(names)}"]))
     return Fault(recipe.source.of(key), key, problem, hint)
+
+
+def _fits(recipe: Recipe, metric: str) -> bool:
+    """Whether evaluations of the recipe's objective measure this."""
+    return metric == "eval_loss" or metric.startswith(REWARDS) == recipe.prefers
 
 
 def _has_reviews(recipe: Recipe) -> bool:

@@ -18,7 +18,7 @@ from distft.data.chat_template import chat_template, stop_tokens_of
 from distft.data.checks import require_splits
 from distft.data.loader import DataWait
 from distft.data.prepare import Splits, prepare_data
-from distft.data.splits import first_samples, lengths_of
+from distft.data.splits import first_samples, lengths_of, longest_sequence
 from distft.distributed.collectives import together
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.signals import STOP
@@ -49,6 +49,7 @@ from distft.training.micro_batches import settle
 from distft.training.nonfinite import BadNumbers
 from distft.training.oom import MemoryGuard
 from distft.training.order import plan_in_order
+from distft.training.preference import preference_notes, trainer_class
 from distft.training.profiler import Profile
 from distft.training.reviews import ValidationReviews
 from distft.training.schedule import schedule_faults, schedule_notes, total_steps
@@ -175,7 +176,7 @@ def setup_model(run: OpenRun, expected: Expected | None = None) -> PreparedModel
         record.changed(note)
     arguments = training_arguments(recipe, strategy, record.folder, accumulation)
     check_schedule(run, arguments, total_steps(recipe, plan.steps))
-    for note in weights_notes(recipe):
+    for note in (*weights_notes(recipe), *preference_notes(recipe)):
         record.changed(note)
     model = together(world, lambda: run.memory.load(lambda: _loaded(recipe, strategy, expected)))
     if left_out := modules_left_out(model, recipe):
@@ -241,7 +242,8 @@ def _position_notes(run: OpenRun, plan: Plan) -> list[str]:
     Raises:
         RecipeError: the model has no positions beyond, and would fail at the first such sample.
     """
-    faults, notes = position_findings(run.recipe, Skeleton.of(run.recipe), longest=plan.longest_sample)
+    longest = longest_sequence(run.data.splits.train) if run.recipe.prefers else plan.longest_sample
+    faults, notes = position_findings(run.recipe, Skeleton.of(run.recipe), longest=longest)
     if faults:
         raise RecipeError(faults)
     return notes
@@ -305,6 +307,7 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
         best=best,
         reviews=run.data.reviews,
         waits=waits,
+        create=trainer_class(recipe),
     )
     held_out.attach(trainer)
     return Training(trainer, stop, profile, telemetry, numbers, checkpoints, best, held_out, invariants)

@@ -32,8 +32,9 @@ from distft.training.metrics import perplexity
 from distft.training.nonfinite import BadNumbers
 from distft.training.reviews import ValidationReviews
 
-_OURS = ("scored", "targets")
-"""What `data.loader` adds to a batch for the head: the trained positions of the flattened rows, and their tokens."""
+_OURS = ("scored", "targets", "counts")
+"""What `data.loader` adds to a batch: for the head, the trained positions of the flattened rows, and their tokens; of
+pairs, how many of them each sequence has."""
 
 
 def build_trainer(
@@ -90,7 +91,8 @@ def build_trainer(
 def collator(recipe: Recipe, strategy: Strategy, tokenizer: Any) -> Collator:
     """The collator for micro-batches of the size that the recipe has."""
     packed = recipe.batching.micro_batch_tokens is not None
-    return Collator(tokenizer.pad_token_id, packed=packed, multiple=pad_multiple(recipe, strategy), for_head=True)
+    multiple = pad_multiple(recipe, strategy)
+    return Collator(tokenizer.pad_token_id, packed=packed, multiple=multiple, for_head=True, pairs=recipe.prefers)
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -101,6 +103,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     way). `best` judges the evaluations (None: nothing follows from them). `reviews` are classified in each (None: none
     are). `sources` are the samples of each source of a mixture, by the prefix of an evaluation's metrics.
     """
+
+    figures: tuple[str, ...] = ("loss", "perplexity")
+    """What an evaluation measures."""
 
     def __init__(
         self,
@@ -216,7 +221,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def _score(self, model: Any, inputs: dict[str, Any]) -> Any:
         """The outputs of TRL's fused head: log-probabilities (zero for ignored labels), entropy, `label_mask`, …"""
-        scored, targets = map(inputs.get, _OURS)
+        scored, targets = inputs.get("scored"), inputs.get("targets")
         inputs = {key: value for key, value in inputs.items() if key not in _OURS}
         if scored is not None:
             del inputs["labels"]

@@ -92,6 +92,9 @@ class ZeRO3(DeepSpeed):
     @classmethod
     def faults(cls, recipe: Recipe) -> list[Fault]:
         found, dtype = super().faults(recipe), recipe.model.dtype
+        if recipe.prefers:
+            problem = "ZeRO-3 fetches weights in the order of the last pass, and dpo has a second one for the reference"
+            found.append(fault(recipe, "objective", problem, "strategy=fsdp"))
         if recipe.bits == 16 and dtype != "float32" and recipe.mixed_precision == "no":
             problem = f"without mixed precision ZeRO-3 holds weights in float32, and model.dtype is {dtype}"
             hint = f"training.{'fp16' if dtype == 'float16' else 'bf16'}=true, or model.dtype=float32"

@@ -1,0 +1,215 @@
+"""The trainer of `objective: dpo`: the loss over pairs of answers, on the same plan, batches and invariants as SFT's.
+
+The reference is the model with its adapter off: it needs no memory of its own. Both run through the head on the trained
+tokens alone, so that no logits of a whole sequence exist.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
+
+from distft import upstream_api
+from distft.config.preference import Preference
+from distft.config.recipe import Recipe
+from distft.training.preference_loss import Pairs, pair_losses
+from distft.training.trainer import Trainer
+
+FIGURES = (
+    *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+    *("logps/chosen", "logps/rejected"),
+)
+"""The metrics over pairs, under TRL's names."""
+
+
+class PreferenceTrainer(Trainer):
+    """The trainer over prepared pairs. The global batch counts pairs, and the loss is their mean over all of it."""
+
+    figures = ("loss", *FIGURES)
+
+    def __init__(self, *args: Any, preference: Preference, **kwargs: Any) -> None:
+        self._preference = preference
+        super().__init__(*args, **kwargs)
+        upstream_api.disable_dropout(self.model)
+        if preference.use_weighting:
+            upstream_api.score_squares(self.accelerator.unwrap_model(self.model))
+        # Entropy, auxiliary loss and trained tokens since the last log, then the sums of FIGURES and the pairs.
+        self._pair_sums = torch.zeros(3 + len(FIGURES) + 1, device=self.args.device)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        return batches, self.step_sizes(batches)
+
+    def step_sizes(self, batches: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        """The pairs, and the tokens of chosen answers, in the `batches` of all ranks, [2]. All ranks enter."""
+        sizes = [_sizes(batch["counts"]) for batch in batches]
+        summed: torch.Tensor = self.accelerator.reduce(torch.stack(sizes).sum(0).to(self.args.device), reduction="sum")
+        return summed
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of the micro-batch's pairs, divided by the number of pairs in the whole global batch.
+
+        `sft` is a mean over the tokens of the chosen answers in it. The auxiliary loss of a mixture of experts is
+        averaged over micro-batches and ranks by their pairs.
+        """
+        assert not return_outputs
+        pairs, losses, likelihood, outputs = self._compare(model, inputs)
+        number = len(losses)
+        auxiliary = number * outputs.aux_loss if self.aux_loss_enabled else torch.zeros_like(likelihood)
+        if self.model.training:
+            entropy, trained = outputs.entropy.detach().sum(), outputs.label_mask.sum()
+            sums = torch.stack([entropy, auxiliary.detach(), trained])
+            self._pair_sums += torch.cat([sums, self._figures(pairs), sums.new_tensor([number])])
+        whole = _sizes(inputs["counts"]) if num_items_in_batch is None else num_items_in_batch
+        everyone = 1 if num_items_in_batch is None else self.accelerator.num_processes  # ranks average their gradients
+        of_pairs, of_tokens = whole.clamp(min=1)
+        total = (losses.sum() + self.router_aux_loss_coef * auxiliary) / of_pairs
+        return everyone * (total - self._preference.weights.get("sft", 0.0) * likelihood / of_tokens)
+
+    def _compare(self, model: Any, inputs: dict[str, Any]) -> tuple[Pairs, torch.Tensor, torch.Tensor, Any]:
+        """The pairs of a micro-batch, their losses [pairs] without `sft`, the log-likelihood of all chosen answers, and
+        the outputs of the head."""
+        counts = inputs["counts"]
+        with torch.no_grad(), upstream_api.adapters_off(self.model):
+            reference = self._answers(self._score(self.model, inputs).log_probs, counts)
+        if self.aux_loss_enabled:
+            inputs = inputs | {"output_router_logits": True}
+        outputs = self._score(model, inputs)
+        answers = self._answers(outputs.log_probs, counts)
+        lengths = counts[:-1]
+        pairs = Pairs(*_halves(answers), *_halves(reference), *_halves(lengths))
+        losses = pair_losses(pairs, self._preference)
+        if self._preference.use_weighting:
+            typical = (outputs.log_probs - outputs.log_sum_sq_probs).detach()
+            chosen, rejected = _halves((_sums(typical, counts) / lengths.clamp(min=1)).exp())
+            losses = losses * chosen * rejected
+        likelihood = _sums(outputs.log_probs, counts)[::2].sum()
+        return pairs, losses, likelihood, outputs
+
+    def _answers(self, log_probs: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """The log-probability of each sequence's answer, [sequences]; with `ld_alpha`, what is beyond the length of the
+        shorter answer of a pair counts less."""
+        if self._preference.ld_alpha is not None:
+            lengths = counts[:-1]
+            shared = lengths.view(-1, 2).amin(1, keepdim=True).expand(-1, 2).flatten()
+            shared, starts = (torch.cat([each, each.new_zeros(1)]) for each in (shared, lengths.cumsum(0) - lengths))
+            size = log_probs.numel()
+            shared, starts = (torch.repeat_interleave(each, counts, output_size=size) for each in (shared, starts))
+            beyond = torch.arange(size, device=counts.device) - starts >= shared
+            log_probs = log_probs * torch.where(beyond, self._preference.ld_alpha, 1.0)
+        return _sums(log_probs, counts)
+
+    def _figures(self, pairs: Pairs) -> torch.Tensor:
+        """The sums of FIGURES over the pairs, without gradients."""
+        beta = self._preference.beta
+        chosen, rejected = (beta * ratio.detach() for ratio in (pairs.chosen_ratio, pairs.rejected_ratio))
+        columns = [chosen, rejected, (chosen > rejected).float(), chosen - rejected]
+        columns += [pairs.chosen.detach(), pairs.rejected.detach()]
+        return torch.stack([column.sum() for column in columns])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The trainer's log, with the metrics since the last one reduced over all ranks. All ranks enter."""
+        if "loss" in logs:
+            sums = self.accelerator.reduce(self._pair_sums, reduction="sum").tolist()
+            self._pair_sums.zero_()
+            (entropy, auxiliary, trained), figures, number = sums[:3], sums[3:-1], sums[-1]
+            if number:
+                logs |= {"entropy": entropy / max(trained, 1)}
+                logs |= {name: figure / number for name, figure in zip(FIGURES, figures, strict=True)}
+                logs |= {"aux_loss": auxiliary / number} if self.aux_loss_enabled else {}
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Compute the mean loss and FIGURES over all pairs of the split."""
+        self.model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        metrics: dict[str, float] = {}
+        sources: Mapping[str, Any] = self._sources.get(metric_key_prefix) or {"": None}
+        total = torch.zeros(4 + len(FIGURES), dtype=torch.float64, device=self.args.device)
+        for label, samples in sources.items():
+            sums = self._sums_of(dataloader if samples is None else self.get_eval_dataloader(samples))
+            total += sums
+            if label:
+                metrics[f"{metric_key_prefix}_{label}_loss"] = self._means(sums)["loss"]
+        upstream_api.clear_evaluation_metrics(self)
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self._means(total).items()}
+        return EvalLoopOutput(
+            predictions=None, label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader)
+        )
+
+    def _sums_of(self, dataloader: DataLoader[Any]) -> torch.Tensor:
+        """The losses of all pairs, the log-likelihood of the chosen answers, the sums of FIGURES, and the pairs and the
+        tokens of chosen answers, in one. All ranks enter."""
+        total = torch.zeros(4 + len(FIGURES), dtype=torch.float64, device=self.args.device)
+        for inputs in dataloader:
+            inputs = upstream_api.to_trainer_device(self, inputs)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                pairs, losses, likelihood, _ = self._compare(self.model, inputs)
+            measured = [losses.sum()[None], likelihood[None], self._figures(pairs), _sizes(inputs["counts"])]
+            total += torch.cat([each.double() for each in measured])
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        summed: torch.Tensor = self.accelerator.reduce(total, reduction="sum")
+        return summed
+
+    def _means(self, sums: torch.Tensor) -> dict[str, float]:
+        loss, likelihood, *figures, number, tokens = sums.tolist()
+        mean = loss / max(number, 1) - self._preference.weights.get("sft", 0.0) * likelihood / max(tokens, 1)
+        return {"loss": mean} | {name: figure / max(number, 1) for name, figure in zip(FIGURES, figures, strict=True)}
+
+
+def trainer_class(recipe: Recipe) -> Callable[..., Trainer] | None:
+    """What makes the trainer of the recipe's objective; None for that of SFT."""
+    if not recipe.prefers:
+        return None
+    return functools.partial(PreferenceTrainer, preference=recipe.preference or Preference())
+
+
+def preference_notes(recipe: Recipe) -> list[str]:
+    """What a user may not expect of a run over pairs."""
+    if not recipe.prefers:
+        return []
+    dropout = (recipe.lora or {}).get("lora_dropout")
+    sorting = [name for name in (recipe.preference or Preference()).weights if name.startswith("aot")]
+    return [
+        *(
+            [f"lora.lora_dropout={dropout:g} is off: objective=dpo compares the model with its reference without noise"]
+            if dropout
+            else []
+        ),
+        *(
+            [f"{' and '.join(sorting)} sort the pairs of a micro-batch: the result depends on how a step is divided"]
+            if sorting
+            else []
+        ),
+    ]
+
+
+def _sums(log_probs: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The sum of the log-probabilities of each sequence's trained tokens, [sequences]. Without atomics, so that it is
+    the same every time."""
+    return torch.segment_reduce(log_probs.flatten().float(), "sum", lengths=counts, unsafe=True)[:-1]
+
+
+def _halves(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of values [sequences], those of the chosen and those of the rejected answers, [pairs] each."""
+    return values[::2], values[1::2]
+
+
+def _sizes(counts: torch.Tensor) -> torch.Tensor:
+    """The number of pairs, and of the tokens of chosen answers, [2]."""
+    chosen = counts[:-1:2]
+    return torch.stack([torch.full_like(counts[0], len(chosen)), chosen.sum()])
