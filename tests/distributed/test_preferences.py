@@ -1,0 +1,37 @@
+"""Pairs of answers: the same optimisation under every strategy, on any number of processes, packed or padded."""
+
+from __future__ import annotations
+
+import pytest
+
+from distft.training.preference import FIGURES
+
+from .conftest import Train
+from .test_same_optimisation import Trajectory
+
+DPO = (
+    *("recipe=dpo", "training.completion_only_loss=null", "model.dtype=float32", "data.max_samples=40"),
+    *("training.max_steps=3", "training.optim=sgd", "training.learning_rate=0.01"),
+)
+PACKED = ("batching.micro_batch_tokens=1024",)
+PADDED = ("batching.micro_batch_tokens=null", "batching.micro_batch=2")
+
+
+@pytest.fixture(scope="module")
+def single(train: Train) -> Trajectory:
+    return Trajectory(train, *DPO, *PADDED, "strategy=single", nproc=1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "way"), [("ddp", PACKED), ("fsdp", PACKED), ("zero2", PADDED)], ids=lambda value: str(value)[:8]
+)
+def test_every_strategy_learns_from_the_same_pairs(
+    strategy: str, way: tuple[str, ...], single: Trajectory, train: Train
+) -> None:
+    found = Trajectory(train, *DPO, *way, f"strategy={strategy}", nproc=2)
+    assert len(found.records) == len(single.records) == 3
+    for key in ("samples", "tokens"):
+        assert found.of(key) == single.of(key), key
+    for key in ("loss", "grad_norm", "entropy", *FIGURES):
+        assert found.of(key) == pytest.approx(single.of(key), rel=1e-4, abs=1e-5), key
+    assert single.of("rewards/margins")[0] == 0 < single.of("rewards/margins")[1]
