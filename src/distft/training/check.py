@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from distft.config.recipe import Recipe
-from distft.console import say
 from distft.data.checks import data_file_faults, format_findings, needs_tokenizer, split_faults
 from distft.data.sources import HubSplit, data_sources, on_network
 from distft.distributed.collectives import broadcast, together
@@ -165,8 +164,8 @@ def check_data(recipe: Recipe, processes: int) -> Findings:
 
 
 def check_together(recipe: Recipe, world: World, working_folder: Path) -> Expected | None:
-    """Check a run in its processes, before they load anything, and say what its model will be. Rank 0 looks; all ranks
-    enter, and all raise or return what to expect of the model.
+    """Check a run in its processes, before they load anything. Rank 0 looks; all ranks enter, and all raise or return
+    what to expect of the model.
 
     Raises:
         RecipeError: all faults at once.
@@ -178,8 +177,6 @@ def check_together(recipe: Recipe, world: World, working_folder: Path) -> Expect
         found = check_files(recipe, working_folder)
         found += check_settings(recipe, world.world_size, working_folder, local_only=False)
         found.require()
-        for line in found.expected.lines(recipe) if found.expected is not None else []:
-            say(line)
         return found.expected
 
     return broadcast(together(world, look), world)

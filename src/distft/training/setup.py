@@ -168,7 +168,8 @@ def weights_digest(recipe: Recipe, world: World) -> str | None:
 
 
 def setup_model(run: OpenRun, expected: Expected | None = None) -> PreparedModel:
-    """Plan the micro-batches, then load the model and its adapter, which must be as `expected`. All ranks enter."""
+    """Plan the micro-batches, say what is `expected` of the model, then load it and its adapter, which must be so. All
+    ranks enter."""
     recipe, strategy, record, world = run.recipe, run.strategy, run.record, run.strategy.world
     plan = plan_in_order(recipe, run.data.splits, run.data.lengths, record, world)
     accumulation = together(world, lambda: plan.accumulation(world.world_size, recipe.epochs(plan.steps)))
@@ -178,6 +179,8 @@ def setup_model(run: OpenRun, expected: Expected | None = None) -> PreparedModel
     check_schedule(run, arguments, total_steps(recipe, plan.steps))
     for note in (*weights_notes(recipe), *preference_notes(recipe)):
         record.changed(note)
+    for line in expected.lines(recipe) if expected is not None and world.is_main else []:
+        say(line)
     model = together(world, lambda: run.memory.load(lambda: _loaded(recipe, strategy, expected)))
     if left_out := modules_left_out(model, recipe):
         record.changed(f"lora.target_modules=all-linear: no adapter can be put on {', '.join(left_out)}")
