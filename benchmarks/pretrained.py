@@ -30,6 +30,7 @@ import yaml
 from provenance import provenance
 
 from distft.api.recipe import load_experiment
+from distft.errors import RunFolderError
 from distft.experiments.compare import Comparison
 from distft.experiments.expand import Experiment, ExperimentRun
 from distft.experiments.results import logs_of, tasks_left
@@ -159,8 +160,8 @@ def trimmed(report: dict[str, Any]) -> dict[str, Any]:
     return {**report, "runs": runs, "variants": [each["name"] for each in report["variants"]]}
 
 
-def reported(name: str, experiment: Experiment, options: argparse.Namespace) -> dict[str, Any]:
-    """What the record has of an experiment, whose runs were made as far as time allowed."""
+def reported(name: str, experiment: Experiment, options: argparse.Namespace) -> dict[str, Any] | None:
+    """What the record has of an experiment, whose runs were made as far as time allowed: None if none was begun."""
     words = ["compare", *words_of(name, options), "--resume"]
     if repeats := options.repeats or _REPEATS.get(name):
         words += ["--repeats", str(repeats)]
@@ -169,7 +170,10 @@ def reported(name: str, experiment: Experiment, options: argparse.Namespace) -> 
         code, message = done.returncode, done.stderr[-1000:] if done.returncode else ""
     else:  # comparing would make the missing runs
         code, message = 1, "not all runs have a result"
-        Comparison(experiment).write()
+        try:
+            Comparison(experiment).write()
+        except RunFolderError:
+            return None
     report = json.loads((options.work / "runs" / f"{name}.json").read_text(encoding="utf-8"))
     command = " ".join(["distft", *words])
     return {"command": command, "exit_code": code, "message": message, "report": trimmed(report)}
@@ -206,14 +210,14 @@ def main() -> int:
         logs.mkdir(parents=True, exist_ok=True)
     make_all(todo, options)
     with ThreadPoolExecutor(len(experiments)) as pool:
-        record["experiments"] |= dict(
-            zip(
-                experiments, pool.map(lambda name: reported(name, experiments[name], options), experiments), strict=True
-            )
-        )
+        made = pool.map(lambda name: (name, reported(name, experiments[name], options)), experiments)
+        record["experiments"] |= {name: report for name, report in made if report}
+    if missing := [name for name in experiments if name not in record["experiments"]]:
+        print(f"no run was begun within {options.limit} s: {', '.join(missing)}", file=sys.stderr)
     text = to_json(record).replace(f"{options.work}/", "").replace(f"{options.model}", options.model.name)
     write_atomically(options.output, text + "\n")
-    return max(each["exit_code"] for each in record["experiments"].values())
+    failed = any(each["exit_code"] for each in record["experiments"].values())
+    return int(failed or bool(missing))
 
 
 if __name__ == "__main__":
