@@ -94,6 +94,7 @@ def recipes_of_the_duel(model: Path, work: Path) -> None:
 def on_gpu(number: int) -> None:
     """Prepare a process that makes runs on one GPU, one after the other."""
     os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
+    multiprocessing.set_start_method("fork", force=True)  # here, it would be "spawn" for the workers that load data
 
 
 def make_here(run: ExperimentRun, logs: Path) -> None:
