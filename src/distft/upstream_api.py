@@ -241,6 +241,12 @@ def mixed_precision(state: Any) -> str:
     return str(state._mixed_precision)
 
 
+def type_in_forward(accelerator: Any, parameter: Any) -> Any:
+    """The type in which a forward sees a parameter: FSDP2 gathers it in that of mixed precision."""
+    policy = getattr(getattr(accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
+    return getattr(policy, "param_dtype", None) or parameter.dtype
+
+
 def apply_liger_kernels(model: Any) -> bool:
     """Use liger's norms and rotary embeddings in `model`; False where liger is not installed."""
     if importlib.util.find_spec("liger_kernel") is None:

@@ -18,6 +18,7 @@ from distft import upstream_api
 from distft.config.preference import Preference
 from distft.config.recipe import Recipe
 from distft.training.preference_loss import Pairs, pair_losses
+from distft.training.reference import Base, FrozenAdapter, Reference
 from distft.training.trainer import Trainer
 
 FIGURES = (
@@ -28,13 +29,17 @@ FIGURES = (
 
 
 class PreferenceTrainer(Trainer):
-    """The trainer over prepared pairs. The global batch counts pairs, and the loss is their mean over all of it."""
+    """The trainer over prepared pairs. The global batch counts pairs, and the loss is their mean over all of it.
+
+    `on_adapter`: the reference is the model with the adapter that it has now, in place of the base alone.
+    """
 
     figures = ("loss", *FIGURES)
 
-    def __init__(self, *args: Any, preference: Preference, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, model: Any, preference: Preference, on_adapter: bool = False, **kwargs: Any) -> None:
         self._preference = preference
-        super().__init__(*args, **kwargs)
+        self._reference: Reference = FrozenAdapter(model) if on_adapter else Base()  # before TRL casts the adapter
+        super().__init__(*args, model=model, **kwargs)
         upstream_api.disable_dropout(self.model)
         if preference.use_weighting:
             upstream_api.score_squares(self.accelerator.unwrap_model(self.model))
@@ -77,7 +82,7 @@ class PreferenceTrainer(Trainer):
         """The pairs of a micro-batch, their losses [pairs] without `sft`, the log-likelihood of all chosen answers, and
         the outputs of the head."""
         counts = inputs["counts"]
-        with torch.no_grad(), upstream_api.adapters_off(self.model):
+        with torch.no_grad(), self._reference.on(self.model, self.accelerator):
             reference = self._answers(self._score(self.model, inputs).log_probs, counts)
         if self.aux_loss_enabled:
             inputs = inputs | {"output_router_logits": True}
