@@ -208,6 +208,25 @@ def clear_evaluation_metrics(trainer: Any) -> None:
     trainer._metrics["eval"].clear()
 
 
+def gather_bytes() -> None:
+    """Let FSDP2 gather shards as bytes, in this process from now on.
+
+    On a GPU, its `torch._foreach_copy_` of 16-bit numbers replaces each NaN by the same one (pytorch/pytorch#159333).
+    Among the bits of packed weights there are some: about one number in a thousand, each of which holds four weights.
+    """
+    import torch
+
+    name = "_get_all_gather_input_metadatas"
+    original = checked(name)
+
+    def metadata(param_all_gather_inputs: Any) -> tuple[Any, Any, Any]:
+        dtypes, sizes, _ = original(param_all_gather_inputs)
+        return dtypes, sizes, torch.uint8
+
+    module = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_collectives")
+    setattr(module, name, metadata)
+
+
 # The rest -------------------------------------------------------------------------------------------------------------
 
 

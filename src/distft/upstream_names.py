@@ -107,6 +107,7 @@ _native = _of("bitsandbytes", "bitsandbytes.cextension:BNBNativeLibrary")
 _dataset = _of("datasets", "datasets.arrow_dataset:Dataset")
 _templates = _of("transformers", "transformers.utils.chat_template_utils")
 _training_templates = _of("trl", "trl.chat_template_utils")
+_gathering = _of("torch", "torch.distributed.fsdp._fully_shard._fsdp_collectives")
 _wandb = _of("wandb", "wandb.sdk.wandb_settings:Settings")
 _hflm = _of("lm-eval", "lm_eval.models.huggingface:HFLM")
 _evaluation_loop = ("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix")
@@ -125,6 +126,13 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     _of("torch", "torch.autograd.profiler:profile")(
         "kineto_results", "attribute", "read the profiler's events without building a Python object for each"
+    ),
+    _gathering(
+        "_get_all_gather_input_metadatas",
+        "replace",
+        "gather packed weights without changing a bit",
+        ("param_all_gather_inputs",),
+        source=r"if dtype == torch\.uint8:",
     ),
     _trainer("_get_grad_norm", "override", "leave out a step that is not finite", ("model", "grad_norm")),
     _trainer("_tr_loss", "attribute", "leave out a step that is not finite"),

@@ -8,16 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from distft import upstream_api
 from distft.config.recipe import load_recipe
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import choose
 from distft.distributed.strategies.fsdp2 import FSDP2, keep_layers, layers_of, prefetch
 from distft.distributed.world import World
+from distft.errors import InvariantError
+from distft.training.invariants import check_packed, packed_checksums
 
 LAYERS = 5
 
@@ -119,3 +124,52 @@ def test_a_user_s_resharding_setting_is_respected_and_distft_s_own_variables_do_
     assert environment["FSDP_VERSION"] == "2", "accelerate's variables are set"
     assert may_keep_layers(environment)
     assert not may_keep_layers({**environment, "FSDP_RESHARD_AFTER_FORWARD": "true"})  # as a --config_file sets it
+
+
+def every_bit_pattern() -> torch.Tensor:
+    """All 65,536 numbers of 16 bits, the NaNs among them, as packed 4-bit weights may have them."""
+    return torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).unsqueeze(1)
+
+
+def gather_packed_weights(rank: int, folder: str) -> None:
+    """Gather weights as FSDP2 does in a forward pass, on two GPUs, and compare their bits."""
+    distributed.init_process_group("nccl", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.cuda.set_device(rank)
+    try:
+        upstream_api.gather_bytes()
+        module = torch.nn.Linear(4, 4, bias=False, device="cuda", dtype=torch.bfloat16)
+        module.packed = torch.nn.Parameter(every_bit_pattern().cuda(), requires_grad=False)
+        fully_shard(module, mesh=distributed.init_device_mesh("cuda", (2,)))
+        module.unshard()
+        assert torch.equal(module.packed.view(torch.int16).cpu(), every_bit_pattern().view(torch.int16))
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.gpu(2)
+def test_packed_weights_keep_their_bits_on_gpus(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(gather_packed_weights, (str(tmp_path),), nprocs=2)
+
+
+def test_shards_of_packed_weights_are_gathered_as_bytes(model: Any) -> None:
+    upstream_api.gather_bytes()
+    metadata = _fsdp_collectives._get_all_gather_input_metadatas
+    one, two = torch.zeros(3, dtype=torch.bfloat16), torch.zeros(5, dtype=torch.bfloat16)
+    assert metadata([[one], [two]]) == ([[torch.bfloat16]] * 2, [[3], [5]], torch.uint8)
+    before = [parameter.full_tensor() for parameter in model.model.layers[0].parameters()]
+    model.model.layers[0].unshard()
+    assert all(map(torch.equal, before, model.model.layers[0].parameters()))
+
+
+def test_packed_weights_that_change_stop_the_run(model: Any) -> None:
+    strategy = FSDP2(World(), False, "fsdp")
+    packed = torch.nn.Module()
+    layer = Linear4bit(64, 64, bias=False, quant_storage=torch.bfloat16).to("cpu")
+    packed.layers = torch.nn.ModuleList([torch.nn.Sequential(layer)])
+    before = packed_checksums(packed)
+    assert [*before] == ["layers.0.0.weight"]
+    fully_shard(packed.layers[0], mesh=distributed.init_device_mesh("cpu", (1,)))
+    check_packed(packed, strategy, before)
+    layer.weight.to_local().view(torch.int16)[5] ^= 1
+    with pytest.raises(InvariantError, match=r"changed 1 packed weight, layers\.0\.0\.weight first"):
+        check_packed(packed, strategy, before)

@@ -33,7 +33,7 @@ ITS_OWN = {
 
 
 def trainers(tmp_path: Path, *overrides: str) -> tuple[Trainer, Trainer, list[Any]]:
-    """The trainer of the run, that of the search, and the accelerators whose output type was preserved."""
+    """The trainer of the run, that of the search, and the accelerators that the strategy has corrected."""
     preserved: list[Any] = []
     words = [*RECIPE, *overrides]
     with pytest.MonkeyPatch.context() as patch:
@@ -41,7 +41,9 @@ def trainers(tmp_path: Path, *overrides: str) -> tuple[Trainer, Trainer, list[An
         recipe = load_recipe(words)
         strategy = setup_strategy(recipe, Launcher())
         data = setup_data(recipe, strategy)
-        patch.setattr(type(strategy), "preserve_output_dtype", lambda self, accelerator: preserved.append(accelerator))
+        patch.setattr(
+            type(strategy), "before_preparing", lambda self, accelerator, model: preserved.append(accelerator)
+        )
         with open_run(recipe, strategy, data) as run:
             training = setup_trainer(run, setup_model(run))
         probe = setup_probe(probe_recipe(words), strategy, data, RunFolder(tmp_path / "probe"), lambda sizes: [])

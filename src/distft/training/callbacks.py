@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -23,18 +23,26 @@ if TYPE_CHECKING:
 class Invariants(TrainerCallback):  # type: ignore[misc]
     """Checks the prepared model before step 1, and its adapter after the first update. If one rank fails, all stop.
 
-    `updated` says whether any step of the run, including those before a resume, has updated the weights.
+    `updated` says whether any step of the run, including those before a resume, has updated the weights. `packed` are
+    checksums of packed weights before they were sharded.
     """
 
     def __init__(
-        self, strategy: Strategy, recipe: Recipe, trainable: int, numbers: BadNumbers, updated: bool = False
+        self,
+        strategy: Strategy,
+        recipe: Recipe,
+        trainable: int,
+        numbers: BadNumbers,
+        updated: bool = False,
+        packed: Mapping[str, int] | None = None,
     ) -> None:
         self._strategy, self._recipe, self._trainable, self._numbers = strategy, recipe, trainable, numbers
-        self.updated = updated
+        self.updated, self._packed = updated, packed or {}
         self._before: dict[str, int] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         invariants.check_prepared(model, self._recipe, self._strategy, self._trainable)
+        invariants.check_packed(model, self._strategy, self._packed)
         self._before = invariants.fingerprint(model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:

@@ -6,6 +6,7 @@ All ranks must call these functions. If one rank finds a fault, all ranks raise.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 
 import torch
@@ -14,8 +15,20 @@ from torch import nn
 from distft.config.recipe import Recipe
 from distft.distributed.collectives import first_failure, gather
 from distft.distributed.strategies import Strategy
-from distft.distributed.tensors import checksum, is_packed, is_partitioned, whole_numel, whole_tensors
+from distft.distributed.tensors import (
+    checksum,
+    is_packed,
+    is_partitioned,
+    is_sharded,
+    local_part,
+    whole_numel,
+    whole_tensors,
+)
 from distft.errors import InvariantError
+from distft.text import count
+
+_LAYER = re.compile(r".*?\.\d+(?=\.)")
+"""The layer that a parameter is in, at the beginning of its name."""
 
 
 def check_prepared(model: nn.Module, recipe: Recipe, strategy: Strategy, trainable: int) -> None:
@@ -49,6 +62,37 @@ def _prepared_fault(model: nn.Module, recipe: Recipe, strategy: Strategy, traina
     if found != trainable:
         return f"{found:,} parameters are trainable; the adapter (or model) has {trainable:,}"
     return None
+
+
+def packed_checksums(model: nn.Module) -> dict[str, int]:
+    """Return a checksum of the bits of every weight that is packed in 4 bits in the first layer that has some.
+
+    Weights that ZeRO-3 has partitioned already are left out.
+    """
+    whole = ((name, parameter) for name, parameter in model.named_parameters() if not is_partitioned(parameter))
+    packed = {name: parameter for name, parameter in whole if is_packed(parameter)}
+    layer = next((found[0] for name in packed if (found := _LAYER.match(name))), None)
+    return {name: checksum(tensor) for name, tensor in packed.items() if layer and name.startswith(f"{layer}.")}
+
+
+def check_packed(model: nn.Module, strategy: Strategy, before: Mapping[str, int]) -> None:
+    """Check that FSDP2 computes the layer whose packed weights had these checksums with the same bits. All ranks enter.
+
+    Raises:
+        InvariantError: on every rank.
+    """
+    fault = None
+    if before and any(map(is_sharded, model.parameters())):
+        modules = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
+        (layer,) = {found[0] for name in before if (found := _LAYER.match(name))}
+        with strategy.gathered(modules[layer]):
+            parameters = {
+                f"{layer}.{name}".replace("_orig_mod.", ""): p for name, p in modules[layer].named_parameters()
+            }
+            changed = [name for name in before if checksum(local_part(parameters[name])) != before[name]]
+        if changed:
+            fault = f"being sharded and gathered has changed {count(len(changed), 'packed weight')}, {changed[0]} first"
+    _raise_everywhere(fault, strategy)
 
 
 def fingerprint(model: nn.Module) -> dict[str, int]:

@@ -44,6 +44,7 @@ from distft.training.best_model import BestModel
 from distft.training.callbacks import HeldOutLoss, Invariants
 from distft.training.checkpoints import Checkpoints
 from distft.training.checks import weights_notes
+from distft.training.invariants import packed_checksums
 from distft.training.metrics import Telemetry
 from distft.training.micro_batches import settle
 from distft.training.nonfinite import BadNumbers
@@ -263,7 +264,9 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
     profile = Profile(folder, recipe, world, waits)
     telemetry = Telemetry(folder, recipe, world, plan, prepared.work, profile.covers, waits, measured)
     numbers = BadNumbers(recipe, folder, world, plan, carried.get("skipped_steps", 0))
-    invariants = Invariants(strategy, recipe, prepared.trainable, numbers, carried.get("updated", record.step > 0))
+    packed = packed_checksums(prepared.model) if "weights" in strategy.shards else {}
+    updated = carried.get("updated", record.step > 0)
+    invariants = Invariants(strategy, recipe, prepared.trainable, numbers, updated, packed)
     held_out = HeldOutLoss(first_samples(splits.test, recipe.evaluation.max_samples), carried.get("before"))
     stop = StopTogether(
         world,

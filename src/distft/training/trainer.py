@@ -83,8 +83,7 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     keep_adapter_in_fp32(model, recipe, strategy)
-    strategy.preserve_output_dtype(trainer.accelerator)
-    strategy.choose_layers(trainer.accelerator, model)
+    strategy.before_preparing(trainer.accelerator, model)
     return trainer
 
 

@@ -144,11 +144,12 @@ class Strategy:
         """Whether the adapter must have the dtype of the base model."""
         return False
 
-    def preserve_output_dtype(self, accelerator: Any) -> None:
-        """Make losses under mixed precision as exact as under DDP. Call it before the model is prepared."""
+    def before_preparing(self, accelerator: Any, model: nn.Module) -> None:
+        """Correct how accelerate will prepare `model`."""
 
-    def choose_layers(self, accelerator: Any, model: nn.Module) -> None:
-        """Say which layers of `model` are sharded as units. Call it before the model is prepared."""
+    def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Gather the weights of a layer of a prepared model, as its forward pass does. All ranks must enter."""
+        return nullcontext()
 
     def prefetch(self, model: nn.Module, memory_limit_gib: float | None) -> str | None:
         """Gather the layers of a prepared model ahead of time. All ranks must call it.

@@ -1,14 +1,15 @@
 """FSDP2: weights, gradients and optimizer states sharded layer by layer.
 
-accelerate sets it up. distft corrects three things: it shards on CPU too, outputs keep their dtype, and all-gathers are
-issued early.
+accelerate sets it up. distft corrects four things: it shards on CPU too, outputs keep their dtype, packed weights keep
+their bits, and all-gathers are issued early.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,7 +18,7 @@ from distft.config.recipe import Recipe
 from distft.config.schema import StrategyName
 from distft.distributed.collectives import reduce
 from distft.distributed.strategies.base import Strategy, as_variable, fault
-from distft.distributed.tensors import is_sharded
+from distft.distributed.tensors import is_packed, is_sharded
 from distft.distributed.world import World
 from distft.errors import Fault, LaunchError
 
@@ -83,6 +84,20 @@ class FSDP2(Strategy):
 
     def loads_on_main(self, recipe: Recipe) -> bool:
         return recipe.bits == 16 and self.world.world_size > 1  # fsdp_cpu_ram_efficient_loading
+
+    def before_preparing(self, accelerator: Any, model: nn.Module) -> None:
+        self.preserve_output_dtype(accelerator)
+        self.choose_layers(accelerator, model)
+        if any(map(is_packed, model.parameters())):
+            upstream_api.gather_bytes()
+
+    @contextmanager
+    def gathered(self, module: nn.Module) -> Iterator[None]:
+        module.unshard()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            module.reshard()  # type: ignore[operator]
 
     def preserve_output_dtype(self, accelerator: Any) -> None:
         """Leave the model's outputs in their own dtype.
