@@ -21,15 +21,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import in_memory
 import synthetic
 import torch
 from provenance import provenance
 from shapes import config_of
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from distft.files import to_json, write_atomically
-from distft.hardware import GIB
-from distft.models import loading
 
 EXPERTS = ("lora.target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]", "lora.r=4", "lora.lora_alpha=8")
 SHARDED = ("strategy=fsdp", "quantization.bnb_4bit_quant_storage=bfloat16")
@@ -129,29 +128,7 @@ def worker(words: list[str]) -> None:
     """A process of a run, whose weights it draws on its device."""
     from distft.training.run import train
 
-    from_disk = loading.from_pretrained
-
-    def from_memory(cls: Any, name: str, what: str, **options: Any) -> Any:
-        if cls is not AutoModelForCausalLM:
-            return from_disk(cls, name, what, **options)
-        config = from_disk(AutoConfig, name, what)
-        kind = AutoModelForCausalLM._model_mapping[type(config)]
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        with torch.device(device):
-            torch.manual_seed(0)
-            state = kind._from_config(config, dtype=options["dtype"]).state_dict()
-        unused = ("revision", "trust_remote_code", "use_safetensors")
-        kept = {key: value for key, value in options.items() if key not in unused}
-        made = kind.from_pretrained(None, config=config, state_dict=state, **kept)
-        state.clear()
-        if torch.cuda.is_available():
-            print(
-                f"peak memory of the load with {device}: {torch.cuda.max_memory_allocated() / GIB:.1f} GiB", flush=True
-            )
-            torch.cuda.empty_cache()
-        return made
-
-    loading.from_pretrained = from_memory
+    in_memory.for_runs()
     train(words)
 
 

@@ -1,4 +1,4 @@
-"""The sections of the benchmarks page on real weights and on recipes, from their records.
+"""The sections of the benchmarks page on preferences, real weights and recipes, from their records.
 
     python benchmarks/real_figures.py --update docs/benchmarks.md
 
@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import preference_figures
 
 RESULTS = Path(__file__).parent / "results"
 Row = list[str]
@@ -116,6 +118,8 @@ _REAL = {
 def sections() -> str:
     """The sections of those records that there are."""
     found = []
+    if preferences := record("preferences_h200"):
+        found.append(preference_figures.section(preferences, _table))
     if experiments := record("pretrained_h200").get("experiments"):
         found.append(
             "## Real weights\n\n"
@@ -154,9 +158,8 @@ def main() -> None:
     parser.add_argument("--update", type=Path, required=True, help="the page")
     page = parser.parse_args().update
     text = page.read_text(encoding="utf-8")
-    text = re.sub(
-        r"## (Real weights|Recipes at their real shapes)\n.*?(?=^## )", "", text, flags=re.DOTALL | re.MULTILINE
-    )
+    names = "Preferences|Real weights|Recipes at their real shapes"
+    text = re.sub(rf"## ({names})\n.*?(?=^## )", "", text, flags=re.DOTALL | re.MULTILINE)
     page.write_text(text.replace("## Precision\n", f"{sections()}\n## Precision\n", 1), encoding="utf-8")
 
 

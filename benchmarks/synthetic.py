@@ -166,9 +166,13 @@ def rows(work: Path, shape: Shape, count: int, seed: int = 0) -> tuple[Path, np.
     path = work / f"rows-{shape.name}-{count}.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for length in lengths:
-            words = generator.integers(3, shape.config["vocab_size"], length - 1)
-            file.write(json.dumps({"text": " ".join(map(_word, words))}) + "\n")
+            file.write(json.dumps({"text": words(generator, shape, length - 1)}) + "\n")
     return path, lengths
+
+
+def words(generator: np.random.Generator, shape: Shape, count: int) -> str:
+    """A text of `count` random words, each of which is a token."""
+    return " ".join(map(_word, generator.integers(3, shape.config["vocab_size"], count)))
 
 
 def _word(number: int) -> str:

@@ -1,4 +1,4 @@
-"""The sections on real weights and on recipes are those of the records."""
+"""The sections on preferences, real weights and recipes are those of the records."""
 
 from __future__ import annotations
 
@@ -12,3 +12,4 @@ def test_real_weights_and_recipes_are_those_of_the_records() -> None:
     assert record("recipes_h200")["runs"], "there is a record"
     assert sections() in text, "run python benchmarks/real_figures.py --update docs/benchmarks.md"
     assert ("## Real weights" in text) == bool(record("pretrained_h200"))
+    assert ("## Preferences" in text) == bool(record("preferences_h200"))
