@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from distft.runs.folder import RunFolder
+from distft.runs.samples import Samples
 from distft.training.checkpoints import read_tensors
 
 from .conftest import Train, needs_compiler
@@ -35,14 +37,20 @@ SGD = ("training.optim=sgd", "training.learning_rate=0.3")  # clipped at norm 1 
 ADAMW = ("training.optim=adamw_torch", "training.learning_rate=1e-3")
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
 PACKS = ("batching.micro_batch_tokens=200",)
+ANSWERS = ("evaluation.samples={number: 2, max_new_tokens: 8}",)
 
 
 @pytest.fixture(scope="module")
-def initial(train: Train) -> Mapping[str, torch.Tensor]:
+def initial(base: Trajectory) -> Mapping[str, torch.Tensor]:
     """The adapter before any update, within 1e-29 or so: a learning rate of 0 is refused."""
-    ended = train(*RECIPE, "training.max_steps=1", "training.optim=sgd", "training.learning_rate=1e-30")
-    assert ended.code == 0, ended.stderr[-3000:]
-    return read_tensors(ended.folder.adapter)
+    return base.adapter
+
+
+@pytest.fixture(scope="module")
+def base(train: Train) -> Trajectory:
+    """A run that changes nothing, within 1e-29 or so, on one process."""
+    words = ("training.max_steps=1", "training.optim=sgd", "training.learning_rate=1e-30")
+    return Trajectory(train, *words, *ANSWERS, nproc=1)
 
 
 class Trajectory:
@@ -95,11 +103,17 @@ def test_every_strategy_takes_the_same_steps(
     optimizer: tuple[str, ...],
     tolerance: float,
     reference: Reference,
+    base: Trajectory,
     initial: Mapping[str, torch.Tensor],
     train: Train,
 ) -> None:
+    """Also if it answers held-out prompts before and after, which the reference does not."""
     needs_compiler(strategy)
-    ours = Trajectory(train, f"strategy={strategy}", *optimizer, nproc=2)
+    ours = Trajectory(train, f"strategy={strategy}", *optimizer, *ANSWERS, nproc=2)
+    answers, of_base = (Samples.read(RunFolder(run.folder)) for run in (ours, base))
+    assert answers is not None and of_base is not None and any(of_base.answers[0].texts)
+    assert [(each.when, each.step) for each in answers.answers] == [("before", 0), ("after", STEPS)]
+    assert (answers.prompts, answers.answers[0]) == (of_base.prompts, of_base.answers[0])
     assert (ours.summary["strategy"], ours.summary["world_size"]) == (strategy, 2)
     assert reference(optimizer).summary["strategy"] == "single"
     ours.assert_like(reference(optimizer), initial, tolerance)

@@ -108,6 +108,8 @@ def test_a_run_an_adapter_and_a_model_are_told_apart(adapter: Path, tiny: Path, 
         Request.to_talk_to(str(adapter_alone), [])
     with pytest.raises(RunFolderError, match=r"did you mean .*runs/mine"):
         Request.to_talk_to(str(tmp_path / "runs" / "mime"), [])
+    with pytest.raises(RunFolderError, match=r"run folder runs/nothing-like-it does not exist"):
+        Request.to_talk_to("runs/nothing-like-it", [])
     with pytest.raises(RunFolderError, match=r"neither a run folder .* nor the folder of an adapter or a model"):
         Request.to_talk_to(str(tmp_path), [])
 

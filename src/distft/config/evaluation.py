@@ -153,11 +153,28 @@ def _judge(value: Any) -> Any:
     return {"model": value} if isinstance(value, str) else value
 
 
+class Samples(Section):
+    """Prompts of the held-out split that the model answers while it is trained."""
+
+    number: int = Field(0, ge=0, json_schema_extra={"unit": "prompts"})
+    """The first prompts of the held-out split; 0 for none."""
+    each_evaluation: bool = False
+    """Answer them in each evaluation during training as well (training.eval_strategy)."""
+    max_new_tokens: int = Field(64, ge=1, json_schema_extra=TOKENS)
+    """Longest answer."""
+
+
+def _samples(value: Any) -> Any:
+    return {"number": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class Evaluation(Section):
     """The held-out split before and after training, and the tasks of `distft evaluate`."""
 
     before_and_after: bool = True
     """Measure loss and perplexity on the held-out split before and after training."""
+    samples: Annotated[Samples, BeforeValidator(_samples, json_schema_input_type=Samples | int)] = Samples()
+    """Prompts of the held-out split to answer before and after training: their number alone, or a mapping."""
     max_samples: int | None = Field(None, ge=1, json_schema_extra=SAMPLES)
     """Use at most this many samples of the validation split and of the held-out split; null for all."""
     tasks: list[TaskName] = []

@@ -325,6 +325,9 @@ def split_faults(recipe: Recipe, splits: Splits) -> list[Fault]:
             found.append(
                 Fault(recipe.source.of(key), key, "leaves no row to evaluate on before and after training", hint)
             )
+    if recipe.evaluation.samples.number and splits.test is None and not found:
+        key, hint = "evaluation.samples", "set data.test_fraction, data.test_path or data.test_split"
+        found.append(Fault(recipe.source.of(key), key, "has no held-out split to take prompts from", hint))
     return found
 
 

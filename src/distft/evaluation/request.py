@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distft.config.recipe import Recipe, load_recipe
+from distft.config.schema import Run
 from distft.config.validation import COMMAND_LINE
 from distft.data.checks import data_faults
 from distft.data.files import exists, path_of
@@ -19,6 +20,8 @@ from distft.evaluation import preflight
 from distft.runs.folder import RunFolder
 
 Check = Callable[[Recipe], list[Fault]]
+_RUNS = Run.model_fields["dir"].default
+"""The folder of run folders; no organisation on the hub is meant by its name."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class Request:
                 f"{name} is neither a run folder (recipe.yaml is missing) nor the folder of an adapter or a model "
                 "(adapter_config.json or config.json)"
             )
-        if not exists(path) and path.parent != Path() and exists(path.parent):
+        is_run = path.parts[:1] == (_RUNS,) or (path.parent != Path() and exists(path.parent))
+        if not exists(path) and is_run:
             raise RunFolderError(_not_a_run(path))
         return cls._of_model(name, None, words)
 

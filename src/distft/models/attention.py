@@ -67,6 +67,13 @@ def choices(recipe: Recipe, config: PreTrainedConfig, *, on_gpu: bool) -> list[s
     return [name for name in names if has_attention(config, name)]
 
 
+def for_generation(config: PreTrainedConfig, trained: str) -> str:
+    """The implementation in which a model that trains with the implementation `trained` can write."""
+    if trained not in (VARLEN, UNPACKED):
+        return trained
+    return "sdpa" if missing_feature(config) != SOFT_CAPPING and has_attention(config, "sdpa") else "eager"
+
+
 def _in_16_bits(recipe: Recipe) -> bool:
     return recipe.model.dtype != "float32" or recipe.mixed_precision != "no"
 

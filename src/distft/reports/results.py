@@ -20,6 +20,7 @@ from distft.evaluation.summary import columns
 from distft.reports.bottleneck import Split
 from distft.runs.figures import FIGURES
 from distft.runs.folder import RunFolder
+from distft.runs.samples import Samples
 from distft.runs.selection import selection_lines
 
 SHOWN = tuple(figure for figure in FIGURES if figure.label and not figure.timing)
@@ -92,6 +93,8 @@ class Run:
     """How many samples of `validation` and `test` were trained on, where training counted them."""
     selection: tuple[str, ...] = ()
     """Which evaluation was the best, and whether it ended the run, in words."""
+    samples: Samples | None = field(default=None, repr=False)
+    """Held-out prompts and the answers to them."""
     evaluated: tuple[tuple[int, float | None, float], ...] = field(default=(), repr=False)
     """Step, seconds of training before, and loss of each evaluation during training. Runs of older versions did not
     record the seconds."""
@@ -158,6 +161,7 @@ def read_run(folder: RunFolder) -> Run:
         evaluation=summary.get("evaluation") or {},
         overlap=summary.get("held_out_overlap") or {},
         selection=tuple(selection_lines(summary)),
+        samples=_samples(folder),
         evaluated=tuple(
             (record["step"], record.get("time_s"), math.nan if record["eval_loss"] is None else record["eval_loss"])
             for record in metrics
@@ -226,6 +230,13 @@ def _evaluated(folder: RunFolder) -> Run:
 
 def _no_figures() -> dict[str, float | None]:
     return dict.fromkeys(figure.key for figure in (*SHOWN, *TIMES))
+
+
+def _samples(folder: RunFolder) -> Samples | None:
+    try:
+        return Samples.read(folder)
+    except ValueError as error:
+        raise RunFolderError(str(error)) from error
 
 
 def _split(folder: RunFolder) -> Split | None:

@@ -41,6 +41,7 @@ def _sections(report: Report) -> Iterator[Section]:
     single = len(report.variants) == 1
     if single:
         yield from _evaluations(report)
+        yield from _samples(report)
     if not single or len(report.runs) > 1:
         yield _variants(report)
     if any(variant.finished for variant in report.variants):
@@ -286,6 +287,17 @@ def evaluation_table(evaluations: Mapping[str, Mapping[str, object]]) -> Table:
 def _estimate(estimate: Mapping[str, float | None] | None, form: str) -> Estimate:
     value, low, high = ((estimate or {}).get(key) for key in ("value", "low", "high"))
     return Estimate(value, low, high, form)
+
+
+def _samples(report: Report) -> Iterator[Section]:
+    """Of a single run, what it has answered to held-out prompts."""
+    found = report.runs[0].samples
+    if found is None or len(report.runs) > 1:
+        return
+    rows = tuple((f"{label} {number}", " ".join(text.split())) for number, label, text in found.rows())
+    yield Section(
+        "samples", ("Answers to held-out prompts",), Table((Column("", "name"), Column("text", "prose")), rows)
+    )
 
 
 # What was equal, and logs ---------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ runs/<name>/
   probe.json          how much memory each micro-batch takes, if batching.micro_batch is auto
   stacks/             the Python stacks of every rank when the run hung
   logs/               what each rank printed, rank<N>.log, if there are several
+  samples.json        answers to a few held-out prompts, before and after training
   evaluation/         the items of each task of `distft evaluate`, one folder per task
   evaluation.json     the results of these tasks
   wandb/              W&B's files, one folder per start
@@ -97,6 +98,11 @@ class RunFolder:
     def scores(self) -> Path:
         """How hard the base finds each training sample, if `data.order` is loss."""
         return self.path / "scores"
+
+    @property
+    def samples(self) -> Path:
+        """The answers to a few held-out prompts, if `evaluation.samples` asks for them."""
+        return self.path / "samples.json"
 
     @property
     def lock(self) -> Path:

@@ -134,6 +134,17 @@ def log_evaluation(recipe: Recipe, folder: RunFolder, figures: Mapping[str, floa
         say(f"warning: the evaluation is not in wandb, only in {folder.results} ({type(error).__name__}: {error})")
 
 
+def log_table(recipe: Recipe, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """Log a table to the W&B run of this process, if the recipe reports to W&B. Call it on rank 0 only."""
+    wandb = sys.modules.get("wandb")
+    if "wandb" not in recipe.tracking.report_to or wandb is None or wandb.run is None:
+        return
+    try:
+        wandb.run.log({name: wandb.Table(columns=columns, data=rows)})
+    except Exception as error:  # a tracker never fails a run
+        say(f"warning: the {name} are not in wandb ({type(error).__name__}: {error})")
+
+
 @contextmanager
 def closing_wandb() -> Iterator[None]:
     """Close the W&B run, if there is one, when the block ends: as finished, or as failed if it raised."""

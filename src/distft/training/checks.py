@@ -28,6 +28,7 @@ from distft.hardware import visible_devices
 from distft.models.loading import quantization_config
 from distft.text import first_line
 from distft.training.arguments import build_arguments
+from distft.training.samples import samples_faults
 from distft.training.schedule import schedule_faults
 from distft.training.selection import selection_faults
 
@@ -65,7 +66,7 @@ def expected_strategy(recipe: Recipe, world_size: int, on_gpu: bool | None) -> S
 def _training_faults(recipe: Recipe, world_size: int, on_gpu: bool | None) -> list[Fault]:
     here, strategy = visible_devices() > 0, expected_strategy(recipe, world_size, on_gpu)
     found = [*_refused(recipe), *_strategy_faults(recipe, strategy), *_quantization_faults(recipe)]
-    found += selection_faults(recipe, strategy)
+    found += [*selection_faults(recipe, strategy), *samples_faults(recipe)]
     known = {fault.key for fault in found}
     changes: dict[str, Any] = {} if here or not strategy.on_gpu else {"use_cpu": True, "tf32": None}
     arguments, faults = _built(recipe, strategy, changes)

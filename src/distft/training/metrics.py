@@ -138,6 +138,13 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         self._saving_s += self._lap().seconds
 
     @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Count the time of the block as evaluation."""
+        self._lap()
+        yield
+        self._evaluating_s += self._lap().seconds
+
+    @contextmanager
     def saving(self) -> Iterator[None]:
         """Count the time of the block, after training, as saving."""
         self._lap()

@@ -16,6 +16,7 @@ from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import strategy_faults
 from distft.distributed.supervisor import check_not_refused
 from distft.runs.card import write_card
+from distft.runs.wandb import log_table
 from distft.training.check import check_together
 from distft.training.checkpoints import save_result
 from distft.training.refusals import refusals
@@ -77,6 +78,7 @@ def finish(run: OpenRun, training: Training) -> None:
             eval_before=before,
             eval_after=after,
         )
+    training.answers.answer("after", training.trainer.state.global_step)
     with telemetry.saving():
         model, tokenizer = training.trainer.model, run.data.tokenizer
         saved = save_result(model, run.recipe, run.strategy, record.folder, tokenizer=tokenizer)
@@ -91,5 +93,8 @@ def finish(run: OpenRun, training: Training) -> None:
     together(run.strategy.world, lambda: write_card(record.folder, saved) if run.strategy.world.is_main else None)
     training.profile.write()  # last: if it fails, the result is safe
     if run.strategy.world.is_main:
-        for line in record.closing_lines():
+        answers = training.answers.found
+        for line in [*answers.lines(), *record.closing_lines()]:
             say(line)
+        if answers.answers:
+            log_table(run.recipe, "samples", *answers.table())

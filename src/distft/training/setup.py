@@ -53,6 +53,7 @@ from distft.training.order import plan_in_order
 from distft.training.preference import preference_notes, trainer_class
 from distft.training.profiler import Profile
 from distft.training.reviews import ValidationReviews
+from distft.training.samples import HeldOutAnswers
 from distft.training.schedule import schedule_faults, schedule_notes, total_steps
 from distft.training.stopping import StopTogether
 from distft.training.throughput import Work, model_flops_per_token
@@ -108,6 +109,7 @@ class Training:
     checkpoints: Checkpoints
     best: BestModel
     held_out: HeldOutLoss
+    answers: HeldOutAnswers
     invariants: Invariants
 
 
@@ -268,6 +270,7 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
     updated = carried.get("updated", record.step > 0)
     invariants = Invariants(strategy, recipe, prepared.trainable, numbers, updated, packed)
     held_out = HeldOutLoss(first_samples(splits.test, recipe.evaluation.max_samples), carried.get("before"))
+    answers = HeldOutAnswers(recipe, splits.test, strategy, folder, run.data.tokenizer, telemetry)
     stop = StopTogether(
         world,
         Launch.of(os.environ).began,
@@ -304,6 +307,7 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
             telemetry,  # before the trackers, which log what it adds
             *trackers(recipe, folder, world),
             *([held_out] if evaluates else []),
+            *([answers] if recipe.evaluation.samples.number else []),
             checkpoints,
             run.watchdog,
         ],
@@ -315,5 +319,6 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
         waits=waits,
         create=trainer_class(recipe),
     )
-    held_out.attach(trainer)
-    return Training(trainer, stop, profile, telemetry, numbers, checkpoints, best, held_out, invariants)
+    for callback in (held_out, answers):
+        callback.attach(trainer)
+    return Training(trainer, stop, profile, telemetry, numbers, checkpoints, best, held_out, answers, invariants)

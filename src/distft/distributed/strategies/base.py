@@ -158,6 +158,10 @@ class Strategy:
         """
         return None
 
+    def generating(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Let a prepared model `generate`. All ranks must enter, and give it the same prompts."""
+        return nullcontext()
+
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     @property

@@ -136,6 +136,16 @@ class FSDP2(Strategy):
             "(a --config_file with fsdp_reshard_after_forward: true gathers them twice)"
         )
 
+    @contextmanager
+    def generating(self, model: nn.Module) -> Iterator[None]:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        register_fsdp_forward_method(model, "generate")  # under PEFT, it does not call the outermost module
+        try:
+            yield
+        finally:
+            vars(model).pop("generate", None)
+
     @property
     def checkpoint_format(self) -> str:
         return "sharded by fsdp"

@@ -10,10 +10,11 @@ from pathlib import Path
 from distft.config.evaluation import Evaluation
 from distft.distributed.process import say_once
 from distft.errors import MissingExtraError, ModelError
-from distft.evaluation.engines.transformers import TransformersEngine, end_tokens, max_positions
+from distft.evaluation.engines.transformers import TransformersEngine, max_positions
 from distft.evaluation.engines.vllm import LORA_RANKS, Served, VllmEngine
 from distft.evaluation.generate import Engine, Template
 from distft.evaluation.target import SideName, Target
+from distft.models.generation import end_tokens
 from distft.models.loading import model_path
 
 _BEYOND_VLLM = (

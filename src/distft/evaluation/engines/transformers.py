@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -19,6 +18,7 @@ from transformers import (
 from distft.data.batch_plan import batches_by_length
 from distft.errors import OutOfMemory
 from distft.evaluation.generate import Answer, Item, Message, Sampling, Template, item_seed, render, token_ids
+from distft.models.generation import end_tokens, write
 
 
 class TransformersEngine:
@@ -108,33 +108,20 @@ class TransformersEngine:
             for answer in self._write(ids[part], sampling, limit, seeds[part])
         ]
 
-    @torch.no_grad()
     def _generate(
         self, ids: list[list[int]], sampling: Sampling, limit: int, seeds: list[int], streamer: Any = None
     ) -> list[Answer]:
-        device = self.model.get_input_embeddings().weight.device
-        width = max(map(len, ids))
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self._end_tokens[0]
-        tokens = torch.tensor([[pad] * (width - len(one)) + one for one in ids], device=device)
-        mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in ids], device=device)
         processors = LogitsProcessorList()
         if sampling.temperature > 0:
             processors.append(TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_p < 1:
                 processors.append(TopPLogitsWarper(sampling.top_p))
-            processors.append(_Draw(seeds, device))
-        config = GenerationConfig(
-            do_sample=False, max_new_tokens=limit, eos_token_id=self._end_tokens, pad_token_id=pad, use_cache=True
-        )
-        with _without_model_settings(self.model), _evaluating(self.model):
-            output = self.model.generate(
-                input_ids=tokens,
-                attention_mask=mask,
-                generation_config=config,
-                logits_processor=processors,
-                streamer=streamer,
-            )
-        return [self._answer(row) for row in output[:, width:].tolist()]
+            processors.append(_Draw(seeds, self.model.get_input_embeddings().weight.device))
+        options = {"logits_processor": processors, "streamer": streamer}
+        return [
+            self._answer(row)
+            for row in write(self.model, ids, limit, self._end_tokens, self.tokenizer.pad_token_id, **options)
+        ]
 
     def _answer(self, row: list[int]) -> Answer:
         end = next((place for place, token in enumerate(row) if token in self._end_tokens), None)
@@ -189,38 +176,3 @@ def max_positions(model: Any) -> int | None:
     """The longest sequence that the model has positions for; None if its configuration names no limit."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit
-
-
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, and those in the model's generation settings (the end of a
-    turn)."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    extra = named if isinstance(named, list) else [] if named is None else [named]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *extra]))
-
-
-@contextmanager
-def _without_model_settings(model: Any) -> Iterator[None]:
-    """Hide `model.generation_config`, from which `generate` fills everything that its caller leaves unset."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else None  # what PEFT wraps
-    owners = [module for module in (model, getattr(model, "base_model", None), inner) if module is not None]
-    owners = [module for module in owners if "generation_config" in vars(module)]
-    kept = [module.generation_config for module in owners]
-    for module in owners:
-        module.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        for module, config in zip(owners, kept, strict=True):
-            module.generation_config = config
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Turn dropout off, and restore the caller's mode afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
