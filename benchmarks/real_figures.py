@@ -107,7 +107,9 @@ def recipes() -> list[Row]:
 _LOSSES = ("`variant`", "runs", "last training loss", "held-out loss before", "after")
 _ACCURACIES = ("`variant`", "runs", "accuracy before", "after", "held-out loss after", "peak GiB")
 _REAL = {
-    "quality": "*4 bits under DDP, bf16 under FSDP2* (`quality`): 60 steps of 32 instructions, rank 32, two GPUs.",
+    "quality": "*4 bits under DDP, bf16 under FSDP2* (`quality`): 60 steps of 32 instructions, rank 32, two GPUs.\n"
+    "`fsdp_qlora` shows the fault that these runs found: PyTorch changed packed weights that FSDP2 gathered on a GPU.\n"
+    "The runs were made before distft gathered them as bytes; `ddp_qlora` has the same base.",
     "rank": "*Rank 8 against 32* (`rank`): 60 steps of 32 instructions, 4 bits, alpha twice the rank.",
     "imdb_bits": "*IMDB in 4, 8 and 16 bits* (`imdb_bits`): 100 steps of 16 reviews; accuracy on up to 400 others.",
     "ablation": "*Memory techniques* (`ablation`): 50 steps of 16 reviews; `none` trains all parameters.",
@@ -125,7 +127,8 @@ def sections() -> str:
             "## Real weights\n\n"
             "SmolLM2-135M-Instruct on real rows: 999 instructions of Alpaca as chats, and 1,997 reviews of IMDB.\n"
             "These are the shipped experiments with another model and other rows, on shared GPUs: losses,\n"
-            "accuracies and peak memory count, and speeds do not. Three runs are three seeds.\n"
+            "accuracies and peak memory count, and speeds do not. Three runs are three seeds. A dash, or a\n"
+            "missing row: the time on the GPUs ended before that run.\n"
         )
         for name, what in _REAL.items():
             if name in experiments:

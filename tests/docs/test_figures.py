@@ -154,9 +154,11 @@ def test_mixture_of_experts() -> None:
     record = measured("mixture_h200")
     (table,) = BENCHMARKS.tables("Mixture of experts")
     forms = {"samples_per_second": ".1f", "tokens_per_second": ",.0f", "mfu": ".3f", "peak_memory_gib": ".1f"}
-    assert table == [medians(record["summary"]["single"], forms)]
-    (run, *_) = record["runs"]["single"]
-    assert f"{run['quantized_share']:.2%} of the linear weights have 4 bits" in TEXT and run["checkpointed_layers"] == 0
+    places = {"one H200": "single", "two H200, FSDP2": "fsdp"}
+    assert table == [[place, *medians(record["summary"][case], forms)] for place, case in places.items()]
+    for (run,) in record["runs"].values():
+        assert f"{run['quantized_share']:.2%} of the linear weights have 4 bits" in TEXT
+        assert run["checkpointed_layers"] == 0
     assert record["config"]["num_hidden_layers"] == 48 and record["config"]["num_local_experts"] == 128
 
 
