@@ -28,7 +28,7 @@ from distft.models.loading import load_model, load_tokenizer
 from distft.models.tiny import tiny_model
 from distft.runs.folder import RunFolder
 from distft.training.arguments import training_arguments
-from distft.training.preference import FIGURES, PreferenceTrainer, trainer_class
+from distft.training.preference import FIGURES, KL, PreferenceTrainer, other_forwards, trainer_class
 from distft.training.trainer import build_trainer
 
 RECIPE = (
@@ -221,12 +221,44 @@ def test_the_reference_is_the_base_and_nothing_is_dropped_at_random(ours: Prefer
     assert {name: p.requires_grad for name, p in ours.model.named_parameters()} == {n: b[0] for n, b in before.items()}
 
 
+@torch.no_grad()
+def test_kl_per_token_is_schulman_s_estimate_on_the_trained_tokens(
+    ours: PreferenceTrainer, packed: PreferenceTrainer, theirs: DPOTrainer
+) -> None:
+    """From the logits of whole sequences, one at a time."""
+    pairs = [ours.train_dataset[index] for index in ours._plan.samples(0).tolist()]
+    terms = []
+    for sequence in sequences_of(pairs):
+        ids, labels = (torch.tensor([sequence[name]]) for name in ("input_ids", "labels"))
+        trained = labels[0, 1:] != IGNORED
+        own = theirs.model(input_ids=ids).logits.double().log_softmax(-1)
+        with theirs.model.disable_adapter():
+            base = theirs.model(input_ids=ids).logits.double().log_softmax(-1)
+        apart = (base - own)[0, :-1].gather(1, ids[0, 1:, None])[trained]
+        terms.append(apart.exp() - 1 - apart)
+    expected = float(torch.cat(terms).mean())
+    assert expected > 0
+    for trainer in (ours, packed):
+        trainer._preference = Preference()
+        logs = {"loss": 0.0}
+        trainer.model.train()
+        trainer._pair_sums.zero_()
+        trainer.compute_loss(trainer.model, trainer._collate(pairs))
+        trainer.log(logs)
+        assert logs[KL] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_forward_of_the_reference_counts_for_the_mfu() -> None:
+    assert other_forwards(load_recipe(RECIPE)) == 1 and other_forwards(load_recipe([])) == 0
+
+
 def test_an_evaluation_is_the_mean_over_all_pairs_however_they_are_divided(
     ours: PreferenceTrainer, packed: PreferenceTrainer
 ) -> None:
     for trainer in (ours, packed):
         trainer._preference = Preference(loss_type=["sigmoid", "sft"])
     found, other = (trainer.evaluate(trainer.eval_dataset) for trainer in (ours, packed))
-    for key in (f"eval_{name}" for name in ("loss", *FIGURES)):
+    assert found["eval_pairs"] == len(ours.eval_dataset)
+    for key in (f"eval_{name}" for name in ("loss", *FIGURES, KL)):
         assert found[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5)
     assert 0 <= found["eval_rewards/accuracies"] <= 1 and "eval_perplexity" not in found

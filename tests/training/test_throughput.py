@@ -21,6 +21,7 @@ def test_hfu_counts_the_second_forward_of_checkpointed_layers() -> None:
     assert lora.utilisation(1e4, 790e12) == pytest.approx((0.354430, 0.531646), rel=1e-5)
     assert full.utilisation(1e4, 790e12) == pytest.approx((0.531646, 0.708861), rel=1e-5)
     assert Work(4.0).utilisation(1.0, 8.0) == (0.5, 0.5)
+    assert model_flops_per_token(7, frozen_base=True, forwards=1) == 6 * 7, "the forward of a reference counts"
 
 
 def test_rates_and_energy_of_a_window() -> None:

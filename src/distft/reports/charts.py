@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -46,14 +46,22 @@ class _Curves:
     """The key of a list with one value per rank; `y` is drawn for runs that lack it."""
 
 
+_NATS = "loss, nats/token"
 _STEP = ("step", "step")
 _TIME = ("time_s", "training time, s")
 _CURVES = (
-    _Curves("loss_step", "Training loss by step", *_STEP, "loss", "loss, nats/token"),
-    _Curves("loss_time", "Training loss by time", *_TIME, "loss", "loss, nats/token"),
-    _Curves("eval_loss", "Evaluation loss", *_STEP, "eval_loss", "loss, nats/token"),
+    _Curves("loss_step", "Training loss by step", *_STEP, "loss", _NATS),
+    _Curves("loss_time", "Training loss by time", *_TIME, "loss", _NATS),
+    _Curves("eval_loss", "Evaluation loss", *_STEP, "eval_loss", _NATS),
     _Curves("eval_perplexity", "Evaluation perplexity", *_STEP, "eval_perplexity", "perplexity"),
     _Curves("test_perplexity", "Held-out perplexity before and after", *_STEP, "test_perplexity", "perplexity"),
+    _Curves(
+        "reward_margin", "Reward margin of chosen over rejected answers", *_STEP, "rewards/margins", "reward margin"
+    ),
+    _Curves("reward_accuracy", "Reward accuracy", *_STEP, "rewards/accuracies", "share of pairs"),
+    _Curves("eval_reward_margin", "Evaluation: reward margin", *_STEP, "eval_rewards/margins", "reward margin"),
+    _Curves("eval_reward_accuracy", "Evaluation: reward accuracy", *_STEP, "eval_rewards/accuracies", "share of pairs"),
+    _Curves("kl", "KL to the reference on the data's tokens", *_STEP, "kl_per_token", "KL, nats/token"),
     _Curves("learning_rate", "Learning rate", *_STEP, "learning_rate", "learning rate"),
     _Curves("speed", "Speed", *_TIME, "samples_per_second", "samples/s"),
     _Curves("memory", "Peak memory so far, by rank", *_TIME, "peak_memory_gib", "GiB", "peak_memory_by_rank_gib"),
@@ -75,7 +83,10 @@ def charts(
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    found = [_curves(chart, histories) for chart in (*_CURVES, *_metrics(histories))]
+    curves: list[_Curves] = [*_CURVES, *_metrics(histories)]
+    if any("rewards/margins" in record for history in histories for record in history.records):  # not of tokens
+        curves = [replace(chart, y_title="loss") if chart.y_title == _NATS else chart for chart in curves]
+    found = [_curves(chart, histories) for chart in curves]
     splits = {
         variant: [Split.of_profile(each.profile) for each in histories if each.variant == variant and each.profile]
         for variant in dict.fromkeys(each.variant for each in histories)

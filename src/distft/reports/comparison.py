@@ -176,4 +176,7 @@ def _measured_differently(runs: Sequence[Run], figure: Figure) -> str:
 
 
 def _estimates(runs: Sequence[Run], key: str) -> list[Mapping[str, float | None]]:
+    if key == "reward_accuracy":
+        shares = [share for run in runs if (share := run.reward_accuracy) is not None]
+        return [{"value": share.value, "low": share.low, "high": share.high} for share in shares]
     return [found for run in runs if (found := summary.estimate(run.evaluation, key))]

@@ -22,6 +22,7 @@ from distft.runs.figures import FIGURES
 from distft.runs.folder import RunFolder
 from distft.runs.samples import Samples
 from distft.runs.selection import selection_lines
+from distft.stats import Estimate
 
 SHOWN = tuple(figure for figure in FIGURES if figure.label and not figure.timing)
 """The figures in the tables of runs and variants."""
@@ -98,6 +99,14 @@ class Run:
     evaluated: tuple[tuple[int, float | None, float], ...] = field(default=(), repr=False)
     """Step, seconds of training before, and loss of each evaluation during training. Runs of older versions did not
     record the seconds."""
+    pairs: int = 0
+    """The held-out pairs that `reward_accuracy` is a share of."""
+
+    @property
+    def reward_accuracy(self) -> Estimate | None:
+        """The share of held-out pairs with the higher reward for the chosen answer; None if unknown."""
+        share = self.figures["reward_accuracy"]
+        return None if share is None else Estimate.proportion(share, self.pairs)
 
     @property
     def finished(self) -> bool:
@@ -162,6 +171,7 @@ def read_run(folder: RunFolder) -> Run:
         overlap=summary.get("held_out_overlap") or {},
         selection=tuple(selection_lines(summary)),
         samples=_samples(folder),
+        pairs=int((summary.get("eval_after") or {}).get("pairs") or 0),
         evaluated=tuple(
             (record["step"], record.get("time_s"), math.nan if record["eval_loss"] is None else record["eval_loss"])
             for record in metrics

@@ -80,7 +80,7 @@ def _runs(report: Report) -> Section:
         *map(Column.of, SHOWN),
     )
     rows: list[tuple[Cell, ...]] = [
-        (run.name, how_it_ended(run), run.strategy, run.world_size, *(run.figures[figure.key] for figure in SHOWN))
+        (run.name, how_it_ended(run), run.strategy, run.world_size, *(_figure(run, figure.key) for figure in SHOWN))
         for run in report.runs
     ]
     for name, why in report.missing.items():
@@ -97,6 +97,12 @@ def _runs(report: Report) -> Section:
     notes += [(Code(run.name), f": {line}.") for run in report.runs for line in run.selection]
     warnings = [f"{run.name}: {wording.overlap(run.overlap)}" for run in report.runs if any(run.overlap.values())]
     return Section("runs", ("Runs",), table, notes, warnings=warnings)
+
+
+def _figure(run: Run, key: str) -> Cell:
+    """A figure of a run; that over its held-out pairs with its interval."""
+    share = run.reward_accuracy if key == "reward_accuracy" else None
+    return run.figures[key] if share is None or not run.pairs else Range(share.value, share.low, share.high)
 
 
 def _unfinished_rows(report: Report) -> list[tuple[Cell, ...]]:

@@ -40,7 +40,8 @@ class Figure:
     speed: bool = False
     """Whether it depends on how fast the run was: not compared where the runs did different work."""
     quality: bool = False
-    """Whether it says how well a task is solved: its interval is over the task's items, not over repeats."""
+    """Whether it says how well a task is solved: its interval is over the task's items or the held-out pairs, not over
+    repeats."""
     per_token: bool = False
     """Whether it counts per token, and so cannot be compared across tokenizers."""
     higher_is_better: bool | None = None
@@ -149,6 +150,16 @@ FIGURES = (
     _loss("eval_loss_after", "eval loss after", ",.4f", path=("eval_after", "loss")),
     _loss("perplexity_before", "perplexity before", ",.2f", path=("eval_before", "perplexity"), compared=False),
     _loss("perplexity_after", "perplexity after", ",.2f", path=("eval_after", "perplexity")),
+    Figure(
+        key="reward_accuracy",
+        label="held-out reward accuracy",
+        format=",.3f",
+        in_summary=False,
+        path=("eval_after", "rewards/accuracies"),
+        compared=True,
+        quality=True,
+        higher_is_better=True,
+    ),
     _score("imdb_accuracy", "IMDB accuracy", "imdb", "accuracy"),
     _score("imdb_f1", "IMDB F1", "imdb", "f1"),
     _score("mt_bench_score", "MT-Bench score", "mt_bench", "score", ",.2f", "of 10"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -26,6 +26,22 @@ FIGURES = (
     *("logps/chosen", "logps/rejected"),
 )
 """The metrics over pairs, under TRL's names."""
+KL = "kl_per_token"
+"""How far the model is from the reference on the trained tokens, in nats per token; see `drift`."""
+
+
+class Compared(NamedTuple):
+    """What a micro-batch says of the model and the reference."""
+
+    pairs: Pairs
+    losses: torch.Tensor
+    """Of each pair, without `sft`, [pairs]."""
+    likelihood: torch.Tensor
+    """The log-likelihood of all chosen answers, in nats."""
+    outputs: Any
+    """Those of the head."""
+    figures: torch.Tensor
+    """The sums of the metrics, and what each is divided by, [2, metrics]."""
 
 
 class PreferenceTrainer(Trainer):
@@ -34,7 +50,9 @@ class PreferenceTrainer(Trainer):
     `on_adapter`: the reference is the model with the adapter that it has now, in place of the base alone.
     """
 
-    figures = ("loss", *FIGURES)
+    figures = ("loss", *FIGURES, KL, "pairs")
+    measured = (*FIGURES, KL)
+    """The metrics that are logged at each step besides the loss."""
 
     def __init__(self, *args: Any, model: Any, preference: Preference, on_adapter: bool = False, **kwargs: Any) -> None:
         self._preference = preference
@@ -43,8 +61,8 @@ class PreferenceTrainer(Trainer):
         upstream_api.disable_dropout(self.model)
         if preference.use_weighting:
             upstream_api.score_squares(self.accelerator.unwrap_model(self.model))
-        # Entropy, auxiliary loss and trained tokens since the last log, then the sums of FIGURES and the pairs.
-        self._pair_sums = torch.zeros(3 + len(FIGURES) + 1, device=self.args.device)
+        # Entropy, auxiliary loss, trained tokens and samples since the last log, then what `Compared.figures` has.
+        self._pair_sums = torch.zeros(4 + 2 * len(self.measured), device=self.args.device)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, _ = super().get_batch_samples(*args, **kwargs)
@@ -65,25 +83,23 @@ class PreferenceTrainer(Trainer):
         averaged over micro-batches and ranks by their pairs.
         """
         assert not return_outputs
-        pairs, losses, likelihood, outputs = self._compare(model, inputs)
+        _, losses, likelihood, outputs, figures = self._compare(model, inputs)
         number = len(losses)
         auxiliary = number * outputs.aux_loss if self.aux_loss_enabled else torch.zeros_like(likelihood)
         if self.model.training:
             entropy, trained = outputs.entropy.detach().sum(), outputs.label_mask.sum()
-            sums = torch.stack([entropy, auxiliary.detach(), trained])
-            self._pair_sums += torch.cat([sums, self._figures(pairs), sums.new_tensor([number])])
+            sums = torch.stack([entropy, auxiliary.detach(), trained, trained.new_full((), number)])
+            self._pair_sums += torch.cat([sums, figures.flatten()])
         whole = _sizes(inputs["counts"]) if num_items_in_batch is None else num_items_in_batch
         everyone = 1 if num_items_in_batch is None else self.accelerator.num_processes  # ranks average their gradients
         of_pairs, of_tokens = whole.clamp(min=1)
         total = (losses.sum() + self.router_aux_loss_coef * auxiliary) / of_pairs
         return everyone * (total - self._preference.weights.get("sft", 0.0) * likelihood / of_tokens)
 
-    def _compare(self, model: Any, inputs: dict[str, Any]) -> tuple[Pairs, torch.Tensor, torch.Tensor, Any]:
-        """The pairs of a micro-batch, their losses [pairs] without `sft`, the log-likelihood of all chosen answers, and
-        the outputs of the head."""
+    def _compare(self, model: Any, inputs: dict[str, Any]) -> Compared:
         counts = inputs["counts"]
-        with torch.no_grad(), self._reference.on(self.model, self.accelerator):
-            reference = self._answers(self._score(self.model, inputs).log_probs, counts)
+        of_reference = self._of_reference(inputs)
+        reference = self._answers(of_reference, counts)
         if self.aux_loss_enabled:
             inputs = inputs | {"output_router_logits": True}
         outputs = self._score(model, inputs)
@@ -96,7 +112,15 @@ class PreferenceTrainer(Trainer):
             chosen, rejected = _halves((_sums(typical, counts) / lengths.clamp(min=1)).exp())
             losses = losses * chosen * rejected
         likelihood = _sums(outputs.log_probs, counts)[::2].sum()
-        return pairs, losses, likelihood, outputs
+        kl = torch.stack([drift(outputs.log_probs, of_reference), outputs.label_mask.sum()])
+        return Compared(pairs, losses, likelihood, outputs, torch.cat([self._figures(pairs), kl[:, None]], 1))
+
+    @torch.no_grad()
+    def _of_reference(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """The reference's log-probabilities of the scored tokens, as the head returns them."""
+        with self._reference.on(self.model, self.accelerator):
+            log_probs: torch.Tensor = self._score(self.model, inputs).log_probs
+        return log_probs
 
     def _answers(self, log_probs: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """The log-probability of each sequence's answer, [sequences]; with `ld_alpha`, what is beyond the length of the
@@ -112,22 +136,23 @@ class PreferenceTrainer(Trainer):
         return _sums(log_probs, counts)
 
     def _figures(self, pairs: Pairs) -> torch.Tensor:
-        """The sums of FIGURES over the pairs, without gradients."""
+        """The sums of FIGURES over the pairs, without gradients, and the number of pairs, [2, figures]."""
         beta = self._preference.beta
         chosen, rejected = (beta * ratio.detach() for ratio in (pairs.chosen_ratio, pairs.rejected_ratio))
         columns = [chosen, rejected, (chosen > rejected).float(), chosen - rejected]
         columns += [pairs.chosen.detach(), pairs.rejected.detach()]
-        return torch.stack([column.sum() for column in columns])
+        sums = torch.stack([column.sum() for column in columns])
+        return torch.stack([sums, torch.full_like(sums, len(chosen))])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The trainer's log, with the metrics since the last one reduced over all ranks. All ranks enter."""
         if "loss" in logs:
             sums = self.accelerator.reduce(self._pair_sums, reduction="sum").tolist()
             self._pair_sums.zero_()
-            (entropy, auxiliary, trained), figures, number = sums[:3], sums[3:-1], sums[-1]
+            (entropy, auxiliary, trained, number), figures = sums[:4], sums[4:]
             if number:
                 logs |= {"entropy": entropy / max(trained, 1)}
-                logs |= {name: figure / number for name, figure in zip(FIGURES, figures, strict=True)}
+                logs |= self._metrics_of(figures)
                 logs |= {"aux_loss": auxiliary / number} if self.aux_loss_enabled else {}
         super().log(logs, start_time)
 
@@ -139,15 +164,15 @@ class PreferenceTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Compute the mean loss and FIGURES over all pairs of the split."""
+        """Compute the mean loss and metrics over all pairs of the split."""
         self.model.eval()
         self.callback_handler.eval_dataloader = dataloader
         metrics: dict[str, float] = {}
         sources: Mapping[str, Any] = self._sources.get(metric_key_prefix) or {"": None}
-        total = torch.zeros(4 + len(FIGURES), dtype=torch.float64, device=self.args.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         for label, samples in sources.items():
             sums = self._sums_of(dataloader if samples is None else self.get_eval_dataloader(samples))
-            total += sums
+            total = total + sums
             if label:
                 metrics[f"{metric_key_prefix}_{label}_loss"] = self._means(sums)["loss"]
         upstream_api.clear_evaluation_metrics(self)
@@ -157,23 +182,28 @@ class PreferenceTrainer(Trainer):
         )
 
     def _sums_of(self, dataloader: DataLoader[Any]) -> torch.Tensor:
-        """The losses of all pairs, the log-likelihood of the chosen answers, the sums of FIGURES, and the pairs and the
-        tokens of chosen answers, in one. All ranks enter."""
-        total = torch.zeros(4 + len(FIGURES), dtype=torch.float64, device=self.args.device)
+        """The losses of all pairs, the log-likelihood of the chosen answers, the pairs and the tokens of chosen
+        answers, and what `Compared.figures` has, in one. All ranks enter."""
+        total = torch.zeros(4 + 2 * len(self.measured), dtype=torch.float64, device=self.args.device)
         for inputs in dataloader:
             inputs = upstream_api.to_trainer_device(self, inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
-                pairs, losses, likelihood, _ = self._compare(self.model, inputs)
-            measured = [losses.sum()[None], likelihood[None], self._figures(pairs), _sizes(inputs["counts"])]
-            total += torch.cat([each.double() for each in measured])
+                found = self._compare(self.model, inputs)
+            sums = [found.losses.sum()[None], found.likelihood[None], _sizes(inputs["counts"]), found.figures.flatten()]
+            total += torch.cat([each.double() for each in sums])
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         summed: torch.Tensor = self.accelerator.reduce(total, reduction="sum")
         return summed
 
     def _means(self, sums: torch.Tensor) -> dict[str, float]:
-        loss, likelihood, *figures, number, tokens = sums.tolist()
+        loss, likelihood, number, tokens, *figures = sums.tolist()
         mean = loss / max(number, 1) - self._preference.weights.get("sft", 0.0) * likelihood / max(tokens, 1)
-        return {"loss": mean} | {name: figure / max(number, 1) for name, figure in zip(FIGURES, figures, strict=True)}
+        return {"loss": mean} | self._metrics_of(figures) | {"pairs": number}
+
+    def _metrics_of(self, figures: Sequence[float]) -> dict[str, float]:
+        """The metrics from the sums of `Compared.figures`, flat."""
+        sums, sizes = figures[: len(self.measured)], figures[len(self.measured) :]
+        return {name: total / max(size, 1) for name, total, size in zip(self.measured, sums, sizes, strict=True)}
 
 
 def trainer_class(recipe: Recipe) -> Callable[..., Trainer] | None:
@@ -181,6 +211,21 @@ def trainer_class(recipe: Recipe) -> Callable[..., Trainer] | None:
     if not recipe.prefers:
         return None
     return functools.partial(PreferenceTrainer, preference=recipe.preference or Preference())
+
+
+def other_forwards(recipe: Recipe) -> float:
+    """How many forward passes each token takes besides that of the trained model: one of the reference."""
+    return 1.0 if recipe.prefers else 0.0
+
+
+def drift(log_probs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The sum over tokens of exp(d) - 1 - d, where d = log π_ref - log π, without gradients.
+
+    On tokens that the model wrote itself, its mean is an unbiased estimate of the KL divergence of π from π_ref, and no
+    term is negative (Schulman 2020, "Approximating KL divergence", k3). Here the tokens are those of the data.
+    """
+    apart = (reference - log_probs).detach().float()
+    return (torch.expm1(apart) - apart).sum()
 
 
 def preference_notes(recipe: Recipe) -> list[str]:

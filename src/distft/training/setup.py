@@ -50,7 +50,7 @@ from distft.training.micro_batches import settle
 from distft.training.nonfinite import BadNumbers
 from distft.training.oom import MemoryGuard
 from distft.training.order import plan_in_order
-from distft.training.preference import preference_notes, trainer_class
+from distft.training.preference import other_forwards, preference_notes, trainer_class
 from distft.training.profiler import Profile
 from distft.training.reviews import ValidationReviews
 from distft.training.samples import HeldOutAnswers
@@ -215,7 +215,9 @@ def setup_model(run: OpenRun, expected: Expected | None = None) -> PreparedModel
         for line in [*run.data.splits.report.lines(), *record.lines()]:
             say(line)
     work = Work.of(
-        model_flops_per_token(non_embedding_parameters(model), frozen_base=recipe.lora is not None),
+        model_flops_per_token(
+            non_embedding_parameters(model), frozen_base=recipe.lora is not None, forwards=other_forwards(recipe)
+        ),
         recomputed_parameters(model, by_trainer=bool(arguments.gradient_checkpointing)),
     )
     return PreparedModel(recipe, model, arguments, plan, trainable, work)

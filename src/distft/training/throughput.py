@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-def model_flops_per_token(parameters: int, *, frozen_base: bool) -> float:
-    """Return 4·N if only an adapter trains (forward 2·N, backward through the activations 2·N), else 6·N.
+def model_flops_per_token(parameters: int, *, frozen_base: bool, forwards: float = 0.0) -> float:
+    """Return 4·N if only an adapter trains (forward 2·N, backward through the activations 2·N), else 6·N; and 2·N for
+    each of the other `forwards`, such as that of a reference.
 
     `parameters` is N, without the input embeddings. Recomputation does not count. Kaplan et al. 2020
     (arXiv:2001.08361), section 2.1.
     """
-    return (4 if frozen_base else 6) * float(parameters)
+    return (4 if frozen_base else 6) * float(parameters) + 2 * forwards * parameters
 
 
 @dataclass(frozen=True)
