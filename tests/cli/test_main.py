@@ -21,6 +21,7 @@ COMMANDS = [
     "report",
     "data",
     "merge",
+    "export",
     "doctor",
 ]
 

@@ -15,6 +15,7 @@ from distft.cli import (
     doctor,
     evaluate,
     experiments,
+    export,
     fetch,
     merge,
     recipes,
@@ -26,7 +27,10 @@ from distft.console import quiet_libraries
 from distft.distributed.process import debug_flag, guarded
 from distft.startup import start_up
 
-_GROUPS = (train, check, evaluate, chat, submit, fetch, recipes, experiments, compare, report, data, merge, doctor)
+_GROUPS = (
+    *(train, check, evaluate, chat, submit, fetch, recipes, experiments, compare, report, data),
+    *(merge, export, doctor),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

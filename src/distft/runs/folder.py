@@ -13,6 +13,7 @@ runs/<name>/
   samples.json        answers to a few held-out prompts, before and after training
   evaluation/         the items of each task of `distft evaluate`, one folder per task
   evaluation.json     the results of these tasks
+  export/             what `distft export` wrote, one folder per form
   wandb/              W&B's files, one folder per start
   profile.json        where the time of the profiled steps went
   wandb.json          the id of the W&B run that all starts log to
@@ -129,6 +130,11 @@ class RunFolder:
     @property
     def merged(self) -> Path:
         return self.path / "merged"
+
+    @property
+    def export(self) -> Path:
+        """What `distft export` wrote, one folder per form."""
+        return self.path / "export"
 
     @property
     def evaluation(self) -> Path:

@@ -1,0 +1,53 @@
+"""`distft export`: hand a run's result over to other programs, with a proof that it answers as in training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from distft.cli.arguments import Commands
+from distft.console import say
+from distft.errors import LaunchError, RunFolderError
+
+_FORMS = ("merged", "gguf")
+_QUANTISED = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+
+
+def add_to(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a run's result for other programs, and prove that it answers as in training",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  distft export runs/tiny --to merged\n  distft export runs/tiny --to gguf --quantize q8_0",
+    )
+    parser.add_argument("folder", type=Path, help="run folder")
+    parser.add_argument("--to", choices=_FORMS, required=True, help="what to write")
+    parser.add_argument("--quantize", metavar="TYPE", help=f"for gguf: {', '.join(_QUANTISED)}")
+    parser.add_argument("--output", type=Path, help="folder to write (default: RUN/export/FORM)")
+    parser.add_argument("--rows", type=int, default=32, metavar="N", help="held-out rows to replay (32)")
+    parser.add_argument("--max-kl", type=float, metavar="NATS", help="what quantising may cost per token")
+    parser.set_defaults(run=export)
+
+
+def export(options: argparse.Namespace) -> int:
+    if not options.folder.is_dir():
+        raise RunFolderError(f"run folder {options.folder} does not exist")
+    if options.rows < 1:
+        raise LaunchError(f"--rows is {options.rows}; the proof needs at least one row")
+    if options.quantize is not None and options.to == "merged":
+        raise LaunchError("--quantize is for --to gguf; merged weights keep the precision of the training")
+    if options.quantize is not None and options.quantize not in _QUANTISED:
+        raise LaunchError(f"--quantize {options.quantize} is not one of {', '.join(_QUANTISED)}")
+    from distft.export.run import Wish, export
+    from distft.runs.folder import RunFolder
+
+    wish = Wish(options.to, options.quantize, options.rows, options.max_kl)
+    run = RunFolder(options.folder)
+    output = options.output or run.export / wish.name
+    proof = export(run, wish, output)
+    print(f"{output}: {proof.rows} rows of the split {proof.split} in {proof.engine}")
+    print("\n".join(proof.lines()))
+    if (broken := proof.broken) is None:
+        return 0
+    say(f"the proof failed at the stage {broken.name}: {broken.found}")
+    return 1
