@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distft.evaluation.engines.transformers import end_tokens
 from distft.evaluation.generate import token_ids
 from distft.export.distance import Predictions
 from distft.export.replay import Replay
+from distft.models.generation import end_tokens
 
 KEPT = 512
 """The likeliest tokens that are compared at each position."""
