@@ -93,7 +93,8 @@ def section(record: dict[str, Any], table: Any) -> str:
                 f"{tokens['rejected']:.0f} of the rejected answer on average, as real ones do. TRL runs without",
                 "activation checkpointing, with Liger's kernels and SDPA; its `padding_free` is switched off in the",
                 "installed version. Epochs of both were measured in turns, on one GPU unless a strategy is named. TRL",
-                "computes the reference before training, which its first epoch pays for.",
+                "computes the reference before training, which its first epoch pays for. distft computes the prompt of",
+                "a pair once for both answers (`batching.share_prompts`), or, where it says so, twice.",
             )
             + f"{table(SPEED, rates(summary))}\n"
             + _paragraph(*ratios(summary))

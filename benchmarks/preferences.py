@@ -44,6 +44,14 @@ TRL: dict[str, dict[str, Any]] = {
 }
 BITS = {4: "NF4", 16: "bf16"}
 _LONGEST = 2048
+_FACTS = (
+    "attn_implementation",
+    "share_prompts",
+    "fused_linears",
+    "adapted_linears",
+    "isolation_errors",
+    "changed_for_you",
+)
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -186,8 +194,11 @@ def speed(measured: Measured, made: dict[str, Any], options: argparse.Namespace,
     for number, bits in enumerate(options.bits):
         gpu = number % gpus
         run = f"distft {BITS[bits]}"
-        mine = [*words(made, options, work, bits), "strategy=single", f"run.name=single-{bits}"]
-        ours = [measured.start(run, ["distft", *mine], 1, work, gpu)]
+        mine = [*words(made, options, work, bits), "strategy=single"]
+        ours = [
+            measured.start(name, ["distft", *mine, f"run.name={_folder(name)}", *more], 1, work, gpu)
+            for name, more in ((run, []), (f"{run}, prompts twice", ["batching.share_prompts=false"]))
+        ]
         theirs = []
         for name, settings in TRL.items():
             arguments = {
@@ -201,10 +212,10 @@ def speed(measured: Measured, made: dict[str, Any], options: argparse.Namespace,
     both = []
     if options.processes > 1:
         for strategy in ("ddp", "fsdp"):
-            mine = [*words(made, options, work, 4), f"strategy={strategy}", f"run.name={strategy}"]
+            mine = [*words(made, options, work, 4), f"strategy={strategy}"]
             mine.append(f"quantization.bnb_4bit_quant_storage={'bfloat16' if torch.cuda.is_available() else 'float32'}")
-            command = ["distft", *mine]
-            both.append(measured.start(f"distft NF4 {strategy}", command, options.processes, work, None))
+            command = ["distft", *mine, f"run.name={_folder(name := f'distft NF4 {strategy}')}"]
+            both.append(measured.start(name, command, options.processes, work, None))
     for each in [*(side for _, *groups in pairs for group in groups for side in group), *both]:
         each.ready(options.limit)  # nobody loads while another one is measured
     on_gpu = [
@@ -216,6 +227,15 @@ def speed(measured: Measured, made: dict[str, Any], options: argparse.Namespace,
     for thread in on_gpu:
         thread.join()
     measured.in_turns(both, [])
+    for name, run in measured.record["runs"].items():
+        path = work / "runs" / _folder(name) / "summary.json"
+        noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        run["facts"] = {key: noted.get(key) for key in _FACTS} if noted else None
+
+
+def _folder(name: str) -> str:
+    """The name of the folder of the run `name`."""
+    return re.sub(r"\W+", "-", name)
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
@@ -314,7 +334,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="measured epochs")
     parser.add_argument("--pairs", type=int, default=48, help="pairs of an epoch")
     parser.add_argument("--global-batch", type=int, default=24, help="pairs of a step")
-    parser.add_argument("--pack", type=int, default=6_144, help="tokens of a pack")
+    parser.add_argument("--pack", type=int, default=7_168, help="tokens of a pack")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--seeds", type=int, default=3, help="runs of `learning`")
     parser.add_argument("--limit", type=float, default=240, help="seconds of a start, of a turn, and of `learning`")

@@ -71,6 +71,11 @@ class Recipe(Section):
         return self.objective == "dpo"
 
     @property
+    def shares_prompts(self) -> bool | Literal["auto"]:
+        """Whether a pack has the prompt of a pair once."""
+        return self.prefers and self.batching.micro_batch_tokens is not None and self.batching.share_prompts
+
+    @property
     def bits(self) -> int:
         """Bits per weight of the base in memory: 4, 8, or 16 if not quantised or dequantised at load."""
         return self.quantization.bits if self.quantization else 16

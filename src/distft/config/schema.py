@@ -322,6 +322,9 @@ class Batching(Section):
     the backward pass; null for all, `auto` for as few as the memory allows."""
     offload_checkpoints: bool = False
     """Keep the inputs of checkpointed layers in host memory until the backward pass."""
+    share_prompts: bool | Literal["auto"] = "auto"
+    """Of a pair in a pack, compute the prompt once for both answers: the same loss from fewer tokens. `auto` does where
+    the attention is `varlen` and the check of the run finds it right."""
 
     def sizes(self) -> dict[str, Any]:
         """The fields that set a number of samples or tokens."""

@@ -11,6 +11,7 @@ from accelerate.data_loader import DataLoaderShard
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from distft.data.pairs import sequences_of
+from distft.data.shared_prompts import shared_row
 from distft.data.tokenize import IGNORED
 
 
@@ -22,7 +23,8 @@ class Collator:
     `for_head`, the batch also has what `trained_positions` returns, as `scored` and `targets`.
 
     With `pairs`, each sample is a pair, of which the two sequences become two rows or samples of the pack, the chosen
-    one first. The batch then also has what `trained_counts` returns, as `counts`.
+    one first. The batch then also has what `trained_counts` returns, as `counts`. With `shared`, the prompt of a pair
+    is in the pack once (`data.shared_prompts`).
     """
 
     def __init__(
@@ -33,14 +35,17 @@ class Collator:
         multiple: int | None = None,
         for_head: bool = False,
         pairs: bool = False,
+        shared: bool = False,
     ) -> None:
         self._pad_token, self._fill_to = pad_token, (multiple or 1) if packed else 1
-        self._multiple, self._for_head, self._pairs = multiple or 1, for_head, pairs
+        self._multiple, self._for_head, self._pairs, self._shared = multiple or 1, for_head, pairs, shared
         self._collate = DataCollatorForLanguageModeling(
             pad_token, padding_free=packed, pad_to_multiple_of=None if packed else multiple
         )
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if self._shared:
+            return shared_row(rows, self._pad_token, self._multiple)
         sequences = rows = sequences_of(rows) if self._pairs else rows
         missing = -sum(len(row["input_ids"]) for row in rows) % self._fill_to if rows else 1
         if missing:

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from distft import upstream_api
+from distft.data.tokenize import IGNORED
 from distft.errors import ModelError
 from distft.models.experts import eager_experts
 from distft.models.fused_lora import use_plain_modules, uses_plain_modules
@@ -38,6 +39,8 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 _LENGTHS = (9, 13)
 """Tokens of the two samples."""
+_PROMPT = 7
+"""Tokens that two samples share, if they do: more than a window has."""
 _WINDOWS = ("sliding_window", "attention_window_size", "attention_chunk_size")
 """The names under which configurations and attention modules have the width of a window."""
 _WINDOW = 5
@@ -134,6 +137,33 @@ class IsolationCheck:
                 self._computed(_batch(collate, samples.first, samples.second), [samples.first, samples.second])
         return Findings(wrong, errors)
 
+    def sharing_fault(self, collate: Collate) -> str | None:
+        """Why two samples cannot share the tokens they begin with, in a row that `collate` makes of a pair; None if the
+        second has the logits and the gradient that it has alone."""
+        first, second = self._samples.second, self._samples.second[:_PROMPT] + self._samples.first[3:]
+        own = len(second) - _PROMPT
+        labels = [[IGNORED] * _PROMPT + each[_PROMPT:] for each in (first, second)]
+        pair = {"input_ids": first + second, "labels": labels[0] + labels[1], "chosen": len(first)}
+        inputs = {key: value for key, value in collate([pair]).items() if key not in ("scored", "targets", "counts")}
+        row = [*range(_PROMPT), *range(len(first), len(first) + own)]
+        with first_layers(self._model), _undisturbed(self._model), _narrow_windows(self._model):
+            try:
+                with _plain(self._model):
+                    alone = self._computed({"input_ids": torch.tensor([second])}, [second])
+                found = self._computed(inputs, [second], [row])
+            except torch.OutOfMemoryError:
+                raise
+            except _RAISED as error:
+                return f"{type(error).__name__}: {first_line(error)}"
+            step = torch.finfo(self._rounded_to or alone.logits[0].dtype)
+            exact = step.eps * (100 if step.bits > 16 else 1)
+            rounding = self._rounding
+        logits, gradients = _typical_error(found.logits[0], alone.logits[0]), _errors(found, alone)
+        if logits > 3 * max(exact, rounding[0]):
+            return _SAYS["logits"].format(logits)
+        over = (end for end, error in gradients.items() if error > 3 * max(exact, rounding[1].get(end, 0.0)))
+        return next((_SAYS["gradient"].format(gradients[end], end) for end in over), None)
+
     def unreached(self) -> list[str]:
         """Ends of the names of modules whose adapters are in no sample's gradient, in any layer: the model reads the
         weights of these modules without calling them."""
@@ -168,14 +198,17 @@ class IsolationCheck:
             hook.remove()
         return _typical_error(found.logits[0], second.logits[0]), _errors(found, second)
 
-    def _computed(self, inputs: Mapping[str, Any], samples: Sequence[list[int]]) -> _Computed:
+    def _computed(
+        self, inputs: Mapping[str, Any], samples: Sequence[list[int]], places: Sequence[list[int]] = ()
+    ) -> _Computed:
+        """What the model computes of `samples`, one after the other, or at these `places` of a single row."""
         given = {key: value.to(self._device) if torch.is_tensor(value) else value for key, value in inputs.items()}
         cast = nullcontext() if self._precision is None else torch.autocast(self._device.type, self._precision)
         differentiates = bool(self._trained) and torch.is_grad_enabled()
         with torch.set_grad_enabled(differentiates), cast:
             out = self._model(**given, use_cache=False).logits
-        parts, start = [], 0
-        for row, tokens in enumerate(samples):
+        parts, start = [out[0, place] for place in places], 0
+        for row, tokens in enumerate([] if places else samples):
             parts.append(out[0, start : start + len(tokens)] if len(out) == 1 else out[row, : len(tokens)])
             start += len(tokens)
         gradients: dict[str, list[torch.Tensor]] = {}

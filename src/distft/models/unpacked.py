@@ -35,11 +35,13 @@ def unpacked_attention(
     position_bias: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    shared_keys: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sample of a packed row; see `varlen_attention` for shapes.
 
-    `softcap` c lets a logit x be c tanh(x / c).
+    `softcap` c lets a logit x be c tanh(x / c). Samples that share keys (`varlen_attention`) take a mask over the row.
 
     Raises:
         ModelError: the rows are padded, or there is a position bias.
@@ -51,6 +53,18 @@ def unpacked_attention(
     tokens = torch.arange(query.shape[2], device=query.device)
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q, max_length_q = torch.tensor([0, len(tokens)], device=query.device), len(tokens)
+    if shared_keys is not None and cu_seq_lens_k is not None:
+        groups = query.shape[1] // key.shape[1]
+        k, v = (each.to(value.dtype).index_select(2, shared_keys).repeat_interleave(groups, 1) for each in (key, value))
+        back = _distances(cu_seq_lens_q, cu_seq_lens_k, len(tokens), len(shared_keys))
+        seen = (back >= 0) & (back < (len(shared_keys) if sliding_window is None else sliding_window))
+        if softcap or s_aux is not None:
+            out = _plain(query.to(value.dtype), k, v, seen, scaling, dropout, softcap, s_aux)
+        else:
+            out = scaled_dot_product_attention(
+                query.to(value.dtype), k, v, attn_mask=seen, dropout_p=dropout, scale=scaling
+            )
+        return out.transpose(1, 2), None
     starts, ends = cu_seq_lens_q[:-1].to(tokens.dtype), cu_seq_lens_q[1:].to(tokens.dtype)
     sample = torch.bucketize(tokens, ends, right=True)
     rows, width = len(starts), max_length_q
@@ -78,6 +92,19 @@ def unpacked_attention(
     else:
         out = scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, scale=scaling)
     return out.transpose(1, 2).flatten(0, 1).index_select(0, found)[None], None
+
+
+def _distances(query_bounds: torch.Tensor, key_bounds: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
+    """How many tokens each key lies before each query of its sample, [queries, keys]; -1 where it is of another. The
+    last query of a sample belongs to its last key."""
+    at, of = (torch.arange(size, device=query_bounds.device) for size in (queries, keys))
+    sample, owner = (
+        torch.bucketize(each, bounds[1:].to(each.dtype), right=True)
+        for each, bounds in ((at, query_bounds), (of, key_bounds))
+    )
+    before_end, key_before_end = query_bounds[1:][sample] - at, key_bounds[1:][owner] - of
+    back = key_before_end - before_end[:, None]
+    return torch.where(sample[:, None] == owner, back, -1)
 
 
 def _plain(

@@ -53,6 +53,9 @@ def varlen_attention(
     position_bias: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_k: int | None = None,
+    shared_keys: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sample of a packed row.
@@ -60,7 +63,9 @@ def varlen_attention(
     `query` is [1, heads, tokens, head size]; `key` is [1, key heads, tokens, head size] and `value` [1, key heads,
     tokens, value size]. `s_aux` [heads] holds the sinks: logits that take part in the softmax and have no value.
     `cu_seq_lens_q` [samples + 1] holds the sample boundaries (int32) and `max_length_q` the length of the longest
-    sample; without them, the row is a single sample. Returns [1, tokens, heads, value size].
+    sample; without them, the row is a single sample. With `shared_keys` [keys], the tokens whose keys the samples have,
+    `cu_seq_lens_k` and `max_length_k` are those of the keys; the last query of a sample belongs to its last key.
+    Returns [1, tokens, heads, value size].
 
     Raises:
         ModelError: the rows are padded, or a feature is requested that this version of PyTorch does not support.
@@ -72,8 +77,10 @@ def varlen_attention(
     tokens, size, value_size = query.shape[2], query.shape[3], value.shape[3]
     if cu_seq_lens_q is None:
         cu_seq_lens_q, max_length_q = torch.tensor([0, tokens], dtype=torch.int32, device=query.device), tokens
+    if shared_keys is None:
+        cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q
     options: dict[str, Any] = {"scale": size**-0.5 if scaling is None else scaling}
-    window = -1 if sliding_window is None or sliding_window >= (max_length_q or tokens) else sliding_window - 1
+    window = -1 if sliding_window is None or sliding_window >= (max_length_k or tokens) else sliding_window - 1
     if "window_size" in kernel_options():
         options["window_size"] = (window, 0)
     elif window == -1:
@@ -90,8 +97,12 @@ def varlen_attention(
     padded = max(size, value_size)
     padded += -padded % _MULTIPLE
     q, k, v = (_rows(tensor, padded, dtype) for tensor in (query, key, value))
+    if shared_keys is not None:
+        if s_aux is not None:
+            raise ModelError("varlen attention has no sinks where samples share keys")
+        k, v = (each.index_select(0, shared_keys) for each in (k, v))
     if s_aux is None:
-        out = kernel()(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options)
+        out = kernel()(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, **options)
     elif "return_aux" in kernel_options():
         out = _WithSinks.apply(q, k, v, s_aux, cu_seq_lens_q, max_length_q, window, options)  # type: ignore[no-untyped-call]
     else:
@@ -99,7 +110,7 @@ def varlen_attention(
     return (out if padded == value_size else out[..., :value_size]).unsqueeze(0), None
 
 
-_BOUNDARIES = ("cu_seq_lens_q", "max_length_q")
+_BOUNDARIES = ("cu_seq_lens_q", "max_length_q", "cu_seq_lens_k", "max_length_k", "shared_keys")
 
 
 def hand_over_boundaries(model: nn.Module) -> None:

@@ -37,6 +37,7 @@ FREE_TO_CHANGE = (
     "batching.memory_limit_gib",
     "batching.checkpoint_layers",
     "batching.offload_checkpoints",
+    "batching.share_prompts",
     "training.logging_",
     "training.save_",
     "slurm.",

@@ -80,6 +80,10 @@ def settle(model: Any, recipe: Recipe, strategy: Strategy, tokenizer: Any, lengt
         "isolation_check_s": round(time.perf_counter() - start, 3),
     }
     notes = [_note(way, failed, settled)] if failed else []
+    if settled.shares_prompts and way.packed:
+        settled, more = _prompts_once(check, model, way, settled, strategy, tokenizer)
+        notes += more
+        facts["share_prompts"] = settled.shares_prompts
     if unreached := broadcast([] if check is None else check.unreached(), strategy.world):
         freeze_adapters(model, unreached, getattr(torch, recipe.model.dtype))
         notes.append(f"no gradient reaches the adapters on {', '.join(unreached)}, so they are not trained")
@@ -97,10 +101,11 @@ def ways(model: Any, recipe: Recipe, strategy: Strategy) -> Iterator[Way]:
     now = upstream_api.attn_implementation(model.config)
     others = attention.choices(recipe, model.config, on_gpu=strategy.on_gpu)
     named = recipe.model.attn_implementation != "auto"
+    sharing = recipe.shares_prompts is True
     kernels = [True, False] if has_plain_modules(model) else [True]
     for packed in (True, False) if _packs(recipe) and not named else (_packs(recipe),):
         for name in [now] if named else dict.fromkeys([*others, now]):
-            if packed or name not in (VARLEN, UNPACKED):
+            if name in (VARLEN, UNPACKED) if packed and sharing else packed or name not in (VARLEN, UNPACKED):
                 yield from (Way(name, packed, fused) for fused in kernels)
 
 
@@ -145,6 +150,41 @@ def _findings(
     return Findings(None if failure is None else failure[1], errors)
 
 
+def _prompts_once(
+    check: IsolationCheck | None, model: Any, way: Way, recipe: Recipe, strategy: Strategy, tokenizer: Any
+) -> tuple[Recipe, list[str]]:
+    """The recipe, which then says whether a pack has the prompt of a pair once, and what to tell the user. All ranks
+    enter.
+
+    Raises:
+        ModelError: the recipe asks for it, and it is wrong for the model.
+    """
+    asked, fault = recipe.shares_prompts, None
+    if asked == "auto" and way.attention != VARLEN:
+        return _with_prompts_shared(recipe, shared=False), []
+    if hasattr(model.config.get_text_config(), "output_router_logits"):
+        fault = "the balance of its experts is a mean over all tokens, and would count a prompt once"
+    elif check is not None:
+        multiple = pad_multiple(recipe, strategy)
+        collate = Collator(
+            tokenizer.pad_token_id, packed=True, multiple=multiple, for_head=True, pairs=True, shared=True
+        )
+        with strategy.whole_modules(model):
+            fault = check.sharing_fault(collate)
+    failure = first_failure(fault, strategy.world)
+    if failure is None:
+        return _with_prompts_shared(recipe, shared=True), []
+    said = f"{way} cannot share the prompt of a pair: {failure[1]}"
+    if asked != "auto":
+        raise ModelError(f"batching.share_prompts=true is wrong for {recipe.model.name} ({said}); set it to false")
+    return _with_prompts_shared(recipe, shared=False), [f"prompts are computed for each answer, because {said}"]
+
+
+def _with_prompts_shared(recipe: Recipe, *, shared: bool) -> Recipe:
+    batching = recipe.batching.model_copy(update={"share_prompts": shared})
+    return recipe.model_copy(update={"batching": batching})
+
+
 def _note(way: Way, failed: dict[Way, str], settled: Recipe) -> str:
     wrong = "; ".join(dict.fromkeys(f"{other}: {fault}" for other, fault in failed.items() if other.fused))
     size = (
@@ -158,6 +198,9 @@ def _note(way: Way, failed: dict[Way, str], settled: Recipe) -> str:
 def _refusal(recipe: Recipe, failed: dict[Way, str]) -> str:
     found = "; ".join(f"{way}: {fault}" for way, fault in failed.items() if way.fused)
     name, asked = recipe.model.name, recipe.model.attn_implementation
+    if not failed:
+        problem = f"batching.share_prompts=true: {asked} attention takes no other keys than queries"
+        return f"{problem}; set model.attn_implementation=auto, or batching.share_prompts=auto"
     if asked == "auto":
         remedy = "; set quantization=null, because some layers cannot be quantised" if recipe.bits < 16 else ""
         problem = f"distft knows no way to train {name} in which each sample is computed as if it were alone ({found})"

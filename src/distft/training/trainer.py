@@ -91,7 +91,14 @@ def collator(recipe: Recipe, strategy: Strategy, tokenizer: Any) -> Collator:
     """The collator for micro-batches of the size that the recipe has."""
     packed = recipe.batching.micro_batch_tokens is not None
     multiple = pad_multiple(recipe, strategy)
-    return Collator(tokenizer.pad_token_id, packed=packed, multiple=multiple, for_head=True, pairs=recipe.prefers)
+    return Collator(
+        tokenizer.pad_token_id,
+        packed=packed,
+        multiple=multiple,
+        for_head=True,
+        pairs=recipe.prefers,
+        shared=recipe.shares_prompts is True,
+    )
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -223,7 +230,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         scored, targets = inputs.get("scored"), inputs.get("targets")
         inputs = {key: value for key, value in inputs.items() if key not in _OURS}
         if scored is not None:
-            del inputs["labels"]
+            inputs.pop("labels", None)
             inputs["shift_labels"] = targets
             self._trained_positions.select_in_next_call(scored)
         return model(**inputs, use_cache=False, fused_lm_head=True)
