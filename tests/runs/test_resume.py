@@ -16,7 +16,7 @@ from distft.runs import manifest
 from distft.runs.folder import RunFolder
 from distft.runs.resume import Place, find_place
 
-FACTS = {"data_digest": "d1", "held_out_digest": "h1", "weights_digest": "w1"}
+FACTS = {"data_digest": "d1", "held_out_digest": "h1", "weights_digest": "w1", "start_digest": None}
 
 
 def place(where: Path, *words: str, facts: dict[str, Any] | None = None) -> Place:
@@ -112,6 +112,17 @@ def test_other_data_or_another_base_are_not_continued(key: str, what: str, tmp_p
         place(tmp_path, "run.resume=must", facts=changed)
     forced = place(tmp_path, "run.force=true", facts=changed)
     assert forced.step == 4 and line in forced.notes
+
+
+def test_the_adapter_that_a_run_starts_from_is_known_by_its_content(tmp_path: Path) -> None:
+    """It may have been moved, but not changed."""
+    facts = FACTS | {"start_digest": "s1"}
+    begin(tmp_path, "adapter=a", start_digest="s1")
+    assert place(tmp_path, "adapter=b", facts=facts).step == 4
+    with pytest.raises(RunFolderError, match="the adapter that it starts from: the digest was s1, is now s2"):
+        place(tmp_path, "adapter=a", "run.resume=must", facts=facts | {"start_digest": "s2"})
+    with pytest.raises(RunFolderError, match=r"adapter: was '.*/a', is now None"):
+        place(tmp_path, "run.resume=must")
 
 
 def test_a_run_that_recorded_no_digest_is_continued_with_a_note(tmp_path: Path) -> None:

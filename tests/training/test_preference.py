@@ -25,6 +25,7 @@ from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import choose
 from distft.distributed.world import World
 from distft.models.loading import load_model, load_tokenizer
+from distft.models.start import start_from_adapter
 from distft.models.tiny import tiny_model
 from distft.runs.folder import RunFolder
 from distft.training.arguments import training_arguments
@@ -67,6 +68,7 @@ def trainer_of(folder: Path, *overrides: str) -> PreferenceTrainer:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.005)
+    model = start_from_adapter(model, recipe)
     arguments = training_arguments(recipe, strategy, RunFolder(folder), plan.accumulation(1, 1))
     return build_trainer(  # type: ignore[return-value]
         recipe,

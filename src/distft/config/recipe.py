@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, WithJsonSchema
 
+from distft.config.adapter import REWRITES, absolute, with_adapter
 from distft.config.evaluation import Evaluation
 from distft.config.files import read_values, related
 from distft.config.preference import Preference
@@ -23,9 +24,6 @@ from distft.config.yaml import dump_yaml
 from distft.errors import Fault, RecipeError
 from distft.text import count
 
-REWRITES = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""Values of lora.init_lora_weights, or their beginnings, with which PEFT also changes the weights of the base."""
-
 
 class Recipe(Section):
     """One fine-tuning run: the single source of truth for what is learned. The number of processes is not part of
@@ -37,9 +35,12 @@ class Recipe(Section):
     """How the work is distributed: single, ddp, fsdp (FSDP2), zero2 or zero3 (DeepSpeed)."""
     objective: Literal["sft", "dpo"] = "sft"
     """What is learned: `sft` to write the data's texts; `dpo` to prefer the chosen answer of each pair (direct
-    preference optimisation). The reference is the model with its adapter off."""
+    preference optimisation). The reference is the model with its adapter off, or with `adapter`."""
     preference: Preference | None = None
     """The loss over pairs of answers, under the field names of TRL's DPOConfig; only with `objective: dpo`."""
+    adapter: Annotated[str, AfterValidator(absolute)] | None = None
+    """Train on from a saved adapter: the folder of a run, or of an adapter. What it says about model, quantization and
+    lora goes before a shipped recipe. With `objective: dpo`, it is the reference as well."""
     model: Model
     """The base model and its tokenizer."""
     quantization: Quantization | None = None
@@ -149,25 +150,34 @@ def divisors(number: int) -> list[int]:
 
 
 def load_recipe(
-    arguments: Sequence[str], *, checks: Iterable[Callable[[Recipe], list[Fault]]] = (), folder: Path | None = None
+    arguments: Sequence[str],
+    *,
+    checks: Iterable[Callable[[Recipe], list[Fault]]] = (),
+    folder: Path | None = None,
+    planned: Mapping[Path, Recipe] | None = None,
 ) -> Recipe:
     """Load the recipe that `arguments` (`recipe=NAME key.path=value …`) describe.
 
     `recipe=` is a path or a name, looked up in `folder`/recipes (`folder` defaults to the working folder), then among
     the shipped recipes; the default is the embedded `tiny`. A recipe file may `extends:` another. Override values are
-    YAML. `checks` find faults in the complete recipe, such as values that exclude each other.
+    YAML. `checks` find faults in the complete recipe, such as values that exclude each other. `adapter` may name the
+    folder of a run that is only `planned`.
 
     Raises:
         RecipeError: all faults at once: unknown keys, wrong types, values out of range, impossible combinations.
     """
-    recipe, faults = read_recipe(arguments, checks=checks, folder=folder)
+    recipe, faults = read_recipe(arguments, checks=checks, folder=folder, planned=planned)
     if faults or recipe is None:
         raise RecipeError(faults)
     return recipe
 
 
 def read_recipe(
-    arguments: Sequence[str], *, checks: Iterable[Callable[[Recipe], list[Fault]]] = (), folder: Path | None = None
+    arguments: Sequence[str],
+    *,
+    checks: Iterable[Callable[[Recipe], list[Fault]]] = (),
+    folder: Path | None = None,
+    planned: Mapping[Path, Recipe] | None = None,
 ) -> tuple[Recipe | None, list[Fault]]:
     """Do what `load_recipe` does, but return the faults, and the recipe without its faulty keys: None if it is too
     broken for that.
@@ -177,6 +187,7 @@ def read_recipe(
     """
     faults: list[Fault] = []
     values, source = read_values(arguments, folder or Path.cwd(), faults)
+    values, source = with_adapter(values, source, planned)
     recipe = _validate(values, source, faults)
     if recipe is not None:
         recipe._source = source
@@ -258,7 +269,7 @@ def _check_objective(recipe: Recipe, fault: Callable[..., None]) -> None:
     if recipe.lora is None:
         fault("lora", "objective=dpo compares the model with its adapter on and off", "add a lora section")
     init = str((recipe.lora or {}).get("init_lora_weights", True)).lower()
-    if init.startswith(REWRITES):
+    if init.startswith(REWRITES) and recipe.adapter is None:
         problem = f"{init} changes the weights of the base, which is the reference of objective=dpo"
         fault("lora.init_lora_weights", problem, "set it to true")
     if (recipe.lora or {}).get("bias", "none") != "none":

@@ -171,7 +171,7 @@ def _suggestion(leaf: str, section: str, siblings: Iterable[str]) -> str:
 def field_names() -> dict[str, list[str]]:
     """The fields of each section; under `""` the sections."""
     names = {name: list(cls.model_fields) for name, cls in SECTIONS.items()}
-    names[""] = [*names, "strategy", "objective", "lora", "training", "extends"]
+    names[""] = [*names, "strategy", "objective", "adapter", "lora", "training", "extends"]
     for upstream in UPSTREAMS:
         names[upstream] = list(upstream_section(upstream).model_fields)
     return names

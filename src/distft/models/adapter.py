@@ -41,8 +41,16 @@ def add_adapter(
     return model
 
 
-def keep_adapter_in_fp32(model: Any, recipe: Recipe, strategy: Strategy) -> None:
+def trained_values(model: Any) -> list[tuple[Any, torch.Tensor]]:
+    """The trainable parameters with the values that they have now."""
+    return [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+
+
+def keep_adapter_in_fp32(
+    model: Any, recipe: Recipe, strategy: Strategy, exact: Sequence[tuple[Any, torch.Tensor]] = ()
+) -> None:
     """Cast the trainable parameters to fp32 master weights, after TRL has cast them to bf16 for a quantised base.
+    Those in `exact`, from before that, have their values back: a saved adapter is not rounded.
 
     bf16 rounds away updates smaller than 1/256 of a weight, and fp16's loss scaler cannot handle bf16 gradients at all.
     Products are computed in the type of the base either way (by the fused nodes, or under autocast), so fp32 costs no
@@ -50,6 +58,8 @@ def keep_adapter_in_fp32(model: Any, recipe: Recipe, strategy: Strategy) -> None
     """
     if recipe.lora is None or strategy.keeps_adapter_in_base_dtype(recipe):
         return
+    for parameter, value in exact:
+        parameter.data = value.to(parameter.device)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)

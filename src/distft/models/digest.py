@@ -59,6 +59,21 @@ def digest(name: str, revision: str | None = None) -> str | None:
     return found.hexdigest()[:16]
 
 
+def adapter_digest(folder: Path) -> str:
+    """A digest (16 hex digits) of every byte of the weights of the adapter in `folder`.
+
+    Raises:
+        ModelError: there are none, or they cannot be read.
+    """
+    try:
+        shas = [_sha256(file) for file in sorted(folder.glob("adapter_model.*"))]
+    except OSError as error:
+        raise ModelError(f"the adapter in {folder} cannot be read: {error}") from error
+    if not shas:
+        raise ModelError(f"there is no adapter in {folder}")
+    return hashlib.sha256("\n".join(shas).encode()).hexdigest()[:16]
+
+
 def contents(name: str, revision: str | None = None) -> str | None:
     """A digest (16 hex digits) of every byte that is loaded from `name`, a folder with a model, an adapter or a
     tokenizer, or a model in the hub's cache: weights, settings, tokenizer, code.

@@ -23,6 +23,7 @@ from distft.distributed.strategies.selection import STRATEGIES
 from distft.errors import Fault
 from distft.models.embeddings import ends_with
 from distft.models.skeleton import Skeleton
+from distft.models.start import start_faults
 from distft.models.targets import unsuitable, without_unsuitable
 from distft.text import shorten
 
@@ -48,7 +49,7 @@ def lora_faults(recipe: Recipe, skeleton: Skeleton) -> list[Fault]:
             model = get_peft_model(skeleton.model, config, low_cpu_mem_usage=True)
     except Exception as error:  # whatever its many checks raise
         return [_refused_by_peft(recipe, skeleton, error)]
-    return list(_adapted_faults(recipe, model))
+    return [*_adapted_faults(recipe, model), *start_faults(recipe, model)]
 
 
 def _fault(recipe: Recipe, key: str, problem: str, hint: str = "") -> Fault:

@@ -16,9 +16,11 @@ from peft import (
     PeftModel,
     get_peft_model_state_dict,
     load_peft_weights,
+    set_peft_model_state_dict,
 )
 from safetensors import SafetensorError
 
+from distft.config.adapter import REWRITES
 from distft.config.recipe import Recipe
 from distft.console import say
 from distft.errors import ModelError
@@ -29,8 +31,6 @@ from distft.models.loading import load_base, model_path, of_whole_model
 from distft.text import count, shorten
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_REWRITES = ("pissa", "olora", "corda", "lora_ga")
-"""Values of init_lora_weights, or their beginnings, with which PEFT also changes the weights of the base."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,34 @@ class SavedAdapter:
             raise self._misfit(name, result.missing_keys, result.unexpected_keys, len(expected))
         return model.eval()
 
+    def start(self, model: PeftModel, name: str) -> None:
+        """Give the adapter of `model`, which is still whole on every rank, these values to train on from. `name` is the
+        base's, for messages.
+
+        Raises:
+            ModelError: tensors are missing, unknown, or of another shape.
+        """
+        self.require_fit(model, name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what has been checked
+            set_peft_model_state_dict(model, dict(self.tensors), "default")
+
+    def require_fit(self, model: PeftModel, name: str) -> None:
+        """Check that `model`, which may be without values, has an adapter of the same tensors.
+
+        Raises:
+            ModelError: tensors are missing, unknown, or of another shape.
+        """
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        missing, unknown = sorted(expected.keys() - self.tensors), sorted(self.tensors.keys() - expected)
+        if missing or unknown:
+            raise self._misfit(name, missing, unknown, len(expected))
+        for key, tensor in self.tensors.items():
+            if tensor.shape != expected[key].shape:
+                found, wanted = (" × ".join(map(str, shape)) for shape in (tensor.shape, expected[key].shape))
+                problem = f"{key} has the shape {found}, and the model's is {wanted}"
+                raise ModelError(f"the adapter in {self.folder} does not fit {name}: {problem}")
+
     def _misfit(self, name: str, missing: list[str], unknown: list[str], expected: int) -> ModelError:
         parts = [
             *([f"missing: {shorten(sorted(missing), 3)}"] if missing else []),
@@ -120,7 +148,7 @@ class SavedAdapter:
         switching it off does not bring the base back."""
         init = str(getattr(self.config, "init_lora_weights", True)).lower()
         biases = getattr(self.config, "bias", "none") != "none"
-        return init.startswith(_REWRITES) or biases or bool(set(self.tensors) - _tensors_of(model))
+        return init.startswith(REWRITES) or biases or bool(set(self.tensors) - _tensors_of(model))
 
     def base_note(self, recipe: Recipe) -> str | None:
         """A sentence about a base other than the one that the adapter was trained on; None if it is the same.
@@ -128,8 +156,7 @@ class SavedAdapter:
         Weights are compared by their digest where both are known, else by the name of their place.
         """
         named, place = getattr(self.config, "base_model_name_or_path", None), model_path(recipe)
-        ours = digest(place, recipe.model.revision)
-        theirs = self._trained_on() or (digest(named) if named else None)
+        theirs, ours = self._base_digests(recipe)
         if theirs is not None and ours is not None:
             if theirs == ours:
                 return None
@@ -141,6 +168,17 @@ class SavedAdapter:
         if not named or named == place:
             return None
         return f"the adapter in {self.folder} names {named} as its base, and is put on {recipe.model.name}"
+
+    def is_of_other_base(self, recipe: Recipe) -> bool:
+        """Whether the adapter is known to have been trained on other weights than those of the recipe's base."""
+        theirs, ours = self._base_digests(recipe)
+        return theirs is not None and ours is not None and theirs != ours
+
+    def _base_digests(self, recipe: Recipe) -> tuple[str | None, str | None]:
+        """The digests of the base that the adapter was trained on, and of the recipe's, as far as they are known."""
+        named = getattr(self.config, "base_model_name_or_path", None)
+        theirs = self._trained_on() or (digest(named) if named else None)
+        return theirs, digest(model_path(recipe), recipe.model.revision)
 
     def _trained_on(self) -> str | None:
         """The digest of the base's weights in the summary of the run that the adapter is part of."""

@@ -169,6 +169,7 @@ def _training(recipe: Recipe, summary: Mapping[str, Any]) -> Iterator[Row]:
     yield "seed", str(recipe.run.seed)
     yield "digest of the texts", summary.get("data_digest")
     yield "digest of the base", summary.get("weights_digest")
+    yield "digest of the adapter it started from", summary.get("start_digest")
 
 
 def _machine(summary: Mapping[str, Any], environment: Mapping[str, Any]) -> Iterator[Row]:

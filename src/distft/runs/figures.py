@@ -132,6 +132,7 @@ FIGURES = (
     _key("data_order"),
     _key("data_order_digest", fact=True),
     _key("weights_digest"),
+    _key("start_digest"),
     _key("trainable_parameters", fact=True),
     _key("parameters", fact=True),
     _key("quantized_share", fact=True),

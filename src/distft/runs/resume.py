@@ -24,6 +24,7 @@ from distft.text import count
 LOCK_S = 30
 """How long to wait for the lock of our own folder: the process that was killed may need a moment to exit."""
 FREE_TO_CHANGE = (
+    "adapter",
     "run.name",
     "run.dir",
     "run.resume",
@@ -57,6 +58,7 @@ IDENTITY = {
     "data_digest": "the training data",
     "held_out_digest": "the held-out data",
     "weights_digest": "the base's weights",
+    "start_digest": "the adapter that it starts from",
 }
 """Keys of `summary.json` that identify what a run reads besides its recipe."""
 
@@ -177,6 +179,8 @@ def _changes(folder: RunFolder, recipe: Recipe, facts: Mapping[str, Any]) -> lis
     except RecipeError as error:
         return [f"{folder.recipe.name} is not valid any more: {error}"]
     changed = list(differences(old.model_dump(), recipe.model_dump()))
+    if (old.adapter is None) != (recipe.adapter is None):  # where it lies does not matter: its digest decides
+        changed.append(f"adapter: was {old.adapter!r}, is now {recipe.adapter!r}")
     for key, what in IDENTITY.items():
         before, now = summary.get(key), facts.get(key)
         if before is not None and now is not None and before != now:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from distft.config.adapter import adapter_faults
 from distft.config.recipe import Recipe
 from distft.data.checks import data_file_faults, format_findings, needs_tokenizer, split_faults
 from distft.data.sources import HubSplit, data_sources, on_network
@@ -66,11 +67,14 @@ class Findings:
 def check_files(recipe: Recipe, working_folder: Path) -> Findings:
     """Look at the files and folders that the recipe names. Imports no torch."""
     data, folder = data_file_faults(recipe), folder_faults(recipe, working_folder)
+    start = adapter_faults(recipe)
     sources, _ = attempt(recipe, "data.name", lambda: data_sources(recipe.data))  # what it raises is among the faults
     away = [source for source in sources or () if on_network(source)]
     checked = {"data files": data or away, "run folder": folder}
+    if recipe.adapter is not None:
+        checked["saved adapter"] = start
     return Findings(
-        faults=(*data, *folder),
+        faults=(*data, *folder, *start),
         checked=tuple(what for what, faults in checked.items() if not faults),
         skipped=tuple(
             f"the data {source}, which is at an address: --deep reads it"

@@ -210,7 +210,9 @@ def trainer_class(recipe: Recipe) -> Callable[..., Trainer] | None:
     """What makes the trainer of the recipe's objective; None for that of SFT."""
     if not recipe.prefers:
         return None
-    return functools.partial(PreferenceTrainer, preference=recipe.preference or Preference())
+    return functools.partial(
+        PreferenceTrainer, preference=recipe.preference or Preference(), on_adapter=recipe.adapter is not None
+    )
 
 
 def other_forwards(recipe: Recipe) -> float:

@@ -35,6 +35,7 @@ from distft.models.generation import end_answers_at
 from distft.models.loading import load_model, load_tokenizer, model_path
 from distft.models.parameters import non_embedding_parameters, recomputed_parameters
 from distft.models.skeleton import Skeleton
+from distft.models.start import start_digest, start_from_adapter, start_notes
 from distft.runs.logs import rank_log
 from distft.runs.record import Record
 from distft.runs.trackers import trackers
@@ -153,6 +154,7 @@ def open_run(recipe: Recipe, strategy: Strategy, data: TrainingData) -> Iterator
             data_inferred=data.splits.inferred,
             trained_tokens_by_role=data.splits.report.trained or None,
             weights_digest=weights_digest(recipe, strategy.world),
+            start_digest=together(strategy.world, lambda: start_digest(recipe) if strategy.world.is_main else None),
         ) as record,
         rank_log(record.folder, strategy.world),
         Watchdog(strategy.world, record, recipe.run.hang_timeout_s) as watchdog,
@@ -180,7 +182,8 @@ def setup_model(run: OpenRun, expected: Expected | None = None) -> PreparedModel
         record.changed(note)
     arguments = training_arguments(recipe, strategy, record.folder, accumulation)
     check_schedule(run, arguments, total_steps(recipe, plan.steps))
-    for note in (*weights_notes(recipe), *preference_notes(recipe)):
+    starting = together(world, lambda: start_notes(recipe) if world.is_main else [])
+    for note in (*weights_notes(recipe), *preference_notes(recipe), *starting):
         record.changed(note)
     for line in expected.lines(recipe) if expected is not None and world.is_main else []:
         say(line)
@@ -224,12 +227,11 @@ def setup_model(run: OpenRun, expected: Expected | None = None) -> PreparedModel
 
 
 def _loaded(recipe: Recipe, strategy: Strategy, expected: Expected | None) -> Any:
-    if expected is None:
-        return load_model(recipe, strategy)
-    weights = expected.weights
+    weights = None if expected is None else expected.weights
     model = load_model(recipe, strategy, None if weights is None else weights.require)
-    expected.require(model)
-    return model
+    if expected is not None:
+        expected.require(model)
+    return start_from_adapter(model, recipe)
 
 
 def check_schedule(run: OpenRun, arguments: SFTConfig, steps: int) -> None:

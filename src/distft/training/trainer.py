@@ -21,7 +21,7 @@ from distft.data.prepare import Splits
 from distft.data.splits import first_samples, lengths_of
 from distft.data.tokenize import IGNORED
 from distft.distributed.strategies import Strategy
-from distft.models.adapter import keep_adapter_in_fp32
+from distft.models.adapter import keep_adapter_in_fp32, trained_values
 from distft.models.generation import save_stop_tokens
 from distft.training.arguments import pad_multiple
 from distft.training.best_model import BestModel
@@ -60,6 +60,7 @@ def build_trainer(
     Runs and the search for a micro-batch both use it, so that the search measures the program that will run. `changed`
     receives what the strategy does differently from the recipe, `create` makes a trainer of another class.
     """
+    exact = [] if recipe.adapter is None else trained_values(model)
     trainer = (create or Trainer)(
         model=model,
         args=arguments,
@@ -82,7 +83,7 @@ def build_trainer(
         callbacks=[FSDPPrefetch(strategy, recipe.batching.memory_limit_gib, changed), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
-    keep_adapter_in_fp32(model, recipe, strategy)
+    keep_adapter_in_fp32(model, recipe, strategy, exact)
     strategy.before_preparing(trainer.accelerator, model)
     return trainer
 
