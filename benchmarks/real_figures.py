@@ -89,6 +89,17 @@ def peaks() -> list[Row]:
     ]
 
 
+def again(found: dict[str, Any]) -> str:
+    """A sentence on FSDP2's run that was made once more."""
+    runs = found.get("fsdp_qlora_again", {}).get("runs")
+    if not runs:
+        return ""
+    ours, theirs = (
+        f"{runs[name]['perplexity_before']} to {runs[name]['perplexity_after']}" for name in ("fsdp_qlora", "ddp_qlora")
+    )
+    return f" Once more with seed 1,\nits held-out perplexity went from {ours}, and that of `ddp_qlora` from {theirs}."
+
+
 def recipes() -> list[Row]:
     runs = {run["recipe"]: run for run in record("recipes_h200")["runs"]}
     return [
@@ -109,7 +120,7 @@ _ACCURACIES = ("`variant`", "runs", "accuracy before", "after", "held-out loss a
 _REAL = {
     "quality": "*4 bits under DDP, bf16 under FSDP2* (`quality`): 60 steps of 32 instructions, rank 32, two GPUs.\n"
     "`fsdp_qlora` shows the fault that these runs found: PyTorch changed packed weights that FSDP2 gathered on a GPU.\n"
-    "The runs were made before distft gathered them as bytes; `ddp_qlora` has the same base.",
+    "They were made before distft gathered such weights as bytes.{again}",
     "rank": "*Rank 8 against 32* (`rank`): 60 steps of 32 instructions, 4 bits, alpha twice the rank.",
     "imdb_bits": "*IMDB in 4, 8 and 16 bits* (`imdb_bits`): 100 steps of 16 reviews; accuracy on up to 400 others.",
     "ablation": "*Memory techniques* (`ablation`): 50 steps of 16 reviews; `none` trains all parameters.",
@@ -134,6 +145,7 @@ def sections() -> str:
             if name in experiments:
                 of_losses = name in ("quality", "rank")
                 rows = losses(name) if of_losses else accuracies(name)
+                what = what.format(again=again(record("pretrained_h200")))
                 found.append(f"{what}\n\n{_table(_LOSSES if of_losses else _ACCURACIES, rows)}")
         if "memory_grid" in experiments:
             head = ("tokens of a pack", "checkpointed", "4 bits", "8 bits", "16 bits")
