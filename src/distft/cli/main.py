@@ -17,6 +17,7 @@ from distft.cli import (
     experiments,
     export,
     fetch,
+    import_,
     merge,
     recipes,
     report,
@@ -28,8 +29,8 @@ from distft.distributed.process import debug_flag, guarded
 from distft.startup import start_up
 
 _GROUPS = (
-    *(train, check, evaluate, chat, submit, fetch, recipes, experiments, compare, report, data),
-    *(merge, export, doctor),
+    *(train, check, evaluate, chat, submit, fetch, import_, recipes, experiments, compare),
+    *(report, data, merge, export, doctor),
 )
 
 
