@@ -3,7 +3,12 @@ loader quantises them one by one. Writing and reading a model of 7B parameters t
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +21,23 @@ def device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Let one process at a time load on this GPU: while it does, the weights are there twice."""
+    rank, visible = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("CUDA_VISIBLE_DEVICES")
+    number = visible.split(",")[rank] if visible else rank
+    with Path(tempfile.gettempdir(), f"distft-load-{number}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def load(config: Any, **options: Any) -> Any:
     """The model of this configuration with random weights (seed 0); `options` are those of `from_pretrained`."""
+    with one_at_a_time():
+        return _load(config, options)
+
+
+def _load(config: Any, options: dict[str, Any]) -> Any:
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     with torch.device(device()):
         torch.manual_seed(0)

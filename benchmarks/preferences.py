@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,7 +41,7 @@ from distft.files import to_json, write_atomically
 SIDES = Path(__file__).with_name("preference_sides.py")
 TRL: dict[str, dict[str, Any]] = {
     "one pair at a time": {"pairs": 1, "by_length": False},
-    "four pairs of similar length": {"pairs": 4, "by_length": True},
+    "three pairs of similar length": {"pairs": 3, "by_length": True},
 }
 BITS = {4: "NF4", 16: "bf16"}
 _LONGEST = 2048
@@ -146,6 +147,7 @@ class Measured:
 
     def __init__(self, record: dict[str, Any], output: Path, options: argparse.Namespace) -> None:
         self.record, self._output, self._options, self._lock = record, output, options, threading.Lock()
+        self.sides: list[Side] = []
 
     def start(self, name: str, command: Sequence[str], processes: int, work: Path, gpu: int | None) -> Side:
         environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "1"}
@@ -154,7 +156,8 @@ class Measured:
         port = ["--master-port", str(29_600 + len(self.record["runs"]))]
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), *port] if processes > 1 else []
         self.record["runs"][name] = {"turns": [], "failed": None}
-        return Side(name, [sys.executable, *launcher, str(SIDES), *command], processes, work, environment)
+        self.sides.append(Side(name, [sys.executable, *launcher, str(SIDES), *command], processes, work, environment))
+        return self.sides[-1]
 
     def epoch(self, side: Side) -> float | None:
         """Give `side` turns until it has computed an epoch; returns its seconds, or None if it has failed."""
@@ -185,7 +188,7 @@ class Measured:
                 best = min(rivals, key=lambda side: took[side] or 0.0)
                 sides = [side for side in sides if side not in theirs or side is best]
         for side in [*ours, *theirs]:
-            side.end()
+            side.end()  # its memory is free for the next ones
 
 
 def speed(measured: Measured, made: dict[str, Any], options: argparse.Namespace, work: Path) -> None:
@@ -198,6 +201,7 @@ def speed(measured: Measured, made: dict[str, Any], options: argparse.Namespace,
         ours = [
             measured.start(name, ["distft", *mine, f"run.name={_folder(name)}", *more], 1, work, gpu)
             for name, more in ((run, []), (f"{run}, prompts twice", ["batching.share_prompts=false"]))
+            if not more or number == 0
         ]
         theirs = []
         for name, settings in TRL.items():
@@ -344,6 +348,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="a .json file, rewritten after every turn")
     options = parser.parse_args()
     options.processes = options.processes or max(torch.cuda.device_count(), 1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     before = json.loads(options.output.read_text(encoding="utf-8")) if options.output.is_file() else {}
     record: dict[str, Any] = {**before, **provenance(__file__, options.commit)}
     with tempfile.TemporaryDirectory() as folder:
@@ -365,8 +370,13 @@ def main() -> int:
                 "runs": {},
             }
             measured = Measured(record, options.output, options)
-            speed(measured, made, options, work)
-            record["summary"] = summary(record)
+            try:
+                speed(measured, made, options, work)
+            finally:  # also if the time is over
+                for side in measured.sides:
+                    side.end()
+                record["summary"] = summary(record)
+                write_atomically(options.output, to_json(record) + "\n")
         if "learning" in options.parts:
             record["learning"] = learning(options, work)
         write_atomically(options.output, to_json(record) + "\n")
