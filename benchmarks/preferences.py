@@ -45,6 +45,7 @@ TRL: dict[str, dict[str, Any]] = {
 }
 BITS = {4: "NF4", 16: "bf16"}
 _LONGEST = 2048
+_GRACE_S = 20.0
 _FACTS = (
     "attn_implementation",
     "share_prompts",
@@ -187,8 +188,10 @@ class Measured:
             if repeat == 1 and len(rivals := [side for side in sides if side in theirs]) > 1:
                 best = min(rivals, key=lambda side: took[side] or 0.0)
                 sides = [side for side in sides if side not in theirs or side is best]
-        for side in [*ours, *theirs]:
-            side.end()  # its memory is free for the next ones
+        for side in ours:
+            side.end(_GRACE_S if side in sides else 0.0)  # its summary says how it computed
+        for side in theirs:
+            side.end()
 
 
 def speed(measured: Measured, made: dict[str, Any], options: argparse.Namespace, work: Path) -> None:

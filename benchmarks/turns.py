@@ -100,8 +100,11 @@ class Side:
         worst = {key: max(each[key] for each in found) for key in ("seconds", "peak_memory_gib") if key in found[0]}
         return {**found[0], **worst}
 
-    def end(self) -> list[str]:
-        """End its processes, and return what it printed last, and of errors."""
+    def end(self, grace_s: float = 0.0) -> list[str]:
+        """End its processes, unless they end by themselves, and return what it printed last, and of errors."""
+        until = time.monotonic() + grace_s
+        while self._child.poll() is None and time.monotonic() < until:
+            time.sleep(_PAUSE_S)
         if self._child.poll() is None:
             os.killpg(self._child.pid, signal.SIGKILL)
         self._child.wait()
