@@ -25,6 +25,7 @@ def run(tmp_path: Path) -> Path:
     bits = f"quantization={json.dumps(FOUR_BITS)}"
     recipe = load_recipe([*words, lora, bits, "lora.init_lora_weights=gaussian", "run.name=sft"])
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (folder / "summary.json").write_text("{}", encoding="utf-8")
     peft = {"peft_type": "LORA", "r": 32, "lora_alpha": 64, "use_rslora": True, "target_modules": ["a", "b"]}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(peft), encoding="utf-8")
     return folder

@@ -24,7 +24,8 @@ from distft.paths import packaged
 if TYPE_CHECKING:
     from distft.config.recipe import Recipe
 
-RECIPE, RESULT, WHOLE, PEFT = "recipe.yaml", "adapter", "model", "adapter_config.json"
+RECIPE, SUMMARY, RESULT, WHOLE = "recipe.yaml", "summary.json", "adapter", "model"
+PEFT = "adapter_config.json"
 """Names in a run's folder, and of PEFT's file in an adapter's."""
 REWRITES = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Values of lora.init_lora_weights, or their beginnings, with which PEFT also changes the weights of the base."""
@@ -59,15 +60,21 @@ def adapter_folder(place: Path) -> Path:
     return place / RESULT if (place / RECIPE).is_file() and not (place / PEFT).is_file() else place
 
 
+def run_of(place: Path) -> Path | None:
+    """The recipe of the run that made an adapter, which is a result or a checkpoint; None if it is in no run."""
+    folder = adapter_folder(place)
+    runs = (run for run in [*folder.parents][:2] if (run / SUMMARY).is_file() and (run / RECIPE).is_file())
+    return next((run / RECIPE for run in runs), None)
+
+
 def stated_by(place: Path) -> Stated | None:
     """What the run that made an adapter, else PEFT's file, says about the model; None if neither can be read."""
     folder = adapter_folder(place)
-    for run in (folder.parent, folder.parent.parent):  # of a result; of a checkpoint
-        if (run / RECIPE).is_file():
-            try:
-                return Stated(read_yaml(run / RECIPE), run / RECIPE)
-            except RecipeError:
-                return None
+    if (file := run_of(place)) is not None:
+        try:
+            return Stated(read_yaml(file), file)
+        except RecipeError:
+            return None
     config = _peft_config(folder)
     if config is None:
         return None

@@ -17,9 +17,12 @@ from distft.data.files import exists, path_of
 from distft.data.named_templates import words_of_run
 from distft.errors import Fault, LaunchError, ModelError, RunFolderError
 from distft.evaluation import preflight
+from distft.evaluation.texts import with_texts
 from distft.runs.folder import RunFolder
 
 Check = Callable[[Recipe], list[Fault]]
+_OTHER_DATA = ("data=", "data.name=", "data.path=", "data.files=", "data.sources=")
+_AS_TEXTS = ["objective=sft", "preference=null", "data.format=null"]
 _RUNS = Run.model_fields["dir"].default
 """The folder of run folders; no organisation on the hub is meant by its name."""
 
@@ -57,7 +60,7 @@ class Request:
             )
         checks = (preflight.base_faults, preflight.faults) if preflight_checks else ()
         if runs:
-            return cls._of_run(Path(runs[0]), rest, checks)
+            return cls._of_run(Path(runs[0]), rest, (_perplexity_needs_texts, *checks))
         return cls._of_model(given["model"], given.get("adapter"), rest, (_perplexity_needs_data, *checks), checks)
 
     @classmethod
@@ -93,7 +96,10 @@ class Request:
         result = next((place for place in (folder.adapter, folder.model) if place.is_dir()), None)
         if result is None:
             raise RunFolderError(f"{path} has neither adapter/ nor model/: {_unfinished(folder)}")
-        return cls(_load([*words_of_run(folder.recipe, result), *words], checks), folder, result, folder)
+        own = words_of_run(folder.recipe, result)
+        if load_recipe(own).prefers and any(word.startswith(_OTHER_DATA) for word in words):
+            own += _AS_TEXTS
+        return cls(_load([*own, *words], checks), folder, result, folder)
 
     @classmethod
     def _of_model(
@@ -182,10 +188,20 @@ def _perplexity_needs_data(recipe: Recipe) -> list[Fault]:
     return [Fault(COMMAND_LINE, "data.name", "is required: which text should perplexity be measured on?", remedy)]
 
 
+def _perplexity_needs_texts(recipe: Recipe) -> list[Fault]:
+    """Pairs of answers alone say nothing about what else the model knows."""
+    if "perplexity" not in recipe.evaluation.tasks or not recipe.prefers:
+        return []
+    problem = "has pairs of answers, and perplexity is measured on texts"
+    remedy = "name some: data.name=FILE data.format.text=COLUMN, or a data set's name; or choose evaluation.tasks"
+    return [Fault(recipe.source.of("data.name"), "data.name", problem, remedy)]
+
+
 def _load(words: Sequence[str], checks: Sequence[Check]) -> Recipe:
-    """Load the recipe; perplexity is the task if it names none."""
+    """Load the recipe, with texts to measure on; perplexity is the task if it names none."""
 
     def with_task(recipe: Recipe) -> Recipe:
+        recipe = with_texts(recipe)
         if recipe.evaluation.tasks:
             return recipe
         section = recipe.evaluation.model_copy(update={"tasks": ["perplexity"]})
@@ -194,6 +210,7 @@ def _load(words: Sequence[str], checks: Sequence[Check]) -> Recipe:
     def faults(recipe: Recipe) -> list[Fault]:
         # Misspelt tasks are dropped before this point; perplexity is not what the user meant then.
         misspelt = not recipe.evaluation.tasks and recipe.source.of("evaluation.tasks") == COMMAND_LINE
-        return [fault for check in checks for fault in check(recipe if misspelt else with_task(recipe))]
+        looked_at = with_texts(recipe) if misspelt else with_task(recipe)
+        return [fault for check in checks for fault in check(looked_at)]
 
     return with_task(load_recipe(words, checks=(data_faults, faults)))

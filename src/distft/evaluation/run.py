@@ -28,6 +28,7 @@ from distft.evaluation.request import Request
 from distft.evaluation.sets import asked, key_of_set
 from distft.evaluation.target import Target, Trained
 from distft.evaluation.tasks import load_task
+from distft.evaluation.texts import with_texts
 from distft.files import to_json, write_atomically
 from distft.hardware import describe, visible_devices
 from distft.runs.card import write_card
@@ -102,7 +103,7 @@ def _lock(folder: RunFolder, world: World) -> FileLock:
 def set_of(task: TaskName, recipe: Recipe, trained: Recipe | None, results: Mapping[str, Any]) -> str:
     """The key of the task's results on the recipe's data (see `distft.evaluation.sets`)."""
     found = load_task(task)
-    own = None if trained is None else found.own_data(trained)
+    own = None if trained is None else found.own_data(with_texts(trained))
     return key_of_set(task, found.data(recipe), own, recipe.evaluation.name, results)
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from distft.config.adapter import absolute
 from distft.config.files import folder_name
 from distft.config.recipe import Recipe, load_recipe
 from distft.config.validation import COMMAND_LINE
@@ -19,7 +20,7 @@ from distft.errors import ExperimentError, Fault, RecipeError
 from distft.experiments.budget import budget_faults, budget_settings
 from distft.experiments.faults import Checks, faults_of_base, of_command_line, placed
 from distft.experiments.schema import Equal, ExperimentFile, find_experiment, read_experiment
-from distft.experiments.variants import Setting, run_arguments, variants_of
+from distft.experiments.variants import Setting, Variant, run_arguments, variants_of
 from distft.reports.comparability import BY_DEFAULT, LOSS_TOLERANCE
 
 REPEATS = 5
@@ -38,6 +39,11 @@ class ExperimentRun:
     repeat: int
     arguments: tuple[str, ...]
     recipe: Recipe = field(repr=False, compare=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where `distft train` will put it."""
+        return Path(absolute(self.recipe.run.dir)) / self.name
 
 
 @dataclass(frozen=True)
@@ -92,15 +98,18 @@ def load_experiment(
     variants = variants_of(content, path, folder, faults)
     faults += budget_faults(content.budget, path)
     found = {(fault.where, fault.key, fault.problem): fault for fault in faults}
-    runs = []
+    runs: list[ExperimentRun] = []
     for repeat, variant in itertools.product(range(1, number + 1), variants):
         name = f"{folder_name(path.stem)}-{variant.name}" + (f"-r{repeat}" if repeat > 1 else "")
         missed: list[Fault] = []
         budget = budget_settings(content.budget, variant, given, path, folder, missed)
         seed = [Setting("run.seed", each, "seeds") for each in content.seeds[repeat - 1 : repeat]]
-        words = run_arguments(variant, (*variant.settings, *budget, *seed), given, name, path.stem)
+        made = {run.variant: run for run in runs if run.repeat == repeat}
+        settings, own = _on_adapters((*variant.settings, *budget, *seed), given, variants, made, path, missed)
+        words = run_arguments(variant, settings, own, name, path.stem)
+        planned = {run.folder: run.recipe for run in made.values()}
         try:
-            recipe = load_recipe(words, checks=checks, folder=folder)
+            recipe = load_recipe(words, checks=checks, folder=folder, planned=planned)
             runs.append(ExperimentRun(name, variant.name, repeat, words, recipe))
         except RecipeError as error:
             known = faults_of_base(variant, given, checks, folder)
@@ -121,6 +130,29 @@ def load_experiment(
         bool(content.seeds),
         content.target_loss,
     )
+
+
+def _on_adapters(
+    settings: Sequence[Setting],
+    given: Mapping[str, str],
+    variants: Sequence[Variant],
+    made: Mapping[str, ExperimentRun],
+    path: Path,
+    faults: list[Fault],
+) -> tuple[list[Setting], Mapping[str, str]]:
+    """The settings of a run and the overrides for it, in which `adapter: VARIANT` is the folder of the run of that
+    variant in the same repeat, among those `made` before."""
+    names, found, own = [variant.name for variant in variants], [], given
+    for setting in settings:
+        if setting.key == "adapter" and setting.value in made:
+            own = {key: word for key, word in given.items() if key != "adapter"}
+            start = made[setting.value]
+            setting = replace(setting, value=str(Path(start.recipe.run.dir) / start.name))
+        elif setting.key == "adapter" and setting.value in names:
+            hint = f"list {setting.value} before it"
+            faults.append(Fault(str(path), setting.place, f"{setting.value} has no run before this one", hint))
+        found.append(setting)
+    return found, own
 
 
 def _seed_faults(content: ExperimentFile, number: int, given: Mapping[str, str], path: Path) -> list[Fault]:

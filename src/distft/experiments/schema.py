@@ -42,7 +42,8 @@ class ExperimentFile(Section):
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Changes that apply to every run, as nested mappings or `key.path: value`."""
     variants: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
-    """The name of each variant and what it changes. `recipe` replaces `base`."""
+    """The name of each variant and what it changes. `recipe` replaces `base`. `adapter` may name a variant before it:
+    the run trains on from that variant's run of the same repeat."""
     grid: dict[str, Any] = Field(default_factory=dict)
     """Axes to combine: `key.path: [values]`, or the name of an axis with a mapping of names to what they change."""
     repeats: int = Field(1, ge=1)
