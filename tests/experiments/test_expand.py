@@ -24,6 +24,7 @@ SHIPPED = sorted(path.stem for path in packaged("recipes/experiments").glob("*.y
 
 def test_the_promised_experiments_are_shipped() -> None:
     assert set(SHIPPED) == {
+        "align",
         "tiny",
         "ddp_vs_fsdp",
         "ddp_vs_fsdp_published",

@@ -137,6 +137,7 @@ FIGURES = (
     _key("parameters", fact=True),
     _key("quantized_share", fact=True),
     _key("attn_implementation", fact=True),
+    _key("share_prompts", fact=True),
     _key("fused_linears", fact=True),
     _key("adapted_linears"),
     _key("fused_expert_layers"),
