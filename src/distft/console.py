@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import importlib.abc
+import importlib.machinery
 import io
 import logging
 import os
@@ -70,3 +73,43 @@ def quiet_libraries() -> None:
     ):
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
     warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, in a notebook without ipywidgets
+    for name, level in (("DeepSpeed", logging.WARNING), ("liger_kernel", logging.ERROR)):
+        logger = logging.getLogger(name)
+        if not any(isinstance(each, _AtLeast) for each in logger.filters):  # they set their own level when imported
+            logger.addFilter(_AtLeast(level))
+    if not any(isinstance(finder, _Hushed) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Hushed())
+
+
+class _AtLeast(logging.Filter):
+    """Lets records of this level and above pass."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        self._level = level
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= self._level
+
+
+class _Hushed(importlib.abc.MetaPathFinder):
+    """Keeps `transformers.integrations` from printing that W&B is offline, whether or not a run uses it.
+
+    distft says where a run's metrics go. The module prints while it is imported, and asks nobody.
+    """
+
+    _module = "transformers.integrations.integration_utils"
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self._module:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    run(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec

@@ -30,7 +30,7 @@ def in_backward() -> bool:
 
 def set_allocator_settings(settings: str) -> None:
     """Configure the CUDA allocator of this process as `PYTORCH_CUDA_ALLOC_CONF` would."""
-    checked("_set_allocator_settings")(settings)
+    checked("_accelerator_setAllocatorSettings")(settings)
 
 
 def profiler_events(profiler: Any) -> list[Any]:

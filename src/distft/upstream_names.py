@@ -115,8 +115,8 @@ _evaluation_loop = ("dataloader", "description", "prediction_loss_only", "ignore
 PRIVATE_NAMES: tuple[PrivateName, ...] = (
     _c10d("_get_default_store", "call", "let ranks agree through the group's store, without a device"),
     _of("torch", "torch._C")("_current_graph_task_id", "call", "tell a recomputed forward from the first one"),
-    _of("torch", "torch.cuda.memory")(
-        "_set_allocator_settings", "call", "use expandable segments, because packs differ in length", ("env",)
+    _of("torch", "torch._C")(
+        "_accelerator_setAllocatorSettings", "call", "use expandable segments, because packs differ in length"
     ),
     _of("torch", "torch._meta_registrations")(
         "_flash_attention_backward",

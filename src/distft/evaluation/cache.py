@@ -59,7 +59,7 @@ def complete(
 
     def make() -> None:
         hidden = not (world.is_main and share)
-        with tqdm(total=len(share), desc=title or path.stem, disable=hidden, mininterval=1) as bar:
+        with tqdm(total=len(share), desc=title or path.stem, disable=hidden or None, mininterval=1) as bar:
             for index, record in work(share):
                 made[keys[index]] = {"key": keys[index], **record}
                 append_lines(part, [made[keys[index]]])

@@ -107,20 +107,21 @@ class _Stream:
     """stdout or stderr of a rank that has a log. Otherwise it behaves like `original`, also after the log is closed,
     because loggers keep a reference.
 
-    `console` is where `console.say` prints as well; None if the stream is the console.
+    `original` is what it stands for, without the log. `console` is where `console.say` prints as well; None if the
+    stream is the console.
     """
 
     def __init__(self, original: TextIO, log: _Log, console: TextIO | None, doubled: bool) -> None:
-        self._original, self._log, self.console, self._doubled = original, log, console, doubled
+        self.original, self._log, self.console, self._doubled = original, log, console, doubled
 
     def write(self, text: str) -> int:
         if not text.startswith("\r"):  # a progress bar that redraws itself
             self._log.write(text)
-        return self._original.write(text) if self._doubled or self._log.closed else len(text)
+        return self.original.write(text) if self._doubled or self._log.closed else len(text)
 
     def flush(self) -> None:
         if self._doubled or self._log.closed:
-            self._original.flush()
+            self.original.flush()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
+        return getattr(self.original, name)

@@ -139,7 +139,10 @@ class Record:
             lines.append(f"held-out {label}: {before:,.2f} before, {after:,.2f} after")
         if facts.get("samples_per_second"):
             lines.append(f"{facts['samples_per_second']:,.1f} samples/s, {facts['tokens_per_second']:,.0f} tokens/s")
-        return [*lines, f"saved and read back: {facts['adapter']}"]
+        place = os.path.relpath(self.folder.path)
+        place = place if not place.startswith("..") else str(self.folder.path)
+        after = f"next: distft chat {place}, distft evaluate {place} or distft report {place}"
+        return [*lines, f"saved and read back: {facts['adapter']}", after]
 
     def __enter__(self) -> Record:
         return self

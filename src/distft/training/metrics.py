@@ -16,7 +16,6 @@ from typing import Any
 
 import psutil
 import torch
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 from distft.config.recipe import Recipe
@@ -28,6 +27,7 @@ from distft.distributed.world import World
 from distft.files import disk_full_reason
 from distft.hardware import GIB, EnergyMeter, device_flops
 from distft.runs.folder import RunFolder
+from distft.training.progress import Progress, loss_name
 from distft.training.selection import metric_of, selects
 from distft.training.throughput import Window, Work
 
@@ -64,7 +64,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
     _losses: float = 0.0
     _unwritten: list[dict[str, Any]] = field(default_factory=list)
     _by_rank: dict[str, list[float]] = field(default_factory=dict)
-    _bar: Any = None
+    _bar: Progress | None = None
     _energy: EnergyMeter | None = None
     _energy_j: float | None = None
     _started: float = 0.0
@@ -115,9 +115,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         if self.world.is_main:
-            self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, mininterval=0.5
-            )
+            self._bar = Progress(state.max_steps, state.global_step)
         self._started = time.perf_counter()
         self._lap()
 
@@ -126,7 +124,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         control.should_log |= state.global_step in (self._warmup, state.max_steps)
         self._pause(control)
         if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
+            self._bar.update(state.global_step)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._pause(control)
@@ -292,24 +290,18 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         if self._bar is None:
             return
         if "loss" in logs:
-            shown = {"loss": f"{logs['loss']:.4f}"}
-            for key, unit in (("samples_per_second", "samples/s"), ("tokens_per_second", "tokens/s")):
-                if logs.get(key):
-                    shown[unit] = f"{logs[key]:,.1f}" if logs[key] < 100 else f"{logs[key]:,.0f}"
-            memory = logs.get("peak_memory_gib") or logs.get("host_rss_gib")
-            shown["GiB"] = f"{memory:.1f}"
-            self._bar.set_postfix(shown, refresh=True)
+            self._bar.show(logs)
         for key in logs:
             if key.endswith("_loss"):
                 scored = {metric_of(self.recipe)} & set(logs) - {"eval_loss", "eval_perplexity"}
                 scores = "".join(f", {name.removeprefix('eval_')} {logs[name]:.3f}" for name in scored)
-                loss = f"{key} {logs[key]:.4f}"
+                loss = f"{loss_name(key)} {logs[key]:.4f}"
                 accuracy = logs.get(key.removesuffix("loss") + "rewards/accuracies")
                 if not self.recipe.prefers:
                     loss += f", perplexity {perplexity(logs[key]):.3f}"
                 elif accuracy is not None:
                     loss += f", reward accuracy {accuracy:.3f}"
-                self._bar.write(f"step {self._bar.n}: {loss}{scores}")
+                self._bar.say(f"{loss}{scores}")
 
 
 def perplexity(loss: float) -> float:
