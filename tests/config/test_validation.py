@@ -154,6 +154,22 @@ def test_what_is_required_and_not_set_is_a_fault_of_the_file(tmp_path: Path) -> 
             "quantization.bnb_4bit_quant_storage",
             "4-bit weights stored as uint8 in a bfloat16 model are not sharded by FSDP2",
         ),
+        (
+            "recipe=fsdp_qlora model.dtype=float32 quantization.bnb_4bit_quant_storage=float32",
+            "quantization.bnb_4bit_quant_storage",
+            "with training.bf16=true, FSDP2 casts weights to bfloat16, which changes the bits of 4-bit weights "
+            "that are stored as float32",
+        ),
+        (
+            "recipe=ddp_qlora strategy=zero2 quantization.bnb_4bit_quant_storage=float32",
+            "quantization.bnb_4bit_quant_storage",
+            "ZeRO-2 casts weights to bfloat16",
+        ),
+        (
+            "recipe=fsdp_qlora training.bf16=false training.fp16=true quantization.bnb_4bit_quant_storage=bfloat16",
+            "quantization.bnb_4bit_quant_storage",
+            "with training.fp16=true, FSDP2 casts weights to float16",
+        ),
         ("recipe=fsdp_bf16 training.optim=paged_adamw_32bit", "training.optim", "that FSDP2 has sharded"),
         (
             "recipe=zero3_bf16 quantization.load_in_4bit=true quantization.bnb_4bit_quant_storage=uint8",

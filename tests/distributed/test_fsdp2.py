@@ -171,5 +171,5 @@ def test_packed_weights_that_change_stop_the_run(model: Any) -> None:
     fully_shard(packed.layers[0], mesh=distributed.init_device_mesh("cpu", (1,)))
     check_packed(packed, strategy, before)
     layer.weight.to_local().view(torch.int16)[5] ^= 1
-    with pytest.raises(InvariantError, match=r"changed 1 packed weight, layers\.0\.0\.weight first"):
+    with pytest.raises(InvariantError, match=r"changed the bits of 1 packed weight, layers\.0\.0\.weight first"):
         check_packed(packed, strategy, before)

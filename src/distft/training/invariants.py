@@ -19,7 +19,6 @@ from distft.distributed.tensors import (
     checksum,
     is_packed,
     is_partitioned,
-    is_sharded,
     local_part,
     whole_numel,
     whole_tensors,
@@ -76,23 +75,30 @@ def packed_checksums(model: nn.Module) -> dict[str, int]:
 
 
 def check_packed(model: nn.Module, strategy: Strategy, before: Mapping[str, int]) -> None:
-    """Check that FSDP2 computes the layer whose packed weights had these checksums with the same bits. All ranks enter.
+    """Check that the layer whose packed weights had these checksums computes with the same bits. All ranks enter.
+
+    Weights are sharded, gathered and cast as numbers, which packed ones are not.
 
     Raises:
         InvariantError: on every rank.
     """
     fault = None
-    if before and any(map(is_sharded, model.parameters())):
-        modules = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
+    if before:
+        modules = {_own_name(name): module for name, module in model.named_modules()}
         (layer,) = {found[0] for name in before if (found := _LAYER.match(name))}
         with strategy.gathered(modules[layer]):
-            parameters = {
-                f"{layer}.{name}".replace("_orig_mod.", ""): p for name, p in modules[layer].named_parameters()
-            }
-            changed = [name for name in before if checksum(local_part(parameters[name])) != before[name]]
+            parameters = {_own_name(f"{layer}.{name}"): each for name, each in modules[layer].named_parameters()}
+            left = {name: parameters[name] for name in before if not is_partitioned(parameters[name])}
+            changed = [name for name, each in left.items() if checksum(local_part(each)) != before[name]]
         if changed:
-            fault = f"being sharded and gathered has changed {count(len(changed), 'packed weight')}, {changed[0]} first"
+            number = count(len(changed), "packed weight")
+            fault = f"preparing the model for {strategy.title} has changed the bits of {number}, {changed[0]} first"
     _raise_everywhere(fault, strategy)
+
+
+def _own_name(name: str) -> str:
+    """The name without what wrappers of the model add."""
+    return name.removeprefix("module.").replace("_orig_mod.", "")
 
 
 def fingerprint(model: nn.Module) -> dict[str, int]:

@@ -270,7 +270,7 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
     profile = Profile(folder, recipe, world, waits)
     telemetry = Telemetry(folder, recipe, world, plan, prepared.work, profile.covers, waits, measured)
     numbers = BadNumbers(recipe, folder, world, plan, carried.get("skipped_steps", 0))
-    packed = packed_checksums(prepared.model) if "weights" in strategy.shards else {}
+    packed = packed_checksums(prepared.model)
     updated = carried.get("updated", record.step > 0)
     invariants = Invariants(strategy, recipe, prepared.trainable, numbers, updated, packed)
     held_out = HeldOutLoss(first_samples(splits.test, recipe.evaluation.max_samples), carried.get("before"))

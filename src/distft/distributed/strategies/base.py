@@ -48,6 +48,8 @@ class Strategy:
     updates_copies: ClassVar[bool] = False
     """Whether, under mixed precision, the sharding library makes float32 copies of trained weights of 16 bits, and
     updates these."""
+    casts_weights: ClassVar[bool] = False
+    """Whether, under mixed precision, all numbers among the weights are cast to its dtype."""
     skips_empty_rounds: ClassVar[bool] = True
     """Whether a round of gradient accumulation without a sample may be skipped."""
     gathers_in_submodules: ClassVar[bool] = False
@@ -71,7 +73,8 @@ class Strategy:
     @classmethod
     def faults(cls, recipe: Recipe) -> list[Fault]:
         """Settings in `recipe` that fail under this strategy, or that leave nothing sharded."""
-        return cls._quantization_faults(recipe) if "weights" in cls.shards else []
+        found = cls._quantization_faults(recipe) if "weights" in cls.shards else []
+        return found or cls._cast_faults(recipe)
 
     @classmethod
     def _quantization_faults(cls, recipe: Recipe) -> list[Fault]:
@@ -88,6 +91,20 @@ class Strategy:
             problem = f"4-bit weights stored as {storage} in a {dtype} model are not sharded by {cls.title}"
             found.append(fault(recipe, "quantization.bnb_4bit_quant_storage", problem, f"set it to {dtype}"))
         return found
+
+    @classmethod
+    def _cast_faults(cls, recipe: Recipe) -> list[Fault]:
+        """4-bit weights that are stored as numbers of another dtype than they are cast to, which changes their bits."""
+        dtype = {"bf16": "bfloat16", "fp16": "float16", "no": None}[recipe.mixed_precision]
+        storage = recipe.quantization.bnb_4bit_quant_storage if recipe.quantization and recipe.bits == 4 else "uint8"
+        if not cls.casts_weights or dtype is None or storage in ("uint8", dtype):
+            return []
+        problem = (
+            f"with training.{recipe.mixed_precision}=true, {cls.title} casts weights to {dtype}, which changes the "
+            f"bits of 4-bit weights that are stored as {storage}"
+        )
+        hint = f"set it and model.dtype to {dtype}" if "weights" in cls.shards else "set it to uint8"
+        return [fault(recipe, "quantization.bnb_4bit_quant_storage", problem, hint)]
 
     # Set-up -----------------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ class DeepSpeed(Strategy):
     """What ZeRO-2 and ZeRO-3 have in common."""
 
     updates_copies = True
+    casts_weights = True
     skips_empty_rounds = False  # DeepSpeed counts the rounds itself
     meets_after_failed_write = False  # its ranks wait for each other between writes
 

@@ -46,6 +46,7 @@ class FSDP2(Strategy):
     shards = frozenset({"weights", "optimizer"})
     ties_weights_again = True  # accelerate's fsdp2_prepare_model
     updates_copies = True
+    casts_weights = True
 
     @classmethod
     def create(cls, world: World, on_gpu: bool, requested: StrategyName, environment: Mapping[str, str]) -> Self:
