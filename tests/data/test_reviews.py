@@ -10,8 +10,9 @@ import pytest
 
 from distft.config.recipe import load_recipe
 from distft.data import reviews
+from distft.data.labelled import Review, subset
 from distft.data.prepare import prepare_data
-from distft.data.reviews import Review, prompt_of, subset
+from distft.data.reviews import prompt_of
 from distft.data.templates import format_review
 from distft.data.tokenize import tokenize
 from distft.data.toy import reviews as made

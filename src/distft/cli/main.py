@@ -21,6 +21,7 @@ from distft.cli import (
     merge,
     recipes,
     report,
+    serve,
     submit,
     train,
 )
@@ -29,7 +30,7 @@ from distft.distributed.process import debug_flag, guarded
 from distft.startup import start_up
 
 _GROUPS = (
-    *(train, check, evaluate, chat, submit, fetch, import_, recipes, experiments, compare),
+    *(train, check, evaluate, chat, serve, submit, fetch, import_, recipes, experiments, compare),
     *(report, data, merge, export, doctor),
 )
 

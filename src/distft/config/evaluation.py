@@ -9,10 +9,12 @@ from pydantic.config import JsonDict
 
 from distft.config.schema import SAMPLES, SECONDS, TOKENS, DType, Section
 
-TaskName = Literal["perplexity", "imdb", "lm_eval", "mt_bench", "alpaca"]
+TaskName = Literal["perplexity", "imdb", "classification", "generation", "lm_eval", "mt_bench", "alpaca"]
 TASKS: dict[TaskName, str] = {
     "perplexity": "loss and perplexity on the held-out split",
     "imdb": "classification of reviews: accuracy, precision, recall, F1",
+    "classification": "your own texts with classes: accuracy and F1, also by group",
+    "generation": "your own prompts with references: exact match, ROUGE, chrF, BLEU",
     "lm_eval": "benchmarks of lm-evaluation-harness (MMLU, ARC and GSM8K by default)",
     "mt_bench": "two-turn questions, graded by a judge",
     "alpaca": "answers compared with a reference's by a judge",
@@ -23,7 +25,27 @@ _QUESTIONS: JsonDict = {"unit": "questions"}
 _REQUESTS: JsonDict = {"unit": "requests"}
 
 
-class Imdb(Section):
+class Labels(Section):
+    """Texts with classes, each of which has a word that the model answers."""
+
+    path: str | None = None
+    text: str = "text"
+    label: str = "label"
+    subset: int | None = Field(None, ge=1, json_schema_extra=SAMPLES)
+    """Use this many rows, drawn with evaluation.seed; null for all."""
+    balanced: bool = False
+    """Use equally many rows of every class; `false` draws them as they come."""
+    label_words: list[str] | None = None
+    methods: list[Literal["logprob", "generation"]] = Field(["logprob", "generation"], min_length=1)
+    """`logprob` predicts the label word with the highest likelihood after the prompt; `generation` lets the model
+    write and looks for a label word, and an answer without one is wrong."""
+    max_new_tokens: int = Field(8, ge=1, json_schema_extra=TOKENS)
+    """Longest answer in `generation`."""
+    max_length: int | None = Field(None, ge=16, json_schema_extra=TOKENS)
+    """Longest prompt with its label word; longer texts are truncated as in training. null: training.max_length."""
+
+
+class Imdb(Labels):
     """Classification of reviews by label words."""
 
     path: str | None = None
@@ -35,21 +57,32 @@ class Imdb(Section):
     """Column of the reviews, in `path` or on the hub."""
     label: str = "label"
     """Column of the class numbers, 0 … n-1, in `path` or on the hub."""
-    subset: int | None = Field(None, ge=1, json_schema_extra=SAMPLES)
-    """Use this many reviews, drawn with evaluation.seed; null for all."""
     balanced: bool = True
     """Use equally many reviews of every class; `false` draws them as they come."""
     label_words: list[str] | None = None
     """The word for each class number; null for data.format.label_words."""
     positive: int = Field(1, ge=0)
     """Class number that counts as positive in precision, recall and F1."""
-    methods: list[Literal["logprob", "generation"]] = Field(["logprob", "generation"], min_length=1)
-    """`logprob` predicts the label word with the highest likelihood after the prompt; `generation` lets the model
-    write and looks for a label word, and an answer without one is wrong."""
-    max_new_tokens: int = Field(8, ge=1, json_schema_extra=TOKENS)
-    """Longest answer in `generation`."""
-    max_length: int | None = Field(None, ge=16, json_schema_extra=TOKENS)
-    """Longest prompt with its label word; longer reviews are truncated as in training. null: training.max_length."""
+
+
+class Classification(Labels):
+    """Classification of your own texts, in any language and with any number of classes."""
+
+    path: str | None = None
+    """File or folder of texts with classes, or `tiny_languages_test`, which ships with distft."""
+    text: str = "text"
+    """Column of the texts."""
+    label: str = "label"
+    """Column of the classes: label words, or numbers 0 … n-1 of `label_words`."""
+    label_words: list[str] | None = None
+    """The word for each class number; null for the words in the file, sorted."""
+    prompt: str = "{text}"
+    """The question to the model, in which `{text}` stands for the text. It is asked in the template that
+    evaluation.generation.template names."""
+    group: str | None = None
+    """Column, such as a language, for each of whose values the accuracy is also given."""
+    positive: str | None = None
+    """Label word of the class of precision, recall and F1; null: accuracy and macro F1 alone."""
 
 
 class LmEval(Section):
@@ -88,7 +121,23 @@ class Alpaca(Section):
 
 
 class Generation(Section):
-    """How the evaluated model writes answers."""
+    """How the evaluated model writes answers, and the file of the task `generation`."""
+
+    path: str | None = None
+    """File of prompts with references for the task `generation`, or `tiny_summaries_test`, which ships with distft."""
+    reference: str | None = None
+    """Column of the references, each a text or a list of texts. null: `reference`, `references`, `response`,
+    `completion`, `output` or `answer`, whichever comes first, otherwise the last message of the conversation."""
+    metrics: list[Literal["exact_match", "rouge1", "rouge2", "rougeL", "chrf", "bleu"]] = Field(
+        ["exact_match", "rouge1", "rouge2", "rougeL", "chrf", "bleu"], min_length=1
+    )
+    """What the task `generation` measures."""
+    bleu_tokenize: Literal["13a", "intl", "char", "zh", "none"] = "13a"
+    """How sacrebleu splits texts into words for BLEU: `zh` for Chinese, `char` for other scripts without spaces."""
+    judged: bool = False
+    """Have evaluation.judge grade the answers of the task `generation` as well, given the first reference."""
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, json_schema_extra={"unit": "prompts"})
+    """Use only the first prompts of the file; null for all."""
 
     max_new_tokens: int = Field(512, ge=1, json_schema_extra=TOKENS)
     """Longest answer."""
@@ -149,6 +198,10 @@ class Judge(Section):
     connection. Waits 1, 2, 4, … seconds, at most 60, or as long as the server asks."""
 
 
+OF_TASK = ("path", "reference", "metrics", "bleu_tokenize", "judged", "limit")
+"""Keys of `generation` that concern the task of that name alone."""
+
+
 def _judge(value: Any) -> Any:
     return {"model": value} if isinstance(value, str) else value
 
@@ -189,6 +242,8 @@ class Evaluation(Section):
     """Tokens, with padding, that a device scores at once."""
     imdb: Imdb = Imdb()
     """Classification of reviews by label words."""
+    classification: Classification = Classification()
+    """Classification of your own texts."""
     lm_eval: LmEval = LmEval()
     """Benchmarks of lm-evaluation-harness."""
     mt_bench: MtBench = MtBench()

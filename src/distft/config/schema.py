@@ -241,8 +241,9 @@ class Data(Section):
     """The training data and its splits."""
 
     name: Annotated[Place, _NULLABLE] = ""
-    """`tiny`, `tiny_sentiment`, `tiny_preferences`, `dolly` or `imdb`; or a hub ID; or a .jsonl, .json, .csv, .tsv,
-    .parquet or .arrow file or a folder, local or at an address (https://, s3://, gs://, …). Null with `sources`."""
+    """`tiny`, `tiny_sentiment`, `tiny_preferences`, `tiny_languages`, `tiny_summaries`, `dolly` or `imdb`; or a hub ID;
+    or a .jsonl, .json, .csv, .tsv, .parquet or .arrow file or a folder, local or at an address (https://, s3://, gs://,
+    …). Null with `sources`."""
     path: Place | None = None
     """File or folder to read in place of the hub's copy, with the columns of `name`."""
     files: Place | list[Place] | None = None
@@ -264,7 +265,7 @@ class Data(Section):
     max_samples: int | None = Field(None, ge=1, json_schema_extra=SAMPLES)
     """Use only this many rows of the training split, drawn with run.seed; null for all."""
     format: Format | None = None
-    """Columns; null for `tiny`, `tiny_sentiment`, `tiny_preferences`, `dolly` and `imdb`, whose columns are known, and
+    """Columns; null for the data sets that `data.name` knows, whose columns are known, and
     for data whose columns say what they are."""
     sources: list[DataSource] | None = None
     """A mixture of several sources, in place of `name`, each with its own splits. All have weights, or none has."""

@@ -3,46 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from distft.config.recipe import Recipe
 from distft.data.formats import class_number, format_of, formatter
+from distft.data.labelled import Prompt, Review, continued, subset
 from distft.data.sources import KNOWN_DATASETS, HubSplit, read_data, read_source
 from distft.data.splits import split_rows
 from distft.data.templates import Example, format_review
 from distft.errors import DataError
-
-
-@dataclass(frozen=True)
-class Review:
-    """A row: its number in its source, its text, and its class number."""
-
-    row: int
-    text: str
-    label: int
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The tokens given to the model, and those of each label word after them (at least one each)."""
-
-    prefix: list[int]
-    continuations: list[list[int]]
-
-    @property
-    def nested(self) -> bool:
-        """Whether a label word begins with the tokens of another, whose probability then contains its own."""
-        ordered = sorted(self.continuations)
-        return any(longer[: len(shorter)] == shorter for shorter, longer in pairwise(ordered))
-
-    def ended(self, end: int) -> Prompt:
-        """With the token `end` after every label word."""
-        return Prompt(self.prefix, [[*tokens, end] for tokens in self.continuations])
 
 
 def words_of(recipe: Recipe) -> list[str]:
@@ -151,45 +121,7 @@ def _some(rows: list[Review]) -> list[Review]:
     return rows
 
 
-def subset(reviews: Sequence[Review], size: int | None, balanced: bool, seed: int, classes: int) -> list[Review]:
-    """`size` reviews (all if None) drawn by `seed`, in their original order.
-
-    If `balanced`, the same number of each class, which the rarest class limits.
-    """
-    order = np.random.default_rng(seed).permutation(len(reviews)).tolist()
-    if balanced:
-        of_class = [[i for i in order if reviews[i].label == label] for label in range(classes)]
-        each = min([len(members) for members in of_class] + ([] if size is None else [size // classes]))
-        order = [i for members in of_class for i in members[:each]]
-    return [reviews[i] for i in sorted(order if balanced else order[:size])]
-
-
 def prompt_of(review: str, words: Sequence[str], tokenizer: Any, max_length: int | None) -> Prompt:
-    """The review in IMDB's template, tokenized together with each word, as in training.
-
-    Reviews are truncated at their end to `max_length` tokens, the same for all words. If a tokenizer merges the end of
-    the prompt with a word, the merged token belongs to the continuation.
-    """
+    """The review in IMDB's template before each word. Reviews are truncated at their end."""
     example = format_review(review, "", completion_only=True)
-    tail_from = example.tail_from or 0
-    encoded = tokenizer([example.text + word for word in words], return_offsets_mapping=True, truncation=False)
-    ids = [list(row) for row in encoded["input_ids"]]
-    for row, offsets in zip(ids, encoded["offset_mapping"], strict=True):
-        if row[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:  # the tokenizer's own
-            row.pop()
-    begins = [
-        next(place for place, (_, end) in enumerate(offsets) if end > example.first_trained)
-        for offsets in encoded["offset_mapping"]
-    ]
-    cut = min(begins)
-    while any(row[:cut] != ids[0][:cut] for row in ids):
-        cut -= 1
-    prefix, continuations = ids[0][:cut], [row[cut:] for row in ids]
-    if max_length is not None:
-        over = (
-            len(prefix) + max(map(len, continuations)) + 1 - max_length
-        )  # 1 for the end of the sequence, as in training
-        tail = next(place for place, (_, end) in enumerate(encoded["offset_mapping"][0]) if end > tail_from)
-        if over > 0:
-            prefix = prefix[: max(tail - over, 0)] + prefix[tail:]
-    return Prompt(prefix, continuations)
+    return continued(example.text, example.tail_from or 0, words, tokenizer, max_length)

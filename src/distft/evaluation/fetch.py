@@ -33,4 +33,4 @@ def missing(recipe: Recipe) -> list[str]:
 
 def _has_local_judge(recipe: Recipe) -> bool:
     settings = recipe.evaluation
-    return settings.judge.endpoint is None and any(load_task(name).judged for name in settings.tasks)
+    return settings.judge.endpoint is None and any(load_task(name).asks_judge(settings) for name in settings.tasks)

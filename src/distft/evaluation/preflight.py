@@ -57,7 +57,7 @@ def faults(recipe: Recipe) -> list[Fault]:
     judged = False
     for name in recipe.evaluation.tasks:
         task = load_task(name)
-        judged = judged or task.judged
+        judged = judged or task.asks_judge(recipe.evaluation)
         for key, read in task.reads(recipe).items():
             if _is_evaluation(key) and not known & {key, f"evaluation.{name}"}:
                 found.extend(_faults_of(recipe, key, read))

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 from filelock import FileLock, Timeout
 
-from distft.config.evaluation import TaskName
+from distft.config.evaluation import OF_TASK, TaskName
 from distft.config.files import leaves
 from distft.config.recipe import Recipe
 from distft.console import say
@@ -147,7 +147,9 @@ def _settings(recipe: Recipe, task: TaskName) -> dict[str, Any]:
     settings = recipe.evaluation.model_dump()
     if recipe.evaluation.judge.endpoint is not None:
         settings["judge"]["endpoint"] = str(without_secrets(httpx.URL(recipe.evaluation.judge.endpoint)))
-    judged = ("generation", "judge") if load_task(task).judged else ()
+    judged = ("generation", "judge") if load_task(task).asks_judge(recipe.evaluation) else ()
+    if task != "generation":
+        settings["generation"] = {key: value for key, value in settings["generation"].items() if key not in OF_TASK}
     own = {key: settings[key] for key in (task, *judged, "seed", "max_samples") if key in settings}
     return own | {
         "model": recipe.model.name,

@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from distft.config.evaluation import TaskName
+from distft.config.evaluation import OF_TASK, TaskName
 from distft.config.recipe import Recipe
 from distft.data.patterns import Patterns, stem
 from distft.data.remote import Remote, is_remote
@@ -100,9 +100,15 @@ def asked(task: str, recipe: Recipe) -> str:
     """A digest of the settings that decide a task's result, besides model and data."""
     settings = recipe.evaluation.model_dump()
     judge = {key: value for key, value in settings["judge"].items() if key not in _HOW_ASKED}
-    generation = {key: value for key, value in settings["generation"].items() if key != "batch_tokens"}
-    judged = [generation, judge] if task in ("mt_bench", "alpaca") else []
-    parts = [settings.get(task), settings["seed"], settings["max_samples"], *judged]
+    generation = {
+        key: value
+        for key, value in settings["generation"].items()
+        if key != "batch_tokens" and (key not in OF_TASK or task == "generation")
+    }
+    is_judged = task in ("mt_bench", "alpaca") or (task == "generation" and recipe.evaluation.generation.judged)
+    judged = [generation, judge] if is_judged else []
+    own = generation if task == "generation" else settings.get(task)
+    parts = [own, settings["seed"], settings["max_samples"], *judged]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -65,6 +65,8 @@ class _Presentation:
 _PRESENTATION: Mapping[str, _Presentation] = {
     "perplexity": _Presentation(headline=("perplexity",)),
     "imdb": _Presentation(headline=("accuracy", "generation_accuracy"), prefix=True),
+    "classification": _Presentation(headline=("accuracy", "generation_accuracy"), prefix=True),
+    "generation": _Presentation(headline=("exact_match", "rougeL", "chrf", "bleu", "score"), prefix=True),
     "mt_bench": _Presentation(headline=("score",)),
     "alpaca": _Presentation(headline=("win_rate", "preferred_rate")),
 }

@@ -17,9 +17,10 @@ from distft.data.reviews import prompt_of
 from distft.data.toy import reviews as made
 from distft.distributed.world import World
 from distft.errors import DataError, ModelError
+from distft.evaluation.classify import parse
 from distft.evaluation.likelihood import continuation_log_likelihoods, trained_log_likelihoods
 from distft.evaluation.target import Target
-from distft.evaluation.tasks.imdb import ImdbTask, parse
+from distft.evaluation.tasks.imdb import ImdbTask
 from distft.runs.folder import RunFolder
 
 

@@ -10,23 +10,13 @@ from pathlib import Path
 from distft.config.evaluation import Evaluation
 from distft.distributed.process import say_once
 from distft.errors import MissingExtraError, ModelError
+from distft.evaluation.engines.lora import obstacle_to_lora
 from distft.evaluation.engines.transformers import TransformersEngine, max_positions
-from distft.evaluation.engines.vllm import LORA_RANKS, Served, VllmEngine
+from distft.evaluation.engines.vllm import Served, VllmEngine
 from distft.evaluation.generate import Engine, Template
 from distft.evaluation.target import SideName, Target
 from distft.models.generation import end_tokens
 from distft.models.loading import model_path
-
-_BEYOND_VLLM = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "target_parameters",
-    "rank_pattern",
-    "alpha_pattern",
-    "trainable_token_indices",
-)
-"""Settings of an adapter that vLLM refuses or ignores."""
 
 
 def choose_engine(target: Target, settings: Evaluation, side: SideName, template: Template) -> Engine:
@@ -74,14 +64,7 @@ def obstacle_to_vllm(target: Target) -> str | None:
         return "vLLM does not quantise the base as in training"
     if target.result is not None and target.is_adapter:
         adapter = json.loads((target.result / "adapter_config.json").read_text(encoding="utf-8-sig"))
-        for key in _BEYOND_VLLM:
-            if adapter.get(key):
-                return f"vLLM does not support adapters with {key}"
-        init, biases = str(adapter.get("init_lora_weights")), adapter.get("bias", "none")
-        if init.startswith(("pissa", "olora", "corda")) or biases != "none":
-            return "vLLM leaves the base's weights as they are, and this adapter changes them"
-        if adapter.get("r", 0) > max(LORA_RANKS):
-            return f"vLLM supports adapters up to rank {max(LORA_RANKS)}"
+        return obstacle_to_lora(adapter)
     return None
 
 

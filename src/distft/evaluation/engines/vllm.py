@@ -22,12 +22,11 @@ from typing import Any
 import httpx
 
 from distft.errors import ModelError
+from distft.evaluation.engines.lora import lora_words
 from distft.evaluation.engines.openai import Client
 from distft.evaluation.engines.supervise import GRACE_S
 from distft.evaluation.generate import Answer, Item, Message, Template, item_seed, render, token_ids
 
-LORA_RANKS = (8, 16, 32, 64, 128, 256)
-"""The LoRA ranks for which vLLM can reserve memory."""
 _BASE, _ADAPTER = "base", "adapter"  # the names under which the server knows the models
 _CONCURRENCY = 256  # vLLM batches by itself: this many requests keep it busy
 _TIMEOUT_S = 3_600.0  # a request waits for its turn on the server
@@ -84,14 +83,7 @@ class Served:
         if self.trust_remote_code:
             command += ["--trust-remote-code"]
         if self.adapter is not None:
-            reserved = next(rank for rank in LORA_RANKS if rank >= self.lora_rank)
-            command += [
-                "--enable-lora",
-                "--max-lora-rank",
-                str(reserved),
-                "--lora-modules",
-                f"{_ADAPTER}={self.adapter}",
-            ]
+            command += lora_words(_ADAPTER, self.adapter, self.lora_rank)
         return command
 
     @property

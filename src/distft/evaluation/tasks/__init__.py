@@ -50,6 +50,10 @@ class Task(ABC):
     judged: ClassVar[bool] = False
     """Whether a judge rates the answers. If so, the judge is checked and fetched, and its settings are recorded."""
 
+    def asks_judge(self, settings: Evaluation) -> bool:
+        """Whether a judge rates the answers under these settings."""
+        return self.judged
+
     @abstractmethod
     def run(self, target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
         """Measure every side of `target`. All ranks call this, and all get the same result, which must be JSON.

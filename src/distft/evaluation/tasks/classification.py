@@ -1,127 +1,103 @@
-"""Figures of a classifier whose answer may also be unparsable, with intervals, for base and adapter on the same items.
-
-Values are scikit-learn's. Accuracy, precision, recall and the unparsed are shares and have Wilson's intervals. F1 is
-not, and has the bootstrap's, with the same samples for both sides.
-"""
+"""Classification of texts in a file of the user's, in the template that the model was trained with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
+from distft.config.evaluation import Evaluation
+from distft.config.recipe import Recipe
+from distft.data.labelled import TEXT, Prompt, continued, drawn, file_of, load_labelled
+from distft.distributed.collectives import together
+from distft.errors import DataError
+from distft.evaluation.classify import Classified, classify
+from distft.evaluation.generate import Template, render
+from distft.evaluation.sets import DataOf
+from distft.evaluation.target import Target
+from distft.evaluation.tasks import Task
+from distft.evaluation.template import prompt_template
 
-from distft.evaluation.metrics import figure_of
-from distft.evaluation.target import SideName
-from distft.stats import RESAMPLES, Estimate, Floats, correlation, metrics_of_matrices
-
-Classes = NDArray[np.int64]
-"""Class numbers, [items]; in predictions, the number of classes marks an answer that could not be parsed."""
-
-_TITLES = {
-    "accuracy": "accuracy",
-    "precision": "precision",
-    "recall": "recall",
-    "f1": "F1",
-    "macro_f1": "macro F1",
-    "unparsed": "answers without a label word",
-}
+_KEY = "evaluation.classification"
+_PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""Stands for the text while the prompt is rendered."""
 
 
-def figures(
-    labels: Classes, predicted: Mapping[SideName, Classes], classes: int, positive: int, seed: int, how: str = ""
-) -> dict[str, dict[str, Any]]:
-    """Every metric as a figure; `how` ends the titles."""
-    counts = [item_counts(labels, values, positive) for values in predicted.values()]
-    return {
-        name: figure_of(
-            *estimates,
-            title=_TITLES[name] + how,
-            better="lower" if name == "unparsed" else "higher",
-            # The sides predict the class `positive` for different numbers of items: the smaller number counts.
-            count=min(side.get(name, len(labels)) for side in counts),
+class ClassificationTask(Task):
+    """Classify the texts with both sides."""
+
+    packages: ClassVar = {"sklearn": "scikit-learn"}
+
+    def data(self, recipe: Recipe) -> DataOf | None:
+        path = recipe.evaluation.classification.path
+        return DataOf.at(file_of(path)) if path else None
+
+    def reads(self, recipe: Recipe) -> Mapping[str, Callable[[], object]]:
+        return {f"{_KEY}.path": lambda: _read(recipe.evaluation)}
+
+    def run(self, target: Target, settings: Evaluation, folder: Path) -> dict[str, Any]:
+        """Raises:
+        DataError: the texts cannot be read, or a prompt leaves no room for them.
+        """
+        section = settings.classification
+        words, rows, positive = together(target.world, lambda: _read(settings))
+        template = together(target.world, lambda: prompt_template(target, settings))
+        max_length = section.max_length or target.recipe.training.get("max_length", 1024)
+        head, tail = around(target.tokenizer, template.name, section.prompt)
+        prompts = [prompt_of(row.text, head, tail, words, target.tokenizer, max_length, template.name) for row in rows]
+        asked = Classified("classification", section, words, rows, prompts, positive)
+        return {"texts": len(rows)} | classify(asked, target, settings, folder, template.record())
+
+
+TASK = ClassificationTask()
+
+
+def _read(settings: Evaluation) -> tuple[list[str], list[Any], int | None]:
+    """The label words, the rows to classify, and the number of the positive class, if there is one.
+
+    Raises:
+        DataError: no file is named, it cannot be read, or the settings do not fit it.
+    """
+    section = settings.classification
+    if section.path is None:
+        raise DataError(f"is required for this task: texts with classes\n  {_KEY}.path=FILE")
+    if section.prompt.count(TEXT) != 1:
+        raise DataError(f"{_KEY}.prompt must have {TEXT} once, where the text is to stand; got {section.prompt!r}")
+    words, available = load_labelled(section, section.path, f"{_KEY}.path")
+    positive = None
+    if section.positive is not None:
+        known = [word.casefold() for word in words]
+        if section.positive.casefold() not in known:
+            raise DataError(f"{_KEY}.positive={section.positive} is not a label word; there are {', '.join(words)}")
+        positive = known.index(section.positive.casefold())
+    return words, drawn(section, available, settings.seed, len(words)), positive
+
+
+def around(tokenizer: Any, template: Template, prompt: str) -> tuple[str, str]:
+    """What stands before and after the text in a rendered `prompt`."""
+    rendered = render(tokenizer, template, [{"role": "user", "content": prompt.replace(TEXT, _PLACE)}])
+    head, _, tail = rendered.partition(_PLACE)
+    if template == "plain" and not tail[-1:].isspace():
+        tail += " "  # as between a prompt and its completion
+    return head, tail
+
+
+def require_room(
+    head: str, tail: str, words: list[str], tokenizer: Any, max_length: int | None, template: Template
+) -> None:
+    """Raises DataError if the question alone takes `max_length` tokens."""
+    question = continued(head + tail, len(head), words, tokenizer, None, special=template != "chat")
+    needed = len(question.prefix) + max(map(len, question.continuations)) + 1
+    if max_length is not None and needed >= max_length:
+        raise DataError(
+            f"the question takes {needed} of {max_length} tokens, which leaves no room for a text; raise "
+            f"{_KEY}.max_length, or shorten {_KEY}.prompt"
         )
-        for name, estimates in compare(labels, predicted, classes, positive, seed).items()
-    }
 
 
-def confusion(labels: Classes, predicted: Classes, classes: int) -> list[list[int]]:
-    """Counts as [class][predicted class], with the unparsed in the last column."""
-    from sklearn.metrics import confusion_matrix
-
-    matrix = confusion_matrix(labels, predicted, labels=range(classes + 1))[:classes]
-    return [[int(count) for count in row] for row in matrix]
-
-
-def metrics(labels: Classes, predicted: Classes, classes: int, positive: int) -> dict[str, float]:
-    """Accuracy, precision, recall and F1 of the class `positive`, macro F1, and the share of unparsed answers.
-
-    A rate with a zero denominator is 0.
-    """
-    from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
-
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        labels, predicted, labels=[positive], average="macro", zero_division=0
-    )
-    return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "precision": float(precision),
-        "recall": float(recall),
-        "f1": float(f1),
-        "macro_f1": float(f1_score(labels, predicted, labels=range(classes), average="macro", zero_division=0)),
-        "unparsed": float((predicted == classes).mean()),
-    }
-
-
-def item_counts(labels: Classes, predicted: Classes, positive: int) -> dict[str, int]:
-    """The denominator of each metric that is a share."""
-    return {
-        "accuracy": len(labels),
-        "precision": int((predicted == positive).sum()),
-        "recall": int((labels == positive).sum()),
-        "unparsed": len(labels),
-    }
-
-
-def compare(
-    labels: Classes, predicted: Mapping[SideName, Classes], classes: int, positive: int, seed: int
-) -> dict[str, list[Estimate | None]]:
-    """Every metric of base, adapter (None if there is none) and their difference.
-
-    Shares have Wilson's intervals, and their difference Newcombe's with the correlation of the sides over bootstrap
-    samples. F1 has the bootstrap's. A bootstrap sample draws how often each combination of class and predictions
-    occurs (multinomial), which makes ten thousand samples cheap.
-    """
-    sides = list(predicted)
-    combinations, counts = np.unique(
-        np.stack([labels, *(predicted[side] for side in sides)]), axis=1, return_counts=True
-    )
-    drawn = np.random.default_rng(seed).multinomial(len(labels), counts / len(labels), size=RESAMPLES)
-    resampled: dict[SideName, dict[str, Floats]] = {}
-    for number, side in enumerate(sides, 1):
-        matrices = np.zeros((RESAMPLES, classes, classes + 1))
-        for column, (label, guess) in enumerate(zip(combinations[0], combinations[number], strict=True)):
-            matrices[:, label, guess] += drawn[:, column]
-        resampled[side] = metrics_of_matrices(matrices, positive)
-    values = {side: metrics(labels, predicted[side], classes, positive) for side in sides}
-    items = {side: item_counts(labels, predicted[side], positive) for side in sides}
-    found: dict[str, list[Estimate | None]] = {}
-    for name in values[sides[0]]:
-        is_share = name in items[sides[0]]
-        own = [
-            Estimate.proportion(values[side][name], items[side][name])
-            if is_share
-            else Estimate.bootstrap(values[side][name], resampled[side][name])
-            for side in sides
-        ]
-        if len(sides) < 2:
-            found[name] = [*own, None, None]
-            continue
-        one, other = (resampled[side][name] for side in sides)
-        if is_share:
-            difference = Estimate.share_difference(own[0], own[1], correlation(one, other))
-        else:
-            difference = Estimate.bootstrap(own[1].value - own[0].value, other - one)
-        found[name] = [*own, difference]
-    return found
+def prompt_of(
+    text: str, head: str, tail: str, words: list[str], tokenizer: Any, max_length: int | None, template: Template
+) -> Prompt:
+    """The text between `head` and `tail` before each label word. A text that is too long is cut at its end."""
+    text = head + text.strip()
+    return continued(text + tail, len(text), words, tokenizer, max_length, special=template != "chat")
