@@ -42,15 +42,8 @@ def test_vllm_is_given_base_and_adapter(monkeypatch: pytest.MonkeyPatch) -> None
     ]
     whole = Served("/merged", "mine", "float32")
     assert words_of(whole, "vllm")[-4:] == ["--dtype", "float32", "--served-model-name", "mine"]
-    assert words_of(whole, "transformers")[1:] == [
-        "/merged",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "8000",
-        "--dtype",
-        "float32",
-    ]
+    ours = ["serve", "mine", "--host", "127.0.0.1", "--port", "8000", "--dtype", "float32"]
+    assert words_of(whole, "transformers") == ours
 
 
 def test_what_vllm_cannot_load_as_an_adapter_is_merged(adapter: Path, tmp_path: Path) -> None:
@@ -80,9 +73,8 @@ def test_a_real_server_answers_as_the_model_in_this_process(adapter: Path, tmp_p
     expected = Chat(target, "instruction", Sampling(6)).ask(TURNS[0]["content"], lambda text: None).text
     served = prepare(request, "transformers", tmp_path, base=False)
     port = free_port()
-    process = subprocess.Popen(
-        command("transformers", served, "127.0.0.1", port), env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    words, slow = command("transformers", served, "127.0.0.1", port), {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, cwd=tmp_path, env=slow)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=300) as client:
             for _ in range(900):
@@ -92,7 +84,7 @@ def test_a_real_server_answers_as_the_model_in_this_process(adapter: Path, tmp_p
                         break
                 except httpx.TransportError:
                     time.sleep(0.5)
-            asked = {"model": served.model, "messages": TURNS[:1], "max_tokens": 6, "temperature": 0, "stream": False}
+            asked = {"model": served.name, "messages": TURNS[:1], "max_tokens": 6, "temperature": 0, "stream": False}
             answer = client.post("/v1/chat/completions", json=asked).raise_for_status().json()
     finally:
         process.terminate()

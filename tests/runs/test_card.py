@@ -18,6 +18,7 @@ model: {name: BASE}
 data: {sources: [{name: dolly}, {name: /home/me/secret-place/chats.jsonl, format: {messages: messages}}]}
 """
 SUMMARY: dict[str, Any] = {
+    "recipe": "ddp_qlora",
     "strategy": "ddp",
     "world_size": 2,
     "global_batch_size": 64,
@@ -70,6 +71,8 @@ def test_the_text_says_how_it_was_made_and_nothing_of_the_machine(tmp_path: Path
         "A LoRA adapter for `meta-llama/Llama-2-7b-hf`, trained on `databricks/databricks-dolly-15k` and `chats.jsonl` "
         "(76,800 samples, 15,000,000 tokens) with distft.",
         "| held-out loss | 2.0000 | 1.5000 |",
+        "| recipe | `ddp_qlora`, sft |",
+        "| template | Dolly's instructions and the tokenizer's chat template |",
         "| strategy | ddp, 2 processes |",
         "| global batch | 64 samples |",
         "| base weights | 4-bit |",
@@ -82,6 +85,19 @@ def test_the_text_says_how_it_was_made_and_nothing_of_the_machine(tmp_path: Path
         assert f"\n{line}\n" in f"\n{text}\n", line
     assert "secret-place" not in text and str(tmp_path) not in text
     assert "More Information Needed" not in text and "None" not in text
+
+
+def test_emissions_follow_from_the_energy_and_what_the_user_says_of_electricity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, text = card_of(tmp_path / "plain", "org/base")
+    assert "CO₂" not in text and "co2_eq_emissions" not in plain.data.to_dict()
+    monkeypatch.setattr("tests.runs.test_card.RECIPE", RECIPE + "tracking: {co2_g_per_kwh: 380}\n")
+    card, text = card_of(tmp_path / "told", "org/base")
+    assert "| CO₂ of that energy | 380 g, at 380 g/kWh |" in text
+    assert card.data.to_dict()["co2_eq_emissions"]["emissions"] == 380
+    _, text = card_of(tmp_path / "unmeasured", "org/base", energy_j=None)
+    assert "CO₂" not in text
 
 
 def test_figures_of_an_evaluation_have_their_intervals(tmp_path: Path) -> None:

@@ -50,12 +50,12 @@ def serve(options: argparse.Namespace) -> int:
         if options.dry_run:
             print(shlex.join(words))
             return 0
-        name = served.name if program == "vllm" else served.model
-        say(f"{program} serves {options.model} at http://{options.host}:{options.port}/v1 as {name}; Ctrl-C ends it")
+        where = f"http://{options.host}:{options.port}/v1"
+        say(f"{program} serves {options.model} at {where} under the name {served.name}; Ctrl-C ends it")
         if options.host not in _LOOPBACK:
             say(f"warning: whoever reaches {options.host} can use it; there is no key")
         try:
-            code = subprocess.run(words, check=False).returncode
+            code = subprocess.run(words, check=False, cwd=folder).returncode
         except KeyboardInterrupt:
             return 0
     if code:

@@ -347,6 +347,8 @@ class Tracking(Section):
     """W&B group of runs."""
     tags: list[str] = []
     """W&B tags."""
+    co2_g_per_kwh: float | None = Field(None, ge=0, json_schema_extra={"unit": "g CO₂/kWh"})
+    """What a kilowatt-hour of your electricity emits; the model card then names the emissions of the training."""
     throughput_warmup_steps: int = Field(3, ge=0, json_schema_extra=STEPS)
     """First steps to exclude from the run's samples/s and tokens/s (warm-up of allocator, kernels and caches)."""
     profile_steps: int = Field(0, ge=0, json_schema_extra=STEPS)

@@ -33,7 +33,7 @@ _INSTRUCTION = (
     "{% for message in messages %}{% if message['role'] == 'user' %}### Instruction:\n{{ message['content'] }}\n\n"
     "### Response:\n{% elif message['role'] == 'assistant' %}{{ message['content'] | trim }}\n\n{% endif %}{% endfor %}"
 )
-_PLAIN = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}\n\n{% endif %}{% endfor %}"
+_PLAIN = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
 _TEMPLATES = {"instruction": _INSTRUCTION, "plain": _PLAIN}
 """What distft trains with where there is no chat template, as one."""
 _NOT_WEIGHTS = ("tokenizer", "chat_template", "special_tokens", "vocab", "merges", "added_tokens")
@@ -42,7 +42,8 @@ _NOT_WEIGHTS = ("tokenizer", "chat_template", "special_tokens", "vocab", "merges
 
 @dataclass(frozen=True)
 class Served:
-    """What a server loads: a `model`, and perhaps an `adapter` of some `rank` on it. Clients ask for `name`."""
+    """What a server loads: a `model`, and perhaps an `adapter` of some `rank` on it. Clients ask for `name`, and
+    `transformers serve` takes this name for a folder where it is started."""
 
     model: str
     name: str
@@ -61,7 +62,8 @@ def command(program: Program, served: Served, host: str, port: int) -> list[str]
         MissingExtraError: the server of transformers is not installed.
         LaunchError: the program is not there.
     """
-    words = [_path_of(program), "serve", served.model, "--host", host, "--port", str(port), "--dtype", served.dtype]
+    model = served.name if program == "transformers" else served.model
+    words = [_path_of(program), "serve", model, "--host", host, "--port", str(port), "--dtype", served.dtype]
     words += ["--trust-remote-code"] if served.trust_remote_code else []
     if program == "transformers":
         for module in _SERVER_OF_TRANSFORMERS:
@@ -113,16 +115,17 @@ def prepare(request: Request, program: Program, folder: Path, *, base: bool) -> 
             adapter: dict[str, Any] = {"adapter": str(result), "rank": int(settings["r"]), "tokenizer": str(folder)}
             return Served(model_path(recipe), revision=recipe.model.revision, **adapter, **options)
         assert result is not None
-        return Served(str(_with_tokenizer(_merged(request, result, folder, why), tokenizer, folder)), **options)
+        place = folder / options["name"]
+        return Served(str(_with_tokenizer(_merged(request, result, folder, why), tokenizer, place)), **options)
     place = model_path(recipe) if result is None else str(result)
     if (weights := local_folder(place)) is None:  # on the hub, with a tokenizer of its own
         return Served(place, revision=recipe.model.revision, **options)
-    return Served(str(_with_tokenizer(weights, tokenizer, folder)), **options)
+    return Served(str(_with_tokenizer(weights, tokenizer, folder / options["name"])), **options)
 
 
 def _merged(request: Request, adapter: Path, folder: Path, why: str) -> Path:
     run = request.run
-    target = folder / "merged" if run is None or adapter != run.adapter else run.merged
+    target = folder / ".merged" if run is None or adapter != run.adapter else run.merged
     if target.is_dir():
         weights = adapter / "adapter_model.safetensors"
         if weights.is_file() and weights.stat().st_mtime > (target / "config.json").stat().st_mtime:
@@ -133,9 +136,8 @@ def _merged(request: Request, adapter: Path, folder: Path, why: str) -> Path:
     return target
 
 
-def _with_tokenizer(weights: Path, tokenizer: Any, folder: Path) -> Path:
-    """A folder in `folder` with links to the files of `weights`, and the files of `tokenizer` in place of its own."""
-    place = folder / "model"
+def _with_tokenizer(weights: Path, tokenizer: Any, place: Path) -> Path:
+    """The folder `place` with links to the files of `weights`, and the files of `tokenizer` in place of its own."""
     place.mkdir(parents=True)
     for file in weights.iterdir():
         if file.is_file() and not file.name.startswith(_NOT_WEIGHTS):

@@ -13,8 +13,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from distft.config.recipe import Recipe, load_recipe
+from distft.config.schema import Data
 from distft.data.formats import format_of, is_chat
-from distft.data.sources import KNOWN_DATASETS
+from distft.data.sources import KNOWN_DATASETS, parts_of
 from distft.files import write_atomically
 from distft.models.loading import model_path
 from distft.models.locations import local_folder, may_be_on_hub
@@ -44,7 +45,7 @@ def write_card(folder: RunFolder, result: Path) -> None:
         "## How it was trained",
         _table(_training(recipe, summary)),
         "## Where it was trained",
-        _table(_machine(summary, environment)),
+        _table(_machine(recipe, summary, environment)),
     ]
     write_atomically(result / "README.md", f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
@@ -67,8 +68,18 @@ def _metadata(recipe: Recipe, summary: Mapping[str, Any], name: str, *, adapter:
         license=_license(recipe),
         model_name=name,
         pipeline_tag="text-generation",
+        co2_eq_emissions=_emissions_metadata(recipe, summary),
         tags=["distft", recipe.objective, *(["lora"] if recipe.lora is not None else [])],
     )
+
+
+def _emissions_metadata(recipe: Recipe, summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """As the hub expects it, in grams."""
+    grams = _emissions(recipe, summary)
+    if grams is None:
+        return None
+    source = f"measured energy of the GPUs, at {recipe.tracking.co2_g_per_kwh:g} g/kWh"
+    return {"emissions": round(grams, 3), "source": source, "training_type": "fine-tuning"}
 
 
 def _on_hub(name: str) -> bool:
@@ -133,15 +144,20 @@ def _how_to_load(recipe: Recipe, name: str, *, adapter: bool) -> str:
     )
     return (
         f"{_HERE} is the folder of this file. {prompt}\n\n```python\n{code}\n```\n\n"
-        f"- distft: `distft chat {_HERE}`\n- vLLM: `vllm serve {served}`\n- llama.cpp: {llama}"
+        f"- distft: `distft chat {_HERE}`, or `distft serve {_HERE}` for OpenAI clients\n"
+        f"- vLLM: `vllm serve {served}`\n- llama.cpp: {llama}"
     )
 
 
 def _changes(summary: Mapping[str, Any]) -> str:
     """A table of what was evaluated: by `distft evaluate`, with intervals, or by the run itself."""
+    results = summary.get("evaluation") or {}
     rows = [
-        (figure["title"], *(with_interval(figure.get(side), figure["form"]) for side in ("base", "adapter")))
-        for result in (summary.get("evaluation") or {}).values()
+        (
+            f"{task}: {figure['title']}" if len(results) > 1 else figure["title"],
+            *(with_interval(figure.get(side), figure["form"]) for side in ("base", "adapter")),
+        )
+        for task, result in results.items()
         for figure in result["figures"].values()
         if not figure.get("detail")
     ]
@@ -158,6 +174,10 @@ def _changes(summary: Mapping[str, Any]) -> str:
 
 def _training(recipe: Recipe, summary: Mapping[str, Any]) -> Iterator[Row]:
     lora, training = recipe.lora, recipe.training
+    yield "recipe", f"`{Path(summary['recipe']).name}`, {recipe.objective}" if summary.get("recipe") else None
+    yield "base", f"`{_base(recipe)}`" + (f", licence {found}" if (found := _license(recipe)) else "")
+    yield "data", ", ".join(f"`{name}`" for name in _names(recipe))
+    yield "template", _template(recipe)
     yield "strategy", f"{summary['strategy']}, {count(summary.get('world_size') or 1, 'process')}"
     yield "base weights", {4: "4-bit", 8: "8-bit"}.get(recipe.bits, recipe.model.dtype)
     yield "adapter", None if lora is None else f"LoRA, r={lora.get('r', 8)}, alpha={lora.get('lora_alpha', 8)}"
@@ -172,13 +192,36 @@ def _training(recipe: Recipe, summary: Mapping[str, Any]) -> Iterator[Row]:
     yield "digest of the adapter it started from", summary.get("start_digest")
 
 
-def _machine(summary: Mapping[str, Any], environment: Mapping[str, Any]) -> Iterator[Row]:
+def _template(recipe: Recipe) -> str:
+    """What prompts are rendered with."""
+    return " and ".join(dict.fromkeys(map(_template_of, parts_of(recipe.data).values())))
+
+
+def _template_of(data: Data) -> str:
+    form = format_of(data)
+    if is_chat(data):
+        name = data.chat_template
+        return "the tokenizer's chat template" if name is None else f"the chat template `{Path(name).name}`"
+    if form is not None and (form.instruction or form.review):
+        return "Dolly's instructions" if form.instruction else "reviews with a sentiment"
+    return "none"
+
+
+def _emissions(recipe: Recipe, summary: Mapping[str, Any]) -> float | None:
+    """Grams of CO₂ of the energy that was measured; None if that, or what electricity emits, is not known."""
+    joules, rate = summary.get("energy_j"), recipe.tracking.co2_g_per_kwh
+    return None if joules is None or rate is None else joules / _JOULES_PER_KWH * rate
+
+
+def _machine(recipe: Recipe, summary: Mapping[str, Any], environment: Mapping[str, Any]) -> Iterator[Row]:
     gpus = environment.get("gpus") or []
     names = {gpu["name"]: sum(other["name"] == gpu["name"] for other in gpus) for gpu in gpus}
     yield "hardware", " and ".join(f"{number} × {name}" for name, number in names.items()) or "CPU"
     seconds, joules = summary.get("train_time_s"), summary.get("energy_j")
     yield "time", None if seconds is None else f"{seconds / 60:,.1f} minutes"
     yield "energy of the GPUs", None if joules is None else f"{joules / _JOULES_PER_KWH:,.3f} kWh"
+    grams, rate = _emissions(recipe, summary), recipe.tracking.co2_g_per_kwh
+    yield "CO₂ of that energy", None if grams is None else f"{grams:,.3g} g, at {rate:g} g/kWh"
     packages = environment.get("packages") or {}
     yield "packages", ", ".join(f"{name} {packages[name]}" for name in _PACKAGES if packages.get(name)) or None
 
