@@ -33,7 +33,9 @@ _INSTRUCTION = (
     "{% for message in messages %}{% if message['role'] == 'user' %}### Instruction:\n{{ message['content'] }}\n\n"
     "### Response:\n{% elif message['role'] == 'assistant' %}{{ message['content'] | trim }}\n\n{% endif %}{% endfor %}"
 )
-_PLAIN = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
+_PLAIN = (
+    "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
+)
 _TEMPLATES = {"instruction": _INSTRUCTION, "plain": _PLAIN}
 """What distft trains with where there is no chat template, as one."""
 _NOT_WEIGHTS = ("tokenizer", "chat_template", "special_tokens", "vocab", "merges", "added_tokens")
