@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from trl import DPOConfig
+from trl import DPOConfig, KTOConfig
 
 from distft.config.preference import LOSS_TYPES, Preference
 from distft.config.recipe import load_recipe
@@ -17,6 +17,7 @@ def test_the_losses_and_defaults_are_trl_s() -> None:
     fields = {each.name: each for each in dataclasses.fields(DPOConfig)}
     text = fields["loss_type"].metadata["help"]
     assert set(LOSS_TYPES) == {name.strip("'`") for name in text.split("are: ")[1].split(".")[0].split(", ")}
+    fields |= {each.name: each for each in dataclasses.fields(KTOConfig) if each.name.endswith("desirable_weight")}
     for name, field in Preference.model_fields.items():
         default = fields[name].default
         assert field.default == (["sigmoid"] if name == "loss_type" else default) or name == "loss_type"
@@ -35,6 +36,15 @@ def test_the_losses_and_defaults_are_trl_s() -> None:
         (("data.train_on=all",), "data.train_on", "is for objective=sft"),
         (("data.order=loss",), "data.order", "scores single answers"),
         (("batching.micro_batch_tokens=auto",), "batching.micro_batch_tokens", "measures single answers"),
+        (("preference.loss_type=[orpo,sft]",), "preference.loss_type", "not summed with other losses"),
+        (("preference.loss_type=orpo", "preference.ld_alpha=0.5"), "preference.ld_alpha", "no effect on orpo"),
+        (("preference.desirable_weight=2",), "preference.desirable_weight", "single answers with a label"),
+        (("preference.loss_type=orpo", "batching.share_prompts=true"), "batching.share_prompts", "learns from prompts"),
+        (
+            ("preference.loss_type=kto", "data.name=tiny_ratings", "batching.global_batch_size=1"),
+            "batching.global_batch_size",
+            "to other prompts",
+        ),
         (("preference.loss_type=dpo",), "preference.loss_type", "expected 'sigmoid'"),
         (
             ("preference.loss_type=[sigmoid,sft]", "preference.loss_weights=[1.0]"),

@@ -122,7 +122,7 @@ def test_the_format_of_real_data_is_told(shared_data: Path, name: str, columns: 
     ("name", "problem"),
     [
         ("dpo_sample", r"pairs of preferences, chosen and rejected, and objective=sft.*\n  set objective=dpo"),
-        ("kto_sample", "which distft does not train on yet"),
+        ("kto_sample", r"\n  to train on the labels, set objective=dpo preference.loss_type=kto"),
     ],
 )
 def test_sft_refuses_real_preferences_and_says_what_to_set(shared_data: Path, name: str, problem: str) -> None:

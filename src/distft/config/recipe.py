@@ -68,13 +68,30 @@ class Recipe(Section):
 
     @property
     def prefers(self) -> bool:
-        """Whether the samples are pairs of answers."""
+        """Whether answers are preferred to others: those of a pair, or with a label."""
         return self.objective == "dpo"
 
     @property
     def shares_prompts(self) -> bool | Literal["auto"]:
         """Whether a pack has the prompt of a pair once."""
-        return self.prefers and self.batching.micro_batch_tokens is not None and self.batching.share_prompts
+        if not self.pairs or self.scores_prompts or self.batching.micro_batch_tokens is None:
+            return False
+        return self.batching.share_prompts
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the samples are pairs of answers."""
+        return self.prefers and not self.rates
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether the loss of a pair counts the prompt of the chosen answer, too."""
+        return self.pairs and not (self.preference or Preference()).refers
+
+    @property
+    def rates(self) -> bool:
+        """Whether the samples are single answers that a label calls good or bad."""
+        return self.prefers and (self.preference or Preference()).unpaired
 
     @property
     def bits(self) -> int:
@@ -266,13 +283,14 @@ def _check_objective(recipe: Recipe, fault: Callable[..., None]) -> None:
         return
     for name, *texts in (recipe.preference or Preference()).problems():
         fault(f"preference.{name}", *texts)
-    if recipe.lora is None:
+    preference = recipe.preference or Preference()
+    if recipe.lora is None and preference.refers:
         fault("lora", "objective=dpo compares the model with its adapter on and off", "add a lora section")
     init = str((recipe.lora or {}).get("init_lora_weights", True)).lower()
-    if init.startswith(REWRITES) and recipe.adapter is None:
+    if init.startswith(REWRITES) and recipe.adapter is None and preference.refers:
         problem = f"{init} changes the weights of the base, which is the reference of objective=dpo"
         fault("lora.init_lora_weights", problem, "set it to true")
-    if (recipe.lora or {}).get("bias", "none") != "none":
+    if (recipe.lora or {}).get("bias", "none") != "none" and preference.refers:
         problem = "trains biases of the base, which is the reference of objective=dpo"
         fault("lora.bias", problem, "set it to none")
     if recipe.training.get("completion_only_loss") is not None:
@@ -286,6 +304,13 @@ def _check_objective(recipe: Recipe, fault: Callable[..., None]) -> None:
     if recipe.data.train_on != "assistant":
         hint = "leave it out: of a pair, the answers count"
         fault("data.train_on", "is for objective=sft", hint)
+    if recipe.batching.share_prompts is True and (recipe.rates or recipe.scores_prompts):
+        loss = next(iter(preference.weights))
+        why = "learns from prompts as well" if recipe.scores_prompts else "has one answer for each prompt"
+        fault("batching.share_prompts", f"preference.loss_type={loss} {why}", "set it to auto")
+    if recipe.rates and "kto" in preference.weights and recipe.batching.global_batch_size == 1:
+        problem = "kto compares each answer with those to other prompts of the global batch, which has one sample"
+        fault("batching.global_batch_size", problem, "set it to at least 2")
     if recipe.data.streaming:
         fault("data.streaming", "reads single answers, not pairs", "set data.streaming=false")
     if recipe.data.order == "loss":

@@ -172,7 +172,7 @@ class Quantization(Section):
 
 class Format(Section):
     """Which columns hold what: `messages`; `text`; `prompt` and `completion`; `instruction` and `response`; `review`
-    and `label`; or, for `objective: dpo`, `chosen` and `rejected`."""
+    and `label`; or, for `objective: dpo`, `chosen` and `rejected`, or answers with a `label`."""
 
     messages: str | None = None
     """Column of conversations: a list of messages with `role` and `content`, or with `from` and `value`."""
@@ -200,9 +200,20 @@ class Format(Section):
     review: str | None = None
     """Column of texts to classify (IMDB's template)."""
     label: str | None = None
-    """Column of class numbers, 0 … n-1 (IMDB's template)."""
+    """Column of class numbers, 0 … n-1 (IMDB's template); with `messages`, or `prompt` and `completion`, and
+    `preference.loss_type: kto`, of true for good answers and false for bad ones."""
     label_words: list[str] = ["negative", "positive"]
     """The word for each class number."""
+
+    @property
+    def rated(self) -> bool:
+        """Whether a label says of each answer whether it is good."""
+        return self.label is not None and (self.messages is not None or self.completion is not None)
+
+    @property
+    def prefers(self) -> bool:
+        """Whether answers are preferred to others: those of a pair, or with a label."""
+        return self.chosen is not None or self.rated
 
 
 _NULLABLE = BeforeValidator(lambda name: name or "", json_schema_input_type=str | None)
@@ -241,7 +252,7 @@ class Data(Section):
     """The training data and its splits."""
 
     name: Annotated[Place, _NULLABLE] = ""
-    """`tiny`, `tiny_sentiment`, `tiny_preferences`, `tiny_languages`, `tiny_summaries`, `dolly` or `imdb`; or a hub ID;
+    """`tiny`, `tiny_sentiment`, `tiny_preferences`, `tiny_ratings`, `tiny_languages`, `tiny_summaries`, `dolly` or `imdb`; or a hub ID;
     or a .jsonl, .json, .csv, .tsv, .parquet or .arrow file or a folder, local or at an address (https://, s3://, gs://,
     …). Null with `sources`."""
     path: Place | None = None

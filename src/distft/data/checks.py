@@ -19,6 +19,7 @@ from distft.data.files import DataFile
 from distft.data.formats import check_columns, format_of, format_rows, is_chat, kind_of
 from distft.data.inference import with_format
 from distft.data.named_templates import name_problem
+from distft.data.pairs import wrong_samples
 from distft.data.sources import (
     KNOWN_DATASETS,
     Rows,
@@ -79,18 +80,8 @@ def data_faults(recipe: Recipe) -> list[Fault]:
         except DataError as error:
             fault("data.format", str(error))
             return found
-        if (kind == "pair") != recipe.prefers:
-            problem = "names single answers" if recipe.prefers else "names pairs of answers, chosen and rejected"
-            fault(
-                "data.format",
-                f"{problem}, and objective={recipe.objective}",
-                "set "
-                + (
-                    "data.format.chosen and data.format.rejected, or objective=sft"
-                    if recipe.prefers
-                    else "objective=dpo"
-                ),
-            )
+        if (problem := wrong_samples(recipe, form)) is not None:
+            fault("data.format", *problem)
         if kind == "text" and recipe.training.get("completion_only_loss"):
             fault(
                 "training.completion_only_loss",

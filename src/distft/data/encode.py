@@ -29,8 +29,9 @@ class Sample(NamedTuple):
     """Has a trained token."""
     marked: Mapping[str, int] = {}
     trained: Mapping[str, int] = {}
-    chosen: int = 0
-    """Of a pair, the tokens of the better sequence, which the other follows in `ids` and `labels`; else 0."""
+    chosen: int | None = None
+    """Of a pair, the tokens of the better sequence, which the other follows in `ids` and `labels`. Of an answer with a
+    label, all tokens if it is good, or none."""
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> list[Sample]:
@@ -39,7 +40,11 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int | None) 
         assert len(pairs) == len(examples)
         chosen, rejected = (_encode(each, tokenizer, max_length) for each in zip(*pairs, strict=True))
         return list(map(_joined, chosen, rejected))
-    return _encode(examples, tokenizer, max_length)
+    found = _encode(examples, tokenizer, max_length)
+    return [
+        each if example.good is None else each._replace(chosen=len(each.ids) if example.good else 0)
+        for example, each in zip(examples, found, strict=True)
+    ]
 
 
 def _joined(chosen: Sample, rejected: Sample) -> Sample:

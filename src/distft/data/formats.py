@@ -30,6 +30,8 @@ _KINDS = {
     "text": {"text"},
     "prompt": {"prompt", "completion"},
     "pair": {"chosen", "rejected"},
+    "rated messages": {"messages", "label"},
+    "rated prompt": {"prompt", "completion", "label"},
     "dolly": {"instruction", "response"},
     "review": {"review", "label"},
 }
@@ -38,6 +40,8 @@ _OPTIONAL = {
     "messages": {"tools", "system"},
     "prompt": {"tools"},
     "pair": {"prompt", "tools", "system"},
+    "rated messages": {"tools", "system"},
+    "rated prompt": {"tools"},
     "dolly": {"context", "system"},
 }
 _COLUMNS = (
@@ -81,7 +85,8 @@ def kind_of(form: Format) -> str:
             return kind
     raise DataError(
         "set messages; or text; or prompt and completion; or instruction, response and optionally context; or review "
-        f"and label; or, with objective=dpo, chosen and rejected (got {', '.join(sorted(given)) or 'none'})"
+        "and label; or, with objective=dpo, chosen and rejected, or answers and label (got "
+        f"{', '.join(sorted(given)) or 'none'})"
     )
 
 
@@ -158,7 +163,7 @@ def formatter(recipe: Recipe, tokenizer: Any = None) -> Formatter:
     form, through_chat = format_of(recipe.data), is_chat(recipe.data)
     assert form is not None
     template, problem = None, None
-    if tokenizer is not None and (through_chat or kind_of(form) in ("prompt", "pair")):
+    if tokenizer is not None and (through_chat or kind_of(form) in ("prompt", "pair", "rated prompt")):
         from distft.data.chat_template import chat_template
 
         try:
@@ -308,6 +313,20 @@ def _format_pair(form: Format, rules: _Rules, row: Mapping[str, Any]) -> Example
     return pair_of(*map(rules.example, both), has_prompt=shared > 0)
 
 
+def _format_rated(form: Format, rules: _Rules, row: Mapping[str, Any]) -> Example | Dropped:
+    """A conversation, or a prompt and a completion, with a label."""
+    good = truth(row.get(form.label or "label"))
+    if good is None:
+        raise DataError(f"column {form.label!r} contains {row.get(form.label or '')!r}; expected true or false")
+    made = (_format_messages if form.messages else _format_prompt)(form, rules, row)
+    return made if isinstance(made, Dropped) else replace(made, good=good)
+
+
+def truth(value: Any) -> bool | None:
+    """A truth value, which text files may write as `true`, `True` or `1`; None if it is none."""
+    return {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+
+
 def _format_instruction(form: Format, rules: _Rules, row: Mapping[str, Any]) -> Example | Dropped:
     response = _text(row, form.response)
     if not response.strip():
@@ -341,6 +360,8 @@ _FORMATTERS = {
     "text": _format_text,
     "prompt": _format_prompt,
     "pair": _format_pair,
+    "rated messages": _format_rated,
+    "rated prompt": _format_rated,
     "dolly": _format_instruction,
     "review": _format_review,
 }

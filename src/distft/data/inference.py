@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from distft.config.recipe import Recipe
 from distft.config.schema import Data, Format
 from distft.data.conversations import has_messages
-from distft.data.formats import format_of
+from distft.data.formats import format_of, truth
 from distft.data.named_templates import OWN
 from distft.data.pairs import is_answer
 from distft.data.sources import read_data
@@ -50,8 +50,13 @@ def with_format(recipe: Recipe, tokenizer: Any = None) -> tuple[Recipe, str | No
     data = recipe.data
     if format_of(data) is not None:
         return recipe, None
-    form, what = infer(data)
-    if recipe.prefers and form.chosen is None:
+    form, what = infer(data, rated=recipe.rates)
+    if recipe.rates and form.chosen is not None:
+        raise DataError(
+            "preference.loss_type needs answers with a label, and the data have pairs of preferences, "
+            f"{form.chosen} and {form.rejected}\n  set preference.loss_type=sigmoid, or write each answer into a row of its own"
+        )
+    if recipe.pairs and form.chosen is None:
         raise DataError(
             f"objective=dpo needs pairs of answers, and the data are {what.split('; ')[0].removeprefix('read as ')}\n"
             "  name the columns: data.format.chosen=COLUMN data.format.rejected=COLUMN, and data.format.prompt=COLUMN "
@@ -73,8 +78,8 @@ def with_format(recipe: Recipe, tokenizer: Any = None) -> tuple[Recipe, str | No
     return recipe.model_copy(update={"data": data.model_copy(update=changes)}), what
 
 
-def infer(data: Data) -> Inferred:
-    """The format of the rows that `data` names.
+def infer(data: Data, *, rated: bool = False) -> Inferred:
+    """The format of the rows that `data` names; `rated`, of answers with a label.
 
     Raises:
         DataError: they cannot be read, or no format or several fit their columns.
@@ -84,21 +89,22 @@ def infer(data: Data) -> Inferred:
     if not rows:
         raise DataError(f"{source.name} is empty")
     try:
-        return format_of_rows(rows)
+        return format_of_rows(rows, rated=rated)
     except DataError as error:
         raise DataError(f"the data ({source.name}) {error}") from None
 
 
-def format_of_rows(rows: Sequence[Mapping[str, Any]]) -> Inferred:
-    """The format of these rows.
+def format_of_rows(rows: Sequence[Mapping[str, Any]], *, rated: bool = False) -> Inferred:
+    """The format of these rows; `rated`, of answers with a label.
 
     Raises:
         DataError: none or several fit; the message follows the name of the data.
     """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     first = {column: _first(rows, column) for column in columns}
-    _refuse_marked_answers(first)
-    found = _pairs(first) or _candidates(first)
+    if not rated:
+        _refuse_marked_answers(first)
+    found = _pairs(first) or (_rated(first) if rated else _candidates(first))
     if len(found) > 1:
         kinds = "; or ".join(what for _, what in found)
         raise DataError(f"can be read in several ways: {kinds}. The columns are {', '.join(columns)}\n  {_HINT}")
@@ -167,13 +173,28 @@ def _pairs(first: Mapping[str, Any]) -> list[Inferred]:
     return [Inferred(form, f"pairs of preferences, chosen and rejected, {asked}")]
 
 
+def _rated(first: Mapping[str, Any]) -> list[Inferred]:
+    """The formats of answers with a label that fit."""
+    if truth(first.get("label")) is None:
+        raise DataError(
+            "have no column label that says of each answer, with true or false, whether it is good\n  name yours with "
+            "data.format.label=COLUMN, and the answers with data.format.messages=COLUMN, or data.format.prompt=COLUMN "
+            "data.format.completion=COLUMN"
+        )
+    return [
+        Inferred(form.model_copy(update={"label": "label"}), f"{what}, with a label")
+        for form, what in _candidates(first)
+        if form.messages or form.completion
+    ]
+
+
 def _refuse_marked_answers(first: Mapping[str, Any]) -> None:
     answers = any(has_messages(value) or column == "completion" for column, value in first.items())
     if answers and isinstance(first.get("label"), bool):
         raise DataError(
-            "mark answers as good or bad in the column label, which distft does not train on yet\n  to train on all of "
-            "them, name the columns: data.format.messages=COLUMN, or data.format.prompt=COLUMN "
-            "data.format.completion=COLUMN"
+            "mark answers as good or bad in the column label\n  to train on the labels, set objective=dpo "
+            "preference.loss_type=kto (recipe=kto has it); to train on all answers, name the columns: "
+            "data.format.messages=COLUMN, or data.format.prompt=COLUMN data.format.completion=COLUMN"
         )
 
 

@@ -23,8 +23,10 @@ class Collator:
     `for_head`, the batch also has what `trained_positions` returns, as `scored` and `targets`.
 
     With `pairs`, each sample is a pair, of which the two sequences become two rows or samples of the pack, the chosen
-    one first. The batch then also has what `trained_counts` returns, as `counts`. With `shared`, the prompt of a pair
-    is in the pack once (`data.shared_prompts`).
+    one first. With `rated`, it is an answer with a label, and the batch has `good` [samples]. Either way, the batch has
+    what `trained_counts` returns, as `counts`. With `whole_chosen`, the sequence of a chosen answer is trained from its
+    second token on, and `answers` says which of the scored positions are of answers. With `shared`, the prompt of a
+    pair is in the pack once (`data.shared_prompts`).
     """
 
     def __init__(
@@ -35,10 +37,13 @@ class Collator:
         multiple: int | None = None,
         for_head: bool = False,
         pairs: bool = False,
+        rated: bool = False,
+        whole_chosen: bool = False,
         shared: bool = False,
     ) -> None:
         self._pad_token, self._fill_to = pad_token, (multiple or 1) if packed else 1
-        self._multiple, self._for_head, self._pairs, self._shared = multiple or 1, for_head, pairs, shared
+        self._multiple, self._for_head, self._pairs = multiple or 1, for_head, pairs
+        self._rated, self._whole_chosen, self._shared = rated, whole_chosen, shared
         self._collate = DataCollatorForLanguageModeling(
             pad_token, padding_free=packed, pad_to_multiple_of=None if packed else multiple
         )
@@ -46,16 +51,34 @@ class Collator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if self._shared:
             return shared_row(rows, self._pad_token, self._multiple)
-        sequences = rows = sequences_of(rows) if self._pairs else rows
+        good = torch.tensor([row["chosen"] > 0 for row in rows], dtype=torch.bool) if self._rated else None
+        plain = sequences_of(rows) if self._pairs else rows
+        sequences = rows = [*map(_whole, plain, [True, False] * len(rows))] if self._whole_chosen else plain
         missing = -sum(len(row["input_ids"]) for row in rows) % self._fill_to if rows else 1
         if missing:
             rows = [*rows, {"input_ids": [self._pad_token] * missing, "labels": [IGNORED] * missing}]
         batch: dict[str, Any] = self._collate(rows)
         if self._for_head:
             batch["scored"], batch["targets"] = trained_positions(batch["labels"], self._multiple)
-        if self._pairs:
+        if self._pairs or self._rated:
             batch["counts"] = trained_counts(sequences, batch["targets"].shape[1])
+        if good is not None:
+            batch["good"] = good
+        if self._whole_chosen:
+            of = [
+                answer != IGNORED
+                for each, own in zip(sequences, plain, strict=True)
+                for label, answer in zip(each["labels"][1:], own["labels"][1:], strict=True)
+                if label != IGNORED
+            ]
+            batch["answers"] = torch.tensor([*of, *[False] * (batch["targets"].shape[1] - len(of))])
         return batch
+
+
+def _whole(sequence: dict[str, Any], chosen: bool) -> dict[str, Any]:
+    """The sequence, of which all is trained if its answer is the chosen one."""
+    ids = sequence["input_ids"]
+    return {"input_ids": ids, "labels": [IGNORED, *ids[1:]]} if chosen else sequence
 
 
 def trained_positions(labels: torch.Tensor, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,13 +6,28 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from distft.config.recipe import Recipe
+from distft.config.schema import Format
 from distft.data.conversations import Conversation, has_messages
 from distft.data.templates import Dropped, Example
+from distft.data.tokenize import IGNORED
 from distft.errors import DataError
 
 SAME = Dropped("a chosen answer that equals the rejected one")
 NO_ANSWER = Dropped("an empty answer of a pair")
 _NO_PROMPT = "a pair without a prompt"
+
+
+def mismatched(row: Mapping[str, Any], other: Mapping[str, Any], max_length: int | None) -> dict[str, list[int]]:
+    """The prompt of one prepared answer with the answer of another, cut to `max_length` tokens, as a sample.
+
+    An answer begins with the first trained token.
+    """
+    first, start = (next(at for at, label in enumerate(each["labels"]) if label != IGNORED) for each in (row, other))
+    return {
+        "input_ids": [*row["input_ids"][:first], *other["input_ids"][start:]][:max_length],
+        "labels": [*[IGNORED] * first, *other["labels"][start:]][:max_length],
+    }
 
 
 def sequences_of(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -27,6 +42,29 @@ def sequences_of(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def is_answer(value: Any) -> bool:
     """Whether `value` is what a column of answers may hold: a text, a message, or a list of messages."""
     return isinstance(value, str) or has_messages([value] if isinstance(value, Mapping) else value)
+
+
+def wrong_samples(recipe: Recipe, form: Format) -> tuple[str, str] | None:
+    """What is wrong with columns of this kind for the recipe's objective, and what to do; None if nothing is."""
+    loss = (
+        ""
+        if not recipe.prefers or recipe.preference is None
+        else f" preference.loss_type={recipe.preference.loss_type}"
+    )
+    asked = f"objective={recipe.objective}{loss if recipe.rates else ''}"
+    if form.rated and not recipe.rates:
+        return (
+            f"names answers with a label, and {asked}",
+            "set objective=dpo preference.loss_type=kto (recipe=kto has it)",
+        )
+    if form.chosen is not None and not recipe.pairs:
+        set_ = "set preference.loss_type=sigmoid" if recipe.rates else "set objective=dpo"
+        return f"names pairs of answers, chosen and rejected, and {asked}", set_
+    if recipe.pairs and form.chosen is None:
+        return f"names single answers, and {asked}", "set data.format.chosen and data.format.rejected, or objective=sft"
+    if recipe.rates and not form.rated:
+        return f"names answers without a label, and {asked}", "set data.format.label, or objective=sft"
+    return None
 
 
 def pair_of(chosen: Example | Dropped, rejected: Example | Dropped, *, has_prompt: bool) -> Example | Dropped:

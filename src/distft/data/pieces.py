@@ -35,7 +35,8 @@ whether it is among the samples (TRAINED), was TRUNCATED, and that inside a turn
 could not be (UNCUTTABLE)."""
 SAMPLES_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 PAIRS_SCHEMA = SAMPLES_SCHEMA.append(pa.field("chosen", pa.int32()))
-"""Of a pair, the sequence with the chosen answer has the first `chosen` tokens, the one with the rejected the rest."""
+"""Of a pair, the sequence with the chosen answer has the first `chosen` tokens, the one with the rejected the rest.
+Of an answer with a label, one has all."""
 _AT_ONCE = 1 << 18
 """Characters of text whose tokens are in memory at once."""
 
@@ -73,7 +74,7 @@ class Worker:
         total = samples = 0
         with (
             pa.OSFile(f"{path}.arrow", "wb") as sink,
-            pa.ipc.new_stream(sink, SAMPLES_SCHEMA if self.apply.form.chosen is None else PAIRS_SCHEMA) as writer,
+            pa.ipc.new_stream(sink, PAIRS_SCHEMA if self.apply.form.prefers else SAMPLES_SCHEMA) as writer,
             path.with_suffix(".texts").open("wb") as texts,
         ):
             for examples in _at_once(self._examples(segments, counts, difficulties)):
@@ -127,6 +128,8 @@ def digest_record(example: Example) -> bytes:
     """The text of an example and its trained parts: what a digest of the data consists of."""
     parts = example.trained if example.rendered else [example.first_trained]
     record = json.dumps([example.text, *parts]).encode()
+    if example.good is not None:
+        return record + (b" good" if example.good else b" bad")
     return record if example.rejected is None else record + digest_record(example.rejected)
 
 
@@ -171,6 +174,6 @@ def record_batch(samples: Sequence[Sample]) -> pa.RecordBatch:
     columns: list[Any] = [
         pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(each), pa.int32())) for each in (ids, labels)
     ]
-    if not any(sample.chosen for sample in samples):
+    if samples[0].chosen is None:
         return pa.record_batch(columns, schema=SAMPLES_SCHEMA)
     return pa.record_batch([*columns, pa.array([sample.chosen for sample in samples], pa.int32())], schema=PAIRS_SCHEMA)

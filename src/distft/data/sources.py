@@ -17,7 +17,7 @@ from distft.connection import cache_if_unreachable
 from distft.data.files import DataFile, Row, exists, files_at, left_out, path_of, suffix_of
 from distft.data.patterns import Patterns, stem
 from distft.data.remote import Remote, is_remote
-from distft.data.toy import tiny_preferences, tiny_sentiment
+from distft.data.toy import tiny_preferences, tiny_ratings, tiny_sentiment
 from distft.errors import DataError
 from distft.paths import packaged
 from distft.text import first_line, shorten
@@ -41,6 +41,7 @@ class KnownDataset:
 _INSTRUCTIONS = Format(instruction="instruction", context="context", response="response")
 _ANSWERS = Format(instruction="instruction", response="response")
 _PAIRS = Format(prompt="prompt", chosen="chosen", rejected="rejected")
+_RATINGS = Format(prompt="prompt", completion="completion", label="label")
 _REVIEWS = Format(review="text", label="label")
 KNOWN_DATASETS = {
     "tiny": KnownDataset(_INSTRUCTIONS, file="assets/tiny_instructions.jsonl"),
@@ -50,6 +51,7 @@ KNOWN_DATASETS = {
     "tiny_languages_test": KnownDataset(_ANSWERS, file="assets/tiny_languages_test.jsonl"),
     "tiny_summaries": KnownDataset(_ANSWERS, file="assets/tiny_summaries.jsonl"),
     "tiny_summaries_test": KnownDataset(_ANSWERS, file="assets/tiny_summaries_test.jsonl"),
+    "tiny_ratings": KnownDataset(_RATINGS, build=tiny_ratings),
     "dolly": KnownDataset(_INSTRUCTIONS, hub="databricks/databricks-dolly-15k"),
     "imdb": KnownDataset(_REVIEWS, hub="stanfordnlp/imdb", test_split="test"),
 }

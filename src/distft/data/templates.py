@@ -45,6 +45,8 @@ class Example:
     """What the report counts about this row, such as `null prompt`."""
     rejected: Example | None = None
     """Of a pair, the example with the worse answer; this one has the better."""
+    good: bool | None = None
+    """Of an answer with a label, what the label says."""
 
     @classmethod
     def trained_from(cls, text: str, start: int = 0, **fields: Any) -> Example:

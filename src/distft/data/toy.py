@@ -17,6 +17,7 @@ from distft.paths import cache_folder
 
 ROWS = 1_200
 SEED = 7
+PROMPT = "Write a review of a film.\n\n"
 
 _OPENINGS = (
     "I saw this {thing} on {day}.",
@@ -75,6 +76,11 @@ def tiny_preferences() -> Path:
     return _file("tiny_preferences", preferences())
 
 
+def tiny_ratings() -> Path:
+    """The same for the built-in answers with a label."""
+    return _file("tiny_ratings", ratings())
+
+
 def _file(name: str, rows: list[dict[str, Any]]) -> Path:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     file = cache_folder() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
@@ -102,7 +108,13 @@ def preferences(count: int = ROWS // 2) -> list[dict[str, Any]]:
     """`count` rows with a positive and a negative review each."""
     texts = [row["text"] for row in reviews(2 * count)]
     pairs = zip(texts[1::2], texts[::2], strict=True)
-    return [{"prompt": "Write a review of a film.\n\n", "chosen": one, "rejected": other} for one, other in pairs]
+    return [{"prompt": PROMPT, "chosen": one, "rejected": other} for one, other in pairs]
+
+
+def ratings(count: int = ROWS) -> list[dict[str, Any]]:
+    """`count` rows with a review each, which is to be preferred if it is positive."""
+    rows = reviews(count)
+    return [{"prompt": PROMPT, "completion": row["text"], "label": bool(row["label"])} for row in rows]
 
 
 def _fill(template: str, label: int, draw: random.Random) -> str:

@@ -164,7 +164,9 @@ def _changes(summary: Mapping[str, Any]) -> str:
     before, after = summary.get("eval_before") or {}, summary.get("eval_after") or {}
     if not rows and before and after:
         rows = [
-            (f"held-out {name}", f"{before[name]:,.4f}", f"{after[name]:,.4f}") for name in before if name != "pairs"
+            (f"held-out {name}", f"{before[name]:,.4f}", f"{after[name]:,.4f}")
+            for name in before
+            if name not in ("pairs", "answers")
         ]
     if not rows:
         return ""

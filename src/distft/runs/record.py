@@ -133,8 +133,12 @@ class Record:
         facts = self._facts
         lines = selection_lines(facts)
         if facts.get("eval_before"):
-            pairs = "rewards/accuracies" in facts["eval_before"]
-            key, label = ("rewards/accuracies", "reward accuracy") if pairs else ("perplexity", "perplexity")
+            labels = {
+                "rewards/accuracies": "reward accuracy",
+                "rewards/margins": "reward margin",
+                "perplexity": "perplexity",
+            }
+            key, label = next((key, label) for key, label in labels.items() if key in facts["eval_before"])
             before, after = facts["eval_before"][key], facts["eval_after"][key]
             lines.append(f"held-out {label}: {before:,.2f} before, {after:,.2f} after")
         if facts.get("samples_per_second"):

@@ -7,7 +7,7 @@ tokens alone, so that no logits of a whole sequence exist.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,8 @@ KL = "kl_per_token"
 class Compared(NamedTuple):
     """What a micro-batch says of the model and the reference."""
 
-    pairs: Pairs
+    pairs: Pairs | None
+    """None for losses over something else."""
     losses: torch.Tensor
     """Of each pair, without `sft`, [pairs]."""
     likelihood: torch.Tensor
@@ -70,9 +71,15 @@ class PreferenceTrainer(Trainer):
 
     def step_sizes(self, batches: Sequence[Mapping[str, Any]]) -> torch.Tensor:
         """The pairs, and the tokens of chosen answers, in the `batches` of all ranks, [2]. All ranks enter."""
-        sizes = [_sizes(batch["counts"]) for batch in batches]
+        sizes = [self._sizes(batch) for batch in batches]
         summed: torch.Tensor = self.accelerator.reduce(torch.stack(sizes).sum(0).to(self.args.device), reduction="sum")
         return summed
+
+    def _sizes(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The number of pairs in a micro-batch, and of the tokens of their chosen answers, [2]."""
+        counts = inputs["counts"]
+        chosen = counts[:-1:2]
+        return torch.stack([torch.full_like(counts[0], len(chosen)), chosen.sum()])
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -90,11 +97,11 @@ class PreferenceTrainer(Trainer):
             entropy, trained = outputs.entropy.detach().sum(), outputs.label_mask.sum()
             sums = torch.stack([entropy, auxiliary.detach(), trained, trained.new_full((), number)])
             self._pair_sums += torch.cat([sums, figures.flatten()])
-        whole = _sizes(inputs["counts"]) if num_items_in_batch is None else num_items_in_batch
+        whole = self._sizes(inputs) if num_items_in_batch is None else num_items_in_batch
         everyone = 1 if num_items_in_batch is None else self.accelerator.num_processes  # ranks average their gradients
         of_pairs, of_tokens = whole.clamp(min=1)
         total = (losses.sum() + self.router_aux_loss_coef * auxiliary) / of_pairs
-        return everyone * (total - self._preference.weights.get("sft", 0.0) * likelihood / of_tokens)
+        return (everyone * (total - self._preference.likelihood_weight * likelihood / of_tokens)).float()
 
     def _compare(self, model: Any, inputs: dict[str, Any]) -> Compared:
         counts = inputs["counts"]
@@ -105,13 +112,13 @@ class PreferenceTrainer(Trainer):
         outputs = self._score(model, inputs)
         answers = self._answers(outputs.log_probs, counts)
         lengths = counts[:-1]
-        pairs = Pairs(*_halves(answers), *_halves(reference), *_halves(lengths))
+        pairs = Pairs(*halves(answers), *halves(reference), *halves(lengths))
         losses = pair_losses(pairs, self._preference)
         if self._preference.use_weighting:
             typical = (outputs.log_probs - outputs.log_sum_sq_probs).detach()
-            chosen, rejected = _halves((_sums(typical, counts) / lengths.clamp(min=1)).exp())
+            chosen, rejected = halves((sums_of(typical, counts) / lengths.clamp(min=1)).exp())
             losses = losses * chosen * rejected
-        likelihood = _sums(outputs.log_probs, counts)[::2].sum()
+        likelihood = sums_of(outputs.log_probs, counts)[::2].sum()
         kl = torch.stack([drift(outputs.log_probs, of_reference), outputs.label_mask.sum()])
         return Compared(pairs, losses, likelihood, outputs, torch.cat([self._figures(pairs), kl[:, None]], 1))
 
@@ -133,7 +140,7 @@ class PreferenceTrainer(Trainer):
             shared, starts = (torch.repeat_interleave(each, counts, output_size=size) for each in (shared, starts))
             beyond = torch.arange(size, device=counts.device) - starts >= shared
             log_probs = log_probs * torch.where(beyond, self._preference.ld_alpha, 1.0)
-        return _sums(log_probs, counts)
+        return sums_of(log_probs, counts)
 
     def _figures(self, pairs: Pairs) -> torch.Tensor:
         """The sums of FIGURES over the pairs, without gradients, and the number of pairs, [2, figures]."""
@@ -189,7 +196,7 @@ class PreferenceTrainer(Trainer):
             inputs = upstream_api.to_trainer_device(self, inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
                 found = self._compare(self.model, inputs)
-            sums = [found.losses.sum()[None], found.likelihood[None], _sizes(inputs["counts"]), found.figures.flatten()]
+            sums = [found.losses.sum()[None], found.likelihood[None], self._sizes(inputs), found.figures.flatten()]
             total += torch.cat([each.double() for each in sums])
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         summed: torch.Tensor = self.accelerator.reduce(total, reduction="sum")
@@ -197,7 +204,7 @@ class PreferenceTrainer(Trainer):
 
     def _means(self, sums: torch.Tensor) -> dict[str, float]:
         loss, likelihood, number, tokens, *figures = sums.tolist()
-        mean = loss / max(number, 1) - self._preference.weights.get("sft", 0.0) * likelihood / max(tokens, 1)
+        mean = loss / max(number, 1) - self._preference.likelihood_weight * likelihood / max(tokens, 1)
         return {"loss": mean} | self._metrics_of(figures) | {"pairs": number}
 
     def _metrics_of(self, figures: Sequence[float]) -> dict[str, float]:
@@ -206,18 +213,29 @@ class PreferenceTrainer(Trainer):
         return {name: total / max(size, 1) for name, total, size in zip(self.measured, sums, sizes, strict=True)}
 
 
-def trainer_class(recipe: Recipe) -> Callable[..., Trainer] | None:
+def trainer_class(recipe: Recipe) -> functools.partial[Trainer] | None:
     """What makes the trainer of the recipe's objective; None for that of SFT."""
+    from distft.training.odds_ratio import OddsRatioTrainer  # these import this module
+    from distft.training.rated import RatedTrainer
+
     if not recipe.prefers:
         return None
-    return functools.partial(
-        PreferenceTrainer, preference=recipe.preference or Preference(), on_adapter=recipe.adapter is not None
-    )
+    preference, on_adapter = recipe.preference or Preference(), recipe.adapter is not None
+    if preference.unpaired:
+        length = recipe.training.get("max_length", 1024)
+        return functools.partial(RatedTrainer, preference=preference, on_adapter=on_adapter, max_length=length)
+    if not preference.refers:
+        return functools.partial(OddsRatioTrainer, preference=preference)
+    return functools.partial(PreferenceTrainer, preference=preference, on_adapter=on_adapter)
 
 
 def other_forwards(recipe: Recipe) -> float:
-    """How many forward passes each token takes besides that of the trained model: one of the reference."""
-    return 1.0 if recipe.prefers else 0.0
+    """How many forward passes each token takes besides that of the trained model: one of the reference; with `kto`, two
+    of both models on mismatched answers."""
+    preference = recipe.preference or Preference()
+    if not (recipe.prefers and preference.refers):
+        return 0.0
+    return 3.0 if "kto" in preference.weights else 1.0
 
 
 def drift(log_probs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -238,7 +256,7 @@ def preference_notes(recipe: Recipe) -> list[str]:
     sorting = [name for name in (recipe.preference or Preference()).weights if name.startswith("aot")]
     return [
         *(
-            [f"lora.lora_dropout={dropout:g} is off: objective=dpo compares the model with its reference without noise"]
+            [f"lora.lora_dropout={dropout:g} is off: preferences are compared without noise, as in TRL"]
             if dropout
             else []
         ),
@@ -250,18 +268,12 @@ def preference_notes(recipe: Recipe) -> list[str]:
     ]
 
 
-def _sums(log_probs: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def sums_of(log_probs: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """The sum of the log-probabilities of each sequence's trained tokens, [sequences]. Without atomics, so that it is
-    the same every time."""
-    return torch.segment_reduce(log_probs.flatten().float(), "sum", lengths=counts, unsafe=True)[:-1]
+    the same every time, and in fp64: the difference of two sums of hundreds of nats is what counts."""
+    return torch.segment_reduce(log_probs.flatten().double(), "sum", lengths=counts, unsafe=True)[:-1]
 
 
-def _halves(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def halves(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of values [sequences], those of the chosen and those of the rejected answers, [pairs] each."""
     return values[::2], values[1::2]
-
-
-def _sizes(counts: torch.Tensor) -> torch.Tensor:
-    """The number of pairs, and of the tokens of chosen answers, [2]."""
-    chosen = counts[:-1:2]
-    return torch.stack([torch.full_like(counts[0], len(chosen)), chosen.sum()])

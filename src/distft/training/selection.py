@@ -123,6 +123,8 @@ def _unknown(recipe: Recipe, metric: str) -> Fault:
 
 def _fits(recipe: Recipe, metric: str) -> bool:
     """Whether evaluations of the recipe's objective measure this."""
+    if metric == f"{REWARDS}accuracies" and recipe.rates:
+        return False
     return metric == "eval_loss" or metric.startswith(REWARDS) == recipe.prefers
 
 

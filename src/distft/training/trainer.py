@@ -32,9 +32,9 @@ from distft.training.metrics import perplexity
 from distft.training.nonfinite import BadNumbers
 from distft.training.reviews import ValidationReviews
 
-_OURS = ("scored", "targets", "counts")
+_OURS = ("scored", "targets", "counts", "good", "answers")
 """What `data.loader` adds to a batch: for the head, the trained positions of the flattened rows, and their tokens; of
-pairs, how many of them each sequence has."""
+preferences, how many of them each sequence has, which answers are good, and which positions are of answers."""
 
 
 def build_trainer(
@@ -97,7 +97,9 @@ def collator(recipe: Recipe, strategy: Strategy, tokenizer: Any) -> Collator:
         packed=packed,
         multiple=multiple,
         for_head=True,
-        pairs=recipe.prefers,
+        pairs=recipe.pairs,
+        rated=recipe.rates,
+        whole_chosen=recipe.scores_prompts,
         shared=recipe.shares_prompts is True,
     )
 
