@@ -35,7 +35,6 @@ def test_the_losses_and_defaults_are_trl_s() -> None:
         (("training.loss_type=dft",), "training.loss_type", "set preference.loss_type"),
         (("data.train_on=all",), "data.train_on", "is for objective=sft"),
         (("data.order=loss",), "data.order", "scores single answers"),
-        (("batching.micro_batch_tokens=auto",), "batching.micro_batch_tokens", "measures single answers"),
         (("preference.loss_type=[orpo,sft]",), "preference.loss_type", "not summed with other losses"),
         (("preference.loss_type=orpo", "preference.ld_alpha=0.5"), "preference.ld_alpha", "no effect on orpo"),
         (("preference.desirable_weight=2",), "preference.desirable_weight", "single answers with a label"),

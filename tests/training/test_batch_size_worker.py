@@ -12,12 +12,14 @@ import torch
 from transformers import TrainerCallback
 
 from distft.config.recipe import Recipe, load_recipe
+from distft.data.pairs import sequences_of
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import Strategy
 from distft.runs.folder import RunFolder
 from distft.training.arguments import PACK_MULTIPLE, pad_multiple
 from distft.training.batch_size_worker import PASSES, ProbeTrainer, probe_recipe, setup_probe
 from distft.training.callbacks import FSDPPrefetch
+from distft.training.preference import PreferenceTrainer
 from distft.training.setup import open_run, setup_data, setup_model, setup_strategy, setup_trainer
 from distft.training.trainer import Trainer
 
@@ -130,3 +132,24 @@ def test_packs_on_a_gpu_are_padded_to_a_multiple_that_their_size_decides(budget:
     given = load_recipe(["recipe=tiny", "strategy=single", "training.pad_to_multiple_of=7"])
     assert pad_multiple(given, strategy) == 7
     assert pad_multiple(load_recipe(["recipe=tiny", "strategy=single"]), strategy) is None
+
+
+@pytest.mark.parametrize("batching", ["batching.micro_batch=auto", "batching.micro_batch_tokens=auto"])
+def test_pairs_are_measured_with_the_loss_of_the_run(tmp_path: Path, batching: str) -> None:
+    """Padded, both rows of a pair are as wide as the longer answer, so that its tokens alone do not say how heavy it
+    is."""
+    words = ["recipe=dpo", "strategy=single", "model.dtype=float32", "data.max_samples=20", "tracking.report_to=[]"]
+    packs = ["batching.micro_batch_tokens=null"] * ("tokens" not in batching)
+    recipe = probe_recipe([*words, *packs, batching, "batching.global_batch_size=4"])
+    strategy = setup_strategy(recipe, Launcher())
+    data = setup_data(recipe, strategy)
+    probe = setup_probe(recipe, strategy, data, RunFolder(tmp_path), lambda sizes: [])
+    assert isinstance(probe, PreferenceTrainer) and isinstance(probe, ProbeTrainer)
+    if packs:
+        widest = max(len(each["input_ids"]) for each in sequences_of(data.splits.train))
+        assert {tuple(batch["input_ids"].shape) for batch in probe.get_train_dataloader()} == {
+            (2 * size, widest) for size in (1, 2, 4)
+        }
+    probe.args.max_steps = 2
+    probe.train()
+    assert probe.state.global_step == 2

@@ -315,9 +315,6 @@ def _check_objective(recipe: Recipe, fault: Callable[..., None]) -> None:
         fault("data.streaming", "reads single answers, not pairs", "set data.streaming=false")
     if recipe.data.order == "loss":
         fault("data.order", "loss scores single answers, not pairs", "set shuffled, length or a column of numbers")
-    if recipe.micro_batch_is_auto:
-        key = "micro_batch" if recipe.batching.micro_batch_tokens is None else "micro_batch_tokens"
-        fault(f"batching.{key}", "auto measures single answers, not pairs", "set a number")
 
 
 def _validate(values: dict[str, Any], source: Source, faults: list[Fault]) -> Recipe | None:

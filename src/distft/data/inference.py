@@ -54,7 +54,7 @@ def with_format(recipe: Recipe, tokenizer: Any = None) -> tuple[Recipe, str | No
     if recipe.rates and form.chosen is not None:
         raise DataError(
             "preference.loss_type needs answers with a label, and the data have pairs of preferences, "
-            f"{form.chosen} and {form.rejected}\n  set preference.loss_type=sigmoid, or write each answer into a row of its own"
+            f"{form.chosen} and {form.rejected}\n  set preference.loss_type=sigmoid, or write each answer into a row"
         )
     if recipe.pairs and form.chosen is None:
         raise DataError(

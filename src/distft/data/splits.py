@@ -136,6 +136,15 @@ def lengths_of(samples: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.asarray(lengths if rows is None else lengths[rows], dtype=np.int64)
 
 
+def padded_lengths(samples: Dataset, *, pairs: bool) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Tokens that each sample takes in padded rows; of a pair, both rows are as wide as the longer sequence."""
+    lengths = lengths_of(samples)
+    if not pairs:
+        return lengths
+    chosen = np.asarray(samples.with_format("numpy")["chosen"][:], dtype=np.int64)
+    return 2 * np.maximum(chosen, lengths - chosen)
+
+
 def longest_sequence(samples: Dataset) -> int:
     """Tokens of the longest sequence: of a pair, the longer of its two."""
     lengths = lengths_of(samples)

@@ -27,6 +27,7 @@ from distft.config.recipe import Recipe, load_recipe
 from distft.data.batch_plan import Plan
 from distft.data.curriculum import known_stages
 from distft.data.loader import build_loader
+from distft.data.splits import padded_lengths
 from distft.distributed.collectives import reduce
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.strategies import Strategy
@@ -40,6 +41,7 @@ from distft.text import first_line
 from distft.training.arguments import training_arguments
 from distft.training.micro_batches import padded, settle
 from distft.training.oom import MARGIN, device_memory, is_out_of_memory
+from distft.training.preference import trainer_class
 from distft.training.setup import TrainingData, setup_data, setup_strategy
 from distft.training.trainer import Trainer, build_trainer, collator
 
@@ -167,19 +169,22 @@ def setup_probe(
     arguments = training_arguments(recipe, strategy, folder, PASSES)
     arguments.max_steps = 1 + len(sizes)
     model = load_model(recipe, strategy)
-    largest = settle(model, recipe.with_micro_batch(sizes[-1]), strategy, data.tokenizer, data.lengths).recipe
+    widths = padded_lengths(data.splits.train, pairs=recipe.pairs)
+    largest = settle(model, recipe.with_micro_batch(sizes[-1]), strategy, data.tokenizer, widths).recipe
     packs = recipe.batching.micro_batch_tokens is not None
     is_padded = packs and largest.batching.micro_batch_tokens is None
 
     def rows_and_collator(size: int) -> tuple[list[int], Callable[..., Any]]:
         sized = recipe.with_micro_batch(size)
-        if not is_padded:
+        if packs and not is_padded:
             return plan.longest(size), collator(sized, strategy, data.tokenizer)
-        sized = padded(sized, data.lengths, strategy.world.world_size)
-        return Plan(data.lengths, sized.batching).longest(sized.micro_batch), collator(sized, strategy, data.tokenizer)
+        sized = padded(sized, widths, strategy.world.world_size) if is_padded else sized
+        return Plan(widths, sized.batching).longest(sized.micro_batch), collator(sized, strategy, data.tokenizer)
 
     set_up_checkpointing(model, recipe, strategy, None)
     batches = HeaviestBatches(data.splits.train, sizes, rows_and_collator)
+    made = trainer_class(recipe) or functools.partial(Trainer)
+    kind = ProbeTrainer if made.func is Trainer else type("ProbeTrainer", (ProbeTrainer, made.func), {})
     return build_trainer(
         recipe,
         strategy,
@@ -190,7 +195,7 @@ def setup_probe(
         data.splits,
         callbacks=callbacks(sizes),
         changed=lambda line: None,
-        create=functools.partial(ProbeTrainer, micro_batches=batches),
+        create=functools.partial(kind, micro_batches=batches, **made.keywords),
     )
 
 

@@ -18,7 +18,7 @@ from distft.data.chat_template import chat_template, stop_tokens_of
 from distft.data.checks import require_splits
 from distft.data.loader import DataWait
 from distft.data.prepare import Splits, prepare_data
-from distft.data.splits import first_samples, lengths_of, longest_sequence
+from distft.data.splits import first_samples, lengths_of, longest_sequence, padded_lengths
 from distft.distributed.collectives import together
 from distft.distributed.launcher_args import Launcher
 from distft.distributed.signals import STOP
@@ -190,7 +190,8 @@ def setup_model(run: OpenRun, expected: Expected | None = None) -> PreparedModel
     model = together(world, lambda: run.memory.load(lambda: _loaded(recipe, strategy, expected)))
     if left_out := modules_left_out(model, recipe):
         record.changed(f"lora.target_modules=all-linear: no adapter can be put on {', '.join(left_out)}")
-    settled = run.memory.load(lambda: settle(model, recipe, strategy, run.data.tokenizer, run.data.lengths))
+    widths = padded_lengths(run.data.splits.train, pairs=recipe.pairs)
+    settled = run.memory.load(lambda: settle(model, recipe, strategy, run.data.tokenizer, widths))
     for note in settled.notes:
         record.changed(note)
     if settled.recipe is not recipe:  # padded: the same steps, in other micro-batches
@@ -203,7 +204,10 @@ def setup_model(run: OpenRun, expected: Expected | None = None) -> PreparedModel
     if run.data.splits.report.trained:  # conversations
         tokenizer = run.data.tokenizer
         end_answers_at(model, stop_tokens_of(chat_template(recipe, tokenizer), tokenizer))
-    checkpointed = set_up_checkpointing(model, recipe, strategy, plan.heaviest_tokens)
+    heaviest = plan.heaviest_tokens
+    if recipe.pairs and recipe.batching.micro_batch_tokens is None:
+        heaviest = recipe.micro_batch * int(widths.max())
+    checkpointed = set_up_checkpointing(model, recipe, strategy, heaviest)
     trainable = sum(whole_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
     record.note(
         **recipe.batching.sizes(),
