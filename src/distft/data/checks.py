@@ -80,8 +80,8 @@ def data_faults(recipe: Recipe) -> list[Fault]:
         except DataError as error:
             fault("data.format", str(error))
             return found
-        if (problem := wrong_samples(recipe, form)) is not None:
-            fault("data.format", *problem)
+        if (wrong := wrong_samples(recipe, form)) is not None:
+            fault("data.format", *wrong)
         if kind == "text" and recipe.training.get("completion_only_loss"):
             fault(
                 "training.completion_only_loss",

@@ -17,7 +17,7 @@ from distft.config.recipe import Recipe
 from distft.config.schema import Data, Format
 from distft.data.conversations import Conversation, conversation, from_texts, has_messages
 from distft.data.files import Row
-from distft.data.pairs import NO_ANSWER, after_prompt, common_text, pair_of, with_prompt
+from distft.data.pairs import NO_ANSWER, after_prompt, common_text, pair_of, truth, with_prompt
 from distft.data.sources import KNOWN_DATASETS, Rows, parts_of
 from distft.data.templates import Dropped, Example, format_dolly, format_review
 from distft.errors import DataError
@@ -315,16 +315,9 @@ def _format_pair(form: Format, rules: _Rules, row: Mapping[str, Any]) -> Example
 
 def _format_rated(form: Format, rules: _Rules, row: Mapping[str, Any]) -> Example | Dropped:
     """A conversation, or a prompt and a completion, with a label."""
-    good = truth(row.get(form.label or "label"))
-    if good is None:
-        raise DataError(f"column {form.label!r} contains {row.get(form.label or '')!r}; expected true or false")
+    good = truth(row, form.label or "label")
     made = (_format_messages if form.messages else _format_prompt)(form, rules, row)
     return made if isinstance(made, Dropped) else replace(made, good=good)
-
-
-def truth(value: Any) -> bool | None:
-    """A truth value, which text files may write as `true`, `True` or `1`; None if it is none."""
-    return {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
 
 
 def _format_instruction(form: Format, rules: _Rules, row: Mapping[str, Any]) -> Example | Dropped:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from distft.config.recipe import Recipe
 from distft.config.schema import Data, Format
 from distft.data.conversations import has_messages
-from distft.data.formats import format_of, truth
+from distft.data.formats import format_of
 from distft.data.named_templates import OWN
-from distft.data.pairs import is_answer
+from distft.data.pairs import is_answer, is_truth
 from distft.data.sources import read_data
 from distft.errors import DataError
 from distft.text import shorten
@@ -175,7 +175,7 @@ def _pairs(first: Mapping[str, Any]) -> list[Inferred]:
 
 def _rated(first: Mapping[str, Any]) -> list[Inferred]:
     """The formats of answers with a label that fit."""
-    if truth(first.get("label")) is None:
+    if not is_truth(first.get("label")):
         raise DataError(
             "have no column label that says of each answer, with true or false, whether it is good\n  name yours with "
             "data.format.label=COLUMN, and the answers with data.format.messages=COLUMN, or data.format.prompt=COLUMN "

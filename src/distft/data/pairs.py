@@ -39,6 +39,27 @@ def sequences_of(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def is_truth(value: Any) -> bool:
+    """Whether `value` is what a column of labels may hold: true or false, which text files may write as `True` or 1."""
+    return _truth(value) is not None
+
+
+def truth(row: Mapping[str, Any], column: str) -> bool:
+    """What the label of a row says.
+
+    Raises:
+        DataError: it is neither true nor false.
+    """
+    found = _truth(row.get(column))
+    if found is None:
+        raise DataError(f"column {column!r} contains {row.get(column)!r}; expected true or false")
+    return found
+
+
+def _truth(value: Any) -> bool | None:
+    return {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+
+
 def is_answer(value: Any) -> bool:
     """Whether `value` is what a column of answers may hold: a text, a message, or a list of messages."""
     return isinstance(value, str) or has_messages([value] if isinstance(value, Mapping) else value)

@@ -142,7 +142,7 @@ def padded_lengths(samples: Dataset, *, pairs: bool) -> np.ndarray[Any, np.dtype
     if not pairs:
         return lengths
     chosen = np.asarray(samples.with_format("numpy")["chosen"][:], dtype=np.int64)
-    return 2 * np.maximum(chosen, lengths - chosen)
+    return np.asarray(2 * np.maximum(chosen, lengths - chosen), dtype=np.int64)
 
 
 def longest_sequence(samples: Dataset) -> int:

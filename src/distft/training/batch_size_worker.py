@@ -184,7 +184,8 @@ def setup_probe(
     set_up_checkpointing(model, recipe, strategy, None)
     batches = HeaviestBatches(data.splits.train, sizes, rows_and_collator)
     made = trainer_class(recipe) or functools.partial(Trainer)
-    kind = ProbeTrainer if made.func is Trainer else type("ProbeTrainer", (ProbeTrainer, made.func), {})
+    trainer: Any = made.func
+    kind = ProbeTrainer if trainer is Trainer else type("ProbeTrainer", (ProbeTrainer, trainer), {})
     return build_trainer(
         recipe,
         strategy,

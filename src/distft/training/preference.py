@@ -51,8 +51,8 @@ class PreferenceTrainer(Trainer):
     `on_adapter`: the reference is the model with the adapter that it has now, in place of the base alone.
     """
 
-    figures = ("loss", *FIGURES, KL, "pairs")
-    measured = (*FIGURES, KL)
+    figures: tuple[str, ...] = ("loss", *FIGURES, KL, "pairs")
+    measured: tuple[str, ...] = (*FIGURES, KL)
     """The metrics that are logged at each step besides the loss."""
 
     def __init__(self, *args: Any, model: Any, preference: Preference, on_adapter: bool = False, **kwargs: Any) -> None:
