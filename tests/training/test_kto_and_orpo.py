@@ -23,7 +23,7 @@ from distft.training.rated import RatedTrainer
 
 from .test_preference import PACKED, PADDED, RECIPE, learned, require_close, trainer_of
 
-KTO = ("preference.loss_type=kto", "data.name=tiny_ratings")
+KTO = ("preference.loss_type=kto", "data.name=tiny_ratings", "data.validation_fraction=0.4")
 ORPO = ("preference.loss_type=orpo",)
 WAYS = {"padded": PADDED, "packed": PACKED}
 

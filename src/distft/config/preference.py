@@ -78,14 +78,19 @@ class Preference(Section):
     """The weight of the losses of bad answers."""
 
     @property
+    def names(self) -> list[LossType]:
+        """The losses that `loss_type` names."""
+        return self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
+
+    @property
     def unpaired(self) -> bool:
         """Whether the samples are single answers with a label."""
-        return any(name in UNPAIRED for name in self.weights)
+        return any(name in UNPAIRED for name in self.names)
 
     @property
     def refers(self) -> bool:
         """Whether the loss compares the model with a reference."""
-        return "orpo" not in self.weights
+        return "orpo" not in self.names
 
     @property
     def likelihood_weight(self) -> float:
@@ -95,7 +100,7 @@ class Preference(Section):
     @property
     def weights(self) -> dict[LossType, float]:
         """The losses with their weights."""
-        names = self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
+        names = self.names
         found: dict[LossType, float] = dict.fromkeys(names, 0.0)
         for name, weight in zip(names, self.loss_weights or [1.0] * len(names), strict=True):
             found[name] += weight
@@ -103,7 +108,7 @@ class Preference(Section):
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Fields that do not fit each other: the name, what is wrong, and what to do."""
-        names = self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
+        names = self.names
         if not names:
             yield "loss_type", "is an empty list", "name a loss, such as sigmoid"
         if self.loss_weights is not None and len(self.loss_weights) != len(names):
@@ -116,7 +121,7 @@ class Preference(Section):
         changed = {name for name in fields if getattr(self, name) != fields[name].default}
         for name in (name for name in _DPO_ONLY if alone and name in changed):
             yield name, f"has no effect on {alone[0]}", "leave it out"
-        for name in (name for name in _KTO_ONLY if not self.unpaired and name in changed):
+        for name in (name for name in _KTO_ONLY if name in changed and not set(names) & set(UNPAIRED)):
             yield (
                 name,
                 "weighs single answers with a label",

@@ -305,10 +305,10 @@ def _check_objective(recipe: Recipe, fault: Callable[..., None]) -> None:
         hint = "leave it out: of a pair, the answers count"
         fault("data.train_on", "is for objective=sft", hint)
     if recipe.batching.share_prompts is True and (recipe.rates or recipe.scores_prompts):
-        loss = next(iter(preference.weights))
+        loss = preference.names[0]
         why = "learns from prompts as well" if recipe.scores_prompts else "has one answer for each prompt"
         fault("batching.share_prompts", f"preference.loss_type={loss} {why}", "set it to auto")
-    if recipe.rates and "kto" in preference.weights and recipe.batching.global_batch_size == 1:
+    if recipe.rates and "kto" in preference.names and recipe.batching.global_batch_size == 1:
         problem = "kto compares each answer with those to other prompts of the global batch, which has one sample"
         fault("batching.global_batch_size", problem, "set it to at least 2")
     if recipe.data.streaming:

@@ -235,7 +235,7 @@ def other_forwards(recipe: Recipe) -> float:
     preference = recipe.preference or Preference()
     if not (recipe.prefers and preference.refers):
         return 0.0
-    return 3.0 if "kto" in preference.weights else 1.0
+    return 3.0 if "kto" in preference.names else 1.0
 
 
 def drift(log_probs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
