@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distft.training.preference import FIGURES
+from distft.training.rated import RatedTrainer
 
 from .conftest import Train
 from .test_same_optimisation import Trajectory
@@ -35,3 +36,16 @@ def test_every_strategy_learns_from_the_same_pairs(
     for key in ("loss", "grad_norm", "entropy", *FIGURES):
         assert found.of(key) == pytest.approx(single.of(key), rel=1e-4, abs=1e-5), key
     assert single.of("rewards/margins")[0] == 0 < single.of("rewards/margins")[1]
+
+
+def test_kto_compares_with_the_whole_global_batch_on_any_number_of_processes(train: Train) -> None:
+    """Its estimate of KL pairs each prompt with another's answer: on two ranks, in four micro-batches or one."""
+    kto = (*DPO, "recipe=kto", "batching.global_batch_size=8", "preference.beta=0.5", "training.learning_rate=0.3")
+    single = Trajectory(train, *kto, *PACKED, "strategy=single", nproc=1)
+    found = Trajectory(train, *kto, *PADDED, "strategy=fsdp", nproc=2)
+    assert len(found.records) == len(single.records) == 3
+    for key in ("samples", "tokens"):
+        assert found.of(key) == single.of(key), key
+    for key in ("loss", "grad_norm", "entropy", *RatedTrainer.measured, "rewards/margins"):
+        assert found.of(key) == pytest.approx(single.of(key), rel=1e-4, abs=1e-5), key
+    assert single.of("kl")[0] == 0 < max(single.of("kl"))
