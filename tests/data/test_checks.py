@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from distft.data.checks import data_file_faults, require_files
+from distft.data.sources import KNOWN_DATASETS
 from distft.errors import DataError, RecipeError
 from tests.data.rows import ALL, Prepare, recipe_of, write_rows
 
@@ -71,7 +72,7 @@ def test_what_is_not_a_usable_path_is_a_fault(path: str) -> None:
 @pytest.mark.parametrize("name", ["a/b/c", "http:/host/rows", "é/ü", " "])
 def test_what_cannot_be_on_the_hub_is_a_fault(name: str) -> None:
     (fault,) = faults(f"data.name={name!r}", QA)
-    known = "tiny, tiny_sentiment, tiny_preferences, tiny_ratings, dolly, imdb"
+    known = ", ".join(KNOWN_DATASETS)
     assert f"is not a known data set ({known}), a file or a hub id" in fault
 
 

@@ -11,6 +11,7 @@ import pandas
 import pytest
 from datasets import Dataset
 
+from distft.data.sources import KNOWN_DATASETS
 from distft.errors import DataError
 from tests.data.rows import ALL, Prepare, read_rows, whole, write_rows
 
@@ -134,7 +135,7 @@ def test_a_malformed_file_is_an_error_with_the_reason_of_the_reader(prepare: Pre
 
 
 def test_an_unknown_data_set_is_an_error_that_lists_the_known_ones(prepare: Prepare) -> None:
-    known = r"tiny, tiny_sentiment, tiny_preferences, tiny_ratings, dolly, imdb"
+    known = ", ".join(KNOWN_DATASETS)
     problem = rf"data\.name=climate is not a known data set \({known}\), a file or a hub id"
     with pytest.raises(DataError, match=f"{problem}; set data.path"):
         prepare("data.name=climate", "data.format.text=text")

@@ -252,9 +252,9 @@ class Data(Section):
     """The training data and its splits."""
 
     name: Annotated[Place, _NULLABLE] = ""
-    """`tiny`, `tiny_sentiment`, `tiny_preferences`, `tiny_ratings`, `tiny_languages`, `tiny_summaries`, `dolly` or `imdb`; or a hub ID;
-    or a .jsonl, .json, .csv, .tsv, .parquet or .arrow file or a folder, local or at an address (https://, s3://, gs://,
-    …). Null with `sources`."""
+    """`tiny`, `tiny_sentiment`, `tiny_preferences`, `tiny_ratings`, `tiny_languages`, `tiny_summaries`, `dolly` or
+    `imdb`; or a hub ID; or a .jsonl, .json, .csv, .tsv, .parquet or .arrow file or a folder, local or at an address
+    (https://, s3://, gs://, …). Null with `sources`."""
     path: Place | None = None
     """File or folder to read in place of the hub's copy, with the columns of `name`."""
     files: Place | list[Place] | None = None

@@ -47,11 +47,11 @@ KNOWN_DATASETS = {
     "tiny": KnownDataset(_INSTRUCTIONS, file="assets/tiny_instructions.jsonl"),
     "tiny_sentiment": KnownDataset(_REVIEWS, build=tiny_sentiment),
     "tiny_preferences": KnownDataset(_PAIRS, build=tiny_preferences),
+    "tiny_ratings": KnownDataset(_RATINGS, build=tiny_ratings),
     "tiny_languages": KnownDataset(_ANSWERS, file="assets/tiny_languages.jsonl"),
     "tiny_languages_test": KnownDataset(_ANSWERS, file="assets/tiny_languages_test.jsonl"),
     "tiny_summaries": KnownDataset(_ANSWERS, file="assets/tiny_summaries.jsonl"),
     "tiny_summaries_test": KnownDataset(_ANSWERS, file="assets/tiny_summaries_test.jsonl"),
-    "tiny_ratings": KnownDataset(_RATINGS, build=tiny_ratings),
     "dolly": KnownDataset(_INSTRUCTIONS, hub="databricks/databricks-dolly-15k"),
     "imdb": KnownDataset(_REVIEWS, hub="stanfordnlp/imdb", test_split="test"),
 }
