@@ -11,7 +11,7 @@
 # Two processes; one where there is exactly one GPU. Offline: a W&B key in the environment is not used.
 demo: export WANDB_MODE = offline
 demo: export HF_HUB_OFFLINE = 1
-demo: setup
+demo: .venv/runs
 	@n=$$(.venv/bin/python -c 'import torch; print(min(2, torch.cuda.device_count() or 2))'); set -x; \
 	  .venv/bin/distft train recipe=tiny --nproc $$n
 
@@ -40,8 +40,16 @@ lint: setup
 
 setup: .venv/installed
 
-# Runs again only where one of the two files has changed since.
-.venv/installed: pyproject.toml constraints.txt
+# Both run again only where one of the two files has changed since. What the demo needs is part of what tests need.
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/runs: pyproject.toml constraints.txt | .venv/bin/python
+	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/bin/python:
 	@if [ ! -x .venv/bin/python ]; then \
 	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
 	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; python=; \
@@ -55,8 +63,6 @@ setup: .venv/installed
 	  fi; \
 	  $$python -m venv .venv || exit; \
 	fi
-	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

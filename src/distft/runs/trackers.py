@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -88,6 +89,9 @@ def trackers(recipe: Recipe, folder: RunFolder, world: World) -> list[TrainerCal
     found: list[TrainerCallback] = []
     for name in recipe.tracking.report_to:
         seen, records = -1, []
+        if name == "wandb" and importlib.util.find_spec(name) is None:
+            say("wandb is not installed (pip install 'distft[wandb]') and is left out; metrics.jsonl has every figure")
+            continue
         try:
             if name == "wandb":
                 seen, records = logged_step(start_wandb(recipe, folder), folder), folder.read_metrics()

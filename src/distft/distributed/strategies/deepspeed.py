@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
@@ -45,6 +46,8 @@ class DeepSpeed(Strategy):
     @classmethod
     def faults(cls, recipe: Recipe) -> list[Fault]:
         found = super().faults(recipe)
+        if importlib.util.find_spec("deepspeed") is None:
+            found.append(fault(recipe, "strategy", "needs deepspeed: pip install 'distft[deepspeed]'", "fsdp"))
         if recipe.run.on_bad_numbers == "skip":
             problem = "DeepSpeed updates the weights inside the backward pass, so a step cannot be skipped"
             found.append(fault(recipe, "run.on_bad_numbers", problem, "stop"))
