@@ -9,7 +9,7 @@ from distft.cli.arguments import Commands
 from distft.console import say
 from distft.errors import LaunchError, RunFolderError
 
-_FORMS = ("merged", "gguf")
+_FORMS = ("merged", "gguf", "ollama")
 _QUANTISED = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
 
 
@@ -22,7 +22,7 @@ def add_to(commands: Commands) -> None:
     )
     parser.add_argument("folder", type=Path, help="run folder")
     parser.add_argument("--to", choices=_FORMS, required=True, help="what to write")
-    parser.add_argument("--quantize", metavar="TYPE", help=f"for gguf: {', '.join(_QUANTISED)}")
+    parser.add_argument("--quantize", metavar="TYPE", help=f"for gguf and ollama: {', '.join(_QUANTISED)}")
     parser.add_argument("--output", type=Path, help="folder to write (default: RUN/export/FORM)")
     parser.add_argument("--rows", type=int, default=32, metavar="N", help="held-out rows to replay (32)")
     parser.add_argument("--max-kl", type=float, metavar="NATS", help="what quantising may cost per token")
@@ -35,7 +35,7 @@ def export(options: argparse.Namespace) -> int:
     if options.rows < 1:
         raise LaunchError(f"--rows is {options.rows}; the proof needs at least one row")
     if options.quantize is not None and options.to == "merged":
-        raise LaunchError("--quantize is for --to gguf; merged weights keep the precision of the training")
+        raise LaunchError("--quantize is for --to gguf and ollama; merged weights keep the precision of the training")
     if options.quantize is not None and options.quantize not in _QUANTISED:
         raise LaunchError(f"--quantize {options.quantize} is not one of {', '.join(_QUANTISED)}")
     from distft.export.run import Wish, export

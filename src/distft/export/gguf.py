@@ -86,6 +86,16 @@ def _pre_tokenizer(model: Path) -> str | None:
     return None
 
 
+def adds_begin(file: Path) -> bool:
+    """Whether a GGUF file has programs put the beginning of sequence before each prompt."""
+    import gguf
+
+    fields = gguf.GGUFReader(file).fields
+    if (stated := fields.get("tokenizer.ggml.add_bos_token")) is not None:
+        return bool(stated.contents())
+    return bool(fields["tokenizer.ggml.model"].contents() == "llama")
+
+
 def quantise(source: Path, target: Path, name: str) -> str:
     """Write `target`, the file `source` quantised to one of FORMATS. Returns what did it.
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import httpx
 
 from distft.errors import MissingExtraError, ModelError
 from distft.export.distance import Predictions
+from distft.export.ollama import rendered
 from distft.export.replay import Replay
 from distft.export.sides import KEPT, as_predictions
 
@@ -99,7 +101,7 @@ def _wait(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> 
     raise ModelError(f"llama.cpp does not load the file: {told.strip()}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class LlamaCppSide:
     """llama.cpp's server at the base URL of `client`."""
 
@@ -107,6 +109,15 @@ class LlamaCppSide:
 
     def build(self) -> str:
         return str(self._get("/props").get("build_info", "unknown"))
+
+    @cached_property
+    def begins(self) -> str:
+        """Chat templates lose their first token where the file has llama.cpp add it."""
+        with_it, without = (
+            self._post("/tokenize", {"content": "a", "add_special": each, "parse_special": True})["tokens"]
+            for each in (True, False)
+        )
+        return str(self._get("/props")["bos_token"]) if len(with_it) > len(without) else ""
 
     def render(self, item: Replay) -> str | None:
         asked = {"messages": item.messages} | ({"tools": item.tools} if item.tools else {})
@@ -157,3 +168,14 @@ class LlamaCppSide:
         if response.status_code != 200:
             raise ModelError(f"llama.cpp refuses {response.request.url.path}: {response.text[:300]}")
         return response.json()
+
+
+@dataclass
+class OllamaSide(LlamaCppSide):
+    """llama.cpp as Ollama runs it: prompts come from the Modelfile."""
+
+    template: str = ""
+    system: str | None = None
+
+    def render(self, item: Replay) -> str | None:
+        return None if item.tools else rendered(self.template, self.system, item.messages or ())

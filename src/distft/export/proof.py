@@ -88,6 +88,7 @@ def template_stage(side: Side, replays: Replays) -> Stage:
         if item.messages is None or item.prompt is None or (rendered := side.render(item)) is None:
             continue
         checked += 1
+        rendered = side.begins + rendered
         if rendered != item.prompt:
             return Stage("template", False, f"row {number + 1}: {_text_difference(rendered, item.prompt)}")
     if not checked:
@@ -103,7 +104,8 @@ def tokenizer_stage(side: Side, trained: Side, replays: Replays) -> Stage:
         if text is None:
             continue
         chat = item.messages is not None
-        expected, found = trained.ids(text, chat=chat), side.ids(text, chat=chat)
+        expected = trained.ids(text, chat=chat)
+        found = side.ids(text.removeprefix(side.begins) if chat else text, chat=chat)
         checked += 1
         if found != expected:
             return Stage("tokenizer", False, f"row {number + 1}: {_ids_difference(found, expected)}")

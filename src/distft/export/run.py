@@ -22,7 +22,7 @@ from distft.data.named_templates import words_of_run
 from distft.distributed.world import World
 from distft.errors import RunFolderError
 from distft.evaluation.target import Target
-from distft.export import gguf, llama_cpp
+from distft.export import gguf, llama_cpp, ollama
 from distft.export.distance import Predictions, distance
 from distft.export.probes import broken_values, config_changes, differing_module, module_outputs
 from distft.export.proof import (
@@ -125,7 +125,7 @@ def export(run: RunFolder, wish: Wish, output: Path) -> Proof:
         raise RunFolderError(f"{run.path} has neither adapter/ nor model/; a finished run has one of them")
     if output.exists():
         raise RunFolderError(f"{output} already exists and will not be overwritten; give another --output")
-    if wish.to == "gguf":
+    if wish.to in ("gguf", "ollama"):
         gguf.require()
     recipe = load_recipe(words_of_run(run.recipe, result))
     trained = Trained.of(recipe, result, wish.rows)
@@ -226,7 +226,8 @@ def _gguf(
     if file != unquantised:
         facts["quantised_by"] = gguf.quantise(unquantised, file, last)
     facts["file"] = file.name
-    proof = prove_gguf(trained, unquantised, file, last, stages, in_transformers, wish.max_kl)
+    in_ollama = write_modelfile(trained, recipe, file, merged) if wish.to == "ollama" else None
+    proof = prove_gguf(trained, unquantised, file, last, stages, in_transformers, wish.max_kl, in_ollama)
     if file != unquantised:
         unquantised.unlink()
     return proof
@@ -240,8 +241,10 @@ def prove_gguf(
     stages: list[Stage],
     in_transformers: list[Predictions],
     max_kl: float | None = None,
+    in_ollama: tuple[str, str | None] | None = None,
 ) -> Proof:
-    """Replay the rows through llama.cpp: with the weights before quantising, then with those of `file`."""
+    """Replay the rows through llama.cpp: with the weights before quantising, then with those of `file`. `in_ollama`
+    is the template and the system prompt of a Modelfile, which prompts then come from."""
     items = trained.replays.items
     if llama_cpp.available() is None:
         say("no llama.cpp to prove the file with; install distft[export], or put llama-server on the PATH")
@@ -254,21 +257,48 @@ def prove_gguf(
         before = side.predictions(items)
         engine = measured_stage("engine", in_transformers, before, 2 * LIMITS[trained.precision])
         if file == unquantised:
-            return _with_llama(trained, [*stages, engine], side, before)
+            return _with_llama(trained, [*stages, engine], side, before, in_ollama)
     with llama_cpp.serve(file, room) as side:
         after = side.predictions(items)
         quantised = measured_stage("quantise", before, after, max_kl or QUANTISED_LIMITS[kind])
-        return _with_llama(trained, [*stages, quantised, engine], side, after)
+        return _with_llama(trained, [*stages, quantised, engine], side, after, in_ollama)
 
 
 def _with_llama(
-    trained: Trained, stages: list[Stage], side: llama_cpp.LlamaCppSide, predictions: list[Predictions]
+    trained: Trained,
+    stages: list[Stage],
+    side: llama_cpp.LlamaCppSide,
+    predictions: list[Predictions],
+    in_ollama: tuple[str, str | None] | None,
 ) -> Proof:
+    engine = f"llama.cpp {side.build()}"
+    if in_ollama is not None:
+        side, engine = llama_cpp.OllamaSide(side.client, *in_ollama), f"{engine}, prompts of the Modelfile"
     tokens = tokenizer_stage(side, trained.side, trained.replays)
     if tokens.passed and (lost := next((e for e in sorted(trained.replays.ends) if not side.ends_at(e)), None)):
         tokens = Stage("tokenizer", False, no_end(lost))
     first = [template_stage(side, trained.replays), tokens]
-    return _proof(trained, [*first, *stages], side, predictions, f"llama.cpp {side.build()}")
+    return _proof(trained, [*first, *stages], side, predictions, engine)
+
+
+def write_modelfile(trained: Trained, recipe: Recipe, file: Path, merged: Path) -> tuple[str, str | None]:
+    """Write the Modelfile of a GGUF `file` next to it; returns its template and its system prompt.
+
+    Parameters of sampling are those of the `merged` model in transformers, which takes the likeliest token unless told
+    otherwise.
+
+    Raises:
+        ModelError: the chat template cannot be written in Ollama's language.
+    """
+    tokenizer, system, template = trained.side.tokenizer, None, "{{ .Prompt }}"
+    if trained.replays.is_chat:
+        pieces = ollama.pieces_of(tokenizer)
+        system, template = pieces.default_system, ollama.go_template(pieces, adds_begin=gguf.adds_begin(file))
+    stops = [tokenizer.decode([token]) for token in sorted(trained.replays.ends)]
+    parameters = {"num_ctx": recipe.training.get("max_length") or 4096, **ollama.sampling(merged)}
+    text = ollama.modelfile(file.name, template, system, stops, parameters)
+    (file.parent / "Modelfile").write_text(text, encoding="utf-8")
+    return template, system
 
 
 def _record(run: RunFolder, wish: Wish, facts: dict[str, Any], proof: Proof) -> dict[str, Any]:

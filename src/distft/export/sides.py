@@ -23,6 +23,11 @@ KEPT = 512
 class Side(Protocol):
     """What a proof asks of a program with a model loaded."""
 
+    @property
+    def begins(self) -> str:
+        """The text of the token that the program puts before prompts by itself, which `render` then lacks."""
+        ...
+
     def render(self, item: Replay) -> str | None:
         """The prompt of a conversation as text; None if the program cannot tell."""
         ...
@@ -48,6 +53,7 @@ class TransformersSide:
 
     model: Any
     tokenizer: Any
+    begins: str = ""
 
     @classmethod
     def load(cls, folder: Path, *, trust_remote_code: bool = False) -> TransformersSide:

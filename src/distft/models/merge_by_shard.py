@@ -155,7 +155,7 @@ class ShardedMerge:
 
     def _write_settings(self, target: Path) -> None:
         config = self.skeleton.config
-        config.dtype = self.dtype
+        config.dtype, config.architectures = self.dtype, [type(self.skeleton.model).__name__]
         config.save_pretrained(str(target))
         holder = _Holder(_generation_config(model_path(self.recipe), self.recipe, config))
         read_stop_tokens(holder, self.adapter)
