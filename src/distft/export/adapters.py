@@ -1,4 +1,4 @@
-"""Adapters as other programs load them, and the commands that serve a model in vLLM."""
+"""Adapters as other programs load them, and the commands that serve an export in vLLM."""
 
 from __future__ import annotations
 
@@ -6,31 +6,24 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 from distft.config.recipe import Recipe
 from distft.errors import RunFolderError
-from distft.evaluation.engines.vllm import LORA_RANKS
+from distft.evaluation.engines.lora import lora_words, obstacle_to_lora
 from distft.files import share
 
 
 def obstacle(adapter: Path) -> str | None:
-    """Why servers (vLLM, SGLang, llama.cpp) do not load this adapter beside its base; None if they do."""
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    kinds = {
-        "DoRA": settings.get("use_dora"),
-        "whole modules (lora.modules_to_save)": settings.get("modules_to_save"),
-        "single rows of the embedding": settings.get("trainable_token_indices"),
-        "biases": settings.get("bias", "none") != "none" or settings.get("lora_bias"),
-        "parameters of experts": settings.get("target_parameters"),
-        f"the type {settings.get('peft_type')}": settings.get("peft_type") != "LORA",
-        f"the rank {_rank(adapter)}": _rank(adapter) > LORA_RANKS[-1],
-    }
-    return next((kind for kind, found in kinds.items() if found), None)
+    """Why vLLM cannot load the adapter in this folder beside its base; None if it can."""
+    settings = _settings(adapter)
+    if (kind := settings.get("peft_type")) != "LORA":
+        return f"vLLM does not support adapters of the type {kind}"
+    return obstacle_to_lora(settings)
 
 
-def _rank(adapter: Path) -> int:
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    return int(max([settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()]))
+def _settings(adapter: Path) -> dict[str, Any]:
+    return dict(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")))
 
 
 def copy_adapter(result: Path, target: Path) -> None:
@@ -50,8 +43,7 @@ def vllm_command(recipe: Recipe, name: str, folder: Path, adapter: Path | None) 
     dtype = ["--dtype", recipe.model.dtype]
     if adapter is None:
         return shlex.join(["vllm", "serve", str(folder), "--served-model-name", name, *dtype])
-    rank = next(each for each in LORA_RANKS if each >= _rank(adapter))
     revision = ["--revision", recipe.model.revision] if recipe.model.revision else []
     packed = ["--quantization", "bitsandbytes"] if recipe.bits == 4 else []
-    lora = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{name}={folder}"]
+    lora = lora_words(name, str(folder), int(_settings(adapter).get("r", 8)))
     return shlex.join(["vllm", "serve", recipe.model.name, *revision, *dtype, *packed, *lora])

@@ -155,7 +155,7 @@ def _is_served_beside_its_base(result: Path) -> bool:
     if not (result / "adapter_config.json").is_file():
         return False
     if why := adapters.obstacle(result):
-        say(f"merging the adapter into its base: servers do not load adapters with {why}")
+        say(f"merging the adapter into its base: {why}")
     return why is None
 
 
