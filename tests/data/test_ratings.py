@@ -13,8 +13,9 @@ from distft.data.checks import data_faults
 from distft.data.inference import with_format
 from distft.data.loader import Collator
 from distft.data.named_templates import use_template
-from distft.data.pairs import mismatched
+from distft.data.pairs import mismatched, sequences_of
 from distft.data.prepare import prepare_data
+from distft.data.preview import preview
 from distft.data.tokenize import IGNORED
 from distft.errors import DataError, RecipeError
 from tests.data.rows import ALL, recipe_of, write_rows
@@ -38,9 +39,19 @@ def test_the_label_says_whether_all_or_none_is_chosen(label: Any, tokenizer: Any
         assert sample["chosen"] == (len(sample["input_ids"]) if good else 0)
         first = next(at for at, label in enumerate(sample["labels"]) if label != IGNORED)
         assert first > 0 and tokenizer.decode(sample["input_ids"][first:]).strip().startswith("A")
+        assert [each["input_ids"] for each in sequences_of([sample])] == [sample["input_ids"]]
         batch = Collator(0, packed=True, for_head=True, rated=True)([sample, sample | {"chosen": 0}])
         assert batch["good"].tolist() == [good, False] and len(batch["counts"]) == 3
         assert Collator(0, packed=False, for_head=True, rated=True)([])["good"].shape == (0,)
+
+
+@pytest.mark.usefixtures("prepare")
+def test_the_preview_says_which_answers_are_chosen(tokenizer: Any) -> None:
+    recipe = recipe_of("recipe=kto", "data.max_samples=10", "data.validation_fraction=0", "data.test_fraction=0")
+    said = preview(recipe, tokenizer, rows=range(10), colour=False)
+    labels = [row["chosen"] > 0 for row in prepare_data(recipe, tokenizer).train]
+    assert {True, False} == set(labels)
+    assert [line.startswith("chosen (") for line in said.splitlines() if line.endswith(" tokens):")] == labels
 
 
 @pytest.mark.usefixtures("prepare")

@@ -31,11 +31,13 @@ def mismatched(row: Mapping[str, Any], other: Mapping[str, Any], max_length: int
 
 
 def sequences_of(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The two sequences of each prepared pair, as samples: the one with the chosen answer, then the other."""
+    """The two sequences of each prepared pair, as samples: the one with the chosen answer, then the other; of an answer
+    with a label, its only one."""
     return [
         {name: row[name][part] for name in ("input_ids", "labels")}
         for row in rows
         for part in (slice(row["chosen"]), slice(row["chosen"], None))
+        if row["input_ids"][part]
     ]
 
 

@@ -28,7 +28,9 @@ def preview(recipe: Recipe, tokenizer: Any, *, rows: Sequence[int], colour: bool
         trained = sum(label != IGNORED for label in row["labels"])
         lines.append(f"── sample {number}: {len(row['input_ids'])} tokens, {trained} trained " + "─" * 40)
         if "chosen" in row:
-            for name, sequence in zip(("chosen", "rejected"), sequences_of([row]), strict=True):
+            whole = {0: ("rejected",), len(row["input_ids"]): ("chosen",)}  # of an answer with a label
+            names = whole.get(row["chosen"], ("chosen", "rejected"))
+            for name, sequence in zip(names, sequences_of([row]), strict=True):
                 lines += [f"{name} ({len(sequence['input_ids'])} tokens):", _marked(sequence, tokenizer, colour)]
         else:
             lines.append(_marked(row, tokenizer, colour))

@@ -54,7 +54,7 @@ def prompt_and_answer(sample: Mapping[str, Any], tokenizer: Any, marks: Sequence
     chosen answer. A sample that is trained from its beginning is divided after the last of the `marks`, and where it
     has none, in half, after 32 tokens at most.
     """
-    chosen = slice(sample.get("chosen"))
+    chosen = slice(sample.get("chosen") or None)
     ids, labels = list(sample["input_ids"][chosen]), list(sample["labels"][chosen])
     end = len(labels)
     while labels[end - 1] == IGNORED:
