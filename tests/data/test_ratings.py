@@ -21,6 +21,7 @@ from distft.errors import DataError, RecipeError
 from tests.data.rows import ALL, recipe_of, write_rows
 
 KTO = ("recipe=kto", *ALL)
+NONE = ("training.eval_strategy=no", "evaluation.before_and_after=false")
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 
 
@@ -47,7 +48,7 @@ def test_the_label_says_whether_all_or_none_is_chosen(label: Any, tokenizer: Any
 
 @pytest.mark.usefixtures("prepare")
 def test_the_preview_says_which_answers_are_chosen(tokenizer: Any) -> None:
-    recipe = recipe_of("recipe=kto", "data.max_samples=10", "data.validation_fraction=0", "data.test_fraction=0")
+    recipe = recipe_of("recipe=kto", "data.max_samples=10", "data.validation_fraction=0", "data.test_fraction=0", *NONE)
     said = preview(recipe, tokenizer, rows=range(10), colour=False)
     labels = [row["chosen"] > 0 for row in prepare_data(recipe, tokenizer).train]
     assert {True, False} == set(labels)

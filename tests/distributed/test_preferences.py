@@ -41,6 +41,7 @@ def test_every_strategy_learns_from_the_same_pairs(
 def test_kto_compares_with_the_whole_global_batch_on_any_number_of_processes(train: Train) -> None:
     """Its estimate of KL pairs each prompt with another's answer: on two ranks, in four micro-batches or one."""
     kto = (*DPO, "recipe=kto", "batching.global_batch_size=8", "preference.beta=0.5", "training.learning_rate=0.3")
+    kto = (*kto, "preference.undesirable_weight=0.1")  # so that KL is positive
     single = Trajectory(train, *kto, *PACKED, "strategy=single", nproc=1)
     found = Trajectory(train, *kto, *PADDED, "strategy=fsdp", nproc=2)
     assert len(found.records) == len(single.records) == 3

@@ -292,7 +292,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         if "loss" in logs:
             self._bar.show(logs)
         for key in logs:
-            if key.endswith("_loss") and "loss" not in logs:  # of an evaluation
+            if key.endswith("_loss") and not key.endswith("nll_loss") and "loss" not in logs:  # of an evaluation
                 scored = {metric_of(self.recipe)} & set(logs) - {"eval_loss", "eval_perplexity"}
                 scores = "".join(f", {name.removeprefix('eval_')} {logs[name]:.3f}" for name in scored)
                 loss = f"{loss_name(key)} {logs[key]:.4f}"
