@@ -26,6 +26,7 @@ from distft.export.distance import Predictions, distance
 from distft.export.probes import broken_values, config_changes, differing_module, module_outputs
 from distft.export.proof import (
     NEW_TOKENS,
+    NO_ENGINE,
     Proof,
     Stage,
     compare_continuations,
@@ -264,7 +265,7 @@ def prove_gguf(
         unknown = [Stage(each, None, "no llama.cpp is installed") for each in ("quantise", "engine")]
         whole = distance(trained.predictions, in_transformers)
         found = in_order([*stages, *unknown])
-        return Proof(found, whole, None, len(items), trained.replays.split, "none", trained.notes)
+        return Proof(found, whole, None, len(items), trained.replays.split, NO_ENGINE, trained.notes)
     room = max(len(item.ids) for item in items) + NEW_TOKENS + 8
     with llama_cpp.serve(unquantised, room) as side:
         before = side.predictions(items)

@@ -46,7 +46,10 @@ def proof_section(exported: Mapping[str, Any]) -> str:
             *(f"| {' | '.join(cells)} |" for cells in stages),
         ]
     )
-    outcome = "It passed." if proof["passed"] else f"It failed at the stage {proof['broken']}."
+    if proof["passed"] is None:
+        outcome = "The file was not checked by a program that reads it."
+    else:
+        outcome = "It passed." if proof["passed"] else f"It failed at the stage {proof['broken']}."
     return (
         f"{proof['rows']} rows of the split {proof['split']} were replayed through {proof['engine']}, and each stage "
         "was compared with the one before, from the trained model in its training precision on. "
