@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from distft.data.prompts import Message
 from distft.errors import DataError, ModelError, RunFolderError
 from distft.evaluation.answers import answer_file, prompts_of
 from distft.evaluation.chat import Chat, engine_of
-from distft.evaluation.generate import Item, Message, Sampling
+from distft.evaluation.generate import Item, Sampling
 from distft.evaluation.request import Request
 from distft.evaluation.target import Target
 from distft.files import read_lines

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from distft.evaluation.generate import Message, instruction_prompt, render
+from distft.data.prompts import Message, instruction_prompt, render
 from distft.files import read_lines
 from tests.evaluation import generate_worker
 from tests.evaluation.engines.test_transformers import CHAT_TEMPLATE

@@ -13,9 +13,10 @@ import httpx
 import pytest
 from transformers import AutoTokenizer
 
+from distft.data.prompts import Message, render, token_ids
 from distft.distributed.world import World
 from distft.evaluation.engines.lora import obstacle_to_lora
-from distft.evaluation.generate import Message, Sampling, render, token_ids
+from distft.evaluation.generate import Sampling
 from distft.evaluation.request import Request
 from distft.evaluation.serve import Served, chat_template_for, command, prepare
 from tests.evaluation.servers import free_port

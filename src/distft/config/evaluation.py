@@ -70,6 +70,9 @@ class Classification(Labels):
 
     path: str | None = None
     """File or folder of texts with classes, or `tiny_languages_test`, which ships with distft."""
+    validation: str | None = None
+    """Another such file, which evaluations during training classify, for training.metric_for_best_model:
+    classification_accuracy."""
     text: str = "text"
     """Column of the texts."""
     label: str = "label"

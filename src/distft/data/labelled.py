@@ -6,18 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from distft.config.evaluation import Classification
+from distft.config.evaluation import Classification, Evaluation
 from distft.data.formats import class_number
+from distft.data.prompts import Template, render
 from distft.data.sources import KNOWN_DATASETS, read_source
 from distft.errors import DataError
 from distft.paths import packaged
 from distft.text import shorten
 
 _LISTED = 6
+_KEY = "evaluation.classification"
+_PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""Stands for the text while the prompt is rendered."""
 TEXT = "{text}"
 """What stands for the text in `evaluation.classification.prompt`."""
 
@@ -168,3 +172,69 @@ def drawn(settings: Classification, rows: Sequence[Review], seed: int, classes: 
     if found := subset(rows, settings.subset, settings.balanced, seed, classes):
         return found
     raise DataError("no rows are left to classify; a class may have none (evaluation.classification.balanced=false)")
+
+
+def read_labelled(
+    settings: Evaluation, file: Literal["path", "validation"]
+) -> tuple[list[str], list[Review], int | None]:
+    """The label words, the rows of a file to classify, and the number of the positive class, if there is one.
+
+    Raises:
+        DataError: no file is named, it cannot be read, or the settings do not fit it.
+    """
+    section = settings.classification
+    if (name := getattr(section, file)) is None:
+        raise DataError(f"is required for this task: texts with classes\n  {_KEY}.{file}=FILE")
+    if section.prompt.count(TEXT) != 1:
+        raise DataError(f"{_KEY}.prompt must have {TEXT} once, where the text is to stand; got {section.prompt!r}")
+    words, available = load_labelled(section, name, f"{_KEY}.{file}")
+    positive = None
+    if section.positive is not None:
+        known = [word.casefold() for word in words]
+        if section.positive.casefold() not in known:
+            raise DataError(f"{_KEY}.positive={section.positive} is not a label word; there are {', '.join(words)}")
+        positive = known.index(section.positive.casefold())
+    return words, drawn(section, available, settings.seed, len(words)), positive
+
+
+def around(tokenizer: Any, template: Template, prompt: str) -> tuple[str, str]:
+    """What stands before and after the text in a rendered `prompt`."""
+    rendered = render(tokenizer, template, [{"role": "user", "content": prompt.replace(TEXT, _PLACE)}])
+    head, _, tail = rendered.partition(_PLACE)
+    if template == "plain" and not tail[-1:].isspace():
+        tail += " "  # as between a prompt and its completion
+    return head, tail
+
+
+def require_room(
+    head: str, tail: str, words: list[str], tokenizer: Any, max_length: int | None, template: Template
+) -> None:
+    """Raises DataError if the question alone takes `max_length` tokens."""
+    question = continued(head + tail, len(head), words, tokenizer, None, special=template != "chat")
+    needed = len(question.prefix) + max(map(len, question.continuations)) + 1
+    if max_length is not None and needed >= max_length:
+        raise DataError(
+            f"the question takes {needed} of {max_length} tokens, which leaves no room for a text; raise "
+            f"{_KEY}.max_length, or shorten {_KEY}.prompt"
+        )
+
+
+def prompt_of(
+    text: str, head: str, tail: str, words: list[str], tokenizer: Any, max_length: int | None, template: Template
+) -> Prompt:
+    """The text between `head` and `tail` before each label word. A text that is too long is cut at its end."""
+    text = head + text.strip()
+    return continued(text + tail, len(text), words, tokenizer, max_length, special=template != "chat")
+
+
+def prompts_of(
+    rows: Sequence[Review], words: list[str], prompt: str, tokenizer: Any, max_length: int | None, template: Template
+) -> list[Prompt]:
+    """The question about each row, in this template.
+
+    Raises:
+        DataError: the question leaves no room for a text.
+    """
+    head, tail = around(tokenizer, template, prompt)
+    require_room(head, tail, words, tokenizer, max_length, template)
+    return [prompt_of(row.text, head, tail, words, tokenizer, max_length, template) for row in rows]

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from distft.data.conversations import conversation, from_texts
 from distft.data.files import Row, files_at
+from distft.data.prompts import Message
 from distft.errors import DataError
 from distft.evaluation.chat import engine_of, load_target
-from distft.evaluation.generate import Item, Message, Sampling, generate
+from distft.evaluation.generate import Item, Sampling, generate
 from distft.evaluation.request import Request
 from distft.files import append_lines
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from jinja2 import TemplateError
 
+from distft.data.prompts import Message, Template
 from distft.distributed.world import World
 from distft.errors import ModelError
 from distft.evaluation.engines.transformers import TransformersEngine
-from distft.evaluation.generate import Answer, Item, Message, Sampling, Template
+from distft.evaluation.generate import Answer, Item, Sampling
 from distft.evaluation.request import Request
 from distft.evaluation.target import SideName, Target, Trained
 from distft.evaluation.template import PromptTemplate, prompt_template

@@ -11,21 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Protocol
 
-from distft.data.templates import format_dolly
+from distft.data.prompts import Message
 from distft.distributed.world import World
 from distft.evaluation.cache import complete, key_of
-
-Template = Literal["chat", "instruction", "plain"]
-"""How a conversation becomes a prompt: the tokenizer's chat template, the one of instruction data, or none."""
-
-
-class Message(TypedDict):
-    """One turn of a conversation."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
 
 
 @dataclass(frozen=True)
@@ -121,41 +111,3 @@ def describe_answers(answers: Sequence[Answer]) -> dict[str, Any]:
 def item_seed(sampling: Sampling, prompt: str) -> int:
     """The seed of an item's random stream, from the seed and the prompt alone. Below 2**31, as servers require."""
     return int(key_of(sampling.seed, prompt)[:8], 16) >> 1
-
-
-def instruction_prompt(messages: Sequence[Message]) -> str:
-    """The prompt in the template of instruction data (`format_dolly`), with earlier turns and their answers before
-    it."""
-    done = [
-        format_dolly(user["content"], None, answer["content"].strip(), completion_only=False).text + "\n\n"
-        for user, answer in zip(messages[:-1:2], messages[1::2], strict=True)
-    ]
-    return "".join(done) + format_dolly(messages[-1]["content"], None, "", completion_only=False).text
-
-
-def plain_prompt(messages: Sequence[Message]) -> str:
-    """The turns without a template, for models trained on prompts as they are."""
-    return "\n\n".join(message["content"] for message in messages)
-
-
-def template_of(tokenizer: Any, otherwise: Literal["instruction", "plain"]) -> Template:
-    """The tokenizer's chat template if it has one."""
-    return "chat" if getattr(tokenizer, "chat_template", None) else otherwise
-
-
-def render(tokenizer: Any, template: Template, messages: Sequence[Message]) -> str:
-    """The conversation as the text of a prompt."""
-    if template == "chat":
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-    return instruction_prompt(messages) if template == "instruction" else plain_prompt(messages)
-
-
-def token_ids(tokenizer: Any, template: Template, prompt: str) -> list[int]:
-    """The tokens of a rendered prompt.
-
-    A chat template spells special tokens out. For the other templates the tokenizer adds its own, as in training,
-    except for the end of the sequence.
-    """
-    spelt_out = template == "chat"
-    ids = list(tokenizer(prompt, add_special_tokens=not spelt_out)["input_ids"])
-    return ids[:-1] if ids and not spelt_out and ids[-1] == tokenizer.eos_token_id else ids

@@ -22,11 +22,12 @@ from huggingface_hub import hf_hub_download
 from distft.config.evaluation import Evaluation, Judge
 from distft.config.recipe import Recipe
 from distft.config.schema import Quantization
+from distft.data.prompts import Message, render, template_of
 from distft.distributed.collectives import together
 from distft.errors import JudgeError, ModelError
 from distft.evaluation.engines.openai import JudgeServer
 from distft.evaluation.engines.transformers import TransformersEngine
-from distft.evaluation.generate import Answer, Engine, Item, Message, Sampling, generate, render, template_of
+from distft.evaluation.generate import Answer, Engine, Item, Sampling, generate
 from distft.evaluation.judge_parsing import Kind, Verdict, opens_reasoning, parse_verdict, reasons_from_the_start
 from distft.evaluation.target import SideName, Target
 from distft.files import to_json, write_atomically

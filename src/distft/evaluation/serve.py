@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 from distft.config.recipe import Recipe
 from distft.console import say
+from distft.data.prompts import trained_template
 from distft.errors import LaunchError, MissingExtraError, RunFolderError
 from distft.evaluation.engines.lora import lora_words, obstacle_to_lora
 from distft.evaluation.request import Request
 from distft.evaluation.target import Trained
-from distft.evaluation.template import trained_template
 from distft.hardware import visible_devices
 from distft.models.export import merge
 from distft.models.loading import load_tokenizer, model_path

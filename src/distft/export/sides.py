@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distft.evaluation.generate import token_ids
+from distft.data.prompts import token_ids
 from distft.export.distance import Predictions
 from distft.export.replay import Replay
 from distft.models.generation import end_tokens

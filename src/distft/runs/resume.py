@@ -53,7 +53,10 @@ FOLLOWS_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
 """Learning-rate schedules with which the keys in `EVALUATED_WITH` change the optimisation."""
 SELECTS = ("load_best_model_at_end", "early_stopping_patience")
 """Keys of `training` with which those in `EVALUATED_WITH` and `SCORED_WITH` change the result."""
-SCORED_WITH = ("evaluation.imdb.", "evaluation.seed")
+SCORED_WITH = {
+    "imdb": ("evaluation.imdb.", "evaluation.seed"),
+    "classification": ("evaluation.classification.", "evaluation.generation.template", "evaluation.seed"),
+}
 IDENTITY = {
     "data_digest": "the training data",
     "held_out_digest": "the held-out data",
@@ -259,7 +262,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]
         strict += EVALUATED_WITH
     if any(new["training"].get(key) for key in SELECTS):
         strict += EVALUATED_WITH
-        strict += SCORED_WITH if "imdb" in (new["training"].get("metric_for_best_model") or "") else ()
+        metric = new["training"].get("metric_for_best_model") or ""
+        strict += tuple(key for name, keys in SCORED_WITH.items() if name in metric for key in keys)
     before, after = dict(leaves(old)), dict(leaves(new))
     for key in {**before, **after}:
         if key.startswith(FREE_TO_CHANGE) and not key.startswith(strict):

@@ -22,10 +22,13 @@ HIGHER_IS_BETTER = {"eval_loss": False, "eval_perplexity": False} | {
     f"{IMDB}{name}": True for name in ("accuracy", "f1", "macro_f1", "precision", "recall")
 }
 """The metrics that an evaluation during training can have, by their keys in metrics.jsonl."""
+CLASSES = "eval_classification_"
+"""The beginning of the metrics that classify the texts in `evaluation.classification.validation`."""
+HIGHER_IS_BETTER |= {f"{CLASSES}{name}": True for name in ("accuracy", "macro_f1")}
 REWARDS = "eval_rewards/"
 """The beginning of the metrics over pairs of answers."""
 HIGHER_IS_BETTER |= {f"{REWARDS}accuracies": True, f"{REWARDS}margins": True}
-_TASKS = ("lm_eval", "mt_bench", "alpaca", "imdb_generation")
+_TASKS = ("lm_eval", "mt_bench", "alpaca", "imdb_generation", "classification_generation", "generation")
 """Beginnings of the metrics that only `distft evaluate` measures: their answers are written or judged by a model."""
 
 
@@ -47,8 +50,8 @@ def metric_of(recipe: Recipe) -> str:
 
 
 def scores_reviews(recipe: Recipe) -> bool:
-    """Whether evaluations during training classify reviews."""
-    return metric_of(recipe).startswith(IMDB) and recipe.training.get("eval_strategy", "no") != "no"
+    """Whether evaluations during training classify reviews, or other texts."""
+    return metric_of(recipe).startswith((IMDB, CLASSES)) and recipe.training.get("eval_strategy", "no") != "no"
 
 
 def selection_arguments(recipe: Recipe) -> dict[str, Any]:
@@ -85,13 +88,15 @@ def selection_faults(recipe: Recipe, strategy: Strategy) -> Iterator[Fault]:
     elif metric.startswith(IMDB) and not _has_reviews(recipe):
         problem = f"{_plain(metric)} classifies the reviews of the validation split, and the data has no classes"
         yield fault("metric_for_best_model", problem, "name columns in data.format.review and data.format.label")
+    elif metric.startswith(CLASSES) and (wrong := _validation_problem(recipe)):
+        yield fault("metric_for_best_model", wrong, "evaluation.classification.validation=FILE")
     elif training.get("greater_is_better") not in (None, HIGHER_IS_BETTER[metric]):
         better = "higher" if HIGHER_IS_BETTER[metric] else "lower"
         yield fault("greater_is_better", f"a {better} {_plain(metric)} is better", "leave it out")
     elif _follows(training) and HIGHER_IS_BETTER[metric] != _expects_higher(training):
         problem = f"{training['lr_scheduler_type']} would take a better {_plain(metric)} for a worse one"
         yield fault("lr_scheduler_kwargs", problem, f"mode: {'max' if HIGHER_IS_BETTER[metric] else 'min'}")
-    if evaluates == "no" and metric.startswith(IMDB) and not selects(recipe):
+    if evaluates == "no" and metric.startswith((IMDB, CLASSES)) and not selects(recipe):
         yield fault("metric_for_best_model", "there are no evaluations", "set training.eval_strategy=epoch")
     if training.get("early_stopping_threshold") and patience(recipe) is None:
         yield fault("early_stopping_threshold", "has no effect", "set training.early_stopping_patience")
@@ -116,9 +121,25 @@ def _unknown(recipe: Recipe, metric: str) -> Fault:
     if name.startswith(_TASKS):
         problem = f"{name} is not measured during training: a model would have to write or judge answers"
     fitting = (each for each in HIGHER_IS_BETTER if _fits(recipe, each))
-    names = [_plain(each) for each in fitting if not each.startswith(IMDB) or _has_reviews(recipe)]
+    missing = [name for name, there in _classified(recipe).items() if not there]
+    names = [_plain(each) for each in fitting if not each.startswith(tuple(missing))]
     hint = "; ".join(filter(None, [nearest(name, names), f"it has {', '.join(names)}"]))
     return Fault(recipe.source.of(key), key, problem, hint)
+
+
+def _classified(recipe: Recipe) -> dict[str, bool]:
+    """The beginnings of the metrics of classifications, and whether the recipe has what they classify."""
+    return {IMDB: _has_reviews(recipe), CLASSES: recipe.evaluation.classification.validation is not None}
+
+
+def _validation_problem(recipe: Recipe) -> str | None:
+    """What is wrong with the file that evaluations during training classify."""
+    section = recipe.evaluation.classification
+    if section.validation is None:
+        return "classifies the texts of evaluation.classification.validation, which names no file"
+    if section.validation == section.path:
+        return "would decide by evaluation.classification.path, whose figures then say nothing of unseen texts"
+    return None
 
 
 def _fits(recipe: Recipe, metric: str) -> bool:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distft.data.prompts import Message, instruction_prompt
 from distft.evaluation.engines.transformers import TransformersEngine, _Draw
-from distft.evaluation.generate import Answer, Item, Message, Sampling, instruction_prompt
+from distft.evaluation.generate import Answer, Item, Sampling
 
 
 def user(text: str) -> tuple[Message, ...]:

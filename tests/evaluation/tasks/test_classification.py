@@ -10,12 +10,12 @@ import pytest
 
 from distft.config.evaluation import Classification
 from distft.config.recipe import load_recipe
-from distft.data.labelled import load_labelled
+from distft.data.labelled import around, load_labelled, prompt_of, require_room
 from distft.errors import DataError
 from distft.evaluation.classify import parse
 from distft.evaluation.preflight import faults
 from distft.evaluation.target import Target
-from distft.evaluation.tasks.classification import TASK, around, prompt_of, require_room
+from distft.evaluation.tasks.classification import TASK
 from distft.evaluation.tasks.imdb import TASK as IMDB
 from tests.evaluation.conftest import evaluation
 

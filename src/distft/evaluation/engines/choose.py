@@ -8,12 +8,13 @@ import os
 from pathlib import Path
 
 from distft.config.evaluation import Evaluation
+from distft.data.prompts import Template
 from distft.distributed.process import say_once
 from distft.errors import MissingExtraError, ModelError
 from distft.evaluation.engines.lora import obstacle_to_lora
 from distft.evaluation.engines.transformers import TransformersEngine, max_positions
 from distft.evaluation.engines.vllm import Served, VllmEngine
-from distft.evaluation.generate import Engine, Template
+from distft.evaluation.generate import Engine
 from distft.evaluation.target import SideName, Target
 from distft.models.generation import end_tokens
 from distft.models.loading import model_path

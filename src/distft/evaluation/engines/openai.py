@@ -20,9 +20,10 @@ import httpx
 
 from distft.config.evaluation import Judge
 from distft.console import say
+from distft.data.prompts import Message
 from distft.distributed.world import World
 from distft.errors import DistftError, JudgeError
-from distft.evaluation.generate import Answer, Item, Message, item_seed
+from distft.evaluation.generate import Answer, Item, item_seed
 from distft.text import count
 
 _MAX_BACKOFF_S = 60.0

@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from distft.data.batch_plan import batches_by_length
+from distft.data.prompts import Message, Template, render, token_ids
 from distft.errors import OutOfMemory
-from distft.evaluation.generate import Answer, Item, Message, Sampling, Template, item_seed, render, token_ids
+from distft.evaluation.generate import Answer, Item, Sampling, item_seed
 from distft.models.generation import end_tokens, write
 
 

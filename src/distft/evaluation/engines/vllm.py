@@ -21,11 +21,12 @@ from typing import Any
 
 import httpx
 
+from distft.data.prompts import Message, Template, render, token_ids
 from distft.errors import ModelError
 from distft.evaluation.engines.lora import lora_words
 from distft.evaluation.engines.openai import Client
 from distft.evaluation.engines.supervise import GRACE_S
-from distft.evaluation.generate import Answer, Item, Message, Template, item_seed, render, token_ids
+from distft.evaluation.generate import Answer, Item, item_seed
 
 _BASE, _ADAPTER = "base", "adapter"  # the names under which the server knows the models
 _CONCURRENCY = 256  # vLLM batches by itself: this many requests keep it busy

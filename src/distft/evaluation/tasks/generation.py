@@ -11,13 +11,14 @@ import numpy as np
 from distft.config.evaluation import Evaluation, Generation
 from distft.config.recipe import Recipe
 from distft.data.labelled import file_of
+from distft.data.prompts import Message, Template
 from distft.distributed.collectives import together
 from distft.errors import DataError
 from distft.evaluation.answers import Prompt, prompts_of
 from distft.evaluation.cache import key_of
 from distft.evaluation.closeness import figures
 from distft.evaluation.engines.choose import choose_engine
-from distft.evaluation.generate import Answer, Item, Message, Sampling, Template, describe_answers, generate
+from distft.evaluation.generate import Answer, Item, Sampling, describe_answers, generate
 from distft.evaluation.judge import Question, count, judge_sides, out_of_ten, reasons
 from distft.evaluation.metrics import mean_figure, unparsed_figure
 from distft.evaluation.overlap import overlap

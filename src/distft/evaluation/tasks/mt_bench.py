@@ -18,11 +18,12 @@ import numpy as np
 
 from distft.config.evaluation import Evaluation
 from distft.config.recipe import Recipe
+from distft.data.prompts import Message, Template
 from distft.distributed.collectives import together
 from distft.errors import DataError
 from distft.evaluation.cache import key_of
 from distft.evaluation.engines.choose import choose_engine
-from distft.evaluation.generate import Answer, Item, Message, Sampling, Template, describe_answers, generate
+from distft.evaluation.generate import Answer, Item, Sampling, describe_answers, generate
 from distft.evaluation.judge import Judgement, Question, count, judge_sides, out_of_ten, reasons
 from distft.evaluation.metrics import mean_estimate, mean_figure, unparsed_figure
 from distft.evaluation.overlap import overlap
