@@ -7,6 +7,7 @@ import pytest
 from distft.training.preference import FIGURES
 from distft.training.rated import RatedTrainer
 
+from ..training.test_reference import trained_adapter
 from .conftest import Train
 from .test_same_optimisation import Trajectory
 
@@ -50,3 +51,29 @@ def test_kto_compares_with_the_whole_global_batch_on_any_number_of_processes(tra
     for key in ("loss", "grad_norm", "entropy", *RatedTrainer.measured, "rewards/margins"):
         assert found.of(key) == pytest.approx(single.of(key), rel=1e-4, abs=1e-5), key
     assert single.of("kl")[0] == 0 < max(single.of("kl"))
+
+
+@pytest.fixture(scope="module")
+def on_adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Training that starts from an adapter, and holds to it."""
+    return (*DPO, f"adapter={trained_adapter(tmp_path_factory.mktemp('start'))}")
+
+
+@pytest.fixture(scope="module")
+def alone(train: Train, on_adapter: tuple[str, ...]) -> Trajectory:
+    return Trajectory(train, *on_adapter, *PADDED, "strategy=single", nproc=1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "way"), [("ddp", PACKED), ("fsdp", PACKED), ("zero2", PADDED)], ids=lambda value: str(value)[:8]
+)
+def test_every_strategy_holds_to_the_adapter_that_it_starts_from(
+    strategy: str, way: tuple[str, ...], on_adapter: tuple[str, ...], alone: Trajectory, train: Train
+) -> None:
+    found = Trajectory(train, *on_adapter, *way, f"strategy={strategy}", nproc=2)
+    for key in ("samples", "tokens"):
+        assert found.of(key) == alone.of(key), key
+    for key in ("loss", "grad_norm", "entropy", *FIGURES):
+        assert found.of(key) == pytest.approx(alone.of(key), rel=1e-4, abs=1e-5), key
+    assert found.of("rewards/chosen")[0] == 0 == found.of("rewards/margins")[0] < found.of("rewards/margins")[1]
+    assert found.summary["start_digest"] == alone.summary["start_digest"]

@@ -45,8 +45,9 @@ def test_every_run_of_a_shipped_experiment_is_a_valid_recipe(name: str, tmp_path
     experiment = load(tmp_path, name=name)
     assert experiment.description.endswith((".", ":"))
     assert len({run.name for run in experiment.runs}) == len(experiment.runs)
+    planned = {run.folder: run.recipe for run in experiment.runs}
     for run in experiment.runs:
-        recipe = load_recipe(run.arguments, checks=CHECKS, folder=tmp_path)
+        recipe = load_recipe(run.arguments, checks=CHECKS, folder=tmp_path, planned=planned)
         assert recipe == run.recipe
         assert (recipe.run.name, recipe.tracking.group) == (run.name, name)
 
