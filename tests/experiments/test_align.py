@@ -24,7 +24,7 @@ TINY = {
     "quantization": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"},
     "batching": {"global_batch_size": 16, "micro_batch_tokens": 1024},
     "training": {"bf16": False, "optim": "adamw_torch", "max_length": 128, "warmup_steps": 0, "logging_steps": 1},
-    "evaluation": {"max_samples": 16, "imdb": {"path": str(tiny_sentiment()), "subset": 40}},
+    "evaluation": {"max_samples": 16, "imdb": {"path": str(tiny_sentiment()), "subset": 16, "methods": ["logprob"]}},
     "tracking": {"report_to": [], "throughput_warmup_steps": 1, "profile_steps": 0},
 }
 
