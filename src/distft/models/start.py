@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftModel
 
 from distft.config.adapter import adapter_faults, adapter_folder
+from distft.config.preference import Preference
 from distft.config.recipe import Recipe
 from distft.errors import Fault, ModelError
 from distft.models.digest import adapter_digest
@@ -45,7 +46,7 @@ def start_notes(recipe: Recipe) -> list[str]:
     if (folder := start_folder(recipe)) is None:
         return []
     note = SavedAdapter.read(folder).base_note(recipe)
-    held = ", which is also the reference" if recipe.prefers else ""
+    held = ", which is also the reference" if recipe.prefers and (recipe.preference or Preference()).refers else ""
     return [f"starts from the adapter in {folder}{held}", *([] if note is None else [note])]
 
 
