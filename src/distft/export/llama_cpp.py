@@ -7,6 +7,7 @@ request; the server keeps what it has read of the prompt before.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import socket
 import subprocess
@@ -50,11 +51,13 @@ def serve(file: Path, context: int) -> Iterator[LlamaCppSide]:
     which = available()
     if which is None:
         raise MissingExtraError("proofs of GGUF files", "xllamacpp", "export")
+    # Its threads spin while they wait for each other: on cores that others use, too, one is the fastest.
+    threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
     port = _free_port() if which == "llama-server" else 0
     command = (
-        ["llama-server", "-m", str(file), "-c", str(context), "--port", str(port), "-np", "1", "--jinja"]
+        ["llama-server", "-m", str(file), "-c", str(context), "--port", str(port), "-np", "1", "-t", threads, "--jinja"]
         if which == "llama-server"
-        else [sys.executable, "-m", "distft.export.llama_server", str(file), str(context)]
+        else [sys.executable, "-m", "distft.export.llama_server", str(file), str(context), threads]
     )
     log = file.with_suffix(".log")
     with log.open("wb") as errors:

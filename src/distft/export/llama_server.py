@@ -1,4 +1,4 @@
-"""Serve a GGUF file with the llama.cpp of the package xllamacpp: `python -m distft.export.llama_server FILE CONTEXT`.
+"""Serve a GGUF file with xllamacpp's llama.cpp: `python -m distft.export.llama_server FILE CONTEXT THREADS`.
 
 Prints the address once the model is loaded, and ends when its standard input does.
 """
@@ -16,7 +16,7 @@ def main() -> None:
     settings: Any = xllamacpp.CommonParams()
     settings.model.path = sys.argv[1]
     settings.n_ctx = int(sys.argv[2])
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = int(sys.argv[3])
     settings.n_parallel, settings.port, settings.warmup, settings.verbosity = 1, 0, False, -1
     settings.use_jinja = True
     server = xllamacpp.Server(settings)
