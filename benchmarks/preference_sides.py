@@ -23,15 +23,20 @@ ON_GPU = torch.cuda.is_available()
 def distft(turns: Turns, words: Sequence[str]) -> None:
     """A run of distft, as the command starts it; its weights come from memory."""
     from distft.training import run
+    from distft.training.reference_log_probs import ReferencePass
 
-    fit = run.fit
+    fit, begin = run.fit, ReferencePass.on_train_begin
 
     def in_turns(opened: Any, training: Any) -> None:
         training.trainer.add_callback(Epochs(turns))
         fit(opened, training)
 
+    def reference_in_turn(self: Any, *args: Any, **kwargs: Any) -> None:
+        with turns.turn("reference"):
+            begin(self, *args, **kwargs)
+
     in_memory.for_runs()
-    run.fit = in_turns
+    run.fit, ReferencePass.on_train_begin = in_turns, reference_in_turn  # type: ignore[method-assign]
     run.train(words)
 
 
@@ -39,8 +44,8 @@ def trl(turns: Turns, given: dict[str, Any]) -> None:
     """TRL's trainer with what its documentation recommends for speed, and no activation checkpointing.
 
     Its `padding_free` is switched off in the installed version, and its attention is SDPA, with a mask: FlashAttention
-    would need another package. Its reference log-probabilities are computed before training, one pair at a time, which
-    pads least. With `by_length`, pairs of about the same length share a micro-batch.
+    would need another package. Its reference log-probabilities are computed before training. The rows are sorted by
+    their lengths, so that little is padded then; with `by_length`, little is in training, too.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -51,7 +56,7 @@ def trl(turns: Turns, given: dict[str, Any]) -> None:
     class InTurns(DPOTrainer):  # type: ignore[misc]
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
             with turns.turn("warm-up"):
-                super()._precompute_ref_logps(dataset.select(range(2)), name, batch_size)
+                super()._precompute_ref_logps(dataset.select(range(0, len(dataset), 2)), name, batch_size)
             with turns.turn("reference"):
                 return super()._precompute_ref_logps(dataset, name, batch_size)
 
@@ -79,7 +84,7 @@ def trl(turns: Turns, given: dict[str, Any]) -> None:
         args=DPOConfig(
             output_dir=given["output"],
             precompute_ref_log_probs=True,
-            precompute_ref_batch_size=1,
+            precompute_ref_batch_size=given["pairs"],
             max_length=given["max_length"],
             per_device_train_batch_size=given["pairs"],
             gradient_accumulation_steps=given["global_batch"] // given["pairs"],

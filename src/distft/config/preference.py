@@ -34,7 +34,10 @@ UNPAIRED: tuple[LossType, ...] = ("kto", "apo_zero_unpaired")
 """The losses of TRL's `KTOTrainer`: over single answers, which a label calls good or bad."""
 ALONE: tuple[LossType, ...] = ("orpo", *UNPAIRED)
 """Losses of trainers of their own in TRL, which are not summed with others."""
-_DPO_ONLY = ("label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting")
+_DPO_ONLY = (
+    *("label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting"),
+    "precompute_ref_log_probs",
+)
 _KTO_ONLY = ("desirable_weight", "undesirable_weight")
 SORTED: tuple[LossType, ...] = ("aot", "aot_unpaired")
 """Losses that compare the sorted rewards of a micro-batch, and so depend on how a step is divided."""
@@ -71,6 +74,10 @@ class Preference(Section):
     """Weight pairs by how likely the model is to write them (WPO, arXiv:2406.11827)."""
     discopop_tau: float = Field(0.05, gt=0)
     """τ of `discopop` (arXiv:2406.08414)."""
+    precompute_ref_log_probs: bool | Literal["auto"] = "auto"
+    """Compute what the reference says of all pairs once, before the first step, and keep it in the run's folder and in
+    the cache; otherwise, it is computed with each micro-batch. `auto` does with more than one epoch, and with
+    `lora: null`, where it is the only way."""
 
     desirable_weight: float = Field(1.0, ge=0)
     """`kto` and `apo_zero_unpaired`: the weight of the losses of good answers, which may be fewer or more."""

@@ -284,8 +284,12 @@ def _check_objective(recipe: Recipe, fault: Callable[..., None]) -> None:
     for name, *texts in (recipe.preference or Preference()).problems():
         fault(f"preference.{name}", *texts)
     preference = recipe.preference or Preference()
-    if recipe.lora is None and preference.refers:
-        fault("lora", "objective=dpo compares the model with its adapter on and off", "add a lora section")
+    if recipe.lora is None and preference.refers and (preference.unpaired or not preference.precompute_ref_log_probs):
+        problem = "without an adapter, the reference is gone after the first step"
+        if preference.unpaired:
+            fault("lora", problem, "add a lora section")
+        else:
+            fault("preference.precompute_ref_log_probs", problem, "set it to true, or add a lora section")
     init = str((recipe.lora or {}).get("init_lora_weights", True)).lower()
     if init.startswith(REWRITES) and recipe.adapter is None and preference.refers:
         problem = f"{init} changes the weights of the base, which is the reference of objective=dpo"

@@ -26,7 +26,7 @@ class Collator:
     one first. With `rated`, it is an answer with a label, and the batch has `good` [samples]. Either way, the batch has
     what `trained_counts` returns, as `counts`. With `whole_chosen`, the sequence of a chosen answer is trained from its
     second token on, and `answers` says which of the scored positions are of answers. With `shared`, the prompt of a
-    pair is in the pack once (`data.shared_prompts`).
+    pair is in the pack once (`data.shared_prompts`). If pairs have `reference`, the batch has it for all `targets`.
     """
 
     def __init__(
@@ -49,6 +49,15 @@ class Collator:
         )
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self._batch(rows)
+        if rows and "reference" in rows[0]:
+            known = torch.zeros(batch["targets"].shape)
+            values = torch.cat([torch.as_tensor(row["reference"]) for row in rows])
+            known[0, : len(values)] = values
+            batch["reference"] = known
+        return batch
+
+    def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if self._shared:
             return shared_row(rows, self._pad_token, self._multiple)
         good = torch.tensor([row["chosen"] > 0 for row in rows], dtype=torch.bool) if self._rated else None

@@ -195,6 +195,7 @@ FIGURES = (
     _time("evaluation_time_s", "evaluation", ",.1f"),
     _time("saving_time_s", "saving", ",.1f"),
     _time("scoring_time_s", "scoring for the order", ",.1f"),
+    _time("reference_time_s", "reference before step 1", ",.1f"),
     Figure(
         key="peak_memory_gib",
         label="peak memory",

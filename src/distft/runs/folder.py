@@ -101,6 +101,11 @@ class RunFolder:
         return self.path / "scores"
 
     @property
+    def reference(self) -> Path:
+        """The reference's log-probabilities, if they were computed before the first step."""
+        return self.path / "reference.npz"
+
+    @property
     def samples(self) -> Path:
         """The answers to a few held-out prompts, if `evaluation.samples` asks for them."""
         return self.path / "samples.json"

@@ -11,14 +11,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from distft import upstream_api
 from distft.config.preference import Preference
 from distft.config.recipe import Recipe
+from distft.data.batch_plan import Plan
+from distft.data.pieces import Array
+from distft.data.splits import lengths_of
 from distft.training.preference_loss import Pairs, pair_losses
 from distft.training.reference import Base, FrozenAdapter, Reference
+from distft.training.reference_log_probs import Known, WithReference, apart, precomputes
 from distft.training.trainer import Trainer
 
 FIGURES = (
@@ -58,6 +63,7 @@ class PreferenceTrainer(Trainer):
     def __init__(self, *args: Any, model: Any, preference: Preference, on_adapter: bool = False, **kwargs: Any) -> None:
         self._preference = preference
         self._reference: Reference = FrozenAdapter(model) if on_adapter else Base()  # before TRL casts the adapter
+        self._known: Known | None = None
         super().__init__(*args, model=model, **kwargs)
         upstream_api.disable_dropout(self.model)
         if preference.use_weighting:
@@ -125,9 +131,37 @@ class PreferenceTrainer(Trainer):
     @torch.no_grad()
     def _of_reference(self, inputs: dict[str, Any]) -> torch.Tensor:
         """The reference's log-probabilities of the scored tokens, as the head returns them."""
+        if self._known:  # on all ranks: one without pairs computes nothing either
+            known: torch.Tensor = inputs.get("reference", torch.zeros_like(inputs["targets"], dtype=torch.float32))
+            return known
         with self._reference.on(self.model, self.accelerator):
             log_probs: torch.Tensor = self._score(self.model, inputs).log_probs
         return log_probs
+
+    def expect_reference(self) -> Known:
+        """Where to put the reference's log-probabilities of all pairs before the first step. From then on, they are
+        read and not computed."""
+        self._known = {}
+        return self._known
+
+    def _loader(self, samples: Any, plan: Plan, accumulation: int) -> Any:
+        samples = samples if self._known is None else WithReference(samples, self._known)
+        return super()._loader(samples, plan, accumulation)
+
+    def reference_log_probs(self, samples: Any) -> list[Array]:
+        """The reference's log-probabilities of each pair's trained tokens. All ranks enter, and get all."""
+        self.model.eval()
+        plan = self._plan.evaluation(lengths_of(samples), self.args.per_device_eval_batch_size)
+        accumulation = plan.accumulation(self.args.world_size, 1)
+        loader, mine = self._loader(samples, plan, accumulation), dict[int, Array]()
+        for indices, inputs in zip(self._batches(plan, accumulation), loader, strict=True):
+            inputs = upstream_api.to_trainer_device(self, inputs)
+            with self.compute_loss_context_manager():
+                found = self._of_reference(inputs)
+            mine |= zip(indices, apart(found, inputs["counts"]), strict=True)
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        everyone = {index: values for rank in gather_object([mine]) for index, values in rank.items()}
+        return [everyone[index] for index in range(len(samples))]
 
     def _answers(self, log_probs: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """The log-probability of each sequence's answer, [sequences]; with `ld_alpha`, what is beyond the length of the
@@ -229,13 +263,15 @@ def trainer_class(recipe: Recipe) -> functools.partial[Trainer] | None:
     return functools.partial(PreferenceTrainer, preference=preference, on_adapter=on_adapter)
 
 
-def other_forwards(recipe: Recipe) -> float:
-    """How many forward passes each token takes besides that of the trained model: one of the reference; with `kto`, two
-    of both models on mismatched answers."""
+def other_forwards(recipe: Recipe, epochs: int) -> float:
+    """How many forward passes each token takes besides that of the trained model: one of the reference, unless that is
+    known before the first of so many epochs; with `kto`, two of both models on mismatched answers."""
     preference = recipe.preference or Preference()
     if not (recipe.prefers and preference.refers):
         return 0.0
-    return 3.0 if "kto" in preference.names else 1.0
+    if "kto" in preference.names:
+        return 3.0
+    return 0.0 if precomputes(recipe, epochs) else 1.0
 
 
 def drift(log_probs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -148,6 +148,13 @@ def base_scores(recipe: Recipe, samples: Any, folder: RunFolder, world: World) -
 
 def _cache(recipe: Recipe) -> ScoreFiles | None:
     """The scores in the cache of samples under the recipe's base as it is loaded; None while the base is not here."""
+    folder = kept_for_base(recipe, "scores")
+    return None if folder is None else ScoreFiles(folder)
+
+
+def kept_for_base(recipe: Recipe, kind: str, adapter: str | None = None) -> Path | None:
+    """The folder of the cache for what the recipe's base, as it is loaded, says of samples, with the `adapter` of that
+    digest; None while the base is not here."""
     weights = contents(model_path(recipe), recipe.model.revision)
     if weights is None:
         return None
@@ -158,8 +165,10 @@ def _cache(recipe: Recipe) -> ScoreFiles | None:
         "quantization": None if recipe.quantization is None else recipe.quantization.model_dump(),
         "new rows": [recipe.model.resize_embeddings, recipe.model.tokenizer, recipe.data.chat_template],
     }
+    if adapter is not None:
+        key["adapter"] = adapter
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return ScoreFiles(cache_folder() / "scores" / name)
+    return cache_folder() / kind / name
 
 
 def _score(recipe: Recipe, folder: RunFolder, world: World, missing: int) -> None:

@@ -53,6 +53,7 @@ from distft.training.oom import MemoryGuard
 from distft.training.order import plan_in_order
 from distft.training.preference import other_forwards, preference_notes, trainer_class
 from distft.training.profiler import Profile
+from distft.training.reference_log_probs import ReferencePass, precomputes
 from distft.training.reviews import ValidationReviews
 from distft.training.samples import HeldOutAnswers
 from distft.training.schedule import schedule_faults, schedule_notes, total_steps
@@ -221,9 +222,12 @@ def setup_model(run: OpenRun, expected: Expected | None = None) -> PreparedModel
     if world.is_main:
         for line in [*run.data.splits.report.lines(), *record.lines()]:
             say(line)
+    more = other_forwards(recipe, recipe.epochs(plan.steps))
     work = Work.of(
         model_flops_per_token(
-            non_embedding_parameters(model), frozen_base=recipe.lora is not None, forwards=other_forwards(recipe)
+            non_embedding_parameters(model),
+            frozen_base=recipe.lora is not None,
+            forwards=more,
         ),
         recomputed_parameters(model, by_trainer=bool(arguments.gradient_checkpointing)),
     )
@@ -299,6 +303,12 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
     best = BestModel(recipe, strategy, folder, stop, carried.get("best", {}), record.changed)
     checkpoints = Checkpoints(folder, strategy, recipe.training.get("save_total_limit"), to_carry, best)
     evaluates = recipe.evaluation.before_and_after and splits.test is not None
+    reference = None
+    if precomputes(recipe, recipe.epochs(plan.steps)):
+        held_out_samples = [
+            first_samples(each, recipe.evaluation.max_samples) for each in (splits.validation, splits.test)
+        ]
+        reference = ReferencePass(recipe, record, world, [splits.train, *held_out_samples])
     trainer = build_trainer(
         recipe,
         strategy,
@@ -311,6 +321,7 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
             invariants,
             stop,
             best,  # after what stops the run, before what logs each evaluation that may be saved
+            *([reference] if reference else []),  # before the telemetry, whose time is that of training
             profile,  # before the telemetry, whose windows end where profiled steps begin and end
             telemetry,  # before the trackers, which log what it adds
             *trackers(recipe, folder, world),
@@ -329,4 +340,6 @@ def setup_trainer(run: OpenRun, prepared: PreparedModel) -> Training:
     )
     for callback in (held_out, answers):
         callback.attach(trainer)
+    if reference is not None:
+        reference.attach(trainer)
     return Training(trainer, stop, profile, telemetry, numbers, checkpoints, best, held_out, answers, invariants)

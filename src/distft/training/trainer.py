@@ -32,9 +32,10 @@ from distft.training.metrics import perplexity
 from distft.training.nonfinite import BadNumbers
 from distft.training.reviews import ValidationReviews
 
-_OURS = ("scored", "targets", "counts", "good", "answers")
+_OURS = ("scored", "targets", "counts", "good", "answers", "reference")
 """What `data.loader` adds to a batch: for the head, the trained positions of the flattened rows, and their tokens; of
-preferences, how many of them each sequence has, which answers are good, and which positions are of answers."""
+preferences, how many of them each sequence has, which answers are good, which positions are of answers, and what the
+reference says of them, if that is known."""
 
 
 def build_trainer(
