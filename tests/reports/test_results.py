@@ -48,6 +48,7 @@ def test_the_figures_of_a_run_come_from_its_folder(tmp_path: Path) -> None:
     }
     assert {key for key, value in run.figures.items() if value is None} == {
         "imdb_accuracy",
+        "reward_accuracy",
         "scoring_time_s",
         "reference_time_s",
         "steps_to_loss",
