@@ -11,6 +11,7 @@ import pytest
 from distft.api.recipe import checks, load
 from distft.cli.main import main
 from distft.config.recipe import Recipe
+from distft.data.named_templates import CHATML
 from distft.errors import RecipeError
 from distft.importing.draft import Draft
 from distft.importing.reading import read_foreign
@@ -230,3 +231,28 @@ def test_the_command_writes_a_recipe_and_no_file_over_another(folder: Path, caps
     assert main(["import", "a.yml"]) == 2
     assert "already exists" in capsys.readouterr().err
     assert main(["import", "a.yml", "--output", "b.yaml", "--nproc", "0"]) == 2
+
+
+def explained(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["import", *words, "--explain", "1"]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_row_is_shown_as_both_train_on_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "t.yaml").write_text(TRL + f"chat_template: {json.dumps(CHATML)}\n", encoding="utf-8")
+    trl = explained(["t.yaml"], capsys)
+    assert "── distft: " in trl and "── trl: " in trl and "⟦" in trl
+    (folder / "u.json").write_text(json.dumps({**UNSLOTH, "chat_template": "chatml"}), encoding="utf-8")
+    text = explained(["u.json"], capsys)
+    assert "── the same ids" in text and "It is 2." in text
+    assert not (folder / "recipes").exists()
+    assert main(["import", "t.yaml", "--explain", "7"]) == 2
+
+
+def test_axolotls_prompt_and_dollys_differ(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"instruction": "Add 1 and 1.", "input": "", "output": "2"}
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (folder / "a.yml").write_text("base_model: tiny\ndatasets: [{path: rows.jsonl, type: alpaca}]\n", encoding="utf-8")
+    text = explained(["a.yml"], capsys)
+    assert "Below is an instruction that describes a task. Write" in text
+    assert "── the ids differ from token " in text

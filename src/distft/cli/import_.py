@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
-from distft.api.recipe import checks
+from distft.api.recipe import checks, load
 from distft.cli.arguments import Commands
 from distft.console import say
 from distft.errors import LaunchError
@@ -35,6 +36,12 @@ def add_to(commands: Commands) -> None:
         "--nproc", type=int, default=1, help="processes that they train with: their batch grows with it (1)"
     )
     parser.add_argument("--json", action="store_true", help="print the recipe and the table as JSON")
+    parser.add_argument(
+        "--explain",
+        type=int,
+        metavar="ROW",
+        help="write nothing; show this row of the data, from 1, as both train on it",
+    )
     parser.set_defaults(run=import_)
 
 
@@ -46,6 +53,9 @@ def import_(options: argparse.Namespace) -> None:
     if options.nproc < 1:
         raise LaunchError(f"--nproc is {options.nproc}; expected a number of processes, at least 1")
     target: Path = options.output or Path("recipes") / f"{options.file.stem}.yaml"
+    if options.explain is not None:
+        _explain(options)
+        return
     if target.exists():
         raise LaunchError(f"{target} already exists and will not be overwritten; give another --output")
     program, draft = read_foreign(options.file, options.program, options.nproc)
@@ -57,3 +67,18 @@ def import_(options: argparse.Namespace) -> None:
     else:
         print("\n".join(table(draft.notes, shutil.get_terminal_size((120, 24)).columns)))
     say(f"{target}: {PROGRAMS[program].title}'s {options.file.name} as a recipe; next: distft check {target}")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from distft.importing.explain import explain
+    from distft.importing.reading import read_foreign
+    from distft.importing.writing import recipe_text, settle
+    from distft.models.loading import load_tokenizer
+
+    program, draft = read_foreign(options.file, options.program, options.nproc)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / f"{options.file.stem}.yaml"
+        settle(draft, target, checks())
+        target.write_text(recipe_text(draft, options.file, program), encoding="utf-8")
+        recipe = load([str(target)])
+        print("\n".join(explain(recipe, program, draft.given, options.explain, load_tokenizer(recipe))))

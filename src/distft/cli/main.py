@@ -18,9 +18,11 @@ from distft.cli import (
     export,
     fetch,
     import_,
+    init,
     merge,
     recipes,
     report,
+    runs,
     serve,
     submit,
     train,
@@ -30,8 +32,8 @@ from distft.distributed.process import debug_flag, guarded
 from distft.startup import start_up
 
 _GROUPS = (
-    *(train, check, evaluate, chat, serve, submit, fetch, import_, recipes, experiments, compare),
-    *(report, data, merge, export, doctor),
+    *(train, check, evaluate, chat, serve, submit, fetch, init, import_, recipes, experiments, compare),
+    *(runs, report, data, merge, export, doctor),
 )
 
 
