@@ -61,6 +61,7 @@ def test_quantised_weights_answer_in_llama_cpp_as_in_training(
     assert engine.kl.value < 1e-4 < quantised.largest
     text = (tmp_path / "Modelfile").read_text(encoding="utf-8")
     assert f"FROM ./tiny-{kind}.gguf\n" in text and 'PARAMETER stop "</s>"\n' in text
+    assert "PARAMETER num_ctx 1024\n" in text, "the positions of the model"
     assert "{{ if not .System }}Be kind.\n{{ end }}{{ range .Messages }}" in text
 
 

@@ -144,6 +144,14 @@ def modelfile(
     return "\n".join(lines) + "\n"
 
 
+def context(model: Path, longest: int) -> int:
+    """Tokens of a conversation for which Ollama makes room: 4096, or the `longest` sample of the training, as far as
+    the model in the folder has positions."""
+    positions = json.loads((model / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    wanted = max(4096, longest)
+    return min(wanted, positions) if isinstance(positions, int) else wanted
+
+
 def sampling(model: Path) -> dict[str, Any]:
     """Ollama's parameters for what generation_config.json in the folder of a model says."""
     file = model / "generation_config.json"

@@ -309,7 +309,8 @@ def write_modelfile(trained: Trained, recipe: Recipe, file: Path, merged: Path) 
         pieces = ollama.pieces_of(tokenizer)
         system, template = pieces.default_system, ollama.go_template(pieces, adds_begin=gguf.adds_begin(file))
     stops = [tokenizer.decode([token]) for token in sorted(trained.replays.ends)]
-    parameters = {"num_ctx": recipe.training.get("max_length") or 4096, **ollama.sampling(merged)}
+    room = ollama.context(merged, recipe.training.get("max_length") or 0)
+    parameters = {"num_ctx": room, **ollama.sampling(merged)}
     text = ollama.modelfile(file.name, template, system, stops, parameters)
     (file.parent / "Modelfile").write_text(text, encoding="utf-8")
     return template, system
