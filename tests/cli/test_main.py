@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -82,3 +84,19 @@ def test_an_unknown_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) ->
 def test_train_without_a_recipe_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
     assert "distft train tiny" in capsys.readouterr().err
+
+
+def leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parsers that run something."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups:
+        yield parser
+    for group in groups:
+        for child in group.choices.values():
+            yield from leaves(child)
+
+
+def test_each_help_shows_an_example() -> None:
+    found = list(leaves(parser()))
+    assert len(found) > 20
+    assert [leaf.prog for leaf in found if f"\n  {leaf.prog}" not in leaf.format_help()] == []

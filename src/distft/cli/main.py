@@ -27,6 +27,7 @@ from distft.cli import (
     submit,
     train,
 )
+from distft.cli.examples import Parser
 from distft.console import quiet_libraries
 from distft.distributed.process import debug_flag, guarded
 from distft.startup import start_up
@@ -61,9 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; each command's `run` default is the function that runs it."""
-    made = argparse.ArgumentParser(
-        prog="distft", description=__doc__, epilog="--debug anywhere on the command line shows tracebacks."
-    )
+    made = Parser(prog="distft", description=__doc__, epilog="--debug anywhere on the command line shows tracebacks.")
     made.add_argument("--version", action="version", version=f"distft {__version__}")
     commands = made.add_subparsers(required=True, metavar="COMMAND")
     for group in _GROUPS:
