@@ -12,8 +12,6 @@ from distft.config.recipe import load_recipe
 from distft.distributed.strategies import strategy_faults
 from distft.errors import RecipeError
 
-IN_PASS = "preference.precompute_ref_log_probs=false"
-
 
 def test_the_losses_and_defaults_are_trl_s() -> None:
     fields = {each.name: each for each in dataclasses.fields(DPOConfig)}
@@ -21,7 +19,7 @@ def test_the_losses_and_defaults_are_trl_s() -> None:
     assert set(LOSS_TYPES) == {name.strip("'`") for name in text.split("are: ")[1].split(".")[0].split(", ")}
     fields |= {each.name: each for each in dataclasses.fields(KTOConfig) if each.name.endswith("desirable_weight")}
     for name, field in Preference.model_fields.items():
-        default = "auto" if name == "precompute_ref_log_probs" else fields[name].default  # of which it is both values
+        default = fields[name].default
         assert field.default == (["sigmoid"] if name == "loss_type" else default) or name == "loss_type"
     assert Preference().weights == {"sigmoid": 1.0} and fields["loss_type"].default_factory() == ["sigmoid"]  # type: ignore[misc]
 
@@ -30,7 +28,7 @@ def test_the_losses_and_defaults_are_trl_s() -> None:
     ("words", "key", "problem"),
     [
         (("objective=sft",), "preference", "set objective=dpo"),
-        (("lora=null", IN_PASS), "preference.precompute_ref_log_probs", "add a lora section"),
+        (("lora=null",), "preference.precompute_ref_log_probs", "add a lora section"),
         (("lora=null", "preference.loss_type=kto"), "lora", "add a lora section"),
         (("lora.init_lora_weights=pissa",), "lora.init_lora_weights", "changes the weights of the base"),
         (("lora.bias=all",), "lora.bias", "which is the reference"),

@@ -16,7 +16,6 @@ DPO = (
     *("training.max_steps=3", "training.optim=sgd", "training.learning_rate=0.01"),
 )
 PACKED = ("batching.micro_batch_tokens=1024",)
-KNOWN = "preference.precompute_ref_log_probs=true"
 PADDED = ("batching.micro_batch_tokens=null", "batching.micro_batch=2")
 
 
@@ -27,7 +26,7 @@ def single(train: Train) -> Trajectory:
 
 @pytest.mark.parametrize(
     ("strategy", "way"),
-    [("ddp", (*PACKED, KNOWN)), ("fsdp", PACKED), ("zero2", PADDED)],
+    [("ddp", PACKED), ("fsdp", PACKED), ("zero2", PADDED)],
     ids=lambda value: str(value)[:8],
 )
 def test_every_strategy_learns_from_the_same_pairs(

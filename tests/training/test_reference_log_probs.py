@@ -19,7 +19,7 @@ from distft.training.reference_log_probs import WithReference, precomputes, read
 
 from .test_preference import PACKED, PADDED, RECIPE, learned, require_close, trainer_of
 
-IN_PASS = "preference.precompute_ref_log_probs=false"
+AUTO = "preference.precompute_ref_log_probs=auto"
 
 
 class Gone:
@@ -59,7 +59,7 @@ def test_the_loss_is_that_of_a_reference_computed_on_the_way(
 
 
 def test_without_an_adapter_the_reference_is_the_model_before_its_first_step(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, *PACKED, "lora=null")
+    trainer = trainer_of(tmp_path, *PACKED, "lora=null", AUTO)
     rows = known_to(trainer).__getitems__([0, 1, 2, 3])
 
     def reward() -> float:
@@ -99,4 +99,4 @@ def test_it_is_computed_before_where_that_saves_work_or_is_the_only_way(
 
 def test_without_an_adapter_it_has_to_be_computed_before() -> None:
     with pytest.raises(RecipeError, match="the reference is gone after the first step"):
-        load_recipe([*RECIPE, "lora=null", IN_PASS])
+        load_recipe([*RECIPE, "lora=null"])

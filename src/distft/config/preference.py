@@ -74,7 +74,7 @@ class Preference(Section):
     """Weight pairs by how likely the model is to write them (WPO, arXiv:2406.11827)."""
     discopop_tau: float = Field(0.05, gt=0)
     """τ of `discopop` (arXiv:2406.08414)."""
-    precompute_ref_log_probs: bool | Literal["auto"] = "auto"
+    precompute_ref_log_probs: bool | Literal["auto"] = False
     """Compute what the reference says of all pairs once, before the first step, and keep it in the run's folder and in
     the cache; otherwise, it is computed with each micro-batch. `auto` does with more than one epoch, and with
     `lora: null`, where it is the only way."""
