@@ -83,12 +83,7 @@ def test_what_is_known_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "epochs", "expected"),
-    [
-        ((), 1, False),
-        ((), 2, True),
-        (("lora=null",), 1, True),
-        (("preference.precompute_ref_log_probs=false",), 2, False),
-    ],
+    [((AUTO,), 1, False), ((AUTO,), 2, True), (("lora=null", AUTO), 1, True), ((), 2, False)],
     ids=str,
 )
 def test_it_is_computed_before_where_that_saves_work_or_is_the_only_way(
