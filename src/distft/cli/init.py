@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from distft.api.recipe import load
+from distft.api.check import check_words
 from distft.cli.arguments import Commands
 from distft.config.files import folder_name
 from distft.config.schema import StrategyName
 from distft.config.yaml import dump_yaml
 from distft.console import say
-from distft.errors import LaunchError
+from distft.errors import LaunchError, RecipeError
 from distft.files import write_atomically
 
 
@@ -60,12 +60,21 @@ def init(options: argparse.Namespace) -> None:
     target: Path = options.output or Path("recipes") / f"{name}.yaml"
     if target.exists():
         raise LaunchError(f"{target} already exists and will not be overwritten; give another --output")
-    text = f"# Written by `distft init`: {answers['model']} on {answers['data']}.\n{dump_yaml(recipe_of(**answers))}"
-    write_atomically(target, text)
+    head = f"# Written by `distft init`: {answers['model']} on {answers['data']}.\n"
+    recipe = recipe_of(**answers)
     try:
-        load([str(target)])  # what it finds is said with the name of the file
+        write_atomically(target, head + dump_yaml(recipe))
+        try:
+            check_words([str(target)], processes=1)  # what it finds is said with the name of the file
+        except RecipeError as error:
+            if {fault.key for fault in error.faults} != {"data.chat_template"}:
+                raise
+            recipe["data"]["chat_template"] = "chatml"
+            write_atomically(target, head + dump_yaml(recipe))
+            check_words([str(target)], processes=1)
+            say(f"{answers['model']} has no chat template: data.chat_template is chatml")
     except BaseException:
-        target.unlink()
+        target.unlink(missing_ok=True)
         raise
     say(f"{target} is written; next: distft check {target}, then distft train {target}")
 
