@@ -5,6 +5,7 @@ This module imports no library until a function needs it.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import sys
@@ -206,6 +207,23 @@ def clear_evaluation_metrics(trainer: Any) -> None:
     """Drop what TRL has gathered for the log of an evaluation."""
     checked("_metrics")
     trainer._metrics["eval"].clear()
+
+
+def children_of(module: Any) -> dict[str, Any]:
+    """The modules in `module` by name, a shared one under each of its names. Assigning to it replaces one."""
+    checked("_modules")
+    children: dict[str, Any] = module._modules
+    return children
+
+
+def with_parameters(module: Any, change: Callable[[Any], Any]) -> Any:
+    """A shallow copy of `module` with `change` of each of its own parameters."""
+    checked("_parameters")
+    found = copy.copy(module)
+    found._parameters = {
+        name: None if parameter is None else change(parameter) for name, parameter in module._parameters.items()
+    }
+    return found
 
 
 def gather_bytes() -> None:

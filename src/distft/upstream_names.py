@@ -107,6 +107,7 @@ _native = _of("bitsandbytes", "bitsandbytes.cextension:BNBNativeLibrary")
 _dataset = _of("datasets", "datasets.arrow_dataset:Dataset")
 _templates = _of("transformers", "transformers.utils.chat_template_utils")
 _training_templates = _of("trl", "trl.chat_template_utils")
+_module = _of("torch", "torch.nn.modules.module:Module")
 _gathering = _of("torch", "torch.distributed.fsdp._fully_shard._fsdp_collectives")
 _wandb = _of("wandb", "wandb.sdk.wandb_settings:Settings")
 _hflm = _of("lm-eval", "lm_eval.models.huggingface:HFLM")
@@ -127,6 +128,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     _of("torch", "torch.autograd.profiler:profile")(
         "kineto_results", "attribute", "read the profiler's events without building a Python object for each"
     ),
+    _module("_modules", "attribute", "put frozen modules in the places of an adapter's"),
+    _module("_parameters", "attribute", "copy a module with frozen parameters"),
     _gathering(
         "_get_all_gather_input_metadatas",
         "replace",

@@ -6,7 +6,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from distft.api.check import check_words
 from distft.cli.arguments import Commands
@@ -14,6 +14,7 @@ from distft.config.files import folder_name
 from distft.config.schema import StrategyName
 from distft.config.yaml import dump_yaml
 from distft.console import say
+from distft.distributed.strategies.selection import STRATEGIES
 from distft.errors import LaunchError, RecipeError
 from distft.files import write_atomically
 
@@ -94,8 +95,8 @@ def recipe_of(model: str, data: str, method: str, strategy: str, batch: str) -> 
     """The recipe of these answers, as a mapping."""
     rate = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}[method]
     quantization: dict[str, Any] = {"load_in_4bit": True}
-    if strategy == "fsdp":
-        quantization["bnb_4bit_quant_storage"] = "bfloat16"  # FSDP shards 4-bit weights only in this form
+    if "weights" in STRATEGIES[cast(StrategyName, strategy)].shards:
+        quantization["bnb_4bit_quant_storage"] = "bfloat16"  # 4-bit weights are only sharded in this form
     return {
         "strategy": strategy,
         "model": {"name": model},

@@ -42,7 +42,7 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int | None) 
         return list(map(_joined, chosen, rejected))
     found = _encode(examples, tokenizer, max_length)
     return [
-        each if example.good is None else each._replace(chosen=len(each.ids) if example.good else 0)
+        each if example.good is None else Sample(*each[:-1], chosen=len(each.ids) if example.good else 0)
         for example, each in zip(examples, found, strict=True)
     ]
 

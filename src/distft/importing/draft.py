@@ -18,6 +18,8 @@ HEADINGS: dict[Kind, str] = {
     "silent": "what they do without saying so",
     "open": "to be done before the run",
 }
+FALLBACK = "ddp"
+"""The strategy that runs everywhere."""
 STAND_IN = "tiny"
 """The embedded model and data, where the file names none."""
 
@@ -123,9 +125,9 @@ class Draft:
             self.set(fault.key, name)
             self.note("open", fault.key, "none is known; the built-in one stands in", shown(fault.key, name))
             return
-        if fault.key == "strategy" and self.get("strategy") != "ddp":
-            self.note("unmatched", shown("strategy", self.get("strategy")), why, "strategy: ddp")
-            self.set("strategy", "ddp")
+        if fault.key == "strategy" and self.get("strategy") != FALLBACK:
+            self.note("unmatched", shown("strategy", self.get("strategy")), why, f"strategy: {FALLBACK}")
+            self.set("strategy", FALLBACK)
             return
         if fault.key == "lora" and not self.recipe.get("lora"):
             self.set("lora.target_modules", "all-linear")

@@ -6,11 +6,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from distft.config.files import folder_name
+from distft.config.schema import StrategyName
 from distft.config.upstream import upstream_fields
 from distft.config.upstream_rules import OWNED
+from distft.distributed.strategies.selection import STRATEGIES
 from distft.importing.draft import Draft, number, shown
 from distft.text import count
 
@@ -140,11 +142,12 @@ def sharding(draft: Draft, otherwise: str = "ddp") -> None:
     """The strategy, of a DeepSpeed file or an FSDP section."""
     deepspeed, fsdp = draft.pop("deepspeed"), draft.pop("fsdp") or draft.left.get("fsdp_config")
     config, _ = draft.pop("fsdp_config"), draft.pop("fsdp_version")
-    strategy, theirs, why = otherwise, "", "one process, or several that average their gradients"
+    strategy, theirs, why = cast(StrategyName, otherwise), "", "one process, or several that average their gradients"
     if deepspeed:
         theirs = shown("deepspeed", deepspeed)
         stage = _stage(deepspeed, draft.folder)
-        strategy = {3: "zero3", 2: "zero2", 1: "zero2"}.get(stage or 0, "ddp")
+        stages: dict[int, StrategyName] = {3: "zero3", 2: "zero2", 1: "zero2"}
+        strategy = stages.get(stage or 0, "ddp")
         why = f"ZeRO stage {stage}" if stage else "no ZeRO stage is named"
         why += "; distft's nearest is 2" if stage == 1 else ""
         if "offload" in str(deepspeed):
@@ -156,7 +159,7 @@ def sharding(draft: Draft, otherwise: str = "ddp") -> None:
     draft.set("strategy", strategy)
     if theirs:
         draft.note("translated", theirs, why, f"strategy: {strategy}")
-    if strategy == "fsdp" and draft.get("quantization.load_in_4bit"):
+    if "weights" in STRATEGIES[strategy].shards and draft.get("quantization.load_in_4bit"):
         draft.set("quantization.bnb_4bit_quant_storage", draft.get("model.dtype") or "bfloat16")
 
 

@@ -5,7 +5,6 @@ Either shares the model's weights. Its forward comes before the model's own, wit
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -44,7 +43,7 @@ class FrozenAdapter:
         self._places = [
             (parent, name, child, frozen[child])
             for parent in model.modules()
-            for name, child in parent._modules.items()  # a shared one under each of its names
+            for name, child in upstream_api.children_of(parent).items()
             if child in frozen
         ]
         self._is_placed = False
@@ -54,18 +53,18 @@ class FrozenAdapter:
         if not self._is_placed:
             self._place(accelerator)
         for parent, name, _, frozen in self._places:
-            parent._modules[name] = frozen
+            upstream_api.children_of(parent)[name] = frozen
         try:
             yield
         finally:
             for parent, name, child, _ in self._places:
-                parent._modules[name] = child
+                upstream_api.children_of(parent)[name] = child
 
     def _place(self, accelerator: Any) -> None:
         """Bring the copies to the device, in the types that a forward sees, so that both models round alike."""
         for _, _, child, frozen in self._places:
             for name, value in frozen.named_parameters(recurse=False):
-                dtype = upstream_api.type_in_forward(accelerator, child._parameters[name])
+                dtype = upstream_api.type_in_forward(accelerator, getattr(child, name))
                 value.data = value.data.to(accelerator.device, dtype)
         self._is_placed = True
 
@@ -76,9 +75,7 @@ def _owns_trained(module: nn.Module) -> bool:
 
 def _frozen(module: nn.Module) -> nn.Module:
     """A copy of `module` with parameters of its own, on the CPU."""
-    found = copy.copy(module)
-    found._parameters = {
-        name: None if parameter is None else nn.Parameter(parameter.detach().to("cpu", copy=True), requires_grad=False)
-        for name, parameter in module._parameters.items()
-    }
-    return found
+    copied: nn.Module = upstream_api.with_parameters(
+        module, lambda parameter: nn.Parameter(parameter.detach().to("cpu", copy=True), requires_grad=False)
+    )
+    return copied

@@ -46,7 +46,7 @@ class DeepSpeed(Strategy):
     @classmethod
     def faults(cls, recipe: Recipe) -> list[Fault]:
         found = super().faults(recipe)
-        if importlib.util.find_spec("deepspeed") is None:
+        if not importlib.util.find_spec("deepspeed"):
             found.append(fault(recipe, "strategy", "needs deepspeed: pip install 'distft[deepspeed]'", "fsdp"))
         if recipe.run.on_bad_numbers == "skip":
             problem = "DeepSpeed updates the weights inside the backward pass, so a step cannot be skipped"
