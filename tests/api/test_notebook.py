@@ -32,7 +32,7 @@ def output(cells: list[Any], source: str) -> str:
 
 def test_every_cell_of_the_notebook_shows_what_its_text_says(cells: list[Any]) -> None:
     training = output(cells, "run = distft.train(")
-    assert "20/20" in training and "run folder: " in training  # progress reaches the notebook
+    assert "step 20 of 20" in training and "run folder: " in training  # progress reaches the notebook
     assert "<th>status</th><td>finished</td>" in training
     assert "perplexity" in output(cells, 'run.summary["samples_per_second"]')
     assert "tokens_per_second" in output(cells, "run.metrics")

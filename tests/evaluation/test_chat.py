@@ -204,7 +204,7 @@ def test_one_question_and_mistakes(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}\n')
     mistakes = [
         (["chat", str(adapter), "--once", " "], "nothing was asked"),
-        (["chat", "runs/none", "--once", "Why?"], "there is no"),
+        (["chat", "runs/none", "--once", "Why?"], "runs/none does not exist"),
         (["generate", str(adapter), "--input", "none.jsonl", "--output", "a.jsonl"], "there is no file none.jsonl"),
         (["generate", str(adapter), "--input", "prompts.jsonl", "--output", "prompts.jsonl"], "already exists"),
     ]

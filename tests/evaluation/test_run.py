@@ -257,7 +257,7 @@ def test_after_a_signal_it_says_how_to_continue(run: RunFolder) -> None:
 
 def test_the_help_lists_the_tasks(tmp_path: Path) -> None:
     shown = distft(tmp_path, "evaluate", "--help").stdout
-    listed = shown.split("Tasks (evaluation.tasks=")[1].splitlines()[1:]
+    listed = shown.split("Tasks (evaluation.tasks=")[1].partition("\nexamples:")[0].splitlines()[1:]
     assert [line.split()[0] for line in listed if line.strip()] == list(TaskName.__args__)
     assert all(len(line) <= 100 and len(line.split()) > 2 for line in listed if line.strip())
 

@@ -15,7 +15,7 @@ def add_to(commands: Commands) -> None:
         help="compare the fine-tuned model with its base on held-out tasks",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Tasks (evaluation.tasks=[NAME,NAME]; default: those of the recipe):\n"
-        + "\n".join(f"  {name:<12}{what}" for name, what in TASKS.items()),
+        + "\n".join(f"  {name:<16}{what}" for name, what in TASKS.items()),
     )
     parser.add_argument(
         "overrides",

@@ -142,7 +142,6 @@ FIGURES = (
     _key("adapted_linears"),
     _key("fused_expert_layers"),
     _key("expert_layers"),
-    _key("share_prompts"),
     _key("isolation_errors"),
     _key("isolation_check_s"),
     _loss("train_loss", "mean train loss", ",.4f"),
