@@ -139,8 +139,12 @@ def test_recipes_of_commands_for_other_machines_load(command: str, reader: Path)
         settings = [word for word in settings if not word.startswith(("model=", "adapter="))]
         assert settings or words[2].startswith("runs/")
         load(settings)
-    elif words[:2] in (["distft", "report"], ["distft", "merge"]):
-        assert len(words) == 3 and words[2].startswith("runs/")
+    elif words[1] in ("report", "chat", "export"):
+        assert words[2].startswith("runs/")
+    elif words[:2] == ["distft", "import"]:
+        assert (reader / words[2]).is_file()
+    elif words[:2] == ["distft", "train"] and not settings:
+        assert (reader / f"{words[2]}.yml").is_file(), "the recipe that is imported from it"
     elif words[:2] == ["distft", "compare"]:
         assert [load([f"recipe={name}"]).source.name for name in words[2:]] == words[2:]
     else:
