@@ -164,5 +164,5 @@ def test_orpo_is_trl_s(way: str, tmp_path: Path) -> None:
 
 
 def test_the_passes_of_other_models_and_answers_count_for_the_mfu() -> None:
-    forwards = [other_forwards(load_recipe([*RECIPE, *words])) for words in (KTO, ORPO)]
+    forwards = [other_forwards(load_recipe([*RECIPE, *words]), 1) for words in (KTO, ORPO)]
     assert forwards == [3, 0]

@@ -314,7 +314,7 @@ def test_kl_per_token_is_schulman_s_estimate_on_the_trained_tokens(
 
 
 def test_the_forward_of_the_reference_counts_for_the_mfu() -> None:
-    assert other_forwards(load_recipe(RECIPE)) == 1 and other_forwards(load_recipe([])) == 0
+    assert other_forwards(load_recipe(RECIPE), 1) == 1 and other_forwards(load_recipe([]), 1) == 0
 
 
 def test_an_evaluation_is_the_mean_over_all_pairs_however_they_are_divided(
