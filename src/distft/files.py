@@ -19,14 +19,14 @@ from distft.errors import DataError, StorageError
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to a temporary file and rename it to `path`: a reader sees the old content or the new, never a
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write `content` to a temporary file and rename it to `path`: a reader sees the old content or the new, never a
     mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o666 & ~_umask())

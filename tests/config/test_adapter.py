@@ -96,7 +96,8 @@ def test_an_adapter_of_another_tool(tmp_path: Path) -> None:
     recipe = load_recipe(["recipe=tiny", f"adapter={folder}"])
     assert recipe.model.name == "org/base"
     own = {"r": 4, "lora_alpha": 12, "use_dora": True, "target_modules": ["q_proj", "v_proj"]}
-    assert recipe.lora == own | {"lora_dropout": load_recipe(["recipe=tiny"]).lora["lora_dropout"]}  # type: ignore[index]
+    shipped = load_recipe(["recipe=tiny"]).lora
+    assert shipped is not None and recipe.lora == own | {"lora_dropout": shipped["lora_dropout"]}
     assert not adapter_faults(recipe)
     assert load_recipe(["recipe=tiny", f"adapter={folder}", "model.name=tiny"]).model.name == "tiny"
 

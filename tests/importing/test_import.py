@@ -188,13 +188,31 @@ def test_the_learning_rate_stays_and_the_batch_is_theirs_with_so_many_processes(
 
 def test_what_distft_cannot_do_is_left_out_and_listed(folder: Path) -> None:
     text = AXOLOTL.replace("adamw_bnb_8bit", "an_optimizer_of_theirs").replace("chats.jsonl", "gone.jsonl")
-    (folder / "a.yml").write_text(text + "rl: kto\n", encoding="utf-8")
+    (folder / "a.yml").write_text(text + "rl: grpo\n", encoding="utf-8")
     _, draft = read_foreign(folder / "a.yml")
     settle(draft, folder / "recipe.yaml", checks())
     assert draft.get("training.optim") is None
     assert any(note.theirs == "training.optim: an_optimizer_of_theirs" for note in draft.notes)
-    assert {note.theirs for note in draft.notes if note.kind == "open"} >= {"rl: kto"}
+    assert {note.theirs for note in draft.notes if note.kind == "open"} >= {"rl: grpo"}
     assert draft.get("data.name") == "gone.jsonl"
+
+
+def test_an_adapter_to_go_on_from_is_taken_over(folder: Path) -> None:
+    (folder / "a.yml").write_text(AXOLOTL + "lora_model_dir: gone\n", encoding="utf-8")
+    _, draft = read_foreign(folder / "a.yml")
+    assert draft.get("adapter") == "gone"
+
+
+@pytest.mark.parametrize(
+    ("rl", "loss", "weight"),
+    [("rl: kto\nkto_desirable_weight: 0.4\n", "kto", 0.4), ("rl: orpo\norpo_alpha: 0.3\n", "orpo", 1.0)],
+)
+def test_losses_over_answers_are_translated(rl: str, loss: str, weight: float, folder: Path) -> None:
+    (folder / "a.yml").write_text(AXOLOTL.replace("chats.jsonl", "gone.jsonl") + rl, encoding="utf-8")
+    _, draft = read_foreign(folder / "a.yml")
+    assert (draft.get("objective"), draft.get("preference.loss_type")) == ("dpo", loss)
+    assert draft.get("preference.desirable_weight") == (weight if loss == "kto" else None)
+    assert draft.get("preference.beta") == (0.3 if loss == "orpo" else None)
 
 
 def test_a_template_that_the_file_spells_out_is_written_beside_the_recipe(folder: Path) -> None:

@@ -80,7 +80,7 @@ class Classification(Labels):
     label_words: list[str] | None = None
     """The word for each class number; null for the words in the file, sorted."""
     prompt: str = "{text}"
-    """The question to the model, in which `{text}` stands for the text. It is asked in the template that
+    """The question to ask the model. `{text}` is replaced with the text. The prompt is formatted with the template that
     evaluation.generation.template names."""
     group: str | None = None
     """Column, such as a language, for each of whose values the accuracy is also given."""

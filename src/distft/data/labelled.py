@@ -21,9 +21,9 @@ from distft.text import shorten
 _LISTED = 6
 _KEY = "evaluation.classification"
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
-"""Stands for the text while the prompt is rendered."""
+"""Replaces the placeholder while the prompt is rendered."""
 TEXT = "{text}"
-"""What stands for the text in `evaluation.classification.prompt`."""
+"""The placeholder for the text in `evaluation.classification.prompt`."""
 
 
 @dataclass(frozen=True)

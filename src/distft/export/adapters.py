@@ -15,7 +15,7 @@ from distft.files import share
 
 
 def obstacle(adapter: Path) -> str | None:
-    """Why vLLM cannot load the adapter in this folder beside its base; None if it can."""
+    """Return why vLLM cannot serve this adapter on top of its base model, or None if it can."""
     settings = _settings(adapter)
     if (kind := settings.get("peft_type")) != "LORA":
         return f"vLLM does not support adapters of the type {kind}"
@@ -39,7 +39,7 @@ def copy_adapter(result: Path, target: Path) -> None:
 
 
 def vllm_command(recipe: Recipe, name: str, folder: Path, adapter: Path | None) -> str:
-    """The command that serves the export in `folder`: with `adapter`, beside its base."""
+    """Return the command that serves the export in `folder`. An `adapter` is served on top of its base model."""
     dtype = ["--dtype", recipe.model.dtype]
     if adapter is None:
         return shlex.join(["vllm", "serve", str(folder), "--served-model-name", name, *dtype])

@@ -11,6 +11,7 @@ from distft.importing.draft import Draft, number, shown
 MARKS = ("base_model", "micro_batch_size", "sequence_len", "datasets", "adapter", "num_epochs", "val_set_size")
 """Keys that tell that a file is axolotl's."""
 SAME = {
+    "lora_model_dir": "adapter",
     "base_model": "model.name",
     "revision_of_model": "model.revision",
     "tokenizer_config": "model.tokenizer",
@@ -76,15 +77,17 @@ REASONS = {
     "group_by_length": "a global batch is the same for any order; within it, samples are packed by length",
     "loss_watchdog_threshold": "run.on_bad_numbers says what a NaN does; a loss that is only high stops nothing",
     "loss_watchdog_patience": "see loss_watchdog_threshold",
-    "lora_model_dir": "distft starts an adapter anew; merge the old one first (distft merge)",
     "qat": "distft does not train quantisation-aware",
     "unfrozen_parameters": "distft trains an adapter or everything; lora.target_modules says where",
     "special_tokens": "distft pads with a token that is never trained, and ends turns as the chat template does",
     "tf32": "transformers' default stands; training.tf32 sets it",
     "strict": "a recipe is always read strictly",
     "eot_tokens": "data.train_on_end_of_turn trains on the token that ends a turn by the chat template",
-    "eval_table_size": "distft evaluate writes samples",
+    "eval_table_size": "evaluation.samples has the model answer held-out prompts",
 }
+
+LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "kto": "kto", "orpo": "orpo"}
+"""The loss of each `rl` over answers."""
 
 
 def translate(draft: Draft) -> None:
@@ -135,13 +138,15 @@ def _list(value: Any) -> list[dict[str, Any]]:
 
 def _objective(draft: Draft) -> None:
     rl = draft.pop("rl")
-    if rl in ("dpo", "ipo"):
-        draft.translate(shown("rl", rl), "objective", "dpo", "pairs of answers")
-        draft.set("preference.loss_type", "ipo" if rl == "ipo" else "sigmoid")
-        for key in ("rl_beta", "dpo_beta"):
+    if rl in LOSSES:
+        draft.translate(shown("rl", rl), "objective", "dpo", f"with preference.loss_type: {LOSSES[rl]}")
+        draft.set("preference.loss_type", LOSSES[rl])
+        for key in ("rl_beta", "dpo_beta", "orpo_alpha"):
             draft.take({key: "preference.beta"})
+        for kind in ("desirable", "undesirable"):
+            draft.take({f"kto_{kind}_weight": f"preference.{kind}_weight"})
     elif rl:
-        why = "distft knows sft and dpo; the recipe says sft, which is another objective"
+        why = f"distft trains sft and {', '.join(LOSSES)}; the recipe says sft, which is another objective"
         draft.note("open", shown("rl", rl), why, "objective: sft")
 
 
@@ -238,7 +243,9 @@ def _source(draft: Draft, row: dict[str, Any]) -> dict[str, Any]:
         for ours, key in (("chosen", "field_chosen"), ("rejected", "field_rejected"))
         if row.get(key)
     }
-    if draft.recipe.get("objective") == "dpo":
+    if draft.get("preference.loss_type") == "kto":
+        columns = {}
+    elif draft.recipe.get("objective") == "dpo":
         columns = pair | ({"prompt": str(row["field_messages"])} if pair and row.get("field_messages") else {})
     else:
         columns = translation_of(row)

@@ -117,13 +117,21 @@ class Draft:
                 seen.add((fault.key, fault.problem))
                 self._give_up(fault)
 
+    def _built_in_data(self) -> str:
+        """The built-in data that the objective can train on."""
+        if self.get("objective") != "dpo":
+            return STAND_IN
+        return "tiny_ratings" if self.get("preference.loss_type") == "kto" else "tiny_preferences"
+
     def _give_up(self, fault: Fault) -> None:
         """Leave out the key of a fault, or note what is to be done if it has to stay: a file is not here, say."""
         why = f"{fault.problem} ({fault.hint})" if fault.hint else fault.problem
         if fault.key in ("model.name", "data.name") and self.get(fault.key) is None:
-            name = "tiny_preferences" if fault.key == "data.name" and self.get("objective") == "dpo" else STAND_IN
+            name = self._built_in_data() if fault.key == "data.name" else STAND_IN
             self.set(fault.key, name)
-            self.note("open", fault.key, "none is known; the built-in one stands in", shown(fault.key, name))
+            self.note(
+                "open", fault.key, "the file names none; the recipe uses the built-in one", shown(fault.key, name)
+            )
             return
         if fault.key == "strategy" and self.get("strategy") != FALLBACK:
             self.note("unmatched", shown("strategy", self.get("strategy")), why, f"strategy: {FALLBACK}")
@@ -131,7 +139,7 @@ class Draft:
             return
         if fault.key == "lora" and not self.recipe.get("lora"):
             self.set("lora.target_modules", "all-linear")
-            self.note("open", "lora", f"{fault.problem}; an adapter on all linears stands in", "lora")
+            self.note("open", "lora", f"{fault.problem}; the recipe puts an adapter on all linear layers", "lora")
             return
         key = fault.key
         while key and self.get(key) is None:

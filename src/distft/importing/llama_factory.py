@@ -14,6 +14,7 @@ MARKS = (
     *("lora_rank", "plot_loss", "overwrite_cache", "quantization_bit", "val_size"),
 )
 SAME = {
+    "adapter_name_or_path": "adapter",
     "model_name_or_path": "model.name",
     "model_revision": "model.revision",
     "trust_remote_code": "model.trust_remote_code",
@@ -72,7 +73,6 @@ REASONS = {
     "flash_attn": "model.attn_implementation",
     "upcast_layernorm": "distft keeps the norms in model.dtype",
     "rope_scaling": "the model's own config says how far its positions reach",
-    "adapter_name_or_path": "distft starts an adapter anew; merge the old one first (distft merge)",
     "media_dir": "distft trains on text alone",
     "mix_strategy": "distft concatenates, or mixes by data.sources' weights",
     "interleave_probs": "data.sources[].weight",
@@ -121,13 +121,16 @@ def translate(draft: Draft) -> None:
 
 def _objective(draft: Draft, stage: str) -> None:
     loss = str(draft.pop("pref_loss", "sigmoid"))
-    if stage == "dpo":
-        draft.translate("stage: dpo", "objective", "dpo", "pairs of answers")
+    if stage in ("dpo", "kto"):
+        loss = "kto" if stage == "kto" else loss
+        draft.translate(shown("stage", stage), "objective", "dpo", f"with preference.loss_type: {loss}")
         draft.set("preference.loss_type", loss)
+        for theirs, ours in (("kto_chosen_weight", "desirable_weight"), ("kto_rejected_weight", "undesirable_weight")):
+            draft.take({theirs: f"preference.{ours}"})
         draft.take({"pref_beta": "preference.beta", "dpo_label_smoothing": "preference.label_smoothing"})
         draft.take({"ld_alpha": "preference.ld_alpha"})
     elif stage not in ("sft", "pt"):
-        why = "distft knows sft, texts (their pt) and dpo; the recipe says sft, which is another objective"
+        why = "distft trains sft, texts (their pt), dpo and kto; the recipe says sft, which is another objective"
         draft.note("open", shown("stage", stage), why, "objective: sft")
 
 
@@ -225,6 +228,10 @@ def _source(draft: Draft, name: str, info: Any, folder: Path, stage: str) -> dic
     if info.get("ranking"):
         form = {"prompt": form.get("messages") or form.get("instruction")}
         form |= {key: columns.get(key, key) for key in ("chosen", "rejected")}
+    if stage == "kto":
+        answers = {"completion": form["response"]} if "response" in form else {}
+        form = {"prompt": form["instruction"]} if answers else {"messages": form["messages"]}
+        form |= answers | {"label": columns.get("kto_tag", "label")}
     form |= {key: columns[key] for key in ("system", "tools") if columns.get(key) and "text" not in form}
     source["format"] = {key: value for key, value in form.items() if value}
     draft.note("translated", shown("dataset", name), "from dataset_info.json", shown("data.name", source["name"]))

@@ -197,7 +197,7 @@ def held_out(draft: Draft, key: str) -> None:
     if 0 < size < 1:
         draft.translate(shown(key, size), "data.validation_fraction", float(size), "the same share, other rows of it")
     elif size:
-        why = "it is a number of rows, and data.validation_fraction a share; 0.05 stands in"
+        why = "it is a number of rows, and data.validation_fraction is a share; the recipe holds out 5%"
         draft.note("open", shown(key, size), why, "data.validation_fraction: 0.05")
         draft.set("data.validation_fraction", 0.05)
     else:

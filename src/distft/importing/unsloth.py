@@ -20,7 +20,7 @@ MARKS = (
     *("r", "lora_r"),
 )
 SECTIONS = ("model", "data", "training", "lora", "logging", "peft", "trainer", "from_pretrained", "get_peft_model")
-"""Sections of their files; a notebook's arguments may stand in them, or all in one."""
+"""Sections of their files. The arguments of a notebook may be grouped in them, or given without sections."""
 SAME = {
     "model": "model.name",
     "model_name": "model.name",
@@ -98,7 +98,7 @@ def translate(draft: Draft) -> None:
     if "num_epochs" in draft.left:
         draft.left["num_train_epochs"] = draft.left.pop("num_epochs")
     if not draft.left.get("max_steps"):
-        draft.pop("max_steps")  # 0 stands for as many as the epochs take
+        draft.pop("max_steps")  # 0 means: as many as the epochs take
     if not draft.left.get("save_steps"):
         draft.pop("save_steps")
         draft.set("training.save_strategy", "epoch")

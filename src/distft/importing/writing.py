@@ -16,13 +16,25 @@ from distft.files import write_atomically
 from distft.importing.draft import HEADINGS, Draft, Note
 
 Checks = Sequence[Callable[[Recipe], list[Fault]]]
-_ORDER = ("run", "strategy", "objective", "preference", "model", "quantization", "lora", "data", "batching", "training")
+_ORDER = (
+    "run",
+    "strategy",
+    "objective",
+    "preference",
+    "adapter",
+    "model",
+    "quantization",
+    "lora",
+    "data",
+    "batching",
+    "training",
+)
 _COLUMN = 44
 """Characters of the first column of the table, at most."""
 
 
 def settle(draft: Draft, target: Path, checks: Checks) -> None:
-    """Leave out of the recipe what has faults, and note it. Writes the files that stand beside it in `target`.
+    """Remove the keys that have faults from the recipe, note them, and write the files that it refers to.
 
     Args:
         target: where the recipe will be.

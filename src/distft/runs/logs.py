@@ -107,8 +107,8 @@ class _Stream:
     """stdout or stderr of a rank that has a log. Otherwise it behaves like `original`, also after the log is closed,
     because loggers keep a reference.
 
-    `original` is what it stands for, without the log. `console` is where `console.say` prints as well; None if the
-    stream is the console.
+    `original` is the stream that it replaces, which does not write to the log. `console` is where `console.say` prints
+    as well; None if the stream is the console.
     """
 
     def __init__(self, original: TextIO, log: _Log, console: TextIO | None, doubled: bool) -> None:

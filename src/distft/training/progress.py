@@ -19,7 +19,7 @@ class Progress:
     def __init__(self, steps: int, done: int) -> None:
         self.steps, self.step = steps, done
         self._from, self._began = done, time.perf_counter()
-        # With a log, stderr goes there too; a bar, and what stands for it, does not.
+        # If stderr is also written to a log, progress bypasses the log.
         self._stream = getattr(sys.stderr, "original", sys.stderr)
         self._bar: Any = None
         if self._stream.isatty():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from distft.data.pieces import Array
 from distft.distributed.collectives import broadcast, together
 from distft.distributed.world import World
 from distft.errors import DistftError
+from distft.files import write_atomically
 from distft.models.start import start_digest
 from distft.runs.record import Record
 from distft.text import count
@@ -137,16 +139,14 @@ def read_log_probs(files: Iterable[Path]) -> Known:
 
 
 def write_log_probs(path: Path, known: Mapping[int, Array]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    with temporary.open("wb") as file:
-        np.savez(
-            file,
-            hashes=np.array(list(known), np.uint64),
-            tokens=np.array([len(values) for values in known.values()], np.int64),
-            log_probs=np.concatenate([np.zeros(0, np.float32), *known.values()]),
-        )
-    temporary.replace(path)
+    file = io.BytesIO()
+    np.savez(
+        file,
+        hashes=np.array(list(known), np.uint64),
+        tokens=np.array([len(values) for values in known.values()], np.int64),
+        log_probs=np.concatenate([np.zeros(0, np.float32), *known.values()]),
+    )
+    write_atomically(path, file.getvalue())  # other runs may write the same file of the cache
 
 
 def apart(log_probs: torch.Tensor, counts: torch.Tensor) -> list[Array]:
