@@ -40,10 +40,11 @@ def _port(text: str) -> int:
 
 def serve(options: argparse.Namespace) -> int:
     from distft.evaluation.request import Request
-    from distft.evaluation.serve import choose_program, command, prepare
+    from distft.evaluation.serve import choose_program, command, path_of, prepare
 
     request = Request.to_talk_to(options.model, options.overrides)
     program = options.engine or choose_program()
+    path_of(program)  # before anything is merged for it
     with tempfile.TemporaryDirectory(prefix="distft-serve-") as folder:
         served = prepare(request, program, Path(folder), base=options.base)
         words = command(program, served, options.host, options.port)

@@ -65,12 +65,9 @@ def command(program: Program, served: Served, host: str, port: int) -> list[str]
         LaunchError: the program is not there.
     """
     model = served.name if program == "transformers" else served.model
-    words = [_path_of(program), "serve", model, "--host", host, "--port", str(port), "--dtype", served.dtype]
+    words = [path_of(program), "serve", model, "--host", host, "--port", str(port), "--dtype", served.dtype]
     words += ["--trust-remote-code"] if served.trust_remote_code else []
     if program == "transformers":
-        for module in _SERVER_OF_TRANSFORMERS:
-            if importlib.util.find_spec(module) is None:
-                raise MissingExtraError("servers of transformers", module, "serve")
         return words
     words += [] if served.revision is None else ["--revision", served.revision]
     words += [] if served.tokenizer is None else ["--tokenizer", served.tokenizer]
@@ -79,8 +76,16 @@ def command(program: Program, served: Served, host: str, port: int) -> list[str]
     return [*words, *lora_words(served.name, served.adapter, served.rank)]
 
 
-def _path_of(program: Program) -> str:
-    """The program that belongs to this Python, or else the first on the PATH."""
+def path_of(program: Program) -> str:
+    """The program that belongs to this Python, or else the first on the PATH.
+
+    Raises:
+        MissingExtraError: the server of transformers is not installed.
+        LaunchError: the program is not there.
+    """
+    for module in _SERVER_OF_TRANSFORMERS if program == "transformers" else ():
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtraError("servers of transformers", module, "serve")
     own = Path(sys.executable).with_name(program)
     found = str(own) if own.is_file() else shutil.which(program)
     if found is None:

@@ -63,6 +63,8 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
             if "appears twice" not in str(error):
                 raise
             values, repeated = yaml.safe_load(text), str(error).split(" in ")[0]
+    except FileNotFoundError as error:
+        raise RecipeError([Fault(str(path), "", "there is no such file")]) from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError([Fault(str(path), "", f"cannot be read: {error}")]) from error
     except (ValueError, yaml.YAMLError) as error:
